@@ -1,0 +1,1 @@
+"""Image classification with Spatial-Mamba: models and the ImageNet trainer."""

@@ -1,0 +1,458 @@
+"""Spatial-Mamba (arXiv 2410.15091): the backbone, the ImageNet classifier and their registration with timm.
+
+Inside the network tokens are kept as (B, H, W, C). Convolutions see them through a channels-last (B, C, H, W) view,
+so nothing is copied to change the layout.
+"""
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...kernels import selective_scan, state_fusion
+from .weights import load_backbone_weights
+
+__all__ = [
+    "SpatialMamba",
+    "SpatialMambaBackbone",
+    "spatial_mamba_base",
+    "spatial_mamba_small",
+    "spatial_mamba_tiny",
+]
+
+LAYER_NORM_EPS = 1e-5
+FUSION_DILATIONS = (1, 3, 5)
+
+
+class ConvLayer(nn.Module):
+    """Convolution with the same padding on all sides, then optional BatchNorm and ReLU; (B, C, H, W)."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        norm: bool = False,
+        act: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
+        self.act = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Stem(nn.Module):
+    """Images (B, in_chans, H, W) to tokens (B, ceil(H / 4), ceil(W / 4), dim)."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.conv1 = ConvLayer(in_chans, dim // 2, 3, stride=2, bias=False, norm=True, act=True)
+        self.conv2 = nn.Sequential(
+            ConvLayer(dim // 2, dim // 2, 3, bias=False, norm=True, act=True),
+            ConvLayer(dim // 2, dim // 2, 3, bias=False, norm=True),
+        )
+        self.conv3 = nn.Sequential(
+            ConvLayer(dim // 2, 4 * dim, 3, stride=2, bias=False, norm=True, act=True),
+            ConvLayer(4 * dim, dim, bias=False, norm=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = x + self.conv2(x)
+        return self.conv3(x).permute(0, 2, 3, 1)
+
+
+class Downsample(nn.Module):
+    """Tokens (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C), through an inverted bottleneck."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            ConvLayer(dim, 8 * dim, act=True),
+            ConvLayer(8 * dim, 8 * dim, 3, stride=2, groups=8 * dim, act=True),
+            ConvLayer(8 * dim, 2 * dim, norm=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise 3x3 convolution of tokens (B, H, W, C), zero padding."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class StateFusion(nn.Module):
+    """Weights of structure-aware state fusion: one depthwise 3x3 kernel per dilation, and their mixture."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.kernel_3 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.kernel_3_1 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.kernel_3_2 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.alpha = nn.Parameter(torch.ones(len(FUSION_DILATIONS)))
+
+    def forward(self, h: Tensor) -> Tensor:
+        kernels = (self.kernel_3, self.kernel_3_1, self.kernel_3_2)
+        return state_fusion(h, kernels, self.alpha, FUSION_DILATIONS)
+
+
+class StructureAwareSSM(nn.Module):
+    """Selective scan over the raster of tokens whose states are fused in 2-D before they are read out.
+
+    ``h_t = exp(delta_t a) h_(t-1) + delta_t B_t u_t``, ``y = C SASF(h) + D u`` (paper, section 4.1), with a
+    gate as in Mamba. Everything from the step size to the normalised output is float32 under autocast: with
+    fusion kernels that start at 1 the states grow 27-fold, more than half precision can hold.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.inner_dim = inner_dim = 2 * dim
+        self.dt_rank = dt_rank = math.ceil(dim / 16)
+
+        self.in_proj = nn.Linear(dim, 2 * inner_dim, bias=False)
+        self.conv2d = DepthwiseConv(inner_dim)
+        self.x_proj_weight = nn.Parameter(torch.empty(dt_rank + 2, inner_dim))
+        self.dt_projs_weight = nn.Parameter(torch.empty(inner_dim, dt_rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(inner_dim))
+        self.A_logs = nn.Parameter(torch.zeros(inner_dim, 1))
+        self.Ds = nn.Parameter(torch.ones(inner_dim))
+        self.state_fusion = StateFusion(inner_dim)
+        self.out_norm = nn.LayerNorm(inner_dim, eps=LAYER_NORM_EPS)
+        self.out_proj = nn.Linear(inner_dim, dim, bias=False)
+        self.reset_scan_parameters()
+
+    def reset_scan_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
+        """Initialise the projections of B, C and the step; at the start softplus(bias) is log-uniform."""
+        nn.init.kaiming_uniform_(self.x_proj_weight, a=math.sqrt(5))  # as nn.Linear does
+        nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            span = math.log(dt_max) - math.log(dt_min)
+            step = torch.exp(torch.rand(self.inner_dim) * span + math.log(dt_min)).clamp(min=dt_floor)
+            self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse softplus
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, D) each
+        u = F.silu(self.conv2d(x))
+        step, B, C = F.linear(u, self.x_proj_weight).split([self.dt_rank, 1, 1], dim=-1)
+        with torch.autocast(device_type=u.device.type, enabled=False):
+            y = self.scan_and_fuse(u, step, B, C)
+            norm = self.out_norm
+            y = F.layer_norm(y, (self.inner_dim,), norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps)
+        return self.out_proj(y.to(gate.dtype) * F.silu(gate))
+
+    def scan_and_fuse(self, u: Tensor, step: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        """``C SASF(scan(u)) + D u`` in float32 (or float64): (B, H, W, D), the step still of low rank."""
+        height, width = u.shape[1:3]
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        u, step, B, C = (t.to(dtype) for t in (u, step, B, C))
+        delta = F.linear(step, self.dt_projs_weight.to(dtype))
+        u_raster, delta, B = (t.flatten(1, 2).transpose(1, 2) for t in (u, delta, B))  # (B, D, L), (B, 1, L)
+        states = selective_scan(
+            u_raster,
+            delta,
+            -torch.exp(self.A_logs.to(dtype)),
+            B,
+            delta_bias=self.dt_projs_bias,
+            delta_softplus=True,
+        )
+        fused = self.state_fusion(states.squeeze(2).unflatten(2, (height, width)))
+        return C * fused.permute(0, 2, 3, 1) + self.Ds.to(dtype) * u
+
+
+class Block(nn.Module):
+    """Position encoding, state-space mixer, position encoding, MLP; all residual, tokens (B, H, W, C)."""
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.cpe1 = DepthwiseConv(dim)
+        self.ln_1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.self_attention = StructureAwareSSM(dim)
+        self.cpe2 = DepthwiseConv(dim)
+        self.ln_2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.cpe1(x)
+        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.ln_2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks of one width and the downsampling that follows them, if any."""
+
+    def __init__(self, dim: int, drop_paths: Sequence[float], mlp_ratio: float, downsample: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, mlp_ratio, drop_path) for drop_path in drop_paths)
+        self.downsample = Downsample(dim) if downsample else nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, H, W, C) to the same tokens after the blocks, and to those of the next stage."""
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x, self.downsample(x)
+
+
+class SpatialMambaEncoder(nn.Module):
+    """Stem and stages: what the classifier and the backbone have in common.
+
+    Args:
+        in_chans: channels of the images.
+        dims: width of the first stage, an even number; it doubles from stage to stage.
+        depths: number of blocks of each stage.
+        d_state: states per channel; the model is defined for 1.
+        mlp_ratio: hidden width of the MLPs, in widths.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        use_checkpoint: recompute the blocks' activations in the backward pass instead of storing them.
+
+    Raises:
+        ValueError: for a ``d_state`` other than 1, an odd width or a stage without blocks.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        dims: int = 64,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        d_state: int = 1,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.2,
+        use_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if d_state != 1:
+            raise ValueError(f"Spatial-Mamba has one state per channel: d_state must be 1, got {d_state}")
+        if dims < 2 or dims % 2:
+            raise ValueError(f"dims, the width of the first stage, must be a positive even number, got {dims}")
+        if not depths or min(depths) < 1:
+            raise ValueError(f"depths must name at least one block for every stage, got {tuple(depths)}")
+
+        widths = [dims * 2**i for i in range(len(depths))]
+        self.patch_embed = Stem(in_chans, dims)
+        self.layers = nn.ModuleList(
+            Stage(width, drop_paths, mlp_ratio, downsample=i < len(depths) - 1)
+            for i, (width, drop_paths) in enumerate(
+                zip(widths, calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True), strict=True)
+            )
+        )
+        self.in_chans = in_chans
+        self.num_features = widths[-1]
+        self.feature_info = [
+            dict(num_chs=width, reduction=4 * 2**i, module=f"layers.{i}") for i, width in enumerate(widths)
+        ]
+        self.set_grad_checkpointing(use_checkpoint)
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn activation checkpointing of the blocks on or off."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names exempt from weight decay beyond biases and 1-D parameters, which timm exempts itself: none."""
+        return set()
+
+
+class SpatialMamba(SpatialMambaEncoder):
+    """Spatial-Mamba classifier: images (B, in_chans, H, W), of any H and W of at least 32, to logits (B, num_classes).
+
+    Args:
+        num_classes: size of the logits; 0 returns the pooled features instead.
+        drop_rate: dropout in front of the classifier.
+        global_pool: ``"avg"``, or ``""`` to classify every token.
+        in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, use_checkpoint: see ``SpatialMambaEncoder``.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        dims: int = 64,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        d_state: int = 1,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+        use_checkpoint: bool = False,
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__(in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, use_checkpoint)
+        self.head_hidden_size = self.num_features
+        self.drop_rate = drop_rate
+        self.output_fmt = "NHWC"
+        self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a freshly initialised classifier of another size in place, on the model's device and dtype."""
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise ValueError(f'global_pool must be "avg" or "", got {global_pool!r}')
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        if num_classes > 0:
+            head = nn.Linear(self.num_features, num_classes)
+            _init_weights(head)
+            self.head = head.to(device=self.norm.weight.device, dtype=self.norm.weight.dtype)
+        else:
+            self.head = nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to normalised tokens (B, H / 32, W / 32, num_features)."""
+        x = self.patch_embed(x)
+        for stage in self.layers:
+            _, x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, H, W, num_features) to logits, or with ``pre_logits`` to the features in front of them."""
+        if self.global_pool == "avg":
+            x = x.mean(dim=(1, 2))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class SpatialMambaBackbone(SpatialMambaEncoder):
+    """Spatial-Mamba as a feature pyramid: images (B, in_chans, H, W) to one map (B, C_i, H_i, W_i) per out_index.
+
+    Map i has stride 4 * 2**i; it is taken in front of that stage's downsampling and normalised by ``outnorm{i}``.
+
+    Args:
+        out_indices: the stages whose maps are returned, in ascending order.
+        pretrained: a classification checkpoint to start from, loaded strictly: only its classifier and final
+            normalisation may be left over, and only the ``outnorm`` layers keep their initial values.
+        others: see ``SpatialMambaEncoder``.
+
+    Raises:
+        ValueError: for an index that names no stage.
+        WeightsError: if ``pretrained`` is missing, unsafe, damaged or does not fit.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        dims: int = 64,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        d_state: int = 1,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.2,
+        use_checkpoint: bool = False,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        pretrained: str | PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, use_checkpoint)
+        self.out_indices = tuple(out_indices)
+        if sorted(set(self.out_indices) & set(range(len(depths)))) != list(self.out_indices):
+            raise ValueError(f"out_indices must be ascending stages of 0 to {len(depths) - 1}, got {self.out_indices}")
+        for i in self.out_indices:
+            self.add_module(f"outnorm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"], eps=LAYER_NORM_EPS))
+        if pretrained is not None:
+            load_backbone_weights(self, pretrained)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        maps = []
+        x = self.patch_embed(x)
+        for i, stage in enumerate(self.layers):
+            features, x = stage(x)
+            if i in self.out_indices:
+                maps.append(getattr(self, f"outnorm{i}")(features).permute(0, 3, 1, 2).contiguous())
+        return tuple(maps)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "min_input_size": (3, 32, 32),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.conv1.conv",
+        "classifier": "head",
+        "paper_ids": "arXiv:2410.15091",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "spatial_mamba_tiny.in1k": _cfg(),
+        "spatial_mamba_small.in1k": _cfg(),
+        "spatial_mamba_base.in1k": _cfg(),
+    }
+)
+
+
+def _create_spatial_mamba(variant: str, pretrained: bool, **kwargs: Any) -> SpatialMamba:
+    return build_model_with_cfg(SpatialMamba, variant, pretrained, **kwargs)
+
+
+@register_model
+def spatial_mamba_tiny(
+    num_classes: int = 1000, drop_path_rate: float = 0.2, *, pretrained: bool = False, **kwargs: Any
+) -> SpatialMamba:
+    """Spatial-Mamba-T: 27M parameters, 4.5 GFLOPs at 224x224."""
+    config = dict(dims=64, depths=(2, 4, 8, 4), num_classes=num_classes, drop_path_rate=drop_path_rate)
+    return _create_spatial_mamba("spatial_mamba_tiny", pretrained, **config, **kwargs)
+
+
+@register_model
+def spatial_mamba_small(
+    num_classes: int = 1000, drop_path_rate: float = 0.3, *, pretrained: bool = False, **kwargs: Any
+) -> SpatialMamba:
+    """Spatial-Mamba-S: 43M parameters, 7.1 GFLOPs at 224x224."""
+    config = dict(dims=64, depths=(2, 4, 21, 5), num_classes=num_classes, drop_path_rate=drop_path_rate)
+    return _create_spatial_mamba("spatial_mamba_small", pretrained, **config, **kwargs)
+
+
+@register_model
+def spatial_mamba_base(
+    num_classes: int = 1000, drop_path_rate: float = 0.5, *, pretrained: bool = False, **kwargs: Any
+) -> SpatialMamba:
+    """Spatial-Mamba-B: 96M parameters, 15.8 GFLOPs at 224x224."""
+    config = dict(dims=96, depths=(2, 4, 21, 5), num_classes=num_classes, drop_path_rate=drop_path_rate)
+    return _create_spatial_mamba("spatial_mamba_base", pretrained, **config, **kwargs)

@@ -1,0 +1,101 @@
+"""Reads checkpoint files safely and loads them strictly, with one clear error for everything that can be wrong."""
+
+import pickle
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class WeightsError(ValueError):
+    """A checkpoint file is missing, unsafe, damaged, or does not fit the model."""
+
+
+def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
+    """Load a checkpoint onto the CPU without executing anything it contains.
+
+    Beside tensors and plain containers only yacs configs and NumPy scalars are admitted, which the published
+    checkpoints hold; a pickle that names any other type is refused.
+
+    Raises:
+        WeightsError: naming the file and what to do about it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such checkpoint file")
+    if path.stat().st_size == 0:
+        raise WeightsError(f"{path}: the file is empty; download or save it again")
+    try:
+        with torch.serialization.safe_globals(_admitted_types()):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
+        if foreign and "Unsupported" in str(error):
+            raise WeightsError(
+                f"{path}: refused, because it asks to load the type {foreign[1]}, which could run code; "
+                "save it again with tensors and plain Python values only"
+            ) from error
+        raise WeightsError(f"{path}: not a PyTorch checkpoint, or a damaged one") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise WeightsError(f"{path}: truncated or damaged; download or save it again") from error
+    if not isinstance(checkpoint, dict):
+        raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint dictionary")
+    return checkpoint
+
+
+def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key: str = "model") -> dict[str, Tensor]:
+    """The state dict a checkpoint stores under ``key``, or the checkpoint itself if it is a bare state dict."""
+    if key in checkpoint:
+        state = checkpoint[key]
+    elif key == "model" and "state_dict" in checkpoint:
+        state = checkpoint["state_dict"]
+    else:
+        state = checkpoint
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f'{path}: found no model weights; expected them under "{key}" or at the top level')
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
+    """``load_state_dict`` that checks every name and shape before it changes anything.
+
+    Raises:
+        WeightsError: naming the first differences.
+    """
+    own = model.state_dict()
+    problems = [f"{name} is missing" for name in own.keys() - state.keys()]
+    problems += [f"{name} is not part of the model" for name in state.keys() - own.keys()]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if state[name].shape != own[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:3]) + ("; ..." if len(problems) > 3 else "")
+        raise WeightsError(f"{path}: does not fit this model in {len(problems)} entries: {shown}")
+    model.load_state_dict(state, strict=True)
+
+
+def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Start a backbone from a classification checkpoint; its own ``outnorm`` layers keep their values."""
+    state = state_dict_of(read_checkpoint(path), path)
+    classifier_only = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    state = {name: tensor for name, tensor in state.items() if name not in classifier_only}
+    output_norms = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("outnorm")}
+    load_strictly(model, {**output_norms, **state}, path)
+
+
+def _admitted_types() -> list[Any]:
+    """Types beyond PyTorch's own list that checkpoints of section "ImageNet" hold; none can execute code."""
+    scalar = np.float64(0).__reduce__()[0]
+    types = [scalar, np.dtype, *(type(np.dtype(code)) for code in "?bhilBHILefd")]
+    try:
+        from yacs.config import CfgNode
+    except ImportError:  # the model alone does not need yacs
+        return types
+    return [*types, CfgNode]

@@ -1,0 +1,128 @@
+"""The selective scan (S6) in plain PyTorch: the definition that every other back end is held to."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .linear_recurrence import linear_recurrence
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run ``h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t``, ``y_t = C_t h_t + D u_t`` over L tokens.
+
+    The signature and layouts are those of mamba_ssm's ``selective_scan_fn``; real A only.
+    The recurrence is computed in float32 (float64 for float64 input), also under autocast.
+    Source: Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2; Spatial-Mamba reads the states (``C=None``).
+
+    Args:
+        u: (batch, dim, L), the tokens.
+        delta: (batch, dim, L), the step sizes, before ``delta_bias`` and softplus.
+        A: (dim, N), negative for a recurrence that decays.
+        B: (dim, N), (batch, N, L) or (batch, groups, N, L); groups must divide dim.
+        C: as B; ``None`` returns the states instead of the outputs.
+        D: (dim,), weight of the skip connection.
+        z: (batch, dim, L), the output is multiplied by ``silu(z)``.
+        delta_bias: (dim,), added to ``delta``.
+        delta_softplus: apply softplus to the biased ``delta``.
+        return_last_state: also return ``h_L``.
+
+    Returns:
+        Outputs (batch, dim, L) in the dtype of ``u``; or, for ``C=None``, states (batch, dim, N, L) in the
+        dtype of the recurrence. With ``return_last_state`` a pair, the last state being (batch, dim, N).
+
+    Raises:
+        ValueError: for a shape that fits none of the above, a complex A, or D or z without C.
+    """
+    _check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    compute_dtype = torch.promote_types(u.dtype, torch.float32)
+
+    with torch.autocast(device_type=u.device.type, enabled=False):
+        tokens = u.to(compute_dtype)
+        step = delta.to(compute_dtype)
+        if delta_bias is not None:
+            step = step + delta_bias.to(compute_dtype)[:, None]
+        if delta_softplus:
+            step = F.softplus(step)
+
+        decays = torch.exp(step[:, :, None, 1:] * A.to(compute_dtype)[:, :, None])  # (batch, dim, N, L - 1)
+        inputs = (step * tokens)[:, :, None] * _per_channel(B, u.shape[1]).to(compute_dtype)  # (batch, dim, N, L)
+        states = linear_recurrence(decays, inputs)
+
+        if C is None:
+            out = states
+        else:
+            out = (states * _per_channel(C, u.shape[1]).to(compute_dtype)).sum(dim=2)  # (batch, dim, L)
+            if D is not None:
+                out = out + D.to(compute_dtype)[:, None] * tokens
+            if z is not None:
+                out = out * F.silu(z.to(compute_dtype))
+            out = out.to(u.dtype)
+
+    return (out, states[..., -1]) if return_last_state else out
+
+
+def _per_channel(matrix: Tensor, dim: int) -> Tensor:
+    """Bring any accepted layout of B or C to one that broadcasts against (batch, dim, N, L)."""
+    if matrix.ndim == 2:  # (dim, N), the same for every token
+        return matrix[None, :, :, None]
+    if matrix.ndim == 3:  # (batch, N, L), the same for every channel
+        return matrix[:, None]
+    groups = matrix.shape[1]
+    return matrix if groups == 1 else matrix.repeat_interleave(dim // groups, dim=1)
+
+
+def _check_arguments(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    if u.ndim != 3 or u.shape[2] < 1:
+        raise ValueError(f"u must be (batch, dim, L) with L >= 1, got {tuple(u.shape)}")
+    batch, dim, length = u.shape
+    if A.ndim != 2 or A.shape[0] != dim:
+        raise ValueError(f"A must be (dim, N) with dim = {dim}, got {tuple(A.shape)}")
+    if any(x is not None and x.is_complex() for x in (u, delta, A, B, C)):
+        raise ValueError("selective_scan is defined for real tensors; use the real part of a complex A, B or C")
+    if C is None and (D is not None or z is not None):
+        raise ValueError("D and z act on the outputs: pass C too, or leave them out to get the states")
+
+    for name, tensor, shape in (
+        ("delta", delta, (batch, dim, length)),
+        ("z", z, (batch, dim, length)),
+        ("D", D, (dim,)),
+        ("delta_bias", delta_bias, (dim,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} to go with u of {tuple(u.shape)}, got {tuple(tensor.shape)}")
+
+    d_state = A.shape[1]
+    for name, matrix in (("B", B), ("C", C)):
+        if matrix is None:
+            continue
+        shape = tuple(matrix.shape)
+        grouped = len(shape) == 4 and shape[1] >= 1 and dim % shape[1] == 0
+        if not (
+            shape == (dim, d_state)
+            or shape == (batch, d_state, length)
+            or (grouped and shape == (batch, shape[1], d_state, length))
+        ):
+            raise ValueError(
+                f"{name} must be (dim, N) = {(dim, d_state)}, (batch, N, L) = {(batch, d_state, length)} or "
+                f"(batch, groups, N, L) with groups dividing {dim}, got {shape}"
+            )

@@ -1,0 +1,64 @@
+"""Structure-aware state fusion (SASF) in plain PyTorch: the definition that every other back end is held to."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def state_fusion(
+    h: Tensor,
+    kernels: Sequence[Tensor],
+    alpha: Tensor,
+    dilations: Sequence[int] = (1, 3, 5),
+) -> Tensor:
+    """Mix each state with its 2-D neighbours: ``sum_k alpha_k conv_k(h)``.
+
+    Each ``conv_k`` is a depthwise convolution (cross-correlation) of stride 1 whose borders repeat the edge
+    states, so that the size is kept. Computed in float32 (float64 for float64 input), also under autocast.
+    Nothing derived from the weights is kept between calls.
+    Source: Xiao et al., "Spatial-Mamba", arXiv 2410.15091, structure-aware state fusion.
+
+    Args:
+        h: (batch, dim, H, W), the states laid out on the image.
+        kernels: K tensors (dim, 1, k, k) of odd k.
+        alpha: (K,), the weight of each kernel.
+        dilations: K positive integers.
+
+    Returns:
+        The fused states, (batch, dim, H, W), in the dtype of ``h``.
+
+    Raises:
+        ValueError: if the shapes do not fit, or the numbers of kernels, weights and dilations differ.
+    """
+    _check_arguments(h, kernels, alpha, dilations)
+    compute_dtype = torch.promote_types(h.dtype, torch.float32)
+
+    with torch.autocast(device_type=h.device.type, enabled=False):
+        states = h.to(compute_dtype)
+        fused = torch.zeros_like(states)
+        for kernel, weight, dilation in zip(kernels, alpha.to(compute_dtype), dilations, strict=True):
+            reach = dilation * (kernel.shape[-1] // 2)
+            padded = F.pad(states, (reach, reach, reach, reach), mode="replicate")
+            scaled = weight * kernel.to(compute_dtype)
+            fused = fused + F.conv2d(padded, scaled, dilation=dilation, groups=h.shape[1])
+    return fused.to(h.dtype)
+
+
+def _check_arguments(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int]) -> None:
+    if h.ndim != 4:
+        raise ValueError(f"h must be (batch, dim, H, W), got {tuple(h.shape)}")
+    if alpha.ndim != 1 or not len(kernels) == len(dilations) == alpha.shape[0]:
+        raise ValueError(
+            f"one kernel, one weight and one dilation per branch are needed, got {len(kernels)} kernels, "
+            f"alpha of {tuple(alpha.shape)} and dilations {tuple(dilations)}"
+        )
+    for kernel in kernels:
+        size = kernel.shape[-1]
+        if tuple(kernel.shape) != (h.shape[1], 1, size, size) or size % 2 == 0:
+            raise ValueError(
+                f"a fusion kernel must be (dim, 1, k, k) with dim = {h.shape[1]} and odd k, got {tuple(kernel.shape)}"
+            )
+    if any(dilation < 1 for dilation in dilations):
+        raise ValueError(f"dilations must be positive integers, got {tuple(dilations)}")
