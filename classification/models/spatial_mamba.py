@@ -101,6 +101,13 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension, computed in the dtype of its input whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class StateFusion(nn.Module):
     """Weights of structure-aware state fusion: one depthwise 3x3 kernel per dilation, and their mixture."""
 
@@ -137,7 +144,7 @@ class StructureAwareSSM(nn.Module):
         self.A_logs = nn.Parameter(torch.zeros(inner_dim, 1))
         self.Ds = nn.Parameter(torch.ones(inner_dim))
         self.state_fusion = StateFusion(inner_dim)
-        self.out_norm = nn.LayerNorm(inner_dim, eps=LAYER_NORM_EPS)
+        self.out_norm = LayerNorm(inner_dim, eps=LAYER_NORM_EPS)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False)
         self.reset_scan_parameters()
 
@@ -155,9 +162,7 @@ class StructureAwareSSM(nn.Module):
         u = F.silu(self.conv2d(x))
         step, B, C = F.linear(u, self.x_proj_weight).split([self.dt_rank, 1, 1], dim=-1)
         with torch.autocast(device_type=u.device.type, enabled=False):
-            y = self.scan_and_fuse(u, step, B, C)
-            norm = self.out_norm
-            y = F.layer_norm(y, (self.inner_dim,), norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps)
+            y = self.out_norm(self.scan_and_fuse(u, step, B, C))
         return self.out_proj(y.to(gate.dtype) * F.silu(gate))
 
     def scan_and_fuse(self, u: Tensor, step: Tensor, B: Tensor, C: Tensor) -> Tensor:
