@@ -1,0 +1,152 @@
+"""Training checkpoints: what a run is made of, saved atomically and restored strictly."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from yacs.config import CfgNode
+
+from .config import to_plain
+from .errors import InputError
+from .models.weights import WeightsError, load_strictly, read_checkpoint, state_dict_of
+
+LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingState:
+    """Everything that training changes. Random numbers are no part of it: they follow from seed, epoch and rank."""
+
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    epoch: int = -1  # the last finished epoch
+    updates: int = 0
+    skipped_in_a_row: int = 0
+    max_accuracy: float = 0.0
+    max_accuracy_ema: float = 0.0
+
+
+def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
+    """Write a whole checkpoint or none: to a file beside ``path`` first, renamed once it is on the disk."""
+    content = {
+        "model": state.model.state_dict(),
+        "model_ema": state.ema.module.state_dict() if state.ema else None,
+        "optimizer": state.optimizer.state_dict(),
+        "lr_scheduler": state.scheduler.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "epoch": state.epoch,
+        "steps": state.updates,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "max_accuracy": state.max_accuracy,
+        "max_accuracy_ema": state.max_accuracy_ema,
+        "config": to_plain(config),
+    }
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def restore_checkpoint(state: TrainingState, config: CfgNode, checkpoint: dict[str, Any], path: Path) -> None:
+    """Continue from a checkpoint of this trainer or of the published one, exactly.
+
+    Raises:
+        WeightsError: if the weights do not fit.
+        InputError: if the checkpoint lacks what training needs, or belongs to another optimiser.
+    """
+    missing = [key for key in ("model", "optimizer", "lr_scheduler", "epoch") if key not in checkpoint]
+    if missing:
+        raise InputError(f"{path}: cannot resume, it holds no {missing[0]}; start from it with --pretrained")
+    load_strictly(state.model, state_dict_of(checkpoint, path), path)
+    if state.ema:
+        load_strictly(state.ema.module, _ema_state(checkpoint, path), path)
+    try:
+        state.optimizer.load_state_dict(checkpoint["optimizer"])
+        state.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: its optimiser does not fit this run ({error}); start from its weights with --pretrained"
+        ) from error
+    if checkpoint.get("scaler") and state.scaler.is_enabled():
+        state.scaler.load_state_dict(checkpoint["scaler"])
+    state.epoch = int(checkpoint["epoch"])
+    state.updates = int(checkpoint.get("steps", 0))
+    state.skipped_in_a_row = int(checkpoint.get("skipped_in_a_row", 0))
+    state.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
+    # The published trainer spells the key of its EMA record in the second way.
+    state.max_accuracy_ema = float(checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema", 0.0)))
+    _report_changes(config, checkpoint.get("config"), path)
+
+
+def load_pretrained(model: nn.Module, ema: ModelEmaV3 | None, path: Path, finetune: bool) -> None:
+    """Put a checkpoint's weights in place, and its EMA weights (or else the same) into the EMA model.
+
+    Args:
+        finetune: keep the model's own classifier where the checkpoint's has another size.
+
+    Raises:
+        WeightsError: if the file cannot be read or does not fit.
+        InputError: if the classifier has another size and ``finetune`` is off.
+    """
+    checkpoint = read_checkpoint(path)
+    load_strictly(model, _fit_head(model, state_dict_of(checkpoint, path), path, finetune), path)
+    if ema:
+        load_strictly(ema.module, _fit_head(model, _ema_state(checkpoint, path), path, finetune), path)
+
+
+def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run's folder that can be read whole; damaged ones are passed over with a warning."""
+    paths = [folder / name for name in (LATEST, BEST, BEST_EMA) if (folder / name).is_file()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            return path, read_checkpoint(path)
+        except WeightsError as error:
+            logger.warning("passing over a checkpoint that cannot be read: %s", error)
+    return None
+
+
+def _ema_state(checkpoint: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    return state_dict_of(checkpoint, path, key="model_ema" if checkpoint.get("model_ema") else "model")
+
+
+def _fit_head(model: nn.Module, state: dict[str, torch.Tensor], path: Path, finetune: bool) -> dict[str, torch.Tensor]:
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
+    if "head.weight" not in state or state["head.weight"].shape == own["head.weight"].shape:
+        return state
+    if not finetune:
+        raise InputError(
+            f"{path}: its classifier has {len(state['head.weight'])} classes, this run has {len(own['head.weight'])}; "
+            "add --finetune to start with a new classifier"
+        )
+    return {**state, **own}
+
+
+def _report_changes(config: CfgNode, saved: Any, path: Path) -> None:
+    """Say which settings differ from the run that is continued: it is then no exact continuation."""
+    if not isinstance(saved, dict):
+        return
+    now, free = to_plain(config), {"OUTPUT", "TAG", "PRINT_FREQ", "SAVE_FREQ"}
+    changed = [key for key in saved.keys() & now.keys() - free if isinstance(now[key], dict)]
+    pairs = [
+        (f"{section}.{key}", saved[section][key], value)
+        for section in sorted(changed)
+        for key, value in now[section].items()
+        if key in saved[section] and not isinstance(value, dict) and key not in ("RESUME", "DATA_PATH")
+    ]
+    pairs.append(("SEED", saved.get("SEED"), now["SEED"]))
+    for name, before, after in pairs:
+        if before != after and not (isinstance(before, list | tuple) and list(before) == list(after)):
+            logger.warning("%s: %s was %r when it was saved and is %r now", path, name, before, after)

@@ -1,0 +1,298 @@
+"""The trainer's configuration: defaults (the ImageNet recipe), YAML files, command-line overrides and their checks."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from .errors import InputError
+
+CONFIG_FOLDER = Path(__file__).parents[1] / "configs" / "classification"
+
+_C = CfgNode()
+_C.BASE = [""]  # YAML files, relative to the one that names them, to be merged first
+
+_C.DATA = CfgNode()
+_C.DATA.BATCH_SIZE = 128  # images per process and step
+_C.DATA.DATA_PATH = ""
+_C.DATA.DATASET = "imagenet"  # a label for the logs; the layout is found by looking
+_C.DATA.IMG_SIZE = 224
+_C.DATA.INTERPOLATION = "bicubic"
+_C.DATA.ZIP_MODE = False  # read train.zip and val.zip, even where folders are there too
+_C.DATA.CACHE_MODE = "no"  # keep encoded images in memory: no, full, or part (each process its own share)
+_C.DATA.PIN_MEMORY = True
+_C.DATA.NUM_WORKERS = 8
+_C.DATA.SKIP_UNREADABLE = False  # in training, take the next image instead and count
+
+_C.MODEL = CfgNode()
+_C.MODEL.TYPE = "spatial_mamba"
+_C.MODEL.NAME = "spatialmamba_tiny"  # names the output folder
+_C.MODEL.PRETRAINED = ""
+_C.MODEL.RESUME = ""
+_C.MODEL.FINETUNE = False  # allow a pretrained classifier of another size to be dropped
+_C.MODEL.NUM_CLASSES = 0  # 0: as many as the data set has; else it must have that many
+_C.MODEL.DROP_RATE = 0.0
+_C.MODEL.DROP_PATH_RATE = 0.2
+_C.MODEL.LABEL_SMOOTHING = 0.1
+
+_C.MODEL.SPATIAL_MAMBA = CfgNode()
+_C.MODEL.SPATIAL_MAMBA.IN_CHANS = 3
+_C.MODEL.SPATIAL_MAMBA.EMBED_DIM = 64
+_C.MODEL.SPATIAL_MAMBA.DEPTHS = [2, 4, 8, 4]
+_C.MODEL.SPATIAL_MAMBA.D_STATE = 1
+_C.MODEL.SPATIAL_MAMBA.MLP_RATIO = 4.0
+
+_C.TRAIN = CfgNode()
+_C.TRAIN.EPOCHS = 300
+_C.TRAIN.WARMUP_EPOCHS = 20
+_C.TRAIN.WEIGHT_DECAY = 0.05
+_C.TRAIN.BASE_LR = 5e-4  # this and the next two are for a total batch of 512 and scale with it
+_C.TRAIN.WARMUP_LR = 5e-7
+_C.TRAIN.MIN_LR = 5e-6
+_C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 does not clip
+_C.TRAIN.AUTO_RESUME = True
+_C.TRAIN.ACCUMULATION_STEPS = 1
+_C.TRAIN.USE_CHECKPOINT = False
+_C.TRAIN.MODEL_EMA = True
+_C.TRAIN.MODEL_EMA_DECAY = 0.9999
+_C.TRAIN.MAX_SKIPPED_UPDATES = 25  # consecutive updates lost to non-finite values before the run stops
+
+_C.TRAIN.LR_SCHEDULER = CfgNode()
+_C.TRAIN.LR_SCHEDULER.NAME = "cosine"
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+_C.TRAIN.LR_SCHEDULER.MULTISTEPS = []
+_C.TRAIN.LR_SCHEDULER.WARMUP_PREFIX = True  # the decay starts after the warm-up instead of under it
+
+_C.TRAIN.OPTIMIZER = CfgNode()
+_C.TRAIN.OPTIMIZER.NAME = "adamw"
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+
+_C.AUG = CfgNode()
+_C.AUG.COLOR_JITTER = 0.4
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+_C.AUG.REPROB = 0.25
+_C.AUG.REMODE = "pixel"
+_C.AUG.RECOUNT = 1
+_C.AUG.SCALE = (0.08, 1.0)  # area of the random crop
+_C.AUG.RATIO = (3 / 4, 4 / 3)
+_C.AUG.HFLIP = 0.5
+_C.AUG.MIXUP = 0.8
+_C.AUG.CUTMIX = 1.0
+_C.AUG.CUTMIX_MINMAX = None
+_C.AUG.MIXUP_PROB = 1.0
+_C.AUG.MIXUP_SWITCH_PROB = 0.5
+_C.AUG.MIXUP_MODE = "batch"
+_C.AUG.MESA = 0.0  # gain of the soft cross entropy against the EMA model
+_C.AUG.MESA_START = 0.25  # share of the epochs before it sets in
+
+_C.TEST = CfgNode()
+_C.TEST.CROP = True  # resize the short side to 256/224 of the size and crop, else squash to the size
+
+_C.AMP_ENABLE = True
+_C.AMP_DTYPE = "auto"  # bfloat16 where the device has it, else float16; or bfloat16, float16
+_C.DEVICE = "auto"
+_C.COMPILE = False
+_C.OUTPUT = "output"
+_C.TAG = "default"
+_C.SAVE_FREQ = 1  # epochs between checkpoints
+_C.PRINT_FREQ = 50  # steps between lines where there is no progress bar
+_C.SEED = 0
+_C.EVAL_MODE = False
+_C.THROUGHPUT_MODE = False
+_C.THROUGHPUT_BATCHES = []  # batch sizes to time; empty: DATA.BATCH_SIZE
+
+MODEL_TYPES = ("spatial_mamba", "spatialmamba", "vssm")
+_MODEL_SECTIONS = ("SPATIALMAMBA", "VSSM")  # other names of MODEL.SPATIAL_MAMBA, in any case
+
+# Keys of published files that choose between things this implementation has one of. They are read past, with a
+# note in the log, unless the value asks for a model or recipe that differs from the one built here.
+_UNUSED_KEYS = {
+    "AMP_OPT_LEVEL", "ENABLE_AMP", "FUSED_LAYERNORM", "FUSED_WINDOW_PROCESS", "LOCAL_RANK", "TRAINCOST_MODE",
+    "DATA.MASK_PATCH_SIZE", "DATA.MASK_RATIO", "MODEL.MMCKPT", "TEST.SEQUENTIAL", "TEST.SHUFFLE", "TRAIN.MOE",
+    "TRAIN.START_EPOCH", "TRAIN.LR_SCHEDULER.GAMMA", "TRAIN.LAYER_DECAY",
+    *(f"MODEL.SPATIAL_MAMBA.{key}" for key in (
+        "SSM_ACT_LAYER", "SSM_CONV_BIAS", "SSM_DT_RANK", "SSM_INIT", "SSM_FORWARDTYPE", "SSM_RANK_RATIO",
+        "MLP_ACT_LAYER", "PATCH_NORM", "NORM_LAYER", "DOWNSAMPLE", "PATCHEMBED", "POSEMBED", "GMLP",
+    )),
+}  # fmt: skip
+_FIXED_KEYS = {
+    "MODEL.SPATIAL_MAMBA.SSM_RATIO": 2.0,
+    "MODEL.SPATIAL_MAMBA.SSM_CONV": 3,
+    "MODEL.SPATIAL_MAMBA.SSM_DROP_RATE": 0.0,
+    "MODEL.SPATIAL_MAMBA.MLP_DROP_RATE": 0.0,
+    "MODEL.SPATIAL_MAMBA.PATCH_SIZE": 4,
+}
+_RENAMED_KEYS = {"MODEL.SPATIAL_MAMBA.SSM_D_STATE": "MODEL.SPATIAL_MAMBA.D_STATE"}
+
+
+def default_config() -> CfgNode:
+    """A fresh copy of the defaults."""
+    return _C.clone()
+
+
+def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> tuple[CfgNode, list[str]]:
+    """Defaults, then a YAML file (and those its BASE names), then ``(key, value)`` overrides; checked and frozen.
+
+    Args:
+        name: path of the file, or the bare name of one that comes with the package.
+        overrides: later ones win; texts are read as YAML users expect (``1e-3`` is a number).
+
+    Returns:
+        The config, and one line for every key that was read past.
+
+    Raises:
+        InputError: naming the file or option and the key.
+    """
+    config, notes = default_config(), []
+    path, shipped = Path(name), CONFIG_FOLDER / f"{name}.yaml"
+    _merge_file(config, shipped if not path.exists() and shipped.is_file() else path, notes, seen=())
+    for key, value in overrides:
+        _merge_value(config, key, value, "--opts", notes)
+    check_config(config)
+    config.freeze()
+    return config, notes
+
+
+def check_config(config: CfgNode) -> None:
+    """Refuse values that cannot work before anything is built from them.
+
+    Raises:
+        InputError: naming the key, its value and what is allowed.
+    """
+
+    def require(key: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            value = config
+            for part in key.split("."):
+                value = value[part]
+            raise InputError(f"{key} is {value!r}; it must be {allowed}")
+
+    data, model, train, aug = config.DATA, config.MODEL, config.TRAIN, config.AUG
+    require("MODEL.TYPE", model.TYPE.lower() in MODEL_TYPES, f"one of {', '.join(MODEL_TYPES)}")
+    require("DATA.BATCH_SIZE", data.BATCH_SIZE >= 1, "at least 1")
+    require("DATA.IMG_SIZE", data.IMG_SIZE >= 32, "at least 32")
+    require("DATA.NUM_WORKERS", data.NUM_WORKERS >= 0, "at least 0")
+    require("DATA.CACHE_MODE", data.CACHE_MODE in ("no", "full", "part"), "no, full or part")
+    interpolations = ("bicubic", "bilinear", "nearest", "lanczos", "random")
+    require("DATA.INTERPOLATION", data.INTERPOLATION in interpolations, f"one of {', '.join(interpolations)}")
+    require("MODEL.NUM_CLASSES", model.NUM_CLASSES >= 0, "0 (as the data set) or a number of classes")
+    require("MODEL.DROP_RATE", 0 <= model.DROP_RATE < 1, "in [0, 1)")
+    require("MODEL.DROP_PATH_RATE", 0 <= model.DROP_PATH_RATE < 1, "in [0, 1)")
+    require("MODEL.LABEL_SMOOTHING", 0 <= model.LABEL_SMOOTHING < 1, "in [0, 1)")
+    require("TRAIN.EPOCHS", train.EPOCHS >= 1, "at least 1")
+    require("TRAIN.WARMUP_EPOCHS", 0 <= train.WARMUP_EPOCHS < train.EPOCHS, f"less than TRAIN.EPOCHS, {train.EPOCHS}")
+    for key in ("BASE_LR", "WARMUP_LR", "MIN_LR", "WEIGHT_DECAY", "CLIP_GRAD"):
+        require(f"TRAIN.{key}", train[key] >= 0, "at least 0")
+    require("TRAIN.ACCUMULATION_STEPS", train.ACCUMULATION_STEPS >= 1, "at least 1")
+    require("TRAIN.MODEL_EMA_DECAY", 0 <= train.MODEL_EMA_DECAY < 1, "in [0, 1)")
+    require("TRAIN.MAX_SKIPPED_UPDATES", train.MAX_SKIPPED_UPDATES >= 1, "at least 1")
+    schedules = ("cosine", "step", "multistep", "constant")
+    require("TRAIN.LR_SCHEDULER.NAME", train.LR_SCHEDULER.NAME in schedules, f"one of {', '.join(schedules)}")
+    require("AUG.MESA", aug.MESA >= 0, "at least 0")
+    require("AUG.MESA", aug.MESA == 0 or train.MODEL_EMA, "0 without TRAIN.MODEL_EMA, because the EMA is the teacher")
+    require("AUG.MESA_START", 0 <= aug.MESA_START <= 1, "in [0, 1]")
+    for key in ("REPROB", "HFLIP", "MIXUP_PROB", "MIXUP_SWITCH_PROB"):
+        require(f"AUG.{key}", 0 <= aug[key] <= 1, "a probability in [0, 1]")
+    for key in ("MIXUP", "CUTMIX"):
+        require(f"AUG.{key}", aug[key] >= 0, "at least 0")
+    require("AUG.MIXUP_MODE", aug.MIXUP_MODE in ("batch", "pair", "elem"), "batch, pair or elem")
+    require("AUG.REMODE", aug.REMODE in ("pixel", "rand", "const"), "pixel, rand or const")
+    for key in ("SCALE", "RATIO"):
+        require(f"AUG.{key}", len(aug[key]) == 2 and 0 < aug[key][0] <= aug[key][1], "two rising positive numbers")
+    require("AUG.SCALE", aug.SCALE[1] <= 1, "at most the whole image, 1.0")
+    if uses_mixup(config):
+        require("DATA.BATCH_SIZE", data.BATCH_SIZE % 2 == 0, "even, because Mixup pairs the images of a batch")
+    require("AMP_DTYPE", config.AMP_DTYPE in ("auto", "bfloat16", "float16"), "auto, bfloat16 or float16")
+    require("DEVICE", config.DEVICE in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+    require("SAVE_FREQ", config.SAVE_FREQ >= 1, "at least 1")
+    require("PRINT_FREQ", config.PRINT_FREQ >= 1, "at least 1")
+    require("SEED", config.SEED >= 0, "at least 0")
+    require("THROUGHPUT_BATCHES", all(b >= 1 for b in config.THROUGHPUT_BATCHES), "a list of positive batch sizes")
+
+
+def uses_mixup(config: CfgNode) -> bool:
+    """Whether the recipe mixes images, by Mixup or CutMix."""
+    return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
+
+
+def to_plain(config: CfgNode) -> dict[str, Any]:
+    """The config as plain containers, which any reader of a checkpoint or JSON file can load."""
+    return {key: to_plain(value) if isinstance(value, CfgNode) else value for key, value in config.items()}
+
+
+def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path, ...]) -> None:
+    if path.resolve() in seen:
+        raise InputError(f"{path}: names itself through BASE")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read this config file ({getattr(error, 'strerror', error)})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a config file must hold keys and values, found {type(tree).__name__}")
+    for base in tree.pop("BASE", None) or []:
+        if base:
+            _merge_file(config, path.parent / base, notes, (*seen, path.resolve()))
+    for key, value in _leaves(tree):
+        _merge_value(config, key, value, str(path), notes)
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Flatten nested mappings to dotted keys."""
+    leaves = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        leaves += _leaves(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return leaves
+
+
+def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list[str]) -> None:
+    key = _canonical(key)
+    if any(key == unused or key.startswith(f"{unused}.") for unused in _UNUSED_KEYS):
+        notes.append(f"{source}: {key} has no effect here")
+        return
+    if key in _FIXED_KEYS:
+        if value != _FIXED_KEYS[key]:
+            raise InputError(f"{source}: {key} is {value!r}, but the model is defined for {_FIXED_KEYS[key]!r}")
+        return
+
+    *sections, leaf = key.split(".")
+    node = config
+    for section in sections:
+        node = node.get(section) if isinstance(node, CfgNode) else None
+    if not isinstance(node, CfgNode) or leaf not in node:
+        raise InputError(f"{source}: unknown config key {key}{_suggestion(key)}")
+    if isinstance(node[leaf], CfgNode):
+        raise InputError(f"{source}: {key} is a section; set one of its keys, such as {key}.{next(iter(node[leaf]))}")
+    current = node[leaf]
+    if isinstance(value, str) and not isinstance(current, str):
+        value = CfgNode._decode_cfg_value(value)
+    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(current, bool) != isinstance(value, bool) and current is not None:
+        raise InputError(f"{source}: {key} takes a {type(current).__name__}, got {value!r}")
+    try:
+        config.merge_from_list([key, value])
+    except ValueError as error:
+        raise InputError(f"{source}: {key} takes a {type(current).__name__}, got {value!r}") from error
+
+
+def _canonical(key: str) -> str:
+    parts = str(key).split(".")
+    if parts[0] == "MODEL" and len(parts) > 1 and parts[1].upper() in _MODEL_SECTIONS:
+        parts[1] = "SPATIAL_MAMBA"
+    key = ".".join(parts)
+    return _RENAMED_KEYS.get(key, key)
+
+
+def _suggestion(key: str) -> str:
+    known = [name for name, _ in _leaves(_C)]
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

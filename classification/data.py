@@ -1,0 +1,245 @@
+"""Data sets, transforms, samplers and loaders of the ImageNet recipe."""
+
+import io
+import random
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from yacs.config import CfgNode
+
+from .config import uses_mixup
+from .distributed import Process
+from .errors import InputError
+from .readers import CachedReader, Reader, open_split
+
+# What Pillow and the archive modules raise on damaged files; a decompression bomb counts as damage.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError)
+
+
+def random_seed(*key: int) -> int:
+    """A seed that depends on every number of the key, such as run seed, epoch and rank."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def seed_everything(*key: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators from the key."""
+    seed = random_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class ImageData(Dataset):
+    """Transformed images of one split.
+
+    An item is asked for by ``(index, seed)``: the augmentation of an image is a function of its seed alone,
+    whatever the number of worker processes, so that a resumed run sees the same images as an undisturbed one.
+
+    Args:
+        reader: where the images come from.
+        transform: PIL image to tensor (3, H, W).
+        skip_unreadable: take the next readable image in place of a damaged one, instead of stopping.
+    """
+
+    def __init__(self, reader: Reader, transform: Callable, skip_unreadable: bool = False) -> None:
+        self.reader = reader
+        self.transform = transform
+        self.skip_unreadable = skip_unreadable
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
+        """Image, class, and how many unreadable images were passed over to get it."""
+        index, seed = item
+        for skipped in range(len(self)):
+            position = (index + skipped) % len(self)
+            try:
+                image = Image.open(io.BytesIO(self.reader.read(position))).convert("RGB")
+            except _UNREADABLE as error:
+                if self.skip_unreadable:
+                    continue
+                raise InputError(
+                    f"{self.reader.name(position)}: unreadable image ({error}); "
+                    "replace or remove it, or train with --skip-unreadable"
+                ) from error
+            with _seeded(seed):
+                return self.transform(image), self.reader.label(position), skipped
+        raise InputError(f"{self.reader.name(0)} and all other images of the split are unreadable")
+
+
+class TrainSampler(Sampler):
+    """A new order every epoch, dealt to the processes in equal shares; yields ``(index, seed)``.
+
+    With ``sharded`` a process keeps to the images it holds in memory: index modulo world size equals its rank.
+    """
+
+    def __init__(self, length: int, process: Process, seed: int, sharded: bool = False) -> None:
+        self.length = length
+        self.process = process
+        self.seed = seed
+        self.sharded = sharded
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.length // self.process.world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(random_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        seeds = torch.randint(2**31, (self.length,), generator=generator)
+        rank, world_size = self.process.rank, self.process.world_size
+        own = order[order % world_size == rank] if self.sharded else order[rank::world_size]
+        own = own[: len(self)]
+        return zip(own.tolist(), seeds[own].tolist(), strict=True)
+
+
+class EvalSampler(Sampler):
+    """Every image exactly once over all processes: no padding, so shares may differ by one."""
+
+    def __init__(self, length: int, process: Process) -> None:
+        self.indices = range(process.rank, length, process.world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((index, 0) for index in self.indices)
+
+
+def build_transform(config: CfgNode, is_training: bool) -> Callable:
+    """timm's transform of PIL images to normalised tensors (3, IMG_SIZE, IMG_SIZE)."""
+    size, aug = config.DATA.IMG_SIZE, config.AUG
+    common = dict(
+        input_size=size,
+        interpolation=config.DATA.INTERPOLATION,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+    )
+    if not is_training:
+        if common["interpolation"] == "random":
+            common["interpolation"] = "bicubic"
+        cropping = dict(crop_pct=224 / 256, crop_mode="center") if config.TEST.CROP else dict(crop_mode="squash")
+        return create_transform(**common, **({"crop_pct": 1.0} | cropping))
+    policy = aug.AUTO_AUGMENT
+    return create_transform(
+        **common,
+        is_training=True,
+        scale=tuple(aug.SCALE),
+        ratio=tuple(aug.RATIO),
+        hflip=aug.HFLIP,
+        color_jitter=aug.COLOR_JITTER or None,
+        auto_augment=None if policy in ("", "none") else policy,
+        re_prob=aug.REPROB,
+        re_mode=aug.REMODE,
+        re_count=aug.RECOUNT,
+    )
+
+
+def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
+    """Batches ``(images (B, 3, S, S), classes (B,), passed over (B,))`` of whole size only.
+
+    Raises:
+        InputError: if the split cannot be opened, or is smaller than one update of all processes.
+    """
+    dataset = _open_dataset(config, process, "train")
+    per_update = config.DATA.BATCH_SIZE * process.world_size * config.TRAIN.ACCUMULATION_STEPS
+    if len(dataset) < per_update:
+        raise InputError(
+            f"{config.DATA.DATA_PATH}: {len(dataset)} training images are fewer than the {per_update} of one update "
+            "(batch size x processes x accumulation steps); lower --batch-size"
+        )
+    sampler = TrainSampler(len(dataset), process, config.SEED, sharded=config.DATA.CACHE_MODE == "part")
+    return _build_loader(config, process, dataset, sampler, drop_last=True)
+
+
+def build_val_loader(config: CfgNode, process: Process) -> DataLoader:
+    """Batches like ``build_train_loader``'s, the last one possibly smaller; each image once over all processes.
+
+    Raises:
+        InputError: if the split cannot be opened.
+    """
+    dataset = _open_dataset(config, process, "val")
+    return _build_loader(config, process, dataset, EvalSampler(len(dataset), process), drop_last=False)
+
+
+def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
+    """timm's Mixup and CutMix, if the recipe uses them; they also smooth the labels."""
+    if not uses_mixup(config):
+        return None
+    aug = config.AUG
+    return Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=num_classes,
+    )
+
+
+def check_classes(config: CfgNode, classes: list[str], other: list[str] | None = None) -> int:
+    """Number of classes of the data set, which the config and the other split must agree with.
+
+    Raises:
+        InputError: naming both numbers, or a class that only one split has.
+    """
+    path, expected = config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES
+    if other is not None and classes != other:
+        lone = sorted(set(classes) ^ set(other))
+        raise InputError(f"{path}: train and val must have the same classes; only one of them has {lone[0]}")
+    if expected and expected != len(classes):
+        raise InputError(
+            f"{path}: the data set has {len(classes)} classes, MODEL.NUM_CLASSES is {expected}; "
+            f"add --opts MODEL.NUM_CLASSES {len(classes)} if that is meant"
+        )
+    return len(classes)
+
+
+def _open_dataset(config: CfgNode, process: Process, split: str) -> ImageData:
+    is_training = split == "train"
+    reader = open_split(config.DATA.DATA_PATH, split, config.DATA.ZIP_MODE)
+    if config.DATA.CACHE_MODE == "full":
+        reader = CachedReader(reader, range(len(reader)))
+    elif config.DATA.CACHE_MODE == "part":
+        reader = CachedReader(reader, range(process.rank, len(reader), process.world_size))
+    return ImageData(reader, build_transform(config, is_training), is_training and config.DATA.SKIP_UNREADABLE)
+
+
+def _build_loader(
+    config: CfgNode, process: Process, dataset: ImageData, sampler: Sampler, drop_last: bool
+) -> DataLoader:
+    workers = config.DATA.NUM_WORKERS
+    return DataLoader(
+        dataset,
+        batch_size=config.DATA.BATCH_SIZE,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=config.DATA.PIN_MEMORY and process.device.type == "cuda",
+        drop_last=drop_last,
+        persistent_workers=workers > 0,
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Run a block on generators of its own seed, and leave the global ones as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

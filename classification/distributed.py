@@ -1,0 +1,74 @@
+"""Which process this is, on which device it computes, and sums over all processes."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run: its place among the others, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sum each value over all processes, in float64: exact for counts up to 2**53."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launched_rank() -> int:
+    """Rank given by the launcher (torchrun, torch.distributed.launch); 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def start_process(device: str) -> Process:
+    """Join the other processes of the run, over NCCL on GPUs and gloo on CPUs; alone if there was no launcher.
+
+    Args:
+        device: ``auto`` (a GPU where there is one), ``cuda`` or ``cpu``.
+
+    Raises:
+        InputError: if the device asked for is not there.
+    """
+    rank, world_size = launched_rank(), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: PyTorch finds no GPU here; use --device cpu, or check the driver")
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
+                "lower --nproc_per_node"
+            )
+        torch.cuda.set_device(local_rank)
+        this_device = torch.device("cuda", local_rank)
+    else:
+        this_device = torch.device("cpu")
+    if world_size > 1:
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=this_device if device == "cuda" else None)
+    return Process(rank, world_size, this_device)

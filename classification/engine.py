@@ -1,0 +1,277 @@
+"""The loops: one epoch of training, one exact evaluation, one measurement of throughput."""
+
+import contextlib
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from .checkpoint import TrainingState
+from .data import seed_everything
+from .distributed import Process
+from .run_log import RunLog
+
+logger = logging.getLogger(__name__)
+
+
+class DivergenceError(RuntimeError):
+    """Training produces non-finite values update after update."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over a whole split; each image is in them once."""
+
+    images: int
+    correct1: int
+    correct5: int
+    loss: float  # mean cross entropy
+
+    @property
+    def acc1(self) -> float:
+        return 100.0 * self.correct1 / self.images
+
+    @property
+    def acc5(self) -> float:
+        return 100.0 * self.correct5 / self.images
+
+    def __str__(self) -> str:
+        return f"acc@1 {self.acc1:.3f}% ({self.correct1}/{self.images}), acc@5 {self.acc5:.3f}%, loss {self.loss:.4f}"
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, process: Process, log: RunLog, title: str = "val") -> Evaluation:
+    """Count right answers over the loaders of all processes, in float32 whatever training uses.
+
+    Raises:
+        RuntimeError: if the images counted are not exactly those of the data set.
+    """
+    model.eval()
+    loss = images = correct1 = correct5 = 0.0
+    for batch, classes, _ in log.progress(loader, len(loader), title):
+        classes = classes.to(process.device, non_blocking=True)
+        logits = model(batch.to(process.device, non_blocking=True)).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]
+        correct1 += best[:, 0].sum().item()
+        correct5 += best.any(dim=1).sum().item()
+        loss += nn.functional.cross_entropy(logits, classes, reduction="sum").item()
+        images += len(classes)
+    images, correct1, correct5, loss = process.sum([images, correct1, correct5, loss])
+    if images != len(loader.dataset):
+        raise RuntimeError(f"evaluated {images:.0f} images of a split of {len(loader.dataset)}")
+    return Evaluation(int(images), int(correct1), int(correct5), loss / images)
+
+
+@dataclass
+class TrainingRun:
+    """The unchanging parts of a run, and its state."""
+
+    config: CfgNode
+    process: Process
+    log: RunLog
+    state: TrainingState
+    model: nn.Module  # the state's model, possibly compiled and wrapped for distributed training
+    loader: DataLoader
+    criterion: nn.Module
+    mixup: Mixup | None
+    dtype: torch.dtype  # of autocast; float32 is none
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return len(self.loader) // self.config.TRAIN.ACCUMULATION_STEPS
+
+
+def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
+    """Train for one epoch (numbered from 0) and return its figures, over all processes.
+
+    An update whose loss or gradient is not finite on any process is skipped on all of them and counted.
+
+    Raises:
+        DivergenceError: after ``TRAIN.MAX_SKIPPED_UPDATES`` skipped updates in a row.
+    """
+    config, process, state, log = run.config, run.process, run.state, run.log
+    seed_everything(config.SEED, epoch, process.rank)
+    run.loader.sampler.epoch = epoch
+    run.model.train()
+    teacher = None
+    if config.AUG.MESA > 0 and epoch >= int(config.AUG.MESA_START * config.TRAIN.EPOCHS):
+        teacher = state.ema.module
+
+    batches = _Timed(iter(run.loader))
+    images_per_update = config.DATA.BATCH_SIZE * process.world_size * config.TRAIN.ACCUMULATION_STEPS
+    loss_sum = norm_sum = applied = skipped = unreadable = 0.0
+    start = time.perf_counter()
+    bar = log.progress(range(run.updates_per_epoch), run.updates_per_epoch, f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}")
+    for update in bar:
+        loss, grad_norm, passed_over = _update(run, batches, teacher)
+        unreadable += passed_over
+        if grad_norm is None:
+            skipped += 1
+        else:
+            loss_sum, norm_sum, applied = loss_sum + loss, norm_sum + grad_norm, applied + 1
+
+        elapsed = time.perf_counter() - start
+        speed = images_per_update * (update + 1) / elapsed
+        figures = {
+            "train/loss": loss,
+            "train/learning_rate": state.optimizer.param_groups[0]["lr"],
+            "train/gradient_norm": float("nan") if grad_norm is None else grad_norm,
+            "train/images_per_second": speed,
+            "train/data_time": batches.seconds / (update + 1),
+        }
+        log.scalars(figures, state.updates)
+        bar.set_postfix_str(f"loss {loss:.3f} lr {figures['train/learning_rate']:.1e}", refresh=False)
+        if (update + 1) % config.PRINT_FREQ == 0 and not log.shows_bars:
+            left = (config.TRAIN.EPOCHS - epoch) * run.updates_per_epoch - update - 1
+            logger.info(
+                "epoch %d/%d update %d/%d loss %.4f lr %.2e grad norm %.3f %.1f images/s data %.0f%% eta %s",
+                epoch + 1, config.TRAIN.EPOCHS, update + 1, run.updates_per_epoch, loss,
+                figures["train/learning_rate"], figures["train/gradient_norm"], speed,
+                100 * batches.seconds / elapsed, _duration(left * elapsed / (update + 1)),
+            )  # fmt: skip
+
+    seconds = time.perf_counter() - start
+    unreadable, loss_sum, ranks = process.sum([unreadable, loss_sum, 1.0])
+    return {
+        "train_loss": loss_sum / ranks / applied if applied else float("nan"),
+        "gradient_norm": norm_sum / applied if applied else float("nan"),
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "updates": state.updates,
+        "skipped_updates": int(skipped),
+        "unreadable_images": int(unreadable),
+        "images_per_second": images_per_update * run.updates_per_epoch / seconds,
+        "data_seconds": batches.seconds,
+        "train_seconds": seconds,
+        "peak_memory_mb": peak_memory(process.device) / 2**20,
+    }
+
+
+def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> tuple[float, float | None, int]:
+    """One optimiser update: this process's loss, the gradient norm (``None`` if skipped), images passed over."""
+    config, state, device = run.config, run.state, run.process.device
+    accumulation = config.TRAIN.ACCUMULATION_STEPS
+    # A forward pass with NaN would leave it in the running statistics of BatchNorm even if the update is skipped.
+    buffers = list(state.model.buffers())
+    before = [buffer.clone() for buffer in buffers]
+
+    total = torch.zeros((), device=device)
+    passed_over = 0
+    for step in range(accumulation):
+        images, classes, skipped_images = next(batches)
+        passed_over += int(skipped_images.sum())
+        images, targets = images.to(device, non_blocking=True), classes.to(device, non_blocking=True)
+        if run.mixup:
+            images, targets = run.mixup(images, targets)
+        is_last = step == accumulation - 1
+        no_sync = isinstance(run.model, DistributedDataParallel) and not is_last
+        with run.model.no_sync() if no_sync else contextlib.nullcontext():
+            with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
+                logits = run.model(images)
+            loss = run.criterion(logits.float(), targets)
+            if teacher is not None:
+                loss = loss + config.AUG.MESA * _self_distillation(logits, images, teacher, run.dtype)
+            # A non-finite loss makes all gradients NaN, so that the gradient norm, which the processes share,
+            # tells each of them that one has failed.
+            verdict = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+            state.scaler.scale(loss * verdict / accumulation).backward()
+        total += loss.detach() / accumulation
+
+    state.scaler.unscale_(state.optimizer)
+    limit = config.TRAIN.CLIP_GRAD or float("inf")
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    loss_value, norm_value = torch.stack([total, norm]).tolist()
+    applied = norm_value - norm_value == 0  # false for inf and NaN
+    if applied:
+        state.scaler.step(state.optimizer)
+        state.skipped_in_a_row = 0
+        if state.ema:
+            state.ema.update(state.model)
+    else:
+        torch._foreach_copy_(buffers, before)
+        state.skipped_in_a_row += 1
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    state.updates += 1
+    state.scheduler.step_update(state.updates)
+    if state.skipped_in_a_row >= config.TRAIN.MAX_SKIPPED_UPDATES:
+        raise DivergenceError(
+            f"{state.skipped_in_a_row} updates in a row had a non-finite loss or gradient (last loss {loss_value}); "
+            "the last good checkpoint is kept: lower TRAIN.BASE_LR, or train with --disable_amp"
+        )
+    return loss_value, norm_value if applied else None, passed_over
+
+
+def _self_distillation(logits: Tensor, images: Tensor, teacher: nn.Module, dtype: torch.dtype) -> Tensor:
+    """MESA: soft cross entropy against the EMA model's prediction on the same augmented images."""
+    with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        prediction = teacher(images)
+    return SoftTargetCrossEntropy()(logits.float(), prediction.float().softmax(dim=-1))
+
+
+@torch.no_grad()
+def measure_throughput(
+    model: nn.Module, batch_size: int, size: int, device: torch.device, dtype: torch.dtype, seconds: float = 3.0
+) -> tuple[float, float]:
+    """Inference speed in images/s on this process, and the peak memory in bytes.
+
+    Args:
+        batch_size: images per step, of in_chans x size x size random numbers.
+        dtype: of autocast; float32 is none.
+        seconds: how long to measure for, after three steps of warm-up.
+    """
+    model.eval()
+    images = torch.randn(batch_size, model.in_chans, size, size, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            model(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for _ in range(3):
+        step()
+    steps, start = 0, time.perf_counter()
+    while steps < 3 or time.perf_counter() - start < seconds:
+        step()
+        steps += 1
+    return batch_size * steps / (time.perf_counter() - start), peak_memory(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes allocated on a GPU, or of this process's resident memory for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Timed:
+    """An iterator that adds up how long its items took."""
+
+    def __init__(self, iterator: Iterator) -> None:
+        self._iterator = iterator
+        self.seconds = 0.0
+
+    def __iter__(self) -> "_Timed":
+        return self
+
+    def __next__(self):  # noqa: ANN204 - whatever the iterator yields
+        start = time.perf_counter()
+        item = next(self._iterator)
+        self.seconds += time.perf_counter() - start
+        return item
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,87 @@
+"""Optimiser, learning-rate schedule, losses and precision of the recipe, assembled from timm's parts."""
+
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from yacs.config import CfgNode
+
+from .config import uses_mixup
+from .errors import InputError
+
+
+def learning_rate_scale(config: CfgNode, world_size: int) -> float:
+    """Images per update, over the 512 that the configured learning rates are meant for."""
+    return config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS / 512
+
+
+def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch.optim.Optimizer:
+    """Weight decay spares 1-D parameters, names ending in ``.bias`` and what the model itself exempts.
+
+    Raises:
+        InputError: for an optimiser that timm does not know.
+    """
+    optimizer = config.TRAIN.OPTIMIZER
+    name = optimizer.NAME.lower()
+    arguments = dict(eps=optimizer.EPS, betas=tuple(optimizer.BETAS))
+    if name in ("sgd", "nesterov", "momentum"):
+        arguments = dict(momentum=optimizer.MOMENTUM)
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=name,
+            lr=config.TRAIN.BASE_LR * learning_rate_scale(config, world_size),
+            weight_decay=config.TRAIN.WEIGHT_DECAY,
+            filter_bias_and_bn=True,
+            **arguments,
+        )
+    except (ValueError, AssertionError, TypeError) as error:
+        raise InputError(f"TRAIN.OPTIMIZER.NAME is {optimizer.NAME!r}: timm cannot build it ({error})") from error
+
+
+def build_scheduler(
+    config: CfgNode, optimizer: torch.optim.Optimizer, updates_per_epoch: int, world_size: int
+) -> Scheduler:
+    """Warm-up and decay per update, over all updates of the run."""
+    train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
+    scale = learning_rate_scale(config, world_size)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=schedule.NAME,
+        num_epochs=train.EPOCHS - (train.WARMUP_EPOCHS if schedule.WARMUP_PREFIX else 0),
+        decay_epochs=schedule.DECAY_EPOCHS,
+        decay_milestones=schedule.MULTISTEPS,
+        decay_rate=schedule.DECAY_RATE,
+        min_lr=train.MIN_LR * scale,
+        warmup_lr=train.WARMUP_LR * scale,
+        warmup_epochs=train.WARMUP_EPOCHS,
+        warmup_prefix=schedule.WARMUP_PREFIX,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def build_criterion(config: CfgNode) -> nn.Module:
+    """Loss on logits (B, classes) against class numbers (B,), or against soft targets where images are mixed."""
+    if uses_mixup(config):
+        return SoftTargetCrossEntropy()
+    if config.MODEL.LABEL_SMOOTHING > 0:
+        return LabelSmoothingCrossEntropy(smoothing=config.MODEL.LABEL_SMOOTHING)
+    return nn.CrossEntropyLoss()
+
+
+def autocast_dtype(config: CfgNode, device: torch.device) -> torch.dtype:
+    """Precision of the training step: bfloat16 where the device computes in it, else float16; float32 without AMP.
+
+    A CPU without bfloat16 units trains in float32: half precision would only be slower there.
+    """
+    if not config.AMP_ENABLE:
+        return torch.float32
+    if config.AMP_DTYPE != "auto":
+        return getattr(torch, config.AMP_DTYPE)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

@@ -1,0 +1,104 @@
+"""What a run writes down: console, log file, TensorBoard scalars, one JSON line per epoch, progress bars."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .distributed import Process
+
+_PACKAGE_LOGGER = logging.getLogger("spatial_mamba")
+
+
+class RunLog:
+    """Writes on the main process and is silent on the others.
+
+    Args:
+        process: this process.
+        folder: where the files go; ``None`` writes to the console alone.
+        first_update: on resuming, the update to go on from; later scalars of the broken-off run are dropped.
+        first_epoch: likewise for the JSON lines.
+    """
+
+    def __init__(
+        self, process: Process, folder: Path | None = None, first_update: int = 0, first_epoch: int = 0
+    ) -> None:
+        self._writes = process.is_main
+        self._is_terminal = sys.stderr.isatty()
+        self._writer = None
+        self._metrics = None
+        set_up_console(process.is_main)
+        if folder is None or not process.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed where files are written
+
+        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        _PACKAGE_LOGGER.addHandler(handler)
+        self._writer = SummaryWriter(str(folder), purge_step=first_update)
+        self._metrics = folder / "metrics.jsonl"
+        _drop_epochs(self._metrics, first_epoch)
+
+    @property
+    def shows_bars(self) -> bool:
+        return self._writes and self._is_terminal
+
+    def progress(self, items: Iterable, total: int, title: str) -> tqdm:
+        """A progress bar with ETA on a terminal; the bare items elsewhere."""
+        return tqdm(items, total=total, desc=title, disable=not self.shows_bars, leave=False, dynamic_ncols=True)
+
+    def scalars(self, values: Mapping[str, float], update: int) -> None:
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, update)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Append one JSON line; numbers that JSON cannot hold become null."""
+        if self._metrics:
+            finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+        for handler in list(_PACKAGE_LOGGER.handlers):
+            _PACKAGE_LOGGER.removeHandler(handler)
+            handler.close()
+
+
+def set_up_console(is_main: bool) -> None:
+    """Send the package's log records to the console: all of the main process, only errors of the others."""
+    if not any(isinstance(handler, _ConsoleHandler) for handler in _PACKAGE_LOGGER.handlers):
+        handler = _ConsoleHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        _PACKAGE_LOGGER.addHandler(handler)
+    _PACKAGE_LOGGER.setLevel(logging.INFO if is_main else logging.ERROR)
+    _PACKAGE_LOGGER.propagate = False
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints through tqdm, so that lines and a progress bar do not overwrite each other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _drop_epochs(metrics: Path, first_epoch: int) -> None:
+    """Forget epochs that are about to be run (again), and a line cut short by a crash."""
+    if not metrics.is_file():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["epoch"] < first_epoch:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    metrics.write_text("".join(kept), encoding="utf-8")

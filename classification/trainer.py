@@ -1,0 +1,288 @@
+"""A job of the trainer from its config to its result: prepare everything that can fail early, then run."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from .checkpoint import (
+    BEST,
+    BEST_EMA,
+    LATEST,
+    TrainingState,
+    find_resumable,
+    load_pretrained,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from .data import build_mixup, build_train_loader, build_val_loader, check_classes, seed_everything
+from .distributed import Process, start_process
+from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train_one_epoch
+from .errors import InputError
+from .models.spatial_mamba import SpatialMamba
+from .models.weights import read_checkpoint
+from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
+from .run_log import RunLog, set_up_console
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """A prepared job; ``run`` does the work."""
+
+    config: CfgNode
+    process: Process
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+
+def prepare(config: CfgNode, notes: list[str]) -> Job:
+    """Build what the config asks for: a throughput measurement, an evaluation or a training.
+
+    Everything found wrong here is found alike by all processes, before any file is written.
+
+    Args:
+        config: checked and frozen.
+        notes: lines on config keys that have no effect, for the log.
+
+    Raises:
+        InputError, WeightsError: naming what is wrong and the remedy.
+    """
+    kind = ThroughputJob if config.THROUGHPUT_MODE else EvaluationJob if config.EVAL_MODE else TrainingJob
+    if kind is not ThroughputJob and not config.DATA.DATA_PATH:
+        raise InputError("--data-path is missing: the folder that holds the train and val splits")
+    if kind is EvaluationJob and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
+        raise InputError("--eval needs the checkpoint to evaluate: add --pretrained FILE")
+    process = start_process(config.DEVICE)
+    set_up_console(process.is_main)
+    for note in notes:
+        logger.warning(note)
+    if process.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    seed_everything(config.SEED)  # the same initial weights in every process
+    return kind(config, process)
+
+
+def build_model(config: CfgNode, num_classes: int) -> SpatialMamba:
+    """The classifier that a config describes.
+
+    Raises:
+        InputError: naming the config key whose value the model refuses.
+    """
+    model = config.MODEL.SPATIAL_MAMBA
+    try:
+        return SpatialMamba(
+            in_chans=model.IN_CHANS,
+            num_classes=num_classes,
+            dims=model.EMBED_DIM,
+            depths=tuple(model.DEPTHS),
+            d_state=model.D_STATE,
+            mlp_ratio=model.MLP_RATIO,
+            drop_rate=config.MODEL.DROP_RATE,
+            drop_path_rate=config.MODEL.DROP_PATH_RATE,
+            use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+        )
+    except ValueError as error:
+        raise InputError(f"MODEL.SPATIAL_MAMBA: {error}") from error
+
+
+class ThroughputJob(Job):
+    """Inference speed and memory for each batch size asked for; needs no data."""
+
+    def __init__(self, config: CfgNode, process: Process) -> None:
+        super().__init__(config, process)
+        self.model = build_model(config, config.MODEL.NUM_CLASSES or 1000).to(process.device)
+        if config.MODEL.PRETRAINED:
+            load_pretrained(self.model, None, Path(config.MODEL.PRETRAINED), config.MODEL.FINETUNE)
+
+    def run(self) -> None:
+        config, device = self.config, self.process.device
+        dtype = autocast_dtype(config, device)
+        model = torch.compile(self.model) if config.COMPILE else self.model
+        for batch_size in sorted(config.THROUGHPUT_BATCHES or [config.DATA.BATCH_SIZE]):
+            speed, memory = measure_throughput(model, batch_size, config.DATA.IMG_SIZE, device, dtype)
+            logger.info(
+                "throughput: batch %d, %d px, %s, %s: %.1f images/s per process, peak memory %.0f MB",
+                batch_size, config.DATA.IMG_SIZE, device.type, str(dtype).removeprefix("torch."), speed,
+                memory / 2**20,
+            )  # fmt: skip
+
+
+class EvaluationJob(Job):
+    """Accuracy of a checkpoint, and of the EMA weights in it if there are any; writes no files."""
+
+    def __init__(self, config: CfgNode, process: Process) -> None:
+        super().__init__(config, process)
+        self.loader = build_val_loader(config, process)
+        num_classes = check_classes(config, self.loader.dataset.reader.classes)
+        self.path = Path(config.MODEL.PRETRAINED or config.MODEL.RESUME)
+        self.has_ema = bool(read_checkpoint(self.path).get("model_ema"))
+        self.model = build_model(config, num_classes).to(process.device)
+        self.ema = ModelEmaV3(self.model) if self.has_ema else None
+        load_pretrained(self.model, self.ema, self.path, finetune=False)
+
+    def run(self) -> None:
+        _validate(self.model, self.ema, self.loader, self.process, RunLog(self.process), str(self.path))
+
+
+class TrainingJob(Job):
+    """Training from scratch, from pretrained weights, or from where the same run was broken off."""
+
+    def __init__(self, config: CfgNode, process: Process) -> None:
+        super().__init__(config, process)
+        self.folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+        train_loader = build_train_loader(config, process)
+        self.val_loader = build_val_loader(config, process)
+        num_classes = check_classes(config, train_loader.dataset.reader.classes, self.val_loader.dataset.reader.classes)
+
+        model = build_model(config, num_classes).to(process.device)
+        ema = ModelEmaV3(model, decay=config.TRAIN.MODEL_EMA_DECAY) if config.TRAIN.MODEL_EMA else None
+        optimizer = build_optimizer(config, model, process.world_size)
+        updates_per_epoch = len(train_loader) // config.TRAIN.ACCUMULATION_STEPS
+        dtype = autocast_dtype(config, process.device)
+        self.state = TrainingState(
+            model,
+            ema,
+            optimizer,
+            build_scheduler(config, optimizer, updates_per_epoch, process.world_size),
+            torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16),
+        )
+        self.resumed_from = self._resume()
+        if config.MODEL.PRETRAINED and not self.resumed_from:
+            load_pretrained(model, ema, Path(config.MODEL.PRETRAINED), config.MODEL.FINETUNE)
+        self._make_folder()
+        log = RunLog(
+            process,
+            self.folder,
+            first_update=self.state.updates,
+            first_epoch=self.state.epoch + 1,
+        )
+        self.training = TrainingRun(
+            config,
+            process,
+            log,
+            self.state,
+            _parallel(torch.compile(model) if config.COMPILE else model, process),
+            train_loader,
+            build_criterion(config),
+            build_mixup(config, num_classes),
+            dtype,
+        )
+
+    def run(self) -> None:
+        config, state, log = self.config, self.state, self.training.log
+        logger.info(
+            "%s: %.2fM parameters, %d training and %d validation images, %d process(es) on %s in %s, output %s",
+            config.MODEL.NAME, sum(p.numel() for p in state.model.parameters()) / 1e6,
+            len(self.training.loader.dataset), len(self.val_loader.dataset), self.process.world_size,
+            self.process.device.type, str(self.training.dtype).removeprefix("torch."), self.folder,
+        )  # fmt: skip
+        if self.resumed_from:
+            logger.info("resumed from %s after epoch %d", self.resumed_from, state.epoch + 1)
+        elif config.MODEL.PRETRAINED:
+            _validate(state.model, state.ema, self.val_loader, self.process, log, config.MODEL.PRETRAINED)
+        for epoch in range(state.epoch + 1, config.TRAIN.EPOCHS):
+            self._run_epoch(epoch)
+        best_ema = f", of its EMA {state.max_accuracy_ema:.3f}%" if state.ema else ""
+        logger.info("finished: best acc@1 of the model %.3f%%%s", state.max_accuracy, best_ema)
+        log.close()
+
+    def _run_epoch(self, epoch: int) -> None:
+        config, state, process, log = self.config, self.state, self.process, self.training.log
+        record = {"epoch": epoch, **train_one_epoch(self.training, epoch)}
+        if process.world_size > 1:
+            # From here on every process holds the same model: the one that is evaluated is the one that is saved.
+            for model in (state.model, *([state.ema.module] if state.ema else [])):
+                distribute_bn(model, process.world_size, reduce=True)
+        result, ema_result = _validate(
+            state.model, state.ema, self.val_loader, process, log, f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}"
+        )
+        names = []
+        if result.acc1 > state.max_accuracy:
+            state.max_accuracy = result.acc1
+            names.append(BEST)
+        record |= {"val_acc1": result.acc1, "val_acc5": result.acc5, "val_loss": result.loss}
+        if ema_result:
+            if ema_result.acc1 > state.max_accuracy_ema:
+                state.max_accuracy_ema = ema_result.acc1
+                names.append(BEST_EMA)
+            record |= {"ema_acc1": ema_result.acc1, "ema_acc5": ema_result.acc5, "ema_loss": ema_result.loss}
+        record |= {"max_accuracy": state.max_accuracy, "max_accuracy_ema": state.max_accuracy_ema}
+        state.epoch = epoch
+        if (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS:
+            names.append(LATEST)
+
+        logger.info(
+            "epoch %d/%d loss %.4f grad norm %.3f %.1f images/s data %.1fs of %.1fs, skipped updates %d, unreadable %d",
+            epoch + 1, config.TRAIN.EPOCHS, record["train_loss"], record["gradient_norm"],
+            record["images_per_second"], record["data_seconds"], record["train_seconds"], record["skipped_updates"],
+            record["unreadable_images"],
+        )  # fmt: skip
+        log.scalars({k.replace("_", "/", 1): v for k, v in record.items() if k[:4] in ("val_", "ema_")}, state.updates)
+        log.epoch(record)
+        if process.is_main:
+            for name in names:
+                save_checkpoint(state, config, self.folder / name)
+        process.barrier()
+
+    def _resume(self) -> Path | None:
+        """Restore the checkpoint to continue from, if there is one, and say which."""
+        config = self.config
+        if config.TRAIN.AUTO_RESUME and (found := find_resumable(self.folder)):
+            path, checkpoint = found
+        elif config.MODEL.RESUME:
+            path = Path(config.MODEL.RESUME)
+            checkpoint = read_checkpoint(path)
+        else:
+            return None
+        restore_checkpoint(self.state, config, checkpoint, path)
+        return path
+
+    def _make_folder(self) -> None:
+        if (self.folder / LATEST).exists() and not self.resumed_from:
+            raise InputError(
+                f"{self.folder}: holds a run that would be overwritten; "
+                "choose another --output or --tag, or let it resume (TRAIN.AUTO_RESUME True)"
+            )
+        self.process.barrier()  # no process may find the folder of another and take it for an earlier run's
+        if self.process.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "config.yaml").write_text(self.config.dump(), encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"--output {self.folder}: cannot be written ({error.strerror})") from error
+
+
+def _parallel(model: nn.Module, process: Process) -> nn.Module:
+    if process.world_size == 1:
+        return model
+    # Gradients of depthwise weights (C, 1, 3, 3) differ from the weights in the stride of the dimension of size 1
+    # alone, which costs nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    return DistributedDataParallel(
+        model,
+        device_ids=[process.device.index] if process.device.type == "cuda" else None,
+        broadcast_buffers=False,  # BatchNorm statistics are averaged once, at the end of the epoch
+        gradient_as_bucket_view=True,
+    )
+
+
+def _validate(
+    model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader, process: Process, log: RunLog, title: str
+) -> tuple[Evaluation, Evaluation | None]:
+    result = evaluate(model, loader, process, log, "val")
+    logger.info("%s: model %s", title, result)
+    if ema is None:
+        return result, None
+    ema_result = evaluate(ema.module, loader, process, log, "val EMA")
+    logger.info("%s: EMA   %s", title, ema_result)
+    return result, ema_result
