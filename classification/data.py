@@ -227,6 +227,7 @@ def _build_loader(
         pin_memory=config.DATA.PIN_MEMORY and process.device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else it draws from the global one, but only when its workers first start
     )
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+# What the readers of PyTorch's two file formats raise on other files and on damaged ones.
+_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError)
 
 
 class WeightsError(ValueError):
@@ -33,16 +37,16 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_admitted_types()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", str(error))
-        if foreign and "Unsupported" in str(error):
+    except (pickle.UnpicklingError, *_DAMAGED) as error:
+        foreign = re.search(r"(?:Unsupported global:|unsupported) GLOBAL ([\w.]+)", str(error))
+        if foreign:
             raise WeightsError(
-                f"{path}: refused, because it asks to load the type {foreign[1]}, which could run code; "
+                f"{path}: refused, because it asks to load {foreign[1]}, which could run code; "
                 "save it again with tensors and plain Python values only"
             ) from error
-        raise WeightsError(f"{path}: not a PyTorch checkpoint, or a damaged one") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise WeightsError(f"{path}: truncated or damaged; download or save it again") from error
+        raise WeightsError(
+            f"{path}: not a PyTorch checkpoint, or a truncated one; download or save it again"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint dictionary")
     return checkpoint
@@ -91,11 +95,8 @@ def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
 
 
 def _admitted_types() -> list[Any]:
-    """Types beyond PyTorch's own list that checkpoints of section "ImageNet" hold; none can execute code."""
+    """Types beyond PyTorch's own list that published checkpoints hold; none can execute code."""
     scalar = np.float64(0).__reduce__()[0]
-    types = [scalar, np.dtype, *(type(np.dtype(code)) for code in "?bhilBHILefd")]
-    try:
-        from yacs.config import CfgNode
-    except ImportError:  # the model alone does not need yacs
-        return types
-    return [*types, CfgNode]
+    dtypes = [type(np.dtype(code)) for code in "?bhilBHILefd"]
+    # The reader fills no subclass of dict, so configs come back as plain ordered dictionaries; yacs is not needed.
+    return [scalar, np.dtype, *dtypes, (OrderedDict, "yacs.config.CfgNode")]

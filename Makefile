@@ -1,0 +1,37 @@
+# Everyday commands; each makes the environment .venv once and reuses it. PYTHON chooses the interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DIGITS := data/digits
+RUN := output/spatialmamba_digits/demo
+MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS)
+
+.PHONY: demo test lint figure clean
+
+# Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
+demo: .venv/ready
+	$(BIN)/python -m spatial_mamba.classification.digits $(DIGITS)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 $(MAIN) --output output --tag demo
+	$(BIN)/python $(MAIN) --eval --pretrained $(RUN)/best.pth
+
+test: .venv/ready lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Redraw the README's figure.
+figure: .venv/ready
+	$(BIN)/python -m spatial_mamba.classification.models.overview
+
+clean:
+	rm -rf .venv build dist *.egg-info data output
+
+.venv/ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
+	  "Python 3.10, 3.11 or 3.12 is needed, this is %d.%d; name one: make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@

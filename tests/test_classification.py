@@ -1,0 +1,834 @@
+"""The ImageNet trainer: recipe, data, training, resuming, checkpoints, evaluation, and every way to use it wrongly."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from yacs.config import CfgNode
+
+from spatial_mamba.classification import complexity, engine
+from spatial_mamba.classification.checkpoint import BEST, BEST_EMA, LATEST, save_checkpoint
+from spatial_mamba.classification.config import load_config
+from spatial_mamba.classification.data import (
+    EvalSampler,
+    ImageData,
+    TrainSampler,
+    build_mixup,
+    build_transform,
+    seed_everything,
+)
+from spatial_mamba.classification.digits import write_digits
+from spatial_mamba.classification.distributed import Process
+from spatial_mamba.classification.errors import InputError
+from spatial_mamba.classification.main import main
+from spatial_mamba.classification.models.weights import read_checkpoint
+from spatial_mamba.classification.optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
+from spatial_mamba.classification.readers import CachedReader, open_split
+from spatial_mamba.classification.trainer import build_model, prepare
+
+ROOT = Path(__file__).parents[1]
+MAIN = ROOT / "classification" / "main.py"
+CPU = Process(0, 1, torch.device("cpu"))
+
+# A model and a recipe as small as they come, with every part of the recipe switched on.
+MICRO = {
+    "DATA": {"IMG_SIZE": 32, "BATCH_SIZE": 4, "NUM_WORKERS": 0},
+    "MODEL": {"NAME": "micro", "DROP_PATH_RATE": 0.2, "SPATIAL_MAMBA": {"EMBED_DIM": 4, "DEPTHS": [1, 1, 1, 1]}},
+    "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 1, "BASE_LR": 0.05, "MODEL_EMA_DECAY": 0.5},
+    "AUG": {"MESA": 1.0, "MESA_START": 0.5},
+    "AMP_ENABLE": False,
+    "PRINT_FREQ": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    assert write_digits(folder) == {"train": 1437, "val": 360}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of real images, 9 to train and 5 to validate on each: numbers that divide by nothing."""
+    root = tmp_path_factory.mktemp("photos") / "set"
+    for split, count in (("train", 9), ("val", 5)):
+        for digit in "012":
+            (root / split / digit).mkdir(parents=True)
+            for image in sorted((digits / split / digit).iterdir())[:count]:
+                shutil.copy(image, root / split / digit)
+    return root
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "micro.yaml"
+    path.write_text(yaml.safe_dump(MICRO))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(micro: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run of two epochs, the second with MESA."""
+    output = tmp_path_factory.mktemp("trained")
+    assert main(["--cfg", str(micro), "--data-path", str(photos), "--output", str(output)]) == 0
+    return output / "micro" / "default"
+
+
+def options(micro: Path, photos: Path, output: Path, *more: str) -> list[str]:
+    return ["--cfg", str(micro), "--data-path", str(photos), "--output", str(output), *more]
+
+
+def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*launcher, str(MAIN), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,  # so that launcher and processes can be killed together
+    )
+
+
+def accuracy_lines(text: str) -> list[str]:
+    return [line[line.index("acc@1") :].split(", loss")[0] for line in text.splitlines() if "acc@1" in line]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal to the last bit, through nested containers."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+# --- recipe ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "dims", "depths", "drop_path", "mesa"),
+    [
+        ("tiny", 64, [2, 4, 8, 4], 0.2, 1.0),
+        ("small", 64, [2, 4, 21, 5], 0.3, 1.5),
+        ("base", 96, [2, 4, 21, 5], 0.5, 2.0),
+    ],
+)
+def test_shipped_config_is_the_published_recipe(
+    variant: str, dims: int, depths: list[int], drop_path: float, mesa: float
+) -> None:
+    config, notes = load_config(f"spatialmamba_{variant}")
+    assert not notes
+    assert (dims, depths) == (config.MODEL.SPATIAL_MAMBA.EMBED_DIM, config.MODEL.SPATIAL_MAMBA.DEPTHS)
+    assert (drop_path, mesa, 0.25) == (config.MODEL.DROP_PATH_RATE, config.AUG.MESA, config.AUG.MESA_START)
+    assert (config.MODEL.NUM_CLASSES, config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE) == (1000, 224, 128)
+    train, aug = config.TRAIN, config.AUG
+    assert (train.EPOCHS, train.WARMUP_EPOCHS, train.CLIP_GRAD, train.WEIGHT_DECAY) == (300, 20, 5.0, 0.05)
+    assert (train.MODEL_EMA, train.MODEL_EMA_DECAY) == (True, 0.9999)
+    assert (aug.MIXUP, aug.CUTMIX, aug.MIXUP_SWITCH_PROB, config.MODEL.LABEL_SMOOTHING) == (0.8, 1.0, 0.5, 0.1)
+    transforms = repr(build_transform(config, is_training=True))
+    assert "RandomResizedCrop" in transforms and "RandAugment" in transforms and "RandomErasing" in transforms
+    resize, crop, *_ = build_transform(config, is_training=False).transforms
+    assert (resize.size, tuple(crop.size)) == (256, (224, 224))
+
+
+def test_optimizer_and_schedule_of_the_recipe() -> None:
+    config, _ = load_config("spatialmamba_digits", [("TRAIN.WARMUP_EPOCHS", 2), ("TRAIN.EPOCHS", 10)])
+    config.defrost()
+    config.TRAIN.BASE_LR, config.TRAIN.WARMUP_LR, config.TRAIN.MIN_LR = 5e-4, 5e-7, 5e-6
+    config.DATA.BATCH_SIZE = 128
+    model = build_model(config, 10)
+    optimizer = build_optimizer(config, model, world_size=8)  # 1024 images: twice the base rates
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim == 1 or name.endswith(".bias")
+        assert decays[id(parameter)] == (0.0 if spared else 0.05), name
+    assert all(g["betas"] == (0.9, 0.999) and g["eps"] == 1e-8 for g in optimizer.param_groups)
+
+    scheduler = build_scheduler(config, optimizer, updates_per_epoch=10, world_size=8)
+    rates = []
+    for update in range(100):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[10] == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rates[20] == pytest.approx(1e-3)
+    assert rates[60] == pytest.approx((1e-3 + 1e-5) / 2)  # half-way through the cosine
+    scheduler.step_update(100)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+def test_losses_and_targets_follow_the_recipe(micro: Path) -> None:
+    config, _ = load_config(micro)
+    mixup = build_mixup(config, num_classes=3)
+    np.random.seed(0)
+    _, targets = mixup(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
+    assert targets.min() >= 0.1 / 3 - 1e-6, "labels are smoothed"
+    assert type(build_criterion(config)).__name__ == "SoftTargetCrossEntropy"
+    plain, _ = load_config(micro, [("AUG.MIXUP", 0), ("AUG.CUTMIX", 0)])
+    assert build_mixup(plain, 3) is None
+    assert type(build_criterion(plain)).__name__ == "LabelSmoothingCrossEntropy"
+
+    logits, images = torch.randn(4, 3), torch.randn(4, 3)
+    loss = engine._self_distillation(logits, images, torch.nn.Identity(), torch.float32)
+    expected = -(images.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_published_yaml_loads(tmp_path: Path, micro: Path) -> None:
+    published = tmp_path / "published.yaml"
+    published.write_text(
+        yaml.safe_dump(
+            {
+                "MODEL": {
+                    "TYPE": "vssm",
+                    "NAME": "published",
+                    "DROP_PATH_RATE": 0.3,
+                    "VSSM": {"EMBED_DIM": 64, "DEPTHS": [2, 4, 21, 5], "SSM_D_STATE": 1, "SSM_RATIO": 2.0,
+                             "SSM_FORWARDTYPE": "v1", "DOWNSAMPLE": "v3"},
+                },
+                "TRAIN": {"WARMUP_EPOCHS": 20, "MOE": {"SAVE_MASTER": False}},
+            }
+        )
+    )  # fmt: skip
+    config, notes = load_config(published)
+    assert config.MODEL.SPATIAL_MAMBA.DEPTHS == [2, 4, 21, 5]
+    assert sorted(note.split(": ")[1].split()[0] for note in notes) == [
+        "MODEL.SPATIAL_MAMBA.DOWNSAMPLE",
+        "MODEL.SPATIAL_MAMBA.SSM_FORWARDTYPE",
+        "TRAIN.MOE.SAVE_MASTER",
+    ]
+    child = tmp_path / "child.yaml"
+    child.write_text(yaml.safe_dump({"BASE": ["published.yaml"], "TRAIN": {"BASE_LR": "1e-3", "CLIP_GRAD": 1}}))
+    config, _ = load_config(child, [("TRAIN.EPOCHS", "50")])
+    assert (config.MODEL.DROP_PATH_RATE, config.TRAIN.BASE_LR, config.TRAIN.CLIP_GRAD) == (0.3, 1e-3, 1.0)
+    assert config.TRAIN.EPOCHS == 50
+
+
+def test_precision_follows_device_and_config(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    on, _ = load_config(micro, [("AMP_ENABLE", True)])
+    off, _ = load_config(micro)
+    forced, _ = load_config(micro, [("AMP_ENABLE", True), ("AMP_DTYPE", "float16")])
+    for has_bfloat16, on_gpu, on_cpu in ((True, torch.bfloat16, torch.bfloat16), (False, torch.float16, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bfloat16: has)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has_bfloat16: has)
+        assert (autocast_dtype(on, cuda), autocast_dtype(on, cpu)) == (on_gpu, on_cpu)
+    assert autocast_dtype(forced, cuda) == torch.float16
+    assert autocast_dtype(off, cuda) == torch.float32
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def pack(root: Path, form: str, folder: Path) -> Path:
+    """The same images in another form."""
+    target = folder / form
+    target.mkdir()
+    for split in ("train", "val"):
+        files = sorted((root / split).glob("*/*.png"))
+        if form == "tar":
+            with tarfile.open(target / f"{split}.tar", "w") as archive:
+                for file in files:
+                    archive.add(file, file.relative_to(root / split))
+        elif form == "tar per class":
+            (target / split).mkdir()
+            for cls in sorted((root / split).iterdir()):
+                with tarfile.open(target / split / f"{cls.name}.tar", "w") as archive:
+                    for file in sorted(cls.iterdir()):
+                        archive.add(file, file.name)
+        else:
+            with zipfile.ZipFile(target / f"{split}.zip", "w") as archive:
+                for file in files:
+                    prefix = f"{split}/" if form == "zip with a folder" else ""
+                    archive.write(file, prefix + file.relative_to(root / split).as_posix())
+            if form == "zip with a map":
+                lines = [f"{f.relative_to(root / split).as_posix()}\t{f.parent.name}\n" for f in files]
+                (target / f"{split}_map.txt").write_text("".join(lines))
+    return target
+
+
+@pytest.mark.parametrize("form", ["tar", "tar per class", "zip", "zip with a folder", "zip with a map"])
+def test_archives_hold_what_folders_hold(photos: Path, tmp_path: Path, form: str) -> None:
+    packed = pack(photos, form, tmp_path)
+    for split in ("train", "val"):
+        plain = open_split(str(photos), split)
+        other = open_split(str(packed), split, zip_mode=form.startswith("zip"))
+        assert other.classes == plain.classes == ["0", "1", "2"]
+        both = [{(r.label(i), r.read(i)) for i in range(len(r))} for r in (plain, other)]
+        assert both[0] == both[1] and len(both[0]) == len(plain) == len(other)
+
+
+def test_cached_images_need_no_files(photos: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    cached = CachedReader(open_split(str(copy), "val"), indices=range(0, 15, 2))
+    shutil.rmtree(copy)
+    plain = open_split(str(photos), "val")
+    assert all(cached.read(i) == plain.read(i) and cached.label(i) == plain.label(i) for i in range(0, 15, 2))
+    with pytest.raises(OSError):
+        cached.read(1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_samplers_deal_out_every_image_once(world_size: int) -> None:
+    processes = [Process(rank, world_size, torch.device("cpu")) for rank in range(world_size)]
+    assert sorted(i for p in processes for i, _ in EvalSampler(10, p)) == list(range(10))
+
+    for sharded in (False, True):
+        samplers = [TrainSampler(10, p, seed=1, sharded=sharded) for p in processes]
+        epochs = []
+        for epoch in (0, 1, 0):
+            for sampler in samplers:
+                sampler.epoch = epoch
+            shares = [list(sampler) for sampler in samplers]
+            assert {len(share) for share in shares} == {10 // world_size} == {len(samplers[0])}
+            indices = [i for share in shares for i, _ in share]
+            assert len(set(indices)) == len(indices), "no image twice in an epoch"
+            if sharded:
+                assert all(i % world_size == rank for rank, share in enumerate(shares) for i, _ in share)
+            epochs.append(shares)
+        assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_augmentation_is_a_function_of_the_seed(photos: Path, micro: Path) -> None:
+    config, _ = load_config(micro)
+    data = ImageData(open_split(str(photos), "train"), build_transform(config, is_training=True))
+    seed_everything(0)
+    first = data[3, 7][0]
+    state = torch.get_rng_state()
+    other = data[3, 8][0]
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+    torch.randn(5)
+    assert torch.equal(data[3, 7][0], first)
+    assert not torch.equal(other, first)
+
+
+def test_unreadable_training_images_are_skipped_and_counted_on_request(
+    photos: Path, micro: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(photos, broken)
+    victim = sorted((broken / "train" / "1").iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:40])
+    arguments = options(micro, broken, tmp_path / "out", "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0")
+    assert main([*arguments, "DATA.SKIP_UNREADABLE", "True", "DATA.BATCH_SIZE", "26"]) == 0
+    record = json.loads((tmp_path / "out/micro/default/metrics.jsonl").read_text())
+    assert record["unreadable_images"] == 1
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_records(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    for line in lines:
+        assert line["skipped_updates"] == 0 and line["train_loss"] > 0 and line["images_per_second"] > 0
+        assert 0 <= line["val_acc1"] <= line["val_acc5"] <= 100 and 0 <= line["ema_acc1"] <= 100
+    assert lines[1]["updates"] == 2 * (27 // 4)
+    saved = CfgNode.load_cfg((trained / "config.yaml").read_text())
+    assert saved.TRAIN.EPOCHS == 2 and saved.AUG.MESA == 1.0
+    assert "epoch 2/2" in (trained / "log.txt").read_text()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained)).Reload()
+    assert {"train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_second", "train/data_time",
+            "val/acc1", "ema/acc1"} <= set(events.Tags()["scalars"])  # fmt: skip
+    assert len(events.Scalars("train/loss")) == 12
+
+
+def test_evaluation_agrees_whatever_processes_and_batch_size(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    best = max(json.loads(line)["val_acc1"] for line in (trained / "metrics.jsonl").read_text().splitlines())
+    arguments = options(micro, photos, tmp_path / "none", "--eval", "--pretrained", str(trained / BEST))
+    results = []
+    for batch in ("4", "7"):
+        assert main([*arguments, "--opts", "DATA.BATCH_SIZE", batch, "AUG.MIXUP", "0", "AUG.CUTMIX", "0"]) == 0
+        results.append(accuracy_lines(capfd.readouterr().out))
+    with torchrun(2, *arguments) as process:
+        results.append(accuracy_lines(process.communicate()[0]))
+        assert process.returncode == 0
+    assert len(results[0]) == 2, "the model and its EMA"
+    assert results[0] == results[1] == results[2]
+    assert f"acc@1 {best:.3f}%" in results[0][0] and "/15)" in results[0][0]
+    assert not (tmp_path / "none").exists()
+
+
+def test_killed_training_resumes_to_the_same_weights(micro: Path, photos: Path, tmp_path: Path) -> None:
+    """Two processes with loader workers, killed with SIGKILL in the middle of an epoch."""
+    more = ("--epochs", "3", "--workers", "1", "--batch-size", "2")
+    with torchrun(2, *options(micro, photos, tmp_path / "undisturbed", *more)) as process:
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+
+    arguments = options(micro, photos, tmp_path / "killed", *more)
+    with torchrun(2, *arguments) as process:
+        for line in process.stdout:
+            if "epoch 2/3 update 3/6" in line:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+        else:
+            pytest.fail("the run was never in the middle of its second epoch")
+    with torchrun(2, *arguments) as process:
+        output = process.communicate()[0]
+        assert process.returncode == 0 and "resumed from" in output, output
+
+    runs = [tmp_path / name / "micro" / "default" for name in ("undisturbed", "killed")]
+    a, b = (read_checkpoint(run / LATEST) for run in runs)
+    assert a.pop("config")["OUTPUT"] != b.pop("config")["OUTPUT"]
+    assert_same(a, b)
+    figures = [
+        [(r["epoch"], r["train_loss"], r["val_acc1"], r["ema_acc1"]) for r in map(json.loads, lines)]
+        for lines in ((run / "metrics.jsonl").read_text().splitlines() for run in runs)
+    ]
+    assert figures[0] == figures[1] and len(figures[0]) == 3
+
+
+def test_accumulation_and_activation_checkpointing(micro: Path, photos: Path, tmp_path: Path) -> None:
+    """Two steps make one update, and recomputed activations change nothing."""
+    more = ("--accumulation-steps", "2", "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0")
+    assert main(options(micro, photos, tmp_path / "a", *more)) == 0
+    assert main(options(micro, photos, tmp_path / "b", "--use-checkpoint", *more)) == 0
+    a, b = (read_checkpoint(tmp_path / name / "micro" / "default" / LATEST) for name in "ab")
+    assert a["steps"] == 27 // 4 // 2
+    assert_same(a["model"], b["model"])
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> None:
+    """Let the model's forward pass of chosen training steps see NaN, as an overflow would make it."""
+    steps = iter(range(10**6))
+    original = engine.TrainingRun.__getattribute__
+
+    class Poisoned(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model(images * float("nan") if is_bad(next(steps)) else images)
+
+    def get(run: engine.TrainingRun, name: str) -> Any:
+        value = original(run, name)
+        return Poisoned(value) if name == "model" else value
+
+    monkeypatch.setattr(engine.TrainingRun, "__getattribute__", get)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_non_finite_updates_are_skipped_and_counted(
+    micro: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    poison(monkeypatch, lambda step: step in (1, 3))
+    more = ["--amp-dtype", "float16", "--opts", "AMP_ENABLE", "True"] if precision == "float16" else []
+    assert main(options(micro, photos, tmp_path, *more)) == 0
+    records = [json.loads(line) for line in (tmp_path / "micro/default/metrics.jsonl").read_text().splitlines()]
+    assert [r["skipped_updates"] for r in records] == [2, 0]
+    checkpoint = read_checkpoint(tmp_path / "micro/default" / LATEST)
+    for state in (checkpoint["model"], checkpoint["model_ema"]):
+        assert all(torch.isfinite(tensor).all() for tensor in state.values()), "running statistics included"
+    if precision == "float16":
+        assert checkpoint["scaler"]["scale"] == 2.0**16 / 4, "the loss scale was halved twice"
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
+    micro: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    poison(monkeypatch, lambda step: step >= 6)  # all of the second epoch
+    assert main(options(micro, photos, tmp_path, "--opts", "TRAIN.MAX_SKIPPED_UPDATES", "4")) == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("error: 4 updates in a row had a non-finite loss") and "\n" not in error
+    assert read_checkpoint(tmp_path / "micro/default" / LATEST)["epoch"] == 0
+
+
+def test_pretrained_weights_are_evaluated_first(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    arguments = options(micro, photos, tmp_path, "--pretrained", str(trained / BEST_EMA), "--epochs", "1")
+    assert main([*arguments, "--opts", "TRAIN.WARMUP_EPOCHS", "0"]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "acc@1" in line]
+    best = max(json.loads(line)["ema_acc1"] for line in (trained / "metrics.jsonl").read_text().splitlines())
+    assert str(trained / BEST_EMA) in lines[0] and f"EMA   acc@1 {best:.3f}%" in lines[1]
+    assert "epoch 1/1" in lines[2]
+
+
+def test_throughput_is_printed_for_each_batch_size(
+    micro: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(engine.measure_throughput, "__defaults__", (0.0,))
+    assert main(["--cfg", str(micro), "--throughput", "2", "1"]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "throughput" in line]
+    assert [line.split("batch ")[1].split(",")[0] for line in lines] == ["1", "2"]
+    assert all("images/s" in line and "peak memory" in line for line in lines)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = (folder / LATEST).read_bytes()
+    config, _ = load_config("spatialmamba_digits")
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    state = engine.TrainingState(
+        model, None, optimizer, build_scheduler(config, optimizer, 1, 1), torch.amp.GradScaler(enabled=False)
+    )
+
+    def torn(content: Any, file: io.BufferedWriter) -> None:
+        file.write(b"half a checkpoint")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", torn)
+        with pytest.raises(OSError, match="disk full"):
+            save_checkpoint(state, config, folder / LATEST)
+    assert (folder / LATEST).read_bytes() == before
+    save_checkpoint(state, config, folder / LATEST)
+    assert set(read_checkpoint(folder / LATEST)["model"]) == {"weight", "bias"}
+
+
+def test_auto_resume_takes_the_newest_whole_checkpoint(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "micro" / "default"
+    shutil.copytree(trained, folder)
+    torn = (folder / LATEST).read_bytes()[:5000]
+    (folder / LATEST).write_bytes(torn)
+    assert main(options(micro, photos, tmp_path)) == 0
+    output = capfd.readouterr().out
+    assert "passing over" in output and f"{LATEST}: " in output
+    assert f"resumed from {folder / BEST}" in output or f"resumed from {folder / BEST_EMA}" in output
+
+
+def published_checkpoint(trained: Path, path: Path) -> Path:
+    """Our checkpoint, laid out as the published trainer writes it: a yacs config and a misspelt key."""
+    content = torch.load(trained / LATEST, weights_only=True)
+    content["max_accuray_ema"] = np.float64(content.pop("max_accuracy_ema"))
+    content["config"] = CfgNode(content["config"])
+    del content["skipped_in_a_row"]
+    torch.save(content, path)
+    return path
+
+
+def test_published_checkpoints_load_and_resume(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    path = published_checkpoint(trained, tmp_path / "published.pth")
+    assert main(options(micro, photos, tmp_path, "--eval", "--pretrained", str(path))) == 0
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = accuracy_lines(capfd.readouterr().out)
+    assert f"{last['val_acc1']:.3f}%" in lines[0] and f"{last['ema_acc1']:.3f}%" in lines[1]
+
+    config, notes = load_config(
+        micro, [("DATA.DATA_PATH", str(photos)), ("OUTPUT", str(tmp_path)), ("MODEL.RESUME", str(path))]
+    )
+    job = prepare(config, notes)
+    assert (job.state.epoch, job.state.updates) == (1, 12)
+    assert job.state.max_accuracy_ema == last["max_accuracy_ema"]
+    assert_same(job.state.optimizer.state_dict(), read_checkpoint(path)["optimizer"])
+
+
+class Exploit:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_foreign_type_in_a_checkpoint_is_refused_unexecuted(
+    micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    torch.save({"model": {}, "extra": Exploit(tmp_path / "executed")}, tmp_path / "evil.pth")
+    assert main(options(micro, photos, tmp_path, "--eval", "--pretrained", str(tmp_path / "evil.pth"))) == 2
+    error = capfd.readouterr().err
+    assert "evil.pth: refused, because it asks to load posix.mkdir" in error
+    assert not (tmp_path / "executed").exists()
+
+
+def test_finetuning_replaces_a_classifier_of_another_size(
+    trained: Path, micro: Path, digits: Path, tmp_path: Path
+) -> None:
+    config, notes = load_config(
+        micro,
+        [("DATA.DATA_PATH", str(digits)), ("OUTPUT", str(tmp_path)), ("MODEL.PRETRAINED", str(trained / BEST)),
+         ("MODEL.FINETUNE", True)],
+    )  # fmt: skip
+    job = prepare(config, notes)
+    source = read_checkpoint(trained / BEST)["model"]
+    for name, tensor in job.state.model.state_dict().items():
+        if name.startswith("head."):
+            assert tensor.shape[0] == 10
+        else:
+            assert torch.equal(tensor, source[name]), name
+
+
+# --- wrong inputs ---------------------------------------------------------------------------------------------------
+
+
+def damage_config(text: str) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        (folder / "bad.yaml").write_text(text)
+        return ["--cfg", str(folder / "bad.yaml")]
+
+    return make
+
+
+def damage_data(change: Callable[[Path], Any]) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        shutil.copytree(folder / "photos", folder / "damaged")
+        change(folder / "damaged")
+        return ["--data-path", str(folder / "damaged")]
+
+    return make
+
+
+def damage_checkpoint(content: Any) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        path = folder / "bad.pth"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        return ["--pretrained", str(path)]
+
+    return make
+
+
+def add(*arguments: str) -> Callable[[Path], list[str]]:
+    return lambda folder: [argument.replace("FOLDER", str(folder)) for argument in arguments]
+
+
+def truncate_image(root: Path) -> None:
+    for image in (root / "val" / "2").iterdir():
+        image.write_bytes(image.read_bytes()[:40])
+
+
+def break_zip(root: Path) -> None:
+    shutil.rmtree(root / "train")
+    (root / "train.zip").write_text("no archive")
+
+
+def rewrap_checkpoint(folder: Path) -> list[str]:
+    content = read_checkpoint(folder / "run/micro/default" / BEST)
+    content["model"]["head.weight"] = torch.zeros(7, 32)
+    content["model"]["head.bias"] = torch.zeros(7)
+    torch.save(content, folder / "seven.pth")
+    return ["--pretrained", str(folder / "seven.pth")]
+
+
+def drop_optimizer(folder: Path) -> list[str]:
+    content = read_checkpoint(folder / "run/micro/default" / BEST)
+    torch.save({"model": content["model"]}, folder / "weights.pth")
+    return ["--resume", str(folder / "weights.pth")]
+
+
+def truncate_checkpoint(folder: Path) -> list[str]:
+    whole = (folder / "run/micro/default" / BEST).read_bytes()
+    (folder / "torn.pth").write_bytes(whole[: len(whole) // 2])
+    return ["--pretrained", str(folder / "torn.pth")]
+
+
+WRONG = {
+    # options
+    "unknown option": (add("--batchsize", "4"), "unrecognized arguments: --batchsize 4"),
+    "option without value": (add("--tag"), "argument --tag: expected one argument"),
+    "text for a number": (add("--epochs", "many"), "argument --epochs: invalid int value: 'many'"),
+    "odd opts": (add("--opts", "TRAIN.EPOCHS"), "--opts takes pairs of KEY VALUE"),
+    "unknown opts key": (add("--opts", "TRAIN.EPOCH", "3"), "unknown config key TRAIN.EPOCH; did you mean"),
+    "section as opts key": (add("--opts", "TRAIN", "3"), "TRAIN is a section"),
+    "wrong opts type": (add("--opts", "TRAIN.EPOCHS", "few"), "TRAIN.EPOCHS takes a int, got 'few'"),
+    "bool for a number": (add("--opts", "TRAIN.EPOCHS", "True"), "TRAIN.EPOCHS takes a int, got True"),
+    "model_ema": (add("--model_ema", "maybe"), "expected true or false, got 'maybe'"),
+    "batch size": (add("--batch-size", "0"), "DATA.BATCH_SIZE is 0; it must be at least 1"),
+    "odd batch for mixup": (add("--batch-size", "3"), "DATA.BATCH_SIZE is 3; it must be even"),
+    "huge batch": (add("--batch-size", "64"), "27 training images are fewer than the 64 of one update"),
+    "workers": (add("--workers", "-1"), "DATA.NUM_WORKERS is -1"),
+    "epochs": (add("--epochs", "0"), "TRAIN.EPOCHS is 0"),
+    "cache mode": (add("--cache-mode", "all"), "DATA.CACHE_MODE is 'all'; it must be no, full or part"),
+    "accumulation": (add("--accumulation-steps", "0"), "TRAIN.ACCUMULATION_STEPS is 0"),
+    "ema decay": (add("--model_ema_decay", "1.5"), "TRAIN.MODEL_EMA_DECAY is 1.5"),
+    "mesa without ema": (add("--model_ema", "false"), "AUG.MESA is 1.0; it must be 0 without TRAIN.MODEL_EMA"),
+    "precision": (add("--amp-dtype", "float8"), "AMP_DTYPE is 'float8'"),
+    "device": (add("--device", "tpu"), "DEVICE is 'tpu'"),
+    "optimiser": (add("--optim", "adamx"), "TRAIN.OPTIMIZER.NAME is 'adamx'"),
+    "seed": (add("--seed", "-3"), "SEED is -3"),
+    "throughput": (add("--throughput", "0"), "THROUGHPUT_BATCHES is [0]"),
+    "eval without weights": (add("--eval"), "--eval needs the checkpoint"),
+    "output is a file": (add("--output", "FOLDER/micro.yaml"), "cannot be written"),
+    "overwriting a run": (add("--opts", "TRAIN.AUTO_RESUME", "False"), "holds a run that would be overwritten"),
+    # config files
+    "no config": (add("--cfg", "FOLDER/none.yaml"), "none.yaml: cannot read this config file"),
+    "config is no YAML": (damage_config("a: [1"), "bad.yaml: not valid YAML"),
+    "config is a list": (damage_config("- 1"), "must hold keys and values, found list"),
+    "unknown section": (damage_config("TRAINING: {EPOCHS: 3}"), "unknown config key TRAINING.EPOCHS; did you mean"),
+    "value of a section": (damage_config("TRAIN: 3"), "TRAIN is a section"),
+    "own base": (damage_config("BASE: [bad.yaml]"), "names itself through BASE"),
+    "another model": (damage_config("MODEL: {TYPE: swin}"), "MODEL.TYPE is 'swin'"),
+    "another architecture": (damage_config("MODEL: {VSSM: {SSM_RATIO: 1.0}}"), "the model is defined for 2.0"),
+    "two states": (damage_config("BASE: [micro.yaml]\nMODEL: {VSSM: {SSM_D_STATE: 2}}"), "d_state must be 1, got 2"),
+    "long warm-up": (damage_config("TRAIN: {WARMUP_EPOCHS: 400}"), "TRAIN.WARMUP_EPOCHS is 400"),
+    "schedule": (damage_config("TRAIN: {LR_SCHEDULER: {NAME: magic}}"), "TRAIN.LR_SCHEDULER.NAME is 'magic'"),
+    "image size": (damage_config("DATA: {IMG_SIZE: 16}"), "DATA.IMG_SIZE is 16"),
+    "crop scale": (damage_config("AUG: {SCALE: [0.5, 2.0]}"), "AUG.SCALE is"),
+    # data
+    "no data path": (add("--data-path", "FOLDER/none"), "none: no such folder"),
+    "no train split": (damage_data(lambda root: shutil.rmtree(root / "train")), "the train split is missing"),
+    "no val split": (damage_data(lambda root: shutil.rmtree(root / "val")), "the val split is missing"),
+    "empty class": (damage_data(lambda root: (root / "train/9").mkdir()), "class folder 9 holds no image"),
+    "class in one split": (damage_data(lambda root: shutil.rmtree(root / "val/1")), "only one of them has 1"),
+    "no images": (add("--data-path", "FOLDER/run"), "the train split is missing"),
+    "no zip": (add("--zip"), "train.zip is missing"),
+    "broken zip": (damage_data(break_zip), "train.zip: not a readable zip archive"),
+    "broken tar": (damage_data(lambda root: (root / "train/x.tar").write_text("x")), "no readable images in tar"),
+    "class number": (add("--opts", "MODEL.NUM_CLASSES", "5"), "has 3 classes, MODEL.NUM_CLASSES is 5"),
+    "unreadable image": (damage_data(truncate_image), "unreadable image"),
+    # checkpoints
+    "no checkpoint": (add("--pretrained", "FOLDER/none.pth"), "none.pth: no such checkpoint file"),
+    "empty checkpoint": (damage_checkpoint(b""), "bad.pth: the file is empty"),
+    "text as checkpoint": (damage_checkpoint(b"hello"), "bad.pth: not a PyTorch checkpoint"),
+    "pickled nonsense": (damage_checkpoint(pickle.dumps(3)), "bad.pth"),
+    "torn checkpoint": (truncate_checkpoint, "torn.pth: not a PyTorch checkpoint, or a truncated one"),
+    "list as checkpoint": (damage_checkpoint([1]), "holds a list, not a checkpoint dictionary"),
+    "no weights": (damage_checkpoint({"epoch": 3}), "found no model weights"),
+    "other weights": (damage_checkpoint({"model": {"x": torch.zeros(1)}}), "does not fit this model"),
+    "other classifier": (rewrap_checkpoint, "its classifier has 7 classes, this run has 3; add --finetune"),
+    "resume without optimiser": (drop_optimizer, "cannot resume, it holds no optimizer"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong_place(micro: Path, photos: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wrong")
+    shutil.copy(micro, folder / "micro.yaml")
+    shutil.copytree(photos, folder / "photos")
+    shutil.copytree(trained, folder / "run" / "micro" / "default")
+    return folder
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_overwrites_nothing(
+    case: str, wrong_place: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    make, expected = WRONG[case]
+    folder = tmp_path / "here"
+    shutil.copytree(wrong_place, folder)
+    arguments = ["--cfg", str(folder / "micro.yaml"), "--data-path", str(folder / "photos"), "--tag", "new"]
+    more = make(folder)
+    if case == "overwriting a run":
+        arguments = arguments[:-2]
+    before = snapshot(folder)
+    status = main([*arguments, *([] if "--output" in more else ["--output", str(folder / "run")]), *more])
+    error = capfd.readouterr().err.strip()
+    assert status == 2
+    assert error.startswith("error: ") and "\n" not in error, error
+    assert expected in error
+    after = snapshot(folder)
+    assert {path: after[path] for path in before} == before, "nothing is overwritten"
+    new = {path.name for path in after.keys() - before.keys()}
+    records = {"config.yaml", "log.txt"}  # an unreadable image is found after the run has begun
+    assert not {name for name in new - records if "tfevents" not in name}
+
+
+def test_an_error_of_a_loader_process_arrives_as_one_line(
+    micro: Path, photos: Path, trained: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(photos, broken)
+    truncate_image(broken)
+    arguments = options(micro, broken, tmp_path, "--eval", "--pretrained", str(trained / BEST), "--workers", "1")
+    result = subprocess.run([sys.executable, str(MAIN), *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"error: {broken / 'val' / '2'}") and "unreadable image" in line
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_written_once_and_whole(digits: Path, tmp_path: Path) -> None:
+    shares = {}
+    for split in ("train", "val"):
+        classes = sorted((digits / split).iterdir())
+        assert [cls.name for cls in classes] == [str(i) for i in range(10)]
+        shares[split] = [len(list(cls.iterdir())) for cls in classes]
+    for train, val in zip(shares["train"], shares["val"], strict=True):
+        assert val / (train + val) == pytest.approx(0.2, abs=0.005), "stratified"
+    image = Image.open(next((digits / "val" / "3").iterdir()))
+    assert (image.size, image.mode) == ((8, 8), "L") and np.asarray(image).max() > 128
+    assert write_digits(digits) == {"train": 1437, "val": 360}
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="is not the digits data set"):
+        write_digits(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("variant", "parameters", "gflops"),
+    [("tiny", 26_748_862, 4.5), ("small", 43_074_280, 7.1), ("base", 95_745_592, 15.8)],
+)
+def test_complexity_command(variant: str, parameters: int, gflops: float, capsys: pytest.CaptureFixture) -> None:
+    assert complexity.main(["--cfg", f"spatialmamba_{variant}"]) == 0
+    name, size, counted, measured = capsys.readouterr().out.splitlines()[-1].split()
+    assert (name, size, counted) == (f"spatialmamba_{variant}", "224", f"{parameters:,}")
+    assert float(measured) == pytest.approx(gflops, rel=0.02)
+
+
+def test_wheel_works_on_its_own(tmp_path: Path) -> None:
+    """Configs are inside, tests are not, and a shipped config is found by its name from an installed wheel."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "tests", "build", "output", "data", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"spatial_mamba/configs/classification/spatialmamba_{v}.yaml" for v in ("tiny", "small", "base")} < set(
+        names
+    )
+    assert not [name for name in names if "tests" in name]
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "spatial_mamba.classification.complexity", "--cfg", "spatialmamba_digits"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "552,337" in result.stdout

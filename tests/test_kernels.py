@@ -1,0 +1,381 @@
+"""The operators against slow, obvious references: forward, gradients, precision, cost and errors."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from spatial_mamba.kernels import selective_scan, state_fusion
+from spatial_mamba.kernels.linear_recurrence import linear_recurrence
+
+BATCH, DIM = 2, 4
+SHORT, LONG = (1, 7), (64, 1000, 3136)
+# A lies in [-1.5, -0.5]: at the huge scale every decay underflows to 0, in float64 too.
+DELTA_SCALES = {"tiny": 1e-6, "normal": 1.0, "huge": 1e4}
+
+all_state_sizes = pytest.mark.parametrize("n", [1, 4, 16])
+all_groups = pytest.mark.parametrize("groups", [1, 2])
+all_delta_scales = pytest.mark.parametrize("scale", DELTA_SCALES)
+half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def scan_inputs(n: int, length: int, groups: int = 1, scale: str = "normal", dim: int = DIM) -> dict[str, Tensor]:
+    """float64 inputs whose values float32 holds exactly, so that rounding the inputs is no part of any error."""
+    g = generator()
+    inputs = {
+        "u": torch.randn(BATCH, dim, length, generator=g),
+        "delta": DELTA_SCALES[scale] * (0.5 + torch.rand(BATCH, dim, length, generator=g)),
+        "A": -0.5 - torch.rand(dim, n, generator=g),
+        "B": torch.randn(BATCH, groups, n, length, generator=g),
+        "C": torch.randn(BATCH, groups, n, length, generator=g),
+    }
+    return {name: value.double() for name, value in inputs.items()}
+
+
+def scan_loop(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence one token at a time: outputs (states without C), and the last state."""
+    batch, dim, length = u.shape
+
+    def per_token(matrix: Tensor) -> Sequence[Tensor]:
+        # unbind, because the gradient of L separate indexings would cost L squared
+        if matrix.ndim == 2:
+            return [matrix] * length
+        if matrix.ndim == 3:
+            return matrix[:, None].unbind(-1)
+        group_of_channel = torch.arange(dim) * matrix.shape[1] // dim
+        return matrix[:, group_of_channel].unbind(-1)
+
+    if delta_bias is not None:
+        delta = delta + delta_bias[None, :, None]
+    if delta_softplus:
+        delta = torch.logaddexp(delta, torch.zeros_like(delta))
+
+    h = u.new_zeros(batch, dim, A.shape[1])
+    states = []
+    for u_t, delta_t, B_t in zip(u[..., None, :].unbind(-1), delta[..., None, :].unbind(-1), per_token(B), strict=True):
+        h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t
+        states.append(h)
+    if C is None:
+        return torch.stack(states, -1), h
+
+    y = torch.stack([(h_t * C_t).sum(-1) for h_t, C_t in zip(states, per_token(C), strict=True)], -1)
+    if D is not None:
+        y = y + D[None, :, None] * u
+    if z is not None:
+        y = y * z * torch.sigmoid(z)
+    return y, h
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str = "result") -> None:
+    """Equal shapes, and equal values within ``tolerance`` of the largest magnitude expected."""
+    assert actual.shape == expected.shape, name
+    error = (actual.double() - expected.double()).abs().max().item()
+    assert error <= tolerance * expected.abs().max().item(), f"{name} is off by {error:.3g}"
+
+
+def assert_same_results(
+    actual: Callable[..., tuple[Tensor, ...]],
+    expected: Callable[..., tuple[Tensor, ...]],
+    inputs: dict[str, Tensor],
+    tolerance: float,
+) -> None:
+    """Two functions agree in their outputs and in the gradients of a random weighting of all outputs."""
+    outputs, gradients = [], []
+    for function in (actual, expected):
+        leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+        results = function(**leaves)
+        loss = sum((r * torch.randn(r.shape, generator=generator(1), dtype=r.dtype)).sum() for r in results)
+        outputs.append(results)
+        gradients.append(torch.autograd.grad(loss, list(leaves.values())))
+    for i, pair in enumerate(zip(*outputs, strict=True)):
+        assert_near(*pair, tolerance, f"output {i}")
+    for name, *pair in zip(inputs, *gradients, strict=True):
+        assert_near(*pair, tolerance, f"gradient of {name}")
+
+
+@all_state_sizes
+@all_groups
+@all_delta_scales
+@pytest.mark.parametrize("length", SHORT + LONG)
+def test_scan_in_float32_matches_the_loop(n: int, groups: int, scale: str, length: int) -> None:
+    inputs = scan_inputs(n, length, groups, scale)
+    y = selective_scan(**{name: value.float() for name, value in inputs.items()})
+    assert y.dtype == torch.float32
+    assert_near(y, scan_loop(**inputs)[0], 1e-5)
+
+
+@all_state_sizes
+@all_groups
+@all_delta_scales
+@pytest.mark.parametrize("length", SHORT + LONG)
+def test_scan_gradients_match_the_loop(n: int, groups: int, scale: str, length: int) -> None:
+    # Compared relative to each gradient: at a tiny step that of A is some 1e-12 of the others.
+    inputs = scan_inputs(n, length, groups, scale)
+    assert_same_results(lambda **kw: (selective_scan(**kw),), lambda **kw: scan_loop(**kw)[:1], inputs, 1e-9)
+
+
+@all_state_sizes
+@all_groups
+@all_delta_scales
+@pytest.mark.parametrize("length", [1, 7, 13])
+def test_scan_gradcheck(n: int, groups: int, scale: str, length: int) -> None:
+    inputs = [value.requires_grad_() for value in scan_inputs(n, length, groups, scale, dim=2).values()]
+    # At a tiny step the gradient of A is about 1e-11, which the default tolerance would not even see.
+    # At a huge one differences are still exact: the scan is linear in every input but A, and no longer depends on A.
+    atol = {"tiny": 1e-13, "normal": 1e-6, "huge": 1e-5}[scale]
+    assert gradcheck(selective_scan, inputs, atol=atol, fast_mode=scale != "tiny")
+
+
+@pytest.mark.parametrize("layout", ["dim-N", "batch-N-L", "batch-G-N-L"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("C",),
+        ("C", "D"),
+        ("C", "z"),
+        ("delta_bias",),
+        ("C", "delta_softplus"),
+        ("delta_bias", "delta_softplus"),
+        ("C", "D", "z", "delta_bias", "delta_softplus"),
+    ],
+    ids="+".join,
+)
+def test_scan_options_and_layouts_match_the_loop(options: tuple[str, ...], layout: str) -> None:
+    n, length, g = 3, 9, generator()
+    shape = {"dim-N": (DIM, n), "batch-N-L": (BATCH, n, length), "batch-G-N-L": (BATCH, 2, n, length)}[layout]
+    shapes = {"B": shape, "C": shape, "D": (DIM,), "z": (BATCH, DIM, length), "delta_bias": (DIM,)}
+    inputs = {name: value for name, value in scan_inputs(n, length).items() if name in ("u", "delta", "A")}
+    for name, its_shape in shapes.items():
+        if name == "B" or name in options:
+            inputs[name] = torch.randn(its_shape, generator=g, dtype=torch.float64)
+    softplus = "delta_softplus" in options
+
+    assert_same_results(
+        lambda **kw: selective_scan(**kw, delta_softplus=softplus, return_last_state=True),
+        lambda **kw: scan_loop(**kw, delta_softplus=softplus),
+        inputs,
+        1e-9,
+    )
+
+
+def test_scan_accepts_different_layouts_of_b_and_c() -> None:
+    inputs = scan_inputs(3, 9) | {"C": torch.randn(DIM, 3, generator=generator(), dtype=torch.float64)}
+    assert_near(selective_scan(**inputs), scan_loop(**inputs)[0], 1e-9)
+
+
+def test_one_underflowing_decay_forgets_the_past() -> None:
+    inputs = scan_inputs(2, 40) | {"C": None}
+    inputs["delta"][..., 17] = 1e4
+    changed = inputs | {"u": inputs["u"].clone()}
+    changed["u"][..., :17] *= -1e6
+    states, changed_states = selective_scan(**inputs), selective_scan(**changed)
+    assert torch.equal(states[..., 17:], changed_states[..., 17:])
+    assert not torch.equal(states[..., :17], changed_states[..., :17])
+
+
+@half_types
+def test_scan_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    inputs = {name: value.to(dtype) for name, value in scan_inputs(4, 100, 2).items()}
+    outputs, last = selective_scan(**inputs, return_last_state=True)
+    expected, expected_last = selective_scan(**{k: v.float() for k, v in inputs.items()}, return_last_state=True)
+    assert outputs.dtype == dtype
+    assert torch.equal(outputs, expected.to(dtype))
+    assert last.dtype == torch.float32
+    assert torch.equal(last, expected_last)
+
+    states = selective_scan(**inputs | {"C": None})
+    assert states.dtype == torch.float32
+    assert torch.equal(states[..., -1], expected_last)
+
+
+@half_types
+def test_autocast_does_not_change_the_scan(dtype: torch.dtype) -> None:
+    inputs = {name: value.float().requires_grad_() for name, value in scan_inputs(4, 100).items()}
+    inputs["D"] = inputs["delta_bias"] = torch.ones(DIM)
+    inputs["z"] = torch.randn(BATCH, DIM, 100, generator=generator())
+    expected = selective_scan(**inputs, delta_softplus=True)
+    expected_gradient = torch.autograd.grad(expected.sum(), inputs["u"])[0]
+    with torch.autocast("cpu", dtype=dtype):
+        y = selective_scan(**inputs, delta_softplus=True)
+        gradient = torch.autograd.grad(y.sum(), inputs["u"])[0]
+    assert y.dtype == torch.float32
+    assert torch.equal(y, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_linear_recurrence_gradgradcheck(length: int) -> None:
+    g = generator()
+    decays = torch.rand(2, length - 1, generator=g, dtype=torch.float64, requires_grad=length > 1)
+    inputs = torch.randn(2, length, generator=g, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(linear_recurrence, (decays, inputs))
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations that run and the elements they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls += 1
+        self.elements += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+        return out
+
+
+def test_scan_work_is_linear_and_its_depth_logarithmic() -> None:
+    counts = []
+    for length in (1024, 2048, 4096):
+        inputs = {name: value.requires_grad_() for name, value in scan_inputs(1, length).items()}
+        with OperationCounter() as count:
+            selective_scan(**inputs).sum().backward()
+        counts.append(count)
+    first, second, third = counts
+    # Work of order L log L would grow by a factor of 2.2 at the first doubling.
+    assert second.elements == pytest.approx(2 * first.elements, rel=0.02)
+    assert third.elements == pytest.approx(2 * second.elements, rel=0.02)
+    assert third.calls - second.calls == second.calls - first.calls < 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.ones(DIM, 5)}, "^u must be"),
+        ({"u": torch.ones(BATCH, DIM, 0)}, "^u must be"),
+        ({"delta": torch.ones(BATCH, DIM, 6)}, "^delta must be"),
+        ({"A": torch.ones(DIM)}, "^A must be"),
+        ({"A": torch.ones(DIM + 1, 3)}, "^A must be"),
+        ({"A": torch.ones(DIM, 3, dtype=torch.complex64)}, "complex A"),
+        ({"B": torch.ones(DIM)}, "^B must be"),
+        ({"B": torch.ones(DIM, 2)}, "^B must be"),
+        ({"B": torch.ones(BATCH, 3, 6)}, "^B must be"),
+        ({"B": torch.ones(BATCH, 3, 3, 5)}, "^B must be .* groups dividing 4"),
+        ({"B": torch.ones(BATCH, 0, 3, 5)}, "^B must be"),
+        ({"C": torch.ones(BATCH, 2, 2, 5)}, "^C must be"),
+        ({"D": torch.ones(DIM, 1)}, "^D must be"),
+        ({"z": torch.ones(BATCH, DIM, 1)}, "^z must be"),
+        ({"delta_bias": torch.ones(1)}, "^delta_bias must be"),
+        ({"C": None, "D": torch.ones(DIM)}, "^D and z .* pass C"),
+        ({"C": None, "z": torch.ones(BATCH, DIM, 5)}, "^D and z .* pass C"),
+    ],
+)
+def test_scan_refuses(change: dict[str, Tensor | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**scan_inputs(3, 5) | change)
+
+
+def fusion_inputs(height: int, width: int, branches: int = 3, size: int = 3) -> tuple[Tensor, list[Tensor], Tensor]:
+    g = generator()
+    h = torch.randn(BATCH, DIM, height, width, generator=g)
+    kernels = [torch.randn(DIM, 1, size, size, generator=g) for _ in range(branches)]
+    return h, kernels, torch.randn(branches, generator=g)
+
+
+def fuse_by_gathering(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int]) -> Tensor:
+    """Every neighbour looked up by its clamped position, in float64."""
+    height, width = h.shape[2:]
+    fused = torch.zeros_like(h, dtype=torch.float64)
+    for kernel, weight, dilation in zip(kernels, alpha, dilations, strict=True):
+        size = kernel.shape[-1]
+        for i in range(size):
+            for j in range(size):
+                rows = (torch.arange(height) + dilation * (i - size // 2)).clamp(0, height - 1)
+                columns = (torch.arange(width) + dilation * (j - size // 2)).clamp(0, width - 1)
+                neighbours = h.double()[:, :, rows[:, None], columns]
+                fused += weight.double() * kernel[:, 0, i, j].double()[:, None, None] * neighbours
+    return fused
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 7), (5, 3), (8, 9)])
+@pytest.mark.parametrize(("dilations", "size"), [((1, 3, 5), 3), ((1,), 3), ((2, 4), 3), ((1, 2), 5)])
+def test_fusion_matches_gathering(height: int, width: int, dilations: tuple[int, ...], size: int) -> None:
+    h, kernels, alpha = fusion_inputs(height, width, len(dilations), size)
+    fused = state_fusion(h, kernels, alpha, dilations)
+    assert fused.dtype == torch.float32
+    assert_near(fused, fuse_by_gathering(h, kernels, alpha, dilations), 1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 7)])
+def test_fusion_gradcheck(height: int, width: int) -> None:
+    h, kernels, alpha = fusion_inputs(height, width, 2)
+    tensors = [t.double().requires_grad_() for t in (h, *kernels, alpha)]
+    assert gradcheck(lambda h, k1, k2, alpha: state_fusion(h, (k1, k2), alpha, (1, 3)), tensors)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda h: h.contiguous(memory_format=torch.channels_last),
+        lambda h: h.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda h: F.pad(h, (1, 2, 3, 4))[:, :, 3:-4, 1:-2],
+        lambda h: h[:1].expand_as(h),
+    ],
+    ids=["channels_last", "transposed", "sliced", "expanded"],
+)
+def test_fusion_accepts_any_memory_layout(layout: Callable[[Tensor], Tensor]) -> None:
+    h, kernels, alpha = fusion_inputs(6, 7)
+    h = layout(h)
+    assert not h.is_contiguous()
+    assert_near(state_fusion(h, kernels, alpha), fuse_by_gathering(h, kernels, alpha, (1, 3, 5)), 1e-6)
+
+
+@half_types
+def test_fusion_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    h, kernels, alpha = fusion_inputs(6, 7)
+    h, alpha, kernels = h.to(dtype), alpha.to(dtype), [k.to(dtype) for k in kernels]
+    fused = state_fusion(h, kernels, alpha)
+    assert fused.dtype == dtype
+    assert torch.equal(fused, state_fusion(h.float(), [k.float() for k in kernels], alpha.float()).to(dtype))
+
+
+def test_states_beyond_the_range_of_fp16_stay_finite_under_autocast() -> None:
+    h = torch.full((1, DIM, 4, 4), 70000.0)
+    kernels = [torch.ones(DIM, 1, 3, 3) for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.float16):
+        fused = state_fusion(h, kernels, torch.ones(3))
+    assert fused.dtype == torch.float32
+    assert_near(fused, 27 * h, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h": torch.ones(DIM, 4, 4)}, "^h must be"),
+        ({"kernels": [torch.ones(DIM, 1, 3, 3)]}, "1 kernels"),
+        ({"alpha": torch.ones(2)}, r"alpha of \(2,\)"),
+        ({"alpha": torch.ones(3, 1)}, r"alpha of \(3, 1\)"),
+        ({"dilations": (1, 3)}, r"dilations \(1, 3\)"),
+        ({"dilations": (1, 0, 5)}, r"dilations must be positive integers, got \(1, 0, 5\)"),
+        ({"kernels": [torch.ones(DIM + 1, 1, 3, 3)] * 3}, r"fusion kernel must be .* got \(5, 1, 3, 3\)"),
+        ({"kernels": [torch.ones(DIM, 1, 2, 2)] * 3}, r"fusion kernel must be .* odd k, got \(4, 1, 2, 2\)"),
+        ({"kernels": [torch.ones(DIM, 1, 3, 5)] * 3}, r"fusion kernel must be .* got \(4, 1, 3, 5\)"),
+        ({"kernels": [torch.ones(DIM, 3, 3)] * 3}, r"fusion kernel must be .* got \(4, 3, 3\)"),
+    ],
+)
+def test_fusion_refuses(change: dict[str, Any], message: str) -> None:
+    h, kernels, alpha = fusion_inputs(4, 4)
+    with pytest.raises(ValueError, match=message):
+        state_fusion(**dict(h=h, kernels=kernels, alpha=alpha, dilations=(1, 3, 5)) | change)
