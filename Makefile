@@ -26,7 +26,7 @@ figure: .venv/ready
 	$(BIN)/python -m spatial_mamba.classification.models.overview
 
 clean:
-	rm -rf .venv build dist *.egg-info data output
+	rm -rf .venv build dist *.egg-info $(DIGITS) $(RUN)
 
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \

@@ -12,11 +12,17 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from yacs.config import CfgNode
 
-from .config import to_plain
+from .config import leaves, to_plain
 from .errors import InputError
 from .models.weights import WeightsError, load_strictly, read_checkpoint, state_dict_of
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
+
+# Settings that may change between the parts of a run without changing its course.
+_FREE_SETTINGS = {
+    "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "MODEL.NAME",
+    "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "TAG", "EVAL_MODE",
+}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -63,19 +69,23 @@ def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
 def restore_checkpoint(state: TrainingState, config: CfgNode, checkpoint: dict[str, Any], path: Path) -> None:
     """Continue from a checkpoint of this trainer or of the published one, exactly.
 
+    The settings in force are those of ``config``: learning rates and weight decay are not taken from the checkpoint.
+
     Raises:
         WeightsError: if the weights do not fit.
         InputError: if the checkpoint lacks what training needs, or belongs to another optimiser.
     """
-    missing = [key for key in ("model", "optimizer", "lr_scheduler", "epoch") if key not in checkpoint]
+    missing = [key for key in ("model", "optimizer", "epoch", "steps") if key not in checkpoint]
     if missing:
         raise InputError(f"{path}: cannot resume, it holds no {missing[0]}; start from it with --pretrained")
     load_strictly(state.model, state_dict_of(checkpoint, path), path)
     if state.ema:
         load_strictly(state.ema.module, _ema_state(checkpoint, path), path)
     try:
-        state.optimizer.load_state_dict(checkpoint["optimizer"])
-        state.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        saved, own = checkpoint["optimizer"], state.optimizer.state_dict()
+        groups = zip(own["param_groups"], saved["param_groups"], strict=True)
+        groups = [{**own_group, "params": saved_group["params"]} for own_group, saved_group in groups]
+        state.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: its optimiser does not fit this run ({error}); start from its weights with --pretrained"
@@ -83,7 +93,8 @@ def restore_checkpoint(state: TrainingState, config: CfgNode, checkpoint: dict[s
     if checkpoint.get("scaler") and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint["scaler"])
     state.epoch = int(checkpoint["epoch"])
-    state.updates = int(checkpoint.get("steps", 0))
+    state.updates = int(checkpoint["steps"])
+    state.scheduler.step_update(state.updates)
     state.skipped_in_a_row = int(checkpoint.get("skipped_in_a_row", 0))
     state.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
     # The published trainer spells the key of its EMA record in the second way.
@@ -129,24 +140,14 @@ def _fit_head(model: nn.Module, state: dict[str, torch.Tensor], path: Path, fine
     if not finetune:
         raise InputError(
             f"{path}: its classifier has {len(state['head.weight'])} classes, this run has {len(own['head.weight'])}; "
-            "add --finetune to start with a new classifier"
+            "to train a new classifier on top of these weights, add --finetune"
         )
     return {**state, **own}
 
 
 def _report_changes(config: CfgNode, saved: Any, path: Path) -> None:
     """Say which settings differ from the run that is continued: it is then no exact continuation."""
-    if not isinstance(saved, dict):
-        return
-    now, free = to_plain(config), {"OUTPUT", "TAG", "PRINT_FREQ", "SAVE_FREQ"}
-    changed = [key for key in saved.keys() & now.keys() - free if isinstance(now[key], dict)]
-    pairs = [
-        (f"{section}.{key}", saved[section][key], value)
-        for section in sorted(changed)
-        for key, value in now[section].items()
-        if key in saved[section] and not isinstance(value, dict) and key not in ("RESUME", "DATA_PATH")
-    ]
-    pairs.append(("SEED", saved.get("SEED"), now["SEED"]))
-    for name, before, after in pairs:
-        if before != after and not (isinstance(before, list | tuple) and list(before) == list(after)):
-            logger.warning("%s: %s was %r when it was saved and is %r now", path, name, before, after)
+    before = dict(leaves(saved)) if isinstance(saved, dict) else {}
+    for name, now in leaves(config):
+        if name in before and name not in _FREE_SETTINGS and before[name] != now:
+            logger.warning("%s: %s was %r when it was saved and is %r now", path, name, before[name], now)

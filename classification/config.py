@@ -221,6 +221,15 @@ def uses_mixup(config: CfgNode) -> bool:
     return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
 
 
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Flatten nested sections to ``(dotted key, value)``."""
+    flat = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat += leaves(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return flat
+
+
 def to_plain(config: CfgNode) -> dict[str, Any]:
     """The config as plain containers, which any reader of a checkpoint or JSON file can load."""
     return {key: to_plain(value) if isinstance(value, CfgNode) else value for key, value in config.items()}
@@ -237,20 +246,12 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config file must hold keys and values, found {type(tree).__name__}")
-    for base in tree.pop("BASE", None) or []:
+    bases = tree.pop("BASE", None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
         if base:
             _merge_file(config, path.parent / base, notes, (*seen, path.resolve()))
-    for key, value in _leaves(tree):
+    for key, value in leaves(tree):
         _merge_value(config, key, value, str(path), notes)
-
-
-def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Flatten nested mappings to dotted keys."""
-    leaves = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        leaves += _leaves(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
-    return leaves
 
 
 def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list[str]) -> None:
@@ -259,6 +260,7 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
         notes.append(f"{source}: {key} has no effect here")
         return
     if key in _FIXED_KEYS:
+        value = CfgNode._decode_cfg_value(value)
         if value != _FIXED_KEYS[key]:
             raise InputError(f"{source}: {key} is {value!r}, but the model is defined for {_FIXED_KEYS[key]!r}")
         return
@@ -293,6 +295,6 @@ def _canonical(key: str) -> str:
 
 
 def _suggestion(key: str) -> str:
-    known = [name for name, _ in _leaves(_C)]
+    known = [name for name, _ in leaves(_C)]
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

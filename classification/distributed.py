@@ -59,10 +59,10 @@ def start_process(device: str) -> Process:
     if device == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--device cuda: PyTorch finds no GPU here; use --device cpu, or check the driver")
-        if local_rank >= torch.cuda.device_count():
+        wanted, present = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if wanted > present:
             raise InputError(
-                f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
-                "lower --nproc_per_node"
+                f"{wanted} processes on this machine need a GPU each, there are {present}; lower --nproc_per_node"
             )
         torch.cuda.set_device(local_rank)
         this_device = torch.device("cuda", local_rank)

@@ -112,6 +112,7 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
     start = time.perf_counter()
     bar = log.progress(range(run.updates_per_epoch), run.updates_per_epoch, f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}")
     for update in bar:
+        learning_rate = state.optimizer.param_groups[0]["lr"]
         loss, grad_norm, passed_over = _update(run, batches, teacher)
         unreadable += passed_over
         if grad_norm is None:
@@ -123,20 +124,21 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
         speed = images_per_update * (update + 1) / elapsed
         figures = {
             "train/loss": loss,
-            "train/learning_rate": state.optimizer.param_groups[0]["lr"],
+            "train/learning_rate": learning_rate,
             "train/gradient_norm": float("nan") if grad_norm is None else grad_norm,
             "train/images_per_second": speed,
             "train/data_time": batches.seconds / (update + 1),
         }
         log.scalars(figures, state.updates)
-        bar.set_postfix_str(f"loss {loss:.3f} lr {figures['train/learning_rate']:.1e}", refresh=False)
+        left = (config.TRAIN.EPOCHS - epoch) * run.updates_per_epoch - update - 1
+        eta = _duration(left * elapsed / (update + 1))
+        bar.set_postfix_str(f"loss {loss:.3f}, training ends in {eta}", refresh=False)
         if (update + 1) % config.PRINT_FREQ == 0 and not log.shows_bars:
-            left = (config.TRAIN.EPOCHS - epoch) * run.updates_per_epoch - update - 1
             logger.info(
                 "epoch %d/%d update %d/%d loss %.4f lr %.2e grad norm %.3f %.1f images/s data %.0f%% eta %s",
                 epoch + 1, config.TRAIN.EPOCHS, update + 1, run.updates_per_epoch, loss,
-                figures["train/learning_rate"], figures["train/gradient_norm"], speed,
-                100 * batches.seconds / elapsed, _duration(left * elapsed / (update + 1)),
+                learning_rate, figures["train/gradient_norm"], speed,
+                100 * batches.seconds / elapsed, eta,
             )  # fmt: skip
 
     seconds = time.perf_counter() - start
@@ -144,7 +146,7 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
     return {
         "train_loss": loss_sum / ranks / applied if applied else float("nan"),
         "gradient_norm": norm_sum / applied if applied else float("nan"),
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "learning_rate": learning_rate,
         "updates": state.updates,
         "skipped_updates": int(skipped),
         "unreadable_images": int(unreadable),

@@ -108,11 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         job = prepare(*load_config(args.cfg, overrides(args)))
     except USER_ERRORS as error:
-        # Every process finds the same; the main one speaks. The others wait, lest the launcher stops it first.
-        if launched_rank() == 0:
-            _report(error)
-        else:
+        # Mostly every process finds the same, and the main one speaks; the launcher then stops the others. One that
+        # is still here after the wait has found something of its own.
+        if launched_rank() > 0:
             time.sleep(5)
+        _report(error)
         return 2
     try:
         job.run()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from timm.data.readers.img_extensions import set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -50,7 +51,8 @@ def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
             raise InputError(f"--zip: {archive} is missing")
         return ZipReader(archive, root / f"{split}_map.txt")
     if folder.is_dir():
-        return TarReader(folder) if any(folder.glob("*.tar")) else FolderReader(folder)
+        has_folders = any(entry.is_dir() for entry in folder.iterdir())
+        return FolderReader(folder) if has_folders or not any(folder.glob("*.tar")) else TarReader(folder)
     if tar.is_file():
         return TarReader(tar)
     if archive.is_file():
@@ -127,6 +129,7 @@ class TarReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        set_img_extensions(IMG_EXTENSIONS)  # timm's list is shorter, and would pass over the others silently
         try:
             # No index file, which would lie in the data set and go stale, and no open archives: forked
             # workers would share their file position.
@@ -142,7 +145,8 @@ class TarReader:
         return int(self._reader.targets[index])
 
     def name(self, index: int) -> str:
-        return f"{self.path}/{self._reader.filename(index)}"
+        _, archive, _ = self._reader.samples[index]
+        return "/".join(str(part) for part in (self.path, archive, self._reader.filename(index)) if part)
 
     def read(self, index: int) -> bytes:
         stream, _ = self._reader[index]

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +36,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Job:
-    """A prepared job; ``run`` does the work."""
+class Job(ABC):
+    """A prepared job."""
 
     config: CfgNode
     process: Process
 
+    @abstractmethod
     def run(self) -> None:
-        raise NotImplementedError
+        """Do the work."""
 
 
 def prepare(config: CfgNode, notes: list[str]) -> Job:
@@ -188,13 +190,18 @@ class TrainingJob(Job):
         )  # fmt: skip
         if self.resumed_from:
             logger.info("resumed from %s after epoch %d", self.resumed_from, state.epoch + 1)
+            for option, given in (("--resume", config.MODEL.RESUME), ("--pretrained", config.MODEL.PRETRAINED)):
+                if given and Path(given) != self.resumed_from:
+                    logger.warning("%s %s is not used: the run in %s goes on", option, given, self.folder)
         elif config.MODEL.PRETRAINED:
             _validate(state.model, state.ema, self.val_loader, self.process, log, config.MODEL.PRETRAINED)
-        for epoch in range(state.epoch + 1, config.TRAIN.EPOCHS):
-            self._run_epoch(epoch)
-        best_ema = f", of its EMA {state.max_accuracy_ema:.3f}%" if state.ema else ""
-        logger.info("finished: best acc@1 of the model %.3f%%%s", state.max_accuracy, best_ema)
-        log.close()
+        try:
+            for epoch in range(state.epoch + 1, config.TRAIN.EPOCHS):
+                self._run_epoch(epoch)
+            best_ema = f", of its EMA {state.max_accuracy_ema:.3f}%" if state.ema else ""
+            logger.info("finished: best acc@1 of the model %.3f%%%s", state.max_accuracy, best_ema)
+        finally:
+            log.close()
 
     def _run_epoch(self, epoch: int) -> None:
         config, state, process, log = self.config, self.state, self.process, self.training.log
@@ -207,12 +214,12 @@ class TrainingJob(Job):
             state.model, state.ema, self.val_loader, process, log, f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}"
         )
         names = []
-        if result.acc1 > state.max_accuracy:
+        if result.acc1 >= state.max_accuracy:
             state.max_accuracy = result.acc1
             names.append(BEST)
         record |= {"val_acc1": result.acc1, "val_acc5": result.acc5, "val_loss": result.loss}
         if ema_result:
-            if ema_result.acc1 > state.max_accuracy_ema:
+            if ema_result.acc1 >= state.max_accuracy_ema:
                 state.max_accuracy_ema = ema_result.acc1
                 names.append(BEST_EMA)
             record |= {"ema_acc1": ema_result.acc1, "ema_acc5": ema_result.acc5, "ema_loss": ema_result.loss}
@@ -249,11 +256,15 @@ class TrainingJob(Job):
 
     def _make_folder(self) -> None:
         if (self.folder / LATEST).exists() and not self.resumed_from:
+            remedy = "remove it" if self.config.TRAIN.AUTO_RESUME else "let it resume (TRAIN.AUTO_RESUME True)"
             raise InputError(
-                f"{self.folder}: holds a run that would be overwritten; "
-                "choose another --output or --tag, or let it resume (TRAIN.AUTO_RESUME True)"
+                f"{self.folder}: holds a run that would be overwritten; choose another --output or --tag, or {remedy}"
             )
-        self.process.barrier()  # no process may find the folder of another and take it for an earlier run's
+        # Also keeps a process from finding the folder of another and taking it for an earlier run's.
+        if self.process.sum([self.state.epoch])[0] != self.process.world_size * self.state.epoch:
+            raise InputError(
+                f"{self.folder}: not all processes find the same checkpoint; --output must be a folder that all share"
+            )
         if self.process.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

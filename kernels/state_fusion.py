@@ -40,10 +40,22 @@ def state_fusion(
         fused = torch.zeros_like(states)
         for kernel, weight, dilation in zip(kernels, alpha.to(compute_dtype), dilations, strict=True):
             reach = dilation * (kernel.shape[-1] // 2)
-            padded = F.pad(states, (reach, reach, reach, reach), mode="replicate")
             scaled = weight * kernel.to(compute_dtype)
-            fused = fused + F.conv2d(padded, scaled, dilation=dilation, groups=h.shape[1])
+            fused = fused + F.conv2d(_repeat_edges(states, reach), scaled, dilation=dilation, groups=h.shape[1])
     return fused.to(h.dtype)
+
+
+def _repeat_edges(h: Tensor, reach: int) -> Tensor:
+    """Replicate padding by ``reach`` on all sides, channels-last in memory.
+
+    PyTorch's own is neither deterministic in its backward pass on GPUs, nor right under Inductor for
+    channels-last inputs (2.11).
+    """
+    x = h.permute(0, 2, 3, 1)  # (batch, H, W, dim)
+    for axis in (1, 2):
+        first, last = x.narrow(axis, 0, 1), x.narrow(axis, x.shape[axis] - 1, 1)
+        x = torch.cat([*[first] * reach, x, *[last] * reach], dim=axis)
+    return x.permute(0, 3, 1, 2)
 
 
 def _check_arguments(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int]) -> None:

@@ -1,6 +1,8 @@
 """The ImageNet trainer: recipe, data, training, resuming, checkpoints, evaluation, and every way to use it wrongly."""
 
+import functools
 import io
+import itertools
 import json
 import os
 import pickle
@@ -22,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from spatial_mamba.classification import complexity, engine
+from spatial_mamba.classification import complexity, engine, trainer
 from spatial_mamba.classification.checkpoint import BEST, BEST_EMA, LATEST, save_checkpoint
 from spatial_mamba.classification.config import load_config
 from spatial_mamba.classification.data import (
@@ -424,23 +426,18 @@ def test_accumulation_and_activation_checkpointing(micro: Path, photos: Path, tm
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> None:
-    """Let the model's forward pass of chosen training steps see NaN, as an overflow would make it."""
-    steps = iter(range(10**6))
-    original = engine.TrainingRun.__getattribute__
+    """Let the model see NaN in chosen training steps, as an overflow would make it."""
+    steps = itertools.count()
 
     class Poisoned(torch.nn.Module):
-        def __init__(self, model: torch.nn.Module) -> None:
+        def __init__(self, model: torch.nn.Module, process: Process) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, images: Tensor) -> Tensor:
             return self.model(images * float("nan") if is_bad(next(steps)) else images)
 
-    def get(run: engine.TrainingRun, name: str) -> Any:
-        value = original(run, name)
-        return Poisoned(value) if name == "model" else value
-
-    monkeypatch.setattr(engine.TrainingRun, "__getattribute__", get)
+    monkeypatch.setattr(trainer, "_parallel", Poisoned)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -483,7 +480,7 @@ def test_pretrained_weights_are_evaluated_first(
 def test_throughput_is_printed_for_each_batch_size(
     micro: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(engine.measure_throughput, "__defaults__", (0.0,))
+    monkeypatch.setattr(trainer, "measure_throughput", functools.partial(engine.measure_throughput, seconds=0.0))
     assert main(["--cfg", str(micro), "--throughput", "2", "1"]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if "throughput" in line]
     assert [line.split("batch ")[1].split(",")[0] for line in lines] == ["1", "2"]
@@ -641,6 +638,12 @@ def break_zip(root: Path) -> None:
     (root / "train.zip").write_text("no archive")
 
 
+def break_tar(root: Path) -> None:
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    (root / "train" / "0.tar").write_text("no archive")
+
+
 def rewrap_checkpoint(folder: Path) -> list[str]:
     content = read_checkpoint(folder / "run/micro/default" / BEST)
     content["model"]["head.weight"] = torch.zeros(7, 32)
@@ -712,7 +715,7 @@ WRONG = {
     "no images": (add("--data-path", "FOLDER/run"), "the train split is missing"),
     "no zip": (add("--zip"), "train.zip is missing"),
     "broken zip": (damage_data(break_zip), "train.zip: not a readable zip archive"),
-    "broken tar": (damage_data(lambda root: (root / "train/x.tar").write_text("x")), "no readable images in tar"),
+    "broken tar": (damage_data(break_tar), "no readable images in tar"),
     "class number": (add("--opts", "MODEL.NUM_CLASSES", "5"), "has 3 classes, MODEL.NUM_CLASSES is 5"),
     "unreadable image": (damage_data(truncate_image), "unreadable image"),
     # checkpoints
@@ -724,7 +727,7 @@ WRONG = {
     "list as checkpoint": (damage_checkpoint([1]), "holds a list, not a checkpoint dictionary"),
     "no weights": (damage_checkpoint({"epoch": 3}), "found no model weights"),
     "other weights": (damage_checkpoint({"model": {"x": torch.zeros(1)}}), "does not fit this model"),
-    "other classifier": (rewrap_checkpoint, "its classifier has 7 classes, this run has 3; add --finetune"),
+    "other classifier": (rewrap_checkpoint, "its classifier has 7 classes, this run has 3; to train a new classifier"),
     "resume without optimiser": (drop_optimizer, "cannot resume, it holds no optimizer"),
 }
 

@@ -1,0 +1,630 @@
+"""The models: golden values, sizes, precision, compilation, timm, initialisation, weights that are never stale."""
+
+import importlib.util
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
+from spatial_mamba.classification.models import WeightsError
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
+CONFIGS = {
+    "tiny": dict(dims=64, depths=(2, 4, 8, 4)),
+    "small": dict(dims=64, depths=(2, 4, 21, 5)),
+    "base": dict(dims=96, depths=(2, 4, 21, 5)),
+}
+MICRO = dict(dims=8, depths=(1, 1, 1, 1), drop_path_rate=0.0)
+
+half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def load_fill() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+golden_fill = load_fill()
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "tiny.npz") as values:
+        return dict(values)
+
+
+def micro_classifier(**changes: Any) -> SpatialMamba:
+    """A small classifier at its initial values."""
+    torch.manual_seed(0)
+    return SpatialMamba(**MICRO | dict(num_classes=5) | changes)
+
+
+def filled_classifier(**changes: Any) -> SpatialMamba:
+    """A small classifier with weights under which every part of it matters."""
+    return golden_fill.fill_(micro_classifier(**changes))
+
+
+def micro_backbone(**changes: Any) -> SpatialMambaBackbone:
+    torch.manual_seed(0)
+    return SpatialMambaBackbone(**MICRO | changes)
+
+
+def images(*shape: int) -> Tensor:
+    return golden_fill.image("test", shape or (2, 3, 64, 64))
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Equal shapes, and equal values within ``tolerance`` of the largest magnitude expected."""
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).abs().max().item()
+    assert error <= tolerance * expected.abs().max().item()
+
+
+def train_step(model: nn.Module, x: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one pass through ``model`` as it is, training or not."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss = F.cross_entropy(model(x), torch.arange(len(x)))
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_step(actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+# --- the published model
+
+
+@pytest.mark.parametrize("variant", PARAMETERS)
+def test_state_dicts_and_parameter_counts_are_the_published_ones(variant: str) -> None:
+    expected = json.loads((GOLDEN / f"state_dict_{variant}.json").read_text())
+    with torch.device("meta"):
+        classifier = timm.create_model(f"spatial_mamba_{variant}")
+        backbone = SpatialMambaBackbone(**CONFIGS[variant])
+    for name, model in (("classifier", classifier), ("backbone", backbone)):
+        assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected[name]
+    assert sum(p.numel() for p in classifier.parameters()) == PARAMETERS[variant]
+
+
+def test_golden_logits(golden: dict[str, np.ndarray]) -> None:
+    model = golden_fill.fill_(spatial_mamba_tiny()).eval()
+    with torch.no_grad():
+        logits = model(golden_fill.image("a", (2, 3, 224, 224)))
+    assert_near(logits, torch.from_numpy(golden["tiny_logits_224"]), 1e-4)
+
+
+def test_golden_features(golden: dict[str, np.ndarray]) -> None:
+    model = golden_fill.fill_(SpatialMambaBackbone(**CONFIGS["tiny"])).eval()
+    with torch.no_grad():
+        maps = model(golden_fill.image("b", (1, 3, 128, 96)))
+    assert len(maps) == 4
+    for i, features in enumerate(maps):
+        assert_near(features, torch.from_numpy(golden[f"tiny_feature{i}_128x96"]), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "zero"), [(torch.float32, 1e-3, 1e-5), (torch.float64, 1e-6, 1e-12)], ids=str
+)
+def test_golden_training_step(golden: dict[str, np.ndarray], dtype: torch.dtype, tolerance: float, zero: float) -> None:
+    model = golden_fill.fill_(spatial_mamba_tiny(drop_path_rate=0.0)).to(dtype).train()
+    logits = model(golden_fill.image("c", (4, 3, 64, 64)).to(dtype))
+    loss = F.cross_entropy(logits, torch.arange(4) * 37 % 1000)
+    loss.backward()
+
+    assert loss.item() == pytest.approx(golden["tiny_train_64_loss"].item(), rel=tolerance)
+    assert_near(logits, torch.from_numpy(golden["tiny_train_64_logits"]), tolerance)
+
+    gradients = {name: p.grad.double() for name, p in model.named_parameters()}
+    names = golden["tiny_train_64_grad_names"].tolist()
+    assert sorted(names) == sorted(gradients)
+    norms, heads = golden["tiny_train_64_grad_norms"], golden["tiny_train_64_grad_head4"]
+    failures = []
+    for name, norm, head in zip(names, norms.tolist(), heads, strict=True):
+        gradient = gradients[name]
+        if norm < 1e-10:  # a bias in front of a BatchNorm, which takes the mean off again
+            if gradient.norm() > zero:
+                failures.append(f"{name}: norm {gradient.norm():.3g} instead of 0")
+            continue
+        first = gradient.flatten()[:4].numpy()
+        norm_error = abs(gradient.norm().item() - norm) / norm
+        # The three gradients of an alpha are large sums that cancel, so float32 gives single ones less exactly.
+        head_error = np.abs(first - head[: len(first)]).max() / norm
+        if norm_error > tolerance or head_error > 3 * tolerance:
+            failures.append(f"{name}: norm off by {norm_error:.3g}, first values by {head_error:.3g}")
+    assert not failures
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (33, 47), (64, 96)])
+def test_any_image_size(height: int, width: int) -> None:
+    x = images(2, 3, height, width)
+    with torch.no_grad():
+        assert filled_classifier()(x).shape == (2, 5)
+        maps = golden_fill.fill_(micro_backbone())(x)
+    for i, features in enumerate(maps):
+        stride = 4 * 2**i
+        assert features.shape == (2, 8 * 2**i, math.ceil(height / stride), math.ceil(width / stride))
+        assert features.is_contiguous()
+        assert features.isfinite().all()
+    assert len(maps) == 4
+
+
+def test_out_indices_choose_among_the_same_maps() -> None:
+    everything = golden_fill.fill_(micro_backbone()).eval()
+    chosen = golden_fill.fill_(micro_backbone(out_indices=(1, 3))).eval()
+    assert {name for name, _ in chosen.named_children() if "outnorm" in name} == {"outnorm1", "outnorm3"}
+    with torch.no_grad():
+        maps, expected = chosen(images()), everything(images())
+    torch.testing.assert_close(maps, (expected[1], expected[3]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out_indices": (0, 4)}, r"out_indices .* \(0, 4\)"),
+        ({"out_indices": (-1,)}, r"out_indices .* \(-1,\)"),
+        ({"out_indices": (2, 1)}, r"out_indices .* \(2, 1\)"),
+        ({"out_indices": (1, 1)}, r"out_indices .* \(1, 1\)"),
+        ({"d_state": 2}, "d_state must be 1, got 2"),
+        ({"dims": 9}, "dims.* even number, got 9"),
+        ({"dims": 0}, "dims.* even number, got 0"),
+        ({"depths": (1, 0)}, r"depths .* \(1, 0\)"),
+        ({"depths": ()}, r"depths .* \(\)"),
+    ],
+)
+def test_backbone_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        micro_backbone(**change)
+
+
+# --- precision
+
+
+@half_types
+def test_autocast_is_close_to_float32_and_keeps_the_states_in_it(dtype: torch.dtype) -> None:
+    model = filled_classifier().eval()
+    seen = []
+    for stage in model.layers:
+        fusion = stage.blocks[0].self_attention.state_fusion
+        fusion.register_forward_hook(lambda module, args, out: seen.extend([args[0].dtype, out.dtype]))
+    with torch.no_grad():
+        expected = model(images())
+        seen.clear()
+        with torch.autocast("cpu", dtype=dtype):
+            logits = model(images())
+    assert seen == [torch.float32] * 8
+    assert logits.dtype == dtype
+    assert_near(logits, expected, 16 * torch.finfo(dtype).eps)
+
+
+def test_initial_fusion_kernels_do_not_overflow_fp16() -> None:
+    # What u, B and C hold fits into half precision; their product, grown 27-fold by kernels of 1, does not.
+    model = micro_classifier().eval()
+    largest = []
+    for stage in model.layers:
+        mixer = stage.blocks[0].self_attention
+        with torch.no_grad():
+            mixer.in_proj.weight[: mixer.inner_dim] *= 5e3
+            mixer.x_proj_weight[: mixer.dt_rank] = 0  # steps as at the start, whatever the tokens
+            mixer.x_proj_weight[mixer.dt_rank :] *= 10
+        mixer.state_fusion.register_forward_hook(lambda module, args, out: largest.append(out.abs().max().item()))
+    with torch.no_grad():
+        expected = model(10 * images())
+        with torch.autocast("cpu", dtype=torch.float16):
+            logits = model(10 * images())
+    assert min(largest) > torch.finfo(torch.float16).max
+    assert logits.isfinite().all()
+    assert_near(logits, expected, 0.05)
+
+
+@half_types
+def test_half_precision_weights_run(dtype: torch.dtype) -> None:
+    x = images()
+    with torch.no_grad():
+        expected = filled_classifier()(x)
+    model = filled_classifier().to(dtype)
+    logits = model(x.to(dtype))
+    assert logits.dtype == dtype
+    assert_near(logits, expected, 64 * torch.finfo(dtype).eps)
+    logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- compilation and activation checkpointing
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_compiles_in_one_graph(use_checkpoint: bool) -> None:
+    model = filled_classifier(depths=(1, 1), use_checkpoint=use_checkpoint)
+    x = images(2, 3, 32, 32)
+    expected = train_step(model, x)
+    torch._dynamo.reset()  # a graph of another test must not be counted as a recompilation
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = F.cross_entropy(compiled(x), torch.arange(2))
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert_same_step((loss.detach(), gradients), expected)
+
+
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
+def test_activation_checkpointing_changes_nothing_but_memory(drop_path_rate: float) -> None:
+    model = filled_classifier(depths=(2, 2), drop_path_rate=drop_path_rate).train()
+    start = deepcopy(model.state_dict())
+    block_calls = []
+    for stage in model.layers:
+        for block in stage.blocks:
+            block.register_forward_pre_hook(lambda module, args: block_calls.append(module))
+
+    def step_with(enable: bool) -> tuple[tuple[Tensor, dict[str, Tensor]], dict[str, Tensor], int]:
+        model.load_state_dict(start)
+        model.set_grad_checkpointing(enable)
+        block_calls.clear()
+        step = train_step(model, images(4, 3, 32, 32))
+        return step, deepcopy(model.state_dict()), len(block_calls)
+
+    expected, expected_state, calls = step_with(False)
+    assert calls == 4
+    step, state, calls = step_with(True)
+    assert calls == 8  # every block once more in the backward pass
+    assert_same_step(step, expected)
+    torch.testing.assert_close(state, expected_state)
+    assert step_with(False)[-1] == 4
+
+    other_seed = train_step(model, images(4, 3, 32, 32), seed=1)[0]
+    assert (other_seed.item() != expected[0].item()) == (drop_path_rate > 0)
+
+
+def test_no_activation_checkpointing_without_gradients() -> None:
+    model = filled_classifier(use_checkpoint=True)
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
+        assert model(images()).isfinite().all()
+
+
+# --- timm
+
+
+def test_timm_lists_the_models() -> None:
+    assert timm.list_models("spatial_mamba*") == [f"spatial_mamba_{v}" for v in ("base", "small", "tiny")]
+
+
+@pytest.fixture(scope="module")
+def gray_tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("spatial_mamba_tiny", num_classes=10, in_chans=1).eval()
+
+
+@torch.no_grad()
+def test_timm_feature_and_head_interface(gray_tiny: nn.Module) -> None:
+    x = images(2, 1, 64, 96)
+    tokens = gray_tiny.forward_features(x)
+    assert tokens.shape == (2, 2, 3, gray_tiny.num_features)
+    features = gray_tiny.forward_head(tokens, pre_logits=True)
+    assert features.shape == (2, gray_tiny.head_hidden_size)
+    torch.testing.assert_close(features, tokens.mean(dim=(1, 2)))
+    logits = gray_tiny.forward_head(tokens)
+    assert logits.shape == (2, 10)
+    torch.testing.assert_close(logits, gray_tiny.get_classifier()(features))
+    torch.testing.assert_close(gray_tiny(x), logits)
+
+
+def test_timm_metadata(gray_tiny: nn.Module) -> None:
+    cfg = gray_tiny.pretrained_cfg
+    assert cfg["mean"] == (0.485, 0.456, 0.406)
+    assert cfg["std"] == (0.229, 0.224, 0.225)
+    assert cfg["interpolation"] == "bicubic"
+    assert cfg["input_size"] == (3, 224, 224)
+    assert gray_tiny.get_submodule(cfg["classifier"]) is gray_tiny.get_classifier()
+    assert gray_tiny.get_submodule(cfg["first_conv"]).in_channels == 1
+    assert gray_tiny.no_weight_decay() == set()
+    assert [info["num_chs"] for info in gray_tiny.feature_info] == [64, 128, 256, 512]
+
+
+@torch.no_grad()
+def test_reset_classifier() -> None:
+    model = filled_classifier().double().eval()
+    x = images(2, 3, 32, 64).double()
+    tokens = model.forward_features(x)
+
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    torch.testing.assert_close(model(x), tokens.mean(dim=(1, 2)))
+
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    assert model.get_classifier().weight.dtype == torch.float64
+    assert model.get_classifier().weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model(x).shape == (2, 7)
+
+    model.reset_classifier(7, global_pool="")
+    torch.testing.assert_close(model(x), model.get_classifier()(tokens))
+    model.reset_classifier(0, global_pool="")
+    torch.testing.assert_close(model(x), tokens)
+    with pytest.raises(ValueError, match=r"global_pool .*'max'"):
+        model.reset_classifier(7, global_pool="max")
+
+
+def test_timm_pretrained_is_an_error_while_no_weights_are_hosted() -> None:
+    with pytest.raises(RuntimeError, match="spatial_mamba_tiny"):
+        timm.create_model("spatial_mamba_tiny", pretrained=True)
+
+
+# --- nothing stale: what eval mode computes follows every change of the weights
+
+Change = Callable[[SpatialMamba, Tensor], nn.Module]
+
+
+def perturb_fusion(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".state_fusion." in name:
+                parameter.mul_(1.5).add_(0.1)
+
+
+def optimiser_step(model: SpatialMamba, x: Tensor) -> SpatialMamba:
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_step(model.train(), x)
+    optimiser.step()
+    return model
+
+
+def ema_update(model: SpatialMamba, x: Tensor) -> nn.Module:
+    ema = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        ema.module(x)
+    optimiser_step(model, x)
+    ema.update(model)
+    return ema.module
+
+
+def state_dict_load(model: SpatialMamba, x: Tensor) -> SpatialMamba:
+    other = filled_classifier()
+    perturb_fusion(other)
+    model.load_state_dict(other.state_dict())
+    return model
+
+
+def in_place_change(model: SpatialMamba, x: Tensor) -> SpatialMamba:
+    perturb_fusion(model)
+    return model
+
+
+def change_of_a_copy(model: SpatialMamba, x: Tensor) -> SpatialMamba:
+    copied = deepcopy(model)
+    perturb_fusion(copied)
+    return copied
+
+
+def change_in_float64(model: SpatialMamba, x: Tensor) -> SpatialMamba:
+    model.to(torch.float64)
+    perturb_fusion(model)
+    with torch.no_grad():
+        model.eval()(x.double())
+    return model.to(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "change", [optimiser_step, ema_update, state_dict_load, in_place_change, change_of_a_copy, change_in_float64]
+)
+def test_eval_mode_follows_every_change_of_the_weights(change: Change) -> None:
+    x = images(2, 3, 48, 48)
+    model = filled_classifier().eval()
+    with torch.no_grad():
+        before = model(x)  # whatever could be cached is cached now
+    model = change(model, x)
+
+    fresh = micro_classifier().eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        evaluated, expected = model.eval()(x), fresh(x)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    assert_near(evaluated, expected, 1e-6)
+    assert_near(model(x).detach(), expected, 1e-6)
+    assert (evaluated - before).abs().max() > 1e-3 * before.abs().max()
+
+
+def test_a_deep_copy_does_not_share_weights() -> None:
+    model = filled_classifier().eval()
+    with torch.no_grad():
+        before = model(images())
+        copied = deepcopy(model)
+        perturb_fusion(model)
+        assert_near(copied(images()), before, 1e-6)
+
+
+# --- initialisation
+
+
+@pytest.fixture(scope="module")
+def initial() -> SpatialMamba:
+    torch.manual_seed(0)
+    return SpatialMamba(dims=32, depths=(1, 1, 2), num_classes=100)
+
+
+def mixers(model: SpatialMamba) -> Iterator[nn.Module]:
+    for stage in model.layers:
+        for block in stage.blocks:
+            yield block.self_attention
+
+
+def assert_uniform(tensor: Tensor, bound: float) -> None:
+    """Reaches to the bound and not beyond, with the spread of a uniform distribution."""
+    assert tensor.abs().max().item() <= bound
+    assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+
+
+def test_initial_scan_parameters(initial: SpatialMamba) -> None:
+    for mixer in mixers(initial):
+        width, rank = mixer.inner_dim, mixer.dt_rank
+        assert rank == math.ceil(width / 32)  # of the block's width, half the inner one
+        assert (mixer.A_logs == 0).all()
+        assert (mixer.Ds == 1).all()
+        assert_uniform(mixer.x_proj_weight, width**-0.5)
+        assert_uniform(mixer.dt_projs_weight, rank**-0.5)
+        step = F.softplus(mixer.dt_projs_bias.double())
+        assert step.min() >= 1e-3 * (1 - 1e-4)
+        assert step.max() <= 1e-1 * (1 + 1e-4)
+        assert step.log10().mean().item() == pytest.approx(-2, abs=0.25)  # log-uniform, not uniform
+    ranks = [mixer.dt_rank for mixer in mixers(initial)]
+    assert ranks == [2, 4, 8, 8]
+
+
+def test_initial_fusion_is_a_sum(initial: SpatialMamba) -> None:
+    parameters = [p for mixer in mixers(initial) for p in mixer.state_fusion.parameters()]
+    assert len(parameters) == 4 * 4
+    assert all((p == 1).all() for p in parameters)
+
+
+def test_initial_layers(initial: SpatialMamba) -> None:
+    linears = [m for m in initial.modules() if isinstance(m, nn.Linear)]
+    convolutions = [m for m in initial.modules() if isinstance(m, nn.Conv2d)]
+    assert len(linears) == 4 * 4 + 1
+    assert len(convolutions) == 5 + 2 * 3 + 4 * 3
+    for linear in linears:
+        assert linear.weight.mean().item() == pytest.approx(0, abs=2e-3)
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert linear.bias is None or (linear.bias == 0).all()
+    for convolution in convolutions:
+        assert_uniform(convolution.weight, convolution.weight[0].numel() ** -0.5)
+
+
+def test_drop_path_rises_linearly_over_all_blocks() -> None:
+    model = micro_classifier(depths=(2, 1, 3, 1), drop_path_rate=0.3)
+    blocks = [block for stage in model.layers for block in stage.blocks]
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx(np.linspace(0, 0.3, 7).tolist())
+
+
+# --- a backbone that starts from a classification checkpoint
+
+
+def published_extras() -> dict[str, Any]:
+    """What a released checkpoint stores beside its weights."""
+    from yacs.config import CfgNode
+
+    config = CfgNode({"MODEL": {"TYPE": "spatial_mamba"}})
+    return dict(
+        model_ema={}, optimizer={}, epoch=299, max_accuracy=np.float64(83.5), max_accuray_ema=0.0, config=config
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state},
+        lambda state: {"state_dict": state},
+        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+        lambda state: {"model": state} | published_extras(),
+        lambda state: state,
+    ],
+    ids=["model", "state_dict", "distributed", "published", "bare"],
+)
+def test_pretrained_backbone(tmp_path: Path, wrap: Callable[[dict[str, Tensor]], dict[str, Any]]) -> None:
+    state = filled_classifier().state_dict()
+    torch.save(wrap(state), tmp_path / "classifier.pth")
+    loaded = micro_backbone(pretrained=tmp_path / "classifier.pth").state_dict()
+    expected = micro_backbone().state_dict()  # its outnorm layers
+    expected |= {name: value for name, value in state.items() if name in expected}
+    assert sum(name in state for name in expected) == len(state) - 4  # all but the classifier's norm and head
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
+
+
+def test_pretrained_backbone_leaves_out_unused_outnorms(tmp_path: Path) -> None:
+    torch.save({"model": filled_classifier().state_dict()}, tmp_path / "classifier.pth")
+    backbone = micro_backbone(out_indices=(3,), pretrained=str(tmp_path / "classifier.pth"))
+    assert torch.equal(backbone.patch_embed.conv1.conv.weight, filled_classifier().patch_embed.conv1.conv.weight)
+
+
+class LeavesATrace:
+    """Unpickled carelessly, it runs a function of its writer's choice: here one that makes a folder."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def save_truncated(path: Path, kept: float) -> None:
+    torch.save({"model": filled_classifier().state_dict()}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+
+
+def save_one_missing(path: Path) -> None:
+    state = filled_classifier().state_dict()
+    del state["layers.2.blocks.0.self_attention.A_logs"]
+    torch.save({"model": state}, path)
+
+
+def save_one_too_many(path: Path) -> None:
+    torch.save({"model": filled_classifier().state_dict() | {"layers.9.extra": torch.ones(1)}}, path)
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        pytest.param(lambda path: None, "no such checkpoint file", id="missing"),
+        pytest.param(lambda path: path.mkdir(), "no such checkpoint file", id="folder"),
+        pytest.param(lambda path: path.touch(), "empty", id="empty"),
+        pytest.param(lambda path: save_truncated(path, 0.5), "truncated", id="half"),
+        pytest.param(lambda path: save_truncated(path, 0.01), "truncated", id="a_hundredth"),
+        pytest.param(lambda path: path.write_text("<html>Not found</html>"), "not a PyTorch checkpoint", id="text"),
+        pytest.param(lambda path: path.write_text("Not found"), "not a PyTorch checkpoint", id="other_text"),
+        pytest.param(
+            lambda path: torch.save({"model": micro_classifier(dims=16).state_dict()}, path),
+            r"does not fit .* is \(16,\), the model has \(8,\)",
+            id="other_width",
+        ),
+        pytest.param(save_one_missing, "in 1 entries: .*blocks.0.self_attention.A_logs is missing", id="one_missing"),
+        pytest.param(save_one_too_many, "in 1 entries: layers.9.extra is not part of the model", id="one_too_many"),
+        pytest.param(lambda path: torch.save([torch.ones(2)], path), "holds a list", id="list"),
+        pytest.param(lambda path: torch.save({"model": {}}, path), "found no model weights", id="no_weights"),
+        pytest.param(lambda path: torch.save({"epoch": 3}, path), "found no model weights", id="no_model"),
+    ],
+)
+def test_unusable_pretrained_weights_are_an_error(tmp_path: Path, save: Callable[[Path], None], message: str) -> None:
+    path = tmp_path / "weights.pth"
+    save(path)
+    with pytest.raises(WeightsError, match=f"(?s)weights.pth: .*({message})"):
+        micro_backbone(pretrained=path)
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "pickle.dump"])
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, writer: str) -> None:
+    path, trace = tmp_path / "weights.pth", tmp_path / "trace"
+    content = {"model": filled_classifier().state_dict(), "config": LeavesATrace(trace)}
+    if writer == "torch.save":
+        torch.save(content, path)
+    else:
+        with path.open("wb") as file:
+            pickle.dump({"config": content["config"]}, file, protocol=2)
+    with pytest.raises(WeightsError, match=r"weights.pth: refused, .*mkdir"):
+        micro_backbone(pretrained=path)
+    assert not trace.exists()
+
+    torch.load(path, weights_only=False) if writer == "torch.save" else pickle.loads(path.read_bytes())
+    assert trace.exists()  # so the file was dangerous indeed
