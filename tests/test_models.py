@@ -245,7 +245,7 @@ def test_half_precision_weights_run(dtype: torch.dtype) -> None:
     model = filled_classifier().to(dtype)
     logits = model(x.to(dtype))
     assert logits.dtype == dtype
-    assert_near(logits, expected, 64 * torch.finfo(dtype).eps)
+    assert_near(logits, expected, 32 * torch.finfo(dtype).eps)
     logits.float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -293,12 +293,6 @@ def test_activation_checkpointing_changes_nothing_but_memory(drop_path_rate: flo
 
     other_seed = train_step(model, images(4, 3, 32, 32), seed=1)[0]
     assert (other_seed.item() != expected[0].item()) == (drop_path_rate > 0)
-
-
-def test_no_activation_checkpointing_without_gradients() -> None:
-    model = filled_classifier(use_checkpoint=True)
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
-        assert model(images()).isfinite().all()
 
 
 # --- timm
