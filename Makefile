@@ -14,8 +14,9 @@ demo: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 $(MAIN) --output output --tag demo
 	$(BIN)/python $(MAIN) --eval --pretrained $(RUN)/best.pth
 
+# One thread: the tests' tensors are small, and their processes share the machine.
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ def count_flops(model: nn.Module, shape: Sequence[int]) -> int:
         raise InputError("fvcore, which counts FLOPs, is missing: pip install fvcore") from error
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)  # lists idle drop-path modules otherwise
     analysis = FlopCountAnalysis(model.eval(), torch.zeros(1, *shape))
-    analysis.set_op_handle("prim::PythonOp._LinearRecurrence", _scan_flops)
+    analysis.set_op_handle("spatial_mamba::linear_recurrence", _scan_flops)
     analysis.unsupported_ops_warnings(False)
     return int(analysis.total())
 

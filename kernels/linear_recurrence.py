@@ -1,16 +1,20 @@
 """First-order linear recurrence along the last dimension, as a work-efficient parallel scan."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
+@torch.library.custom_op("spatial_mamba::linear_recurrence", mutates_args=())
 def linear_recurrence(decays: Tensor, inputs: Tensor) -> Tensor:
     """Solve ``h[0] = inputs[0]``, ``h[t + 1] = decays[t] * h[t] + inputs[t + 1]``.
 
     Neighbouring steps are composed pairwise, so the work is linear in L and the depth logarithmic.
     Decays are only ever multiplied with each other, never divided or accumulated in logarithms:
     with decays in [0, 1] nothing can overflow, and a decay that underflows to 0 simply forgets the past.
-    Differentiable any number of times.
+    Differentiable any number of times. An operator of its own for compilers, which would otherwise meet the many
+    small steps one by one.
 
     Args:
         decays: (..., L - 1), the factor that carries step t into step t + 1.
@@ -19,24 +23,27 @@ def linear_recurrence(decays: Tensor, inputs: Tensor) -> Tensor:
     Returns:
         The states, (..., L), in the memory order of ``inputs``.
     """
-    return _LinearRecurrence.apply(decays, inputs)
+    return _scan_pairwise(decays, inputs)
 
 
-class _LinearRecurrence(torch.autograd.Function):
-    """Saves only the decays and the states; the gradient is the same recurrence run backwards in time."""
+@linear_recurrence.register_fake
+def _(decays: Tensor, inputs: Tensor) -> Tensor:
+    return torch.empty_like(inputs)
 
-    @staticmethod
-    def forward(ctx, decays: Tensor, inputs: Tensor) -> Tensor:
-        states = _scan_pairwise(decays, inputs)
-        ctx.save_for_backward(decays, states)
-        return states
 
-    @staticmethod
-    def backward(ctx, grad_states: Tensor) -> tuple[Tensor, Tensor]:
-        decays, states = ctx.saved_tensors
-        grad_inputs = linear_recurrence(decays.flip(-1), grad_states.flip(-1)).flip(-1)
-        grad_decays = grad_inputs[..., 1:] * states[..., :-1]
-        return grad_decays, grad_inputs
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    decays, _ = inputs
+    ctx.save_for_backward(decays, output)
+
+
+def _backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient is the same recurrence run backwards in time; only decays and states are saved for it."""
+    decays, states = ctx.saved_tensors
+    grad_inputs = linear_recurrence(decays.flip(-1), grad_states.flip(-1)).flip(-1)
+    return grad_inputs[..., 1:] * states[..., :-1], grad_inputs
+
+
+linear_recurrence.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _scan_pairwise(decays: Tensor, inputs: Tensor) -> Tensor:
