@@ -141,6 +141,9 @@ class TrainingJob(Job):
 
     def __init__(self, config: CfgNode, process: Process) -> None:
         super().__init__(config, process)
+        if config.COMPILE and config.TRAIN.USE_CHECKPOINT and process.device.type == "cpu":
+            # Seen with 2.11: Inductor's backward pass of two checkpointed blocks dies of a segmentation fault.
+            raise InputError("--compile with --use-checkpoint crashes PyTorch on a CPU; leave one of them out")
         self.folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
         train_loader = build_train_loader(config, process)
         self.val_loader = build_val_loader(config, process)

@@ -97,8 +97,8 @@ def _check_arguments(
     batch, dim, length = u.shape
     if A.ndim != 2 or A.shape[0] != dim:
         raise ValueError(f"A must be (dim, N) with dim = {dim}, got {tuple(A.shape)}")
-    if any(x is not None and x.is_complex() for x in (u, delta, A, B, C)):
-        raise ValueError("selective_scan is defined for real tensors; use the real part of a complex A, B or C")
+    if any(x is not None and x.is_complex() for x in (u, delta, A, B, C, D, z, delta_bias)):
+        raise ValueError("selective_scan is defined for real tensors, not for complex ones")
     if C is None and (D is not None or z is not None):
         raise ValueError("D and z act on the outputs: pass C too, or leave them out to get the states")
 

@@ -689,6 +689,7 @@ WRONG = {
     "optimiser": (add("--optim", "adamx"), "TRAIN.OPTIMIZER.NAME is 'adamx'"),
     "seed": (add("--seed", "-3"), "SEED is -3"),
     "throughput": (add("--throughput", "0"), "THROUGHPUT_BATCHES is [0]"),
+    "compiled checkpointing": (add("--compile", "--use-checkpoint"), "--compile with --use-checkpoint crashes"),
     "eval without weights": (add("--eval"), "--eval needs the checkpoint"),
     "output is a file": (add("--output", "FOLDER/micro.yaml"), "cannot be written"),
     "overwriting a run": (add("--opts", "TRAIN.AUTO_RESUME", "False"), "holds a run that would be overwritten"),
@@ -720,6 +721,7 @@ WRONG = {
     "unreadable image": (damage_data(truncate_image), "unreadable image"),
     # checkpoints
     "no checkpoint": (add("--pretrained", "FOLDER/none.pth"), "none.pth: no such checkpoint file"),
+    "folder as checkpoint": (add("--pretrained", "FOLDER/run"), "run: is a folder; name the checkpoint file"),
     "empty checkpoint": (damage_checkpoint(b""), "bad.pth: the file is empty"),
     "text as checkpoint": (damage_checkpoint(b"hello"), "bad.pth: not a PyTorch checkpoint"),
     "pickled nonsense": (damage_checkpoint(pickle.dumps(3)), "bad.pth"),

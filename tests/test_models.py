@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
 from spatial_mamba.classification.models import WeightsError
+from spatial_mamba.classification.models import spatial_mamba as network
+from spatial_mamba.kernels import selective_scan
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
@@ -201,9 +203,17 @@ def test_backbone_refuses(change: dict[str, Any], message: str) -> None:
 
 
 @half_types
-def test_autocast_is_close_to_float32_and_keeps_the_states_in_it(dtype: torch.dtype) -> None:
+def test_autocast_is_close_to_float32_and_keeps_the_recurrence_in_it(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = filled_classifier().eval()
     seen = []
+
+    def scan(u: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(delta.dtype)  # a rounded step would not show in the dtype of the states
+        return selective_scan(u, delta, *args, **kwargs)
+
+    monkeypatch.setattr(network, "selective_scan", scan)
     for stage in model.layers:
         fusion = stage.blocks[0].self_attention.state_fusion
         fusion.register_forward_hook(lambda module, args, out: seen.extend([args[0].dtype, out.dtype]))
@@ -212,7 +222,7 @@ def test_autocast_is_close_to_float32_and_keeps_the_states_in_it(dtype: torch.dt
         seen.clear()
         with torch.autocast("cpu", dtype=dtype):
             logits = model(images())
-    assert seen == [torch.float32] * 8
+    assert seen == 4 * 3 * [torch.float32]
     assert logits.dtype == dtype
     assert_near(logits, expected, 16 * torch.finfo(dtype).eps)
 

@@ -30,6 +30,8 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         WeightsError: naming the file and what to do about it.
     """
     path = Path(path)
+    if path.is_dir():
+        raise WeightsError(f"{path}: is a folder; name the checkpoint file in it")
     if not path.is_file():
         raise WeightsError(f"{path}: no such checkpoint file")
     if path.stat().st_size == 0:
