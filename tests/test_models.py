@@ -592,7 +592,7 @@ def save_one_too_many(path: Path) -> None:
     ("save", "message"),
     [
         pytest.param(lambda path: None, "no such checkpoint file", id="missing"),
-        pytest.param(lambda path: path.mkdir(), "no such checkpoint file", id="folder"),
+        pytest.param(lambda path: path.mkdir(), "is a folder", id="folder"),
         pytest.param(lambda path: path.touch(), "empty", id="empty"),
         pytest.param(lambda path: save_truncated(path, 0.5), "truncated", id="half"),
         pytest.param(lambda path: save_truncated(path, 0.01), "truncated", id="a_hundredth"),
