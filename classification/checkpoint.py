@@ -44,7 +44,11 @@ class TrainingState:
 
 
 def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
-    """Write a whole checkpoint or none: to a file beside ``path`` first, renamed once it is on the disk."""
+    """Write a whole checkpoint or none: to a file beside ``path`` first, renamed once it is on the disk.
+
+    Raises:
+        InputError: if the disk does not take it; what was there before is kept.
+    """
     content = {
         "model": state.model.state_dict(),
         "model_ema": state.ema.module.state_dict() if state.ema else None,
@@ -59,23 +63,30 @@ def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
         "config": to_plain(config),
     }
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); the checkpoint before it is kept") from error
 
 
-def restore_checkpoint(state: TrainingState, config: CfgNode, checkpoint: dict[str, Any], path: Path) -> None:
-    """Continue from a checkpoint of this trainer or of the published one, exactly.
+def restore_checkpoint(
+    state: TrainingState, config: CfgNode, checkpoint: dict[str, Any], path: Path, updates_per_epoch: int
+) -> None:
+    """Continue from a checkpoint of this trainer or of the published one, after its last finished epoch.
 
     The settings in force are those of ``config``: learning rates and weight decay are not taken from the checkpoint.
+    With the settings and the number of processes it was saved with, the run continues exactly.
 
     Raises:
         WeightsError: if the weights do not fit.
         InputError: if the checkpoint lacks what training needs, or belongs to another optimiser.
     """
-    missing = [key for key in ("model", "optimizer", "epoch", "steps") if key not in checkpoint]
+    missing = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
     if missing:
         raise InputError(f"{path}: cannot resume, it holds no {missing[0]}; start from it with --pretrained")
     load_strictly(state.model, state_dict_of(checkpoint, path), path)
@@ -83,7 +94,9 @@ def restore_checkpoint(state: TrainingState, config: CfgNode, checkpoint: dict[s
         load_strictly(state.ema.module, _ema_state(checkpoint, path), path)
     try:
         saved, own = checkpoint["optimizer"], state.optimizer.state_dict()
-        groups = zip(own["param_groups"], saved["param_groups"], strict=True)
+        # timm puts the group without weight decay first, the published trainer last.
+        saved_groups = sorted(saved["param_groups"], key=lambda group: group["weight_decay"] > 0)
+        groups = zip(own["param_groups"], saved_groups, strict=True)
         groups = [{**own_group, "params": saved_group["params"]} for own_group, saved_group in groups]
         state.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     except (ValueError, KeyError, TypeError) as error:
@@ -93,7 +106,13 @@ def restore_checkpoint(state: TrainingState, config: CfgNode, checkpoint: dict[s
     if checkpoint.get("scaler") and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint["scaler"])
     state.epoch = int(checkpoint["epoch"])
-    state.updates = int(checkpoint["steps"])
+    state.updates = (state.epoch + 1) * updates_per_epoch
+    if checkpoint.get("steps", state.updates) != state.updates:
+        logger.warning(
+            "%s: its %d epochs had %d updates, with this data, batch size and number of processes they have %d: "
+            "the run goes on from that epoch of the schedule, but not exactly",
+            path, state.epoch + 1, checkpoint["steps"], state.updates,
+        )  # fmt: skip
     state.scheduler.step_update(state.updates)
     state.skipped_in_a_row = int(checkpoint.get("skipped_in_a_row", 0))
     state.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
@@ -102,31 +121,41 @@ def restore_checkpoint(state: TrainingState, config: CfgNode, checkpoint: dict[s
     _report_changes(config, checkpoint.get("config"), path)
 
 
-def load_pretrained(model: nn.Module, ema: ModelEmaV3 | None, path: Path, finetune: bool) -> None:
+def load_pretrained(
+    model: nn.Module, ema: ModelEmaV3 | None, checkpoint: dict[str, Any], path: Path, finetune: bool
+) -> None:
     """Put a checkpoint's weights in place, and its EMA weights (or else the same) into the EMA model.
 
     Args:
         finetune: keep the model's own classifier where the checkpoint's has another size.
 
     Raises:
-        WeightsError: if the file cannot be read or does not fit.
+        WeightsError: if the weights do not fit.
         InputError: if the classifier has another size and ``finetune`` is off.
     """
-    checkpoint = read_checkpoint(path)
     load_strictly(model, _fit_head(model, state_dict_of(checkpoint, path), path, finetune), path)
     if ema:
         load_strictly(ema.module, _fit_head(model, _ema_state(checkpoint, path), path, finetune), path)
 
 
 def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run's folder that can be read whole; damaged ones are passed over with a warning."""
-    paths = [folder / name for name in (LATEST, BEST, BEST_EMA) if (folder / name).is_file()]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    """The newest checkpoint of a run's folder that can be read whole; damaged ones are passed over with a warning.
+
+    That is the latest, which is written after the others of its epoch: only with it are all of them there. Without
+    it, the one with most updates.
+    """
+    whole = []
+    for path in (folder / name for name in (LATEST, BEST, BEST_EMA)):
+        if not path.is_file():
+            continue
         try:
-            return path, read_checkpoint(path)
+            whole.append((path, read_checkpoint(path)))
         except WeightsError as error:
             logger.warning("passing over a checkpoint that cannot be read: %s", error)
-    return None
+        else:
+            if path.name == LATEST:
+                break
+    return max(whole, key=lambda found: found[1].get("steps", 0), default=None)
 
 
 def _ema_state(checkpoint: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The trainer's configuration: defaults (the ImageNet recipe), YAML files, command-line overrides and their checks."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,9 @@ from .errors import InputError
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs" / "classification"
 
 _C = CfgNode()
-_C.BASE = [""]  # YAML files, relative to the one that names them, to be merged first
-
 _C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128  # images per process and step
 _C.DATA.DATA_PATH = ""
-_C.DATA.DATASET = "imagenet"  # a label for the logs; the layout is found by looking
 _C.DATA.IMG_SIZE = 224
 _C.DATA.INTERPOLATION = "bicubic"
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip, even where folders are there too
@@ -110,23 +108,31 @@ _C.THROUGHPUT_BATCHES = []  # batch sizes to time; empty: DATA.BATCH_SIZE
 MODEL_TYPES = ("spatial_mamba", "spatialmamba", "vssm")
 _MODEL_SECTIONS = ("SPATIALMAMBA", "VSSM")  # other names of MODEL.SPATIAL_MAMBA, in any case
 
-# Keys of published files that choose between things this implementation has one of. They are read past, with a
-# note in the log, unless the value asks for a model or recipe that differs from the one built here.
+# Keys of published files that change no result, or choose between implementations of the same. They are read past,
+# with a note in the log.
 _UNUSED_KEYS = {
-    "AMP_OPT_LEVEL", "ENABLE_AMP", "FUSED_LAYERNORM", "FUSED_WINDOW_PROCESS", "LOCAL_RANK", "TRAINCOST_MODE",
-    "DATA.MASK_PATCH_SIZE", "DATA.MASK_RATIO", "MODEL.MMCKPT", "TEST.SEQUENTIAL", "TEST.SHUFFLE", "TRAIN.MOE",
-    "TRAIN.START_EPOCH", "TRAIN.LR_SCHEDULER.GAMMA", "TRAIN.LAYER_DECAY",
+    "ENABLE_AMP", "FUSED_LAYERNORM", "FUSED_WINDOW_PROCESS", "LOCAL_RANK", "TRAINCOST_MODE",
+    "DATA.DATASET", "DATA.MASK_PATCH_SIZE", "DATA.MASK_RATIO", "MODEL.MMCKPT", "TEST.SEQUENTIAL", "TEST.SHUFFLE",
+    "TRAIN.MOE", "TRAIN.START_EPOCH", "TRAIN.LR_SCHEDULER.GAMMA",
     *(f"MODEL.SPATIAL_MAMBA.{key}" for key in (
-        "SSM_ACT_LAYER", "SSM_CONV_BIAS", "SSM_DT_RANK", "SSM_INIT", "SSM_FORWARDTYPE", "SSM_RANK_RATIO",
-        "MLP_ACT_LAYER", "PATCH_NORM", "NORM_LAYER", "DOWNSAMPLE", "PATCHEMBED", "POSEMBED", "GMLP",
+        "SSM_CONV_BIAS", "SSM_DT_RANK", "SSM_INIT", "SSM_FORWARDTYPE", "SSM_RANK_RATIO", "PATCH_NORM", "DOWNSAMPLE",
+        "PATCHEMBED",
     )),
 }  # fmt: skip
+# Keys of published files whose value must be the one that is built in.
 _FIXED_KEYS = {
-    "MODEL.SPATIAL_MAMBA.SSM_RATIO": 2.0,
-    "MODEL.SPATIAL_MAMBA.SSM_CONV": 3,
-    "MODEL.SPATIAL_MAMBA.SSM_DROP_RATE": 0.0,
-    "MODEL.SPATIAL_MAMBA.MLP_DROP_RATE": 0.0,
-    "MODEL.SPATIAL_MAMBA.PATCH_SIZE": 4,
+    "AMP_OPT_LEVEL": ("", "O1"),
+    "TRAIN.LAYER_DECAY": (1.0,),
+    "MODEL.SPATIAL_MAMBA.SSM_RATIO": (2.0,),
+    "MODEL.SPATIAL_MAMBA.SSM_CONV": (3,),
+    "MODEL.SPATIAL_MAMBA.SSM_ACT_LAYER": ("silu",),
+    "MODEL.SPATIAL_MAMBA.SSM_DROP_RATE": (0.0,),
+    "MODEL.SPATIAL_MAMBA.MLP_ACT_LAYER": ("gelu",),
+    "MODEL.SPATIAL_MAMBA.MLP_DROP_RATE": (0.0,),
+    "MODEL.SPATIAL_MAMBA.NORM_LAYER": ("ln", "ln2d"),
+    "MODEL.SPATIAL_MAMBA.PATCH_SIZE": (4,),
+    "MODEL.SPATIAL_MAMBA.POSEMBED": (False,),
+    "MODEL.SPATIAL_MAMBA.GMLP": (False,),
 }
 _RENAMED_KEYS = {"MODEL.SPATIAL_MAMBA.SSM_D_STATE": "MODEL.SPATIAL_MAMBA.D_STATE"}
 
@@ -153,7 +159,7 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     path, shipped = Path(name), CONFIG_FOLDER / f"{name}.yaml"
     _merge_file(config, shipped if not path.exists() and shipped.is_file() else path, notes, seen=())
     for key, value in overrides:
-        _merge_value(config, key, value, "--opts", notes)
+        _merge_value(config, key, value, "command line", notes)
     check_config(config)
     config.freeze()
     return config, notes
@@ -173,7 +179,15 @@ def check_config(config: CfgNode) -> None:
                 value = value[part]
             raise InputError(f"{key} is {value!r}; it must be {allowed}")
 
+    def are_numbers(values: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
+        return isinstance(values, list | tuple) and all(
+            isinstance(v, kind) and not isinstance(v, bool) and math.isfinite(v) for v in values
+        )
+
+    for key, value in leaves(config):
+        require(key, not isinstance(value, float) or math.isfinite(value), "a finite number")
     data, model, train, aug = config.DATA, config.MODEL, config.TRAIN, config.AUG
+    network, trains = model.SPATIAL_MAMBA, not (config.EVAL_MODE or config.THROUGHPUT_MODE)
     require("MODEL.TYPE", model.TYPE.lower() in MODEL_TYPES, f"one of {', '.join(MODEL_TYPES)}")
     require("DATA.BATCH_SIZE", data.BATCH_SIZE >= 1, "at least 1")
     require("DATA.IMG_SIZE", data.IMG_SIZE >= 32, "at least 32")
@@ -181,6 +195,11 @@ def check_config(config: CfgNode) -> None:
     require("DATA.CACHE_MODE", data.CACHE_MODE in ("no", "full", "part"), "no, full or part")
     interpolations = ("bicubic", "bilinear", "nearest", "lanczos", "random")
     require("DATA.INTERPOLATION", data.INTERPOLATION in interpolations, f"one of {', '.join(interpolations)}")
+    require("MODEL.SPATIAL_MAMBA.IN_CHANS", network.IN_CHANS == 3 or config.THROUGHPUT_MODE, "3, for RGB images")
+    require("MODEL.SPATIAL_MAMBA.IN_CHANS", network.IN_CHANS >= 1, "at least 1")
+    depths = network.DEPTHS
+    require("MODEL.SPATIAL_MAMBA.DEPTHS", are_numbers(depths, int) and len(depths) > 0, "a list of whole numbers")
+    require("MODEL.SPATIAL_MAMBA.MLP_RATIO", network.MLP_RATIO * network.EMBED_DIM >= 1, "a positive number")
     require("MODEL.NUM_CLASSES", model.NUM_CLASSES >= 0, "0 (as the data set) or a number of classes")
     require("MODEL.DROP_RATE", 0 <= model.DROP_RATE < 1, "in [0, 1)")
     require("MODEL.DROP_PATH_RATE", 0 <= model.DROP_PATH_RATE < 1, "in [0, 1)")
@@ -194,26 +213,37 @@ def check_config(config: CfgNode) -> None:
     require("TRAIN.MAX_SKIPPED_UPDATES", train.MAX_SKIPPED_UPDATES >= 1, "at least 1")
     schedules = ("cosine", "step", "multistep", "constant")
     require("TRAIN.LR_SCHEDULER.NAME", train.LR_SCHEDULER.NAME in schedules, f"one of {', '.join(schedules)}")
+    require("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", train.LR_SCHEDULER.DECAY_EPOCHS >= 1, "at least 1")
+    require("TRAIN.LR_SCHEDULER.MULTISTEPS", are_numbers(train.LR_SCHEDULER.MULTISTEPS, int), "a list of epochs")
+    betas = train.OPTIMIZER.BETAS
+    require("TRAIN.OPTIMIZER.BETAS", are_numbers(betas) and all(0 <= b < 1 for b in betas), "numbers in [0, 1)")
     require("AUG.MESA", aug.MESA >= 0, "at least 0")
     require("AUG.MESA", aug.MESA == 0 or train.MODEL_EMA, "0 without TRAIN.MODEL_EMA, because the EMA is the teacher")
     require("AUG.MESA_START", 0 <= aug.MESA_START <= 1, "in [0, 1]")
     for key in ("REPROB", "HFLIP", "MIXUP_PROB", "MIXUP_SWITCH_PROB"):
         require(f"AUG.{key}", 0 <= aug[key] <= 1, "a probability in [0, 1]")
-    for key in ("MIXUP", "CUTMIX"):
+    require("AUG.RECOUNT", aug.RECOUNT >= 1, "at least 1")
+    for key in ("COLOR_JITTER", "MIXUP", "CUTMIX"):
         require(f"AUG.{key}", aug[key] >= 0, "at least 0")
     require("AUG.MIXUP_MODE", aug.MIXUP_MODE in ("batch", "pair", "elem"), "batch, pair or elem")
     require("AUG.REMODE", aug.REMODE in ("pixel", "rand", "const"), "pixel, rand or const")
     for key in ("SCALE", "RATIO"):
-        require(f"AUG.{key}", len(aug[key]) == 2 and 0 < aug[key][0] <= aug[key][1], "two rising positive numbers")
+        pair = aug[key]
+        rising = are_numbers(pair) and len(pair) == 2 and 0 < pair[0] <= pair[1]
+        require(f"AUG.{key}", rising, "two rising positive numbers")
     require("AUG.SCALE", aug.SCALE[1] <= 1, "at most the whole image, 1.0")
-    if uses_mixup(config):
+    span = aug.CUTMIX_MINMAX
+    spans = span is None or (are_numbers(span) and len(span) == 2 and 0 <= span[0] < span[1] <= 1)
+    require("AUG.CUTMIX_MINMAX", spans, "None, or two rising numbers in [0, 1]")
+    if trains and uses_mixup(config):
         require("DATA.BATCH_SIZE", data.BATCH_SIZE % 2 == 0, "even, because Mixup pairs the images of a batch")
     require("AMP_DTYPE", config.AMP_DTYPE in ("auto", "bfloat16", "float16"), "auto, bfloat16 or float16")
     require("DEVICE", config.DEVICE in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
     require("SAVE_FREQ", config.SAVE_FREQ >= 1, "at least 1")
     require("PRINT_FREQ", config.PRINT_FREQ >= 1, "at least 1")
     require("SEED", config.SEED >= 0, "at least 0")
-    require("THROUGHPUT_BATCHES", all(b >= 1 for b in config.THROUGHPUT_BATCHES), "a list of positive batch sizes")
+    batches = config.THROUGHPUT_BATCHES
+    require("THROUGHPUT_BATCHES", are_numbers(batches, int) and all(b >= 1 for b in batches), "positive batch sizes")
 
 
 def uses_mixup(config: CfgNode) -> bool:
@@ -247,7 +277,9 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config file must hold keys and values, found {type(tree).__name__}")
     bases = tree.pop("BASE", None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise InputError(f"{path}: BASE takes names of YAML files, got {base!r}")
         if base:
             _merge_file(config, path.parent / base, notes, (*seen, path.resolve()))
     for key, value in leaves(tree):
@@ -261,8 +293,8 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
         return
     if key in _FIXED_KEYS:
         value = CfgNode._decode_cfg_value(value)
-        if value != _FIXED_KEYS[key]:
-            raise InputError(f"{source}: {key} is {value!r}, but the model is defined for {_FIXED_KEYS[key]!r}")
+        if value not in _FIXED_KEYS[key]:
+            raise InputError(f"{source}: {key} is {value!r}, but what is built here is {_FIXED_KEYS[key][-1]!r}")
         return
 
     *sections, leaf = key.split(".")
@@ -274,16 +306,20 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
     if isinstance(node[leaf], CfgNode):
         raise InputError(f"{source}: {key} is a section; set one of its keys, such as {key}.{next(iter(node[leaf]))}")
     current = node[leaf]
-    if isinstance(value, str) and not isinstance(current, str):
+    if isinstance(current, str) and isinstance(value, str | int | float) and not isinstance(value, bool):
+        node[leaf] = str(value)  # a tag or folder may look like a number
+        return
+    if isinstance(value, str):
         value = CfgNode._decode_cfg_value(value)
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if isinstance(current, bool) != isinstance(value, bool) and current is not None:
-        raise InputError(f"{source}: {key} takes a {type(current).__name__}, got {value!r}")
+    kind = type(current).__name__
+    if current is not None and (value is None or isinstance(current, bool) != isinstance(value, bool)):
+        raise InputError(f"{source}: {key} takes a {kind}, got {value!r}")
     try:
         config.merge_from_list([key, value])
     except ValueError as error:
-        raise InputError(f"{source}: {key} takes a {type(current).__name__}, got {value!r}") from error
+        raise InputError(f"{source}: {key} takes a {kind}, got {value!r}") from error
 
 
 def _canonical(key: str) -> str:

@@ -2,7 +2,6 @@
 
 import io
 import random
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,15 +16,15 @@ from yacs.config import CfgNode
 from .config import uses_mixup
 from .distributed import Process
 from .errors import InputError
-from .readers import CachedReader, Reader, open_split
+from .readers import READ_ERRORS, CachedReader, Reader, open_split
 
-# What Pillow and the archive modules raise on damaged files; a decompression bomb counts as damage.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError)
+# What readers and Pillow raise on damaged files; a decompression bomb counts as damage.
+_UNREADABLE = (*READ_ERRORS, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def random_seed(*key: int) -> int:
     """A seed that depends on every number of the key, such as run seed, epoch and rank."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])  # else trailing zeros would not count
 
 
 def seed_everything(*key: int) -> None:
@@ -115,7 +114,11 @@ class EvalSampler(Sampler):
 
 
 def build_transform(config: CfgNode, is_training: bool) -> Callable:
-    """timm's transform of PIL images to normalised tensors (3, IMG_SIZE, IMG_SIZE)."""
+    """timm's transform of PIL images to normalised tensors (3, IMG_SIZE, IMG_SIZE).
+
+    Raises:
+        InputError: for an augmentation policy that timm does not know.
+    """
     size, aug = config.DATA.IMG_SIZE, config.AUG
     common = dict(
         input_size=size,
@@ -129,6 +132,8 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
         cropping = dict(crop_pct=224 / 256, crop_mode="center") if config.TEST.CROP else dict(crop_mode="squash")
         return create_transform(**common, **({"crop_pct": 1.0} | cropping))
     policy = aug.AUTO_AUGMENT
+    if policy not in ("", "none") and not policy.startswith(("rand", "augmix", "3a", "original", "v0")):
+        raise InputError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm's, such as rand-m9")
     return create_transform(
         **common,
         is_training=True,

@@ -20,6 +20,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the process that logs and saves."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -30,10 +31,12 @@ class Process:
         return total.tolist()
 
     def barrier(self) -> None:
+        """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
 
     def close(self) -> None:
+        """Leave the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
+    """All options; those left out are ``None`` and leave the config as it is."""
     parser = Parser("main.py", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="YAML config, or the name of one that comes with the package")
@@ -116,12 +117,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         job.run()
+    except DivergenceError as error:  # comes to all processes at once
+        if job.process.is_main:
+            _report(error)
+        return 2
     except USER_ERRORS as error:
         _report(error)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
+    except RuntimeError:
+        # Where one process ends with an error the others lose their connection. Give the launcher time to end them
+        # before they bury that one line under their tracebacks.
+        if job.process.world_size > 1:
+            time.sleep(5)
+        raise
     job.process.close()
     return 0
 

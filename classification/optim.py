@@ -37,7 +37,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
             filter_bias_and_bn=True,
             **arguments,
         )
-    except (ValueError, AssertionError, TypeError) as error:
+    except (ValueError, AssertionError, TypeError, IndexError, RuntimeError) as error:
         raise InputError(f"TRAIN.OPTIMIZER.NAME is {optimizer.NAME!r}: timm cannot build it ({error})") from error
 
 
@@ -84,4 +84,5 @@ def autocast_dtype(config: CfgNode, device: torch.device) -> torch.dtype:
         return getattr(torch, config.AMP_DTYPE)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32

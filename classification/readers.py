@@ -2,16 +2,21 @@
 
 import io
 import os
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from timm.data.readers.img_extensions import set_img_extensions
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .errors import InputError
+
+# A missing or damaged file or archive member, or one packed in a way that cannot be undone here.
+READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, tarfile.TarError)
 
 
 class Reader(Protocol):
@@ -19,15 +24,17 @@ class Reader(Protocol):
 
     classes: list[str]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Number of images."""
 
-    def label(self, index: int) -> int: ...
+    def label(self, index: int) -> int:
+        """Class number of an image."""
 
     def name(self, index: int) -> str:
         """Where the image is, for people."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises OSError or zipfile.BadZipFile if it cannot be read."""
+        """The encoded image. Raises one of ``READ_ERRORS`` if it cannot be read."""
 
 
 def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
@@ -95,7 +102,7 @@ class ZipReader:
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         try:
             with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
+                names = [name for name in archive.namelist() if not _is_mac_metadata(name)]
         except (OSError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not a readable zip archive ({error})") from error
         if map_file.is_file():
@@ -129,6 +136,7 @@ class TarReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        timm_extensions = get_img_extensions()
         set_img_extensions(IMG_EXTENSIONS)  # timm's list is shorter, and would pass over the others silently
         try:
             # No index file, which would lie in the data set and go stale, and no open archives: forked
@@ -136,13 +144,18 @@ class TarReader:
             self._reader = ReaderImageInTar(str(path), cache_tarinfo=False, cache_tarfiles=False)
         except Exception as error:  # tarfile raises many types; timm unpacks an empty list when there is no image
             raise InputError(f"{path}: found no readable images in tar form ({error})") from error
-        self.classes = [self._reader.class_idx_to_name[i] for i in range(len(self._reader.class_idx_to_name))]
+        finally:
+            set_img_extensions(timm_extensions)
+        # timm counts 2 before 10; a class must have the same number in every form of a data set.
+        self.classes = sorted(self._reader.class_name_to_idx)
+        number = {self._reader.class_name_to_idx[name]: i for i, name in enumerate(self.classes)}
+        self._labels = [number[int(target)] for target in self._reader.targets]
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def label(self, index: int) -> int:
-        return int(self._reader.targets[index])
+        return self._labels[index]
 
     def name(self, index: int) -> str:
         _, archive, _ = self._reader.samples[index]
@@ -164,7 +177,7 @@ class CachedReader:
         for index in indices:
             try:
                 self._cache[index] = reader.read(index)
-            except (OSError, zipfile.BadZipFile):
+            except READ_ERRORS:
                 continue  # read again, and reported or skipped, when its turn comes
 
     def __len__(self) -> int:
@@ -178,6 +191,10 @@ class CachedReader:
 
     def read(self, index: int) -> bytes:
         return self._cache[index] if index in self._cache else self._reader.read(index)
+
+
+def _is_mac_metadata(name: str) -> bool:
+    return name.startswith("__MACOSX/") or name.split("/")[-1].startswith("._")
 
 
 def _walk(folder: Path) -> Iterable[Path]:

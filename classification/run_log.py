@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class RunLog:
     Args:
         process: this process.
         folder: where the files go; ``None`` writes to the console alone.
-        first_update: on resuming, the update to go on from; later scalars of the broken-off run are dropped.
+        first_update: the first update to come; scalars of the broken-off run from there on are dropped.
         first_epoch: likewise for the JSON lines.
     """
 
@@ -31,13 +32,16 @@ class RunLog:
         self._is_terminal = sys.stderr.isatty()
         self._writer = None
         self._metrics = None
-        set_up_console(process.is_main)
         if folder is None or not process.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed where files are written
 
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for earlier in [h for h in _PACKAGE_LOGGER.handlers if isinstance(h, MemoryHandler)]:
+            earlier.setTarget(handler)
+            earlier.close()  # hands its records over
+            _PACKAGE_LOGGER.removeHandler(earlier)
         _PACKAGE_LOGGER.addHandler(handler)
         self._writer = SummaryWriter(str(folder), purge_step=first_update)
         self._metrics = folder / "metrics.jsonl"
@@ -45,6 +49,7 @@ class RunLog:
 
     @property
     def shows_bars(self) -> bool:
+        """Whether progress bars are drawn: on the main process, on a terminal."""
         return self._writes and self._is_terminal
 
     def progress(self, items: Iterable, total: int, title: str) -> tqdm:
@@ -52,6 +57,7 @@ class RunLog:
         return tqdm(items, total=total, desc=title, disable=not self.shows_bars, leave=False, dynamic_ncols=True)
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
+        """Write TensorBoard scalars at an update."""
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, update)
@@ -65,21 +71,30 @@ class RunLog:
             self._writer.flush()
 
     def close(self) -> None:
+        """Close the files and detach from the package's logger."""
         if self._writer:
             self._writer.close()
-        for handler in list(_PACKAGE_LOGGER.handlers):
-            _PACKAGE_LOGGER.removeHandler(handler)
-            handler.close()
+        _detach_handlers()
 
 
 def set_up_console(is_main: bool) -> None:
-    """Send the package's log records to the console: all of the main process, only errors of the others."""
-    if not any(isinstance(handler, _ConsoleHandler) for handler in _PACKAGE_LOGGER.handlers):
-        handler = _ConsoleHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-        _PACKAGE_LOGGER.addHandler(handler)
+    """Send the package's log records to the console: all of the main process, only errors of the others.
+
+    They are also kept, for the log file of a run that has none yet.
+    """
+    _detach_handlers()
+    handler = _ConsoleHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    _PACKAGE_LOGGER.addHandler(handler)
+    _PACKAGE_LOGGER.addHandler(MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1))
     _PACKAGE_LOGGER.setLevel(logging.INFO if is_main else logging.ERROR)
     _PACKAGE_LOGGER.propagate = False
+
+
+def _detach_handlers() -> None:
+    for handler in list(_PACKAGE_LOGGER.handlers):
+        _PACKAGE_LOGGER.removeHandler(handler)
+        handler.close()
 
 
 class _ConsoleHandler(logging.Handler):

@@ -1,10 +1,10 @@
 """A job of the trainer from its config to its result: prepare everything that can fail early, then run."""
 
+import fcntl
 import logging
 import warnings
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from timm.utils import ModelEmaV3, distribute_bn
@@ -35,14 +35,11 @@ from .run_log import RunLog, set_up_console
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Job(ABC):
+class Job(Protocol):
     """A prepared job."""
 
-    config: CfgNode
     process: Process
 
-    @abstractmethod
     def run(self) -> None:
         """Do the work."""
 
@@ -97,19 +94,20 @@ def build_model(config: CfgNode, num_classes: int) -> SpatialMamba:
         raise InputError(f"MODEL.SPATIAL_MAMBA: {error}") from error
 
 
-class ThroughputJob(Job):
+class ThroughputJob:
     """Inference speed and memory for each batch size asked for; needs no data."""
 
     def __init__(self, config: CfgNode, process: Process) -> None:
-        super().__init__(config, process)
+        self.config, self.process = config, process
         self.model = build_model(config, config.MODEL.NUM_CLASSES or 1000).to(process.device)
         if config.MODEL.PRETRAINED:
-            load_pretrained(self.model, None, Path(config.MODEL.PRETRAINED), config.MODEL.FINETUNE)
+            path = Path(config.MODEL.PRETRAINED)
+            load_pretrained(self.model, None, read_checkpoint(path), path, config.MODEL.FINETUNE)
 
     def run(self) -> None:
         config, device = self.config, self.process.device
         dtype = autocast_dtype(config, device)
-        model = torch.compile(self.model) if config.COMPILE else self.model
+        model = torch.compile(self.model, dynamic=False) if config.COMPILE else self.model
         for batch_size in sorted(config.THROUGHPUT_BATCHES or [config.DATA.BATCH_SIZE]):
             speed, memory = measure_throughput(model, batch_size, config.DATA.IMG_SIZE, device, dtype)
             logger.info(
@@ -119,28 +117,28 @@ class ThroughputJob(Job):
             )  # fmt: skip
 
 
-class EvaluationJob(Job):
+class EvaluationJob:
     """Accuracy of a checkpoint, and of the EMA weights in it if there are any; writes no files."""
 
     def __init__(self, config: CfgNode, process: Process) -> None:
-        super().__init__(config, process)
+        self.process = process
         self.loader = build_val_loader(config, process)
         num_classes = check_classes(config, self.loader.dataset.reader.classes)
         self.path = Path(config.MODEL.PRETRAINED or config.MODEL.RESUME)
-        self.has_ema = bool(read_checkpoint(self.path).get("model_ema"))
+        checkpoint = read_checkpoint(self.path)
         self.model = build_model(config, num_classes).to(process.device)
-        self.ema = ModelEmaV3(self.model) if self.has_ema else None
-        load_pretrained(self.model, self.ema, self.path, finetune=False)
+        self.ema = ModelEmaV3(self.model) if checkpoint.get("model_ema") else None
+        load_pretrained(self.model, self.ema, checkpoint, self.path, finetune=False)
 
     def run(self) -> None:
         _validate(self.model, self.ema, self.loader, self.process, RunLog(self.process), str(self.path))
 
 
-class TrainingJob(Job):
+class TrainingJob:
     """Training from scratch, from pretrained weights, or from where the same run was broken off."""
 
     def __init__(self, config: CfgNode, process: Process) -> None:
-        super().__init__(config, process)
+        self.config, self.process = config, process
         if config.COMPILE and config.TRAIN.USE_CHECKPOINT and process.device.type == "cpu":
             # Seen with 2.11: Inductor's backward pass of two checkpointed blocks dies of a segmentation fault.
             raise InputError("--compile with --use-checkpoint crashes PyTorch on a CPU; leave one of them out")
@@ -161,16 +159,12 @@ class TrainingJob(Job):
             build_scheduler(config, optimizer, updates_per_epoch, process.world_size),
             torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16),
         )
-        self.resumed_from = self._resume()
+        self.resumed_from = self._resume(updates_per_epoch)
         if config.MODEL.PRETRAINED and not self.resumed_from:
-            load_pretrained(model, ema, Path(config.MODEL.PRETRAINED), config.MODEL.FINETUNE)
-        self._make_folder()
-        log = RunLog(
-            process,
-            self.folder,
-            first_update=self.state.updates,
-            first_epoch=self.state.epoch + 1,
-        )
+            path = Path(config.MODEL.PRETRAINED)
+            load_pretrained(model, ema, read_checkpoint(path), path, config.MODEL.FINETUNE)
+        criterion, mixup = build_criterion(config), build_mixup(config, num_classes)
+        log = self._open_folder()
         self.training = TrainingRun(
             config,
             process,
@@ -178,8 +172,8 @@ class TrainingJob(Job):
             self.state,
             _parallel(torch.compile(model) if config.COMPILE else model, process),
             train_loader,
-            build_criterion(config),
-            build_mixup(config, num_classes),
+            criterion,
+            mixup,
             dtype,
         )
 
@@ -244,7 +238,7 @@ class TrainingJob(Job):
                 save_checkpoint(state, config, self.folder / name)
         process.barrier()
 
-    def _resume(self) -> Path | None:
+    def _resume(self, updates_per_epoch: int) -> Path | None:
         """Restore the checkpoint to continue from, if there is one, and say which."""
         config = self.config
         if config.TRAIN.AUTO_RESUME and (found := find_resumable(self.folder)):
@@ -254,26 +248,36 @@ class TrainingJob(Job):
             checkpoint = read_checkpoint(path)
         else:
             return None
-        restore_checkpoint(self.state, config, checkpoint, path)
+        restore_checkpoint(self.state, config, checkpoint, path, updates_per_epoch)
         return path
 
-    def _make_folder(self) -> None:
-        if (self.folder / LATEST).exists() and not self.resumed_from:
-            remedy = "remove it" if self.config.TRAIN.AUTO_RESUME else "let it resume (TRAIN.AUTO_RESUME True)"
+    def _open_folder(self) -> RunLog:
+        """Claim the run's folder for this run, and open its records."""
+        config, process, folder = self.config, self.process, self.folder
+        records = (LATEST, BEST, BEST_EMA, "metrics.jsonl")
+        if not self.resumed_from and any((folder / name).exists() for name in records):
+            remedy = "remove it" if config.TRAIN.AUTO_RESUME else "let it resume (TRAIN.AUTO_RESUME True)"
             raise InputError(
-                f"{self.folder}: holds a run that would be overwritten; choose another --output or --tag, or {remedy}"
+                f"{folder}: holds a run that would be overwritten; choose another --output or --tag, or {remedy}"
             )
         # Also keeps a process from finding the folder of another and taking it for an earlier run's.
-        if self.process.sum([self.state.epoch])[0] != self.process.world_size * self.state.epoch:
+        if process.sum([self.state.epoch])[0] != process.world_size * self.state.epoch:
             raise InputError(
-                f"{self.folder}: not all processes find the same checkpoint; --output must be a folder that all share"
+                f"{folder}: not all processes find the same checkpoint; --output must be a folder that all share"
             )
-        if self.process.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "config.yaml").write_text(self.config.dump(), encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"--output {self.folder}: cannot be written ({error.strerror})") from error
+        if not process.is_main:
+            return RunLog(process)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Processes of a killed launcher may live on and write; the lock goes with the process that holds it.
+            self._lock = (folder / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+            return RunLog(process, folder, self.state.updates + 1, self.state.epoch + 1)
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: another training is writing here; end it or choose another --tag") from error
+        except OSError as error:
+            raise InputError(f"--output {folder}: cannot be written ({error})") from error
 
 
 def _parallel(model: nn.Module, process: Process) -> nn.Module:

@@ -1,5 +1,6 @@
 """The ImageNet trainer: recipe, data, training, resuming, checkpoints, evaluation, and every way to use it wrongly."""
 
+import fcntl
 import functools
 import io
 import itertools
@@ -105,8 +106,19 @@ def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        start_new_session=True,  # so that launcher and processes can be killed together
     )
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL a process and all its descendants: the launcher's processes would outlive it."""
+    table = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(pid): int(parent) for pid, parent in map(str.split, table.splitlines())}
+    doomed = [process.pid]
+    for victim in doomed:
+        doomed += [pid for pid, parent in parents.items() if parent == victim]
+    assert len(doomed) >= 3, "the launcher and two processes"
+    for pid in doomed:
+        os.kill(pid, signal.SIGKILL)
 
 
 def accuracy_lines(text: str) -> list[str]:
@@ -228,7 +240,8 @@ def test_published_yaml_loads(tmp_path: Path, micro: Path) -> None:
     ]
     child = tmp_path / "child.yaml"
     child.write_text(yaml.safe_dump({"BASE": ["published.yaml"], "TRAIN": {"BASE_LR": "1e-3", "CLIP_GRAD": 1}}))
-    config, _ = load_config(child, [("TRAIN.EPOCHS", "50")])
+    config, _ = load_config(child, [("TRAIN.EPOCHS", "50"), ("TAG", "1")])
+    assert config.TAG == "1", "a name may look like a number"
     assert (config.MODEL.DROP_PATH_RATE, config.TRAIN.BASE_LR, config.TRAIN.CLIP_GRAD) == (0.3, 1e-3, 1.0)
     assert config.TRAIN.EPOCHS == 50
 
@@ -285,6 +298,35 @@ def test_archives_hold_what_folders_hold(photos: Path, tmp_path: Path, form: str
         assert other.classes == plain.classes == ["0", "1", "2"]
         both = [{(r.label(i), r.read(i)) for i in range(len(r))} for r in (plain, other)]
         assert both[0] == both[1] and len(both[0]) == len(plain) == len(other)
+
+
+@pytest.mark.parametrize("form", ["tar", "tar per class", "zip"])
+def test_class_numbers_do_not_depend_on_the_form(digits: Path, tmp_path: Path, form: str) -> None:
+    """With twelve classes numerical and alphabetical order differ."""
+    names = [str(i) for i in range(12)]
+    for split in ("train", "val"):
+        for name in names:
+            (tmp_path / "plain" / split / name).mkdir(parents=True)
+            shutil.copy(next((digits / "val" / "3").iterdir()), tmp_path / "plain" / split / name / f"in_{name}.png")
+    reader = open_split(str(pack(tmp_path / "plain", form, tmp_path)), "train")
+    assert reader.classes == open_split(str(tmp_path / "plain"), "train").classes == sorted(names)
+    for i in range(12):
+        assert reader.name(i).endswith(f"in_{reader.classes[reader.label(i)]}.png")
+
+
+def test_damaged_archive_members_count_as_unreadable(photos: Path, micro: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for split in ("train", "val"):
+        with zipfile.ZipFile(tmp_path / "set" / f"{split}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted((photos / split).glob("*/*.png")):
+                archive.writestr(f"{file.parent.name}/{file.name}", bytes(2000) + file.read_bytes())
+            first = archive.infolist()[0]
+    with (tmp_path / "set" / "train.zip").open("r+b") as file:
+        file.seek(len(first.filename) + 32)  # into the packed data behind the header
+        file.write(b"\xff" * 8)
+    data = ImageData(open_split(str(tmp_path / "set"), "train"), build_transform(load_config(micro)[0], True))
+    with pytest.raises(InputError, match="unreadable image"):
+        data[0, 0]
 
 
 def test_cached_images_need_no_files(photos: Path, tmp_path: Path) -> None:
@@ -374,7 +416,7 @@ def test_evaluation_agrees_whatever_processes_and_batch_size(
     arguments = options(micro, photos, tmp_path / "none", "--eval", "--pretrained", str(trained / BEST))
     results = []
     for batch in ("4", "7"):
-        assert main([*arguments, "--opts", "DATA.BATCH_SIZE", batch, "AUG.MIXUP", "0", "AUG.CUTMIX", "0"]) == 0
+        assert main([*arguments, "--batch-size", batch]) == 0
         results.append(accuracy_lines(capfd.readouterr().out))
     with torchrun(2, *arguments) as process:
         results.append(accuracy_lines(process.communicate()[0]))
@@ -396,10 +438,11 @@ def test_killed_training_resumes_to_the_same_weights(micro: Path, photos: Path, 
     with torchrun(2, *arguments) as process:
         for line in process.stdout:
             if "epoch 2/3 update 3/6" in line:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_all(process)
                 break
         else:
             pytest.fail("the run was never in the middle of its second epoch")
+    assert read_checkpoint(tmp_path / "killed" / "micro" / "default" / LATEST)["epoch"] == 0
     with torchrun(2, *arguments) as process:
         output = process.communicate()[0]
         assert process.returncode == 0 and "resumed from" in output, output
@@ -507,8 +550,9 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: 
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", torn)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(InputError, match=r"cannot be written \(disk full\)"):
             save_checkpoint(state, config, folder / LATEST)
+    assert not [path for path in folder.iterdir() if "unfinished" in path.name]
     assert (folder / LATEST).read_bytes() == before
     save_checkpoint(state, config, folder / LATEST)
     assert set(read_checkpoint(folder / LATEST)["model"]) == {"weight", "bias"}
@@ -532,6 +576,13 @@ def published_checkpoint(trained: Path, path: Path) -> Path:
     content = torch.load(trained / LATEST, weights_only=True)
     content["max_accuray_ema"] = np.float64(content.pop("max_accuracy_ema"))
     content["config"] = CfgNode(content["config"])
+    # The group with weight decay comes first there, and parameters are numbered in that order.
+    spared, decayed = content["optimizer"]["param_groups"]
+    order = decayed["params"] + spared["params"]
+    content["optimizer"]["state"] = {i: content["optimizer"]["state"][old] for i, old in enumerate(order)}
+    decayed["params"] = list(range(len(decayed["params"])))
+    spared["params"] = list(range(len(decayed["params"]), len(order)))
+    content["optimizer"]["param_groups"] = [decayed, spared]
     del content["skipped_in_a_row"]
     torch.save(content, path)
     return path
@@ -552,7 +603,51 @@ def test_published_checkpoints_load_and_resume(
     job = prepare(config, notes)
     assert (job.state.epoch, job.state.updates) == (1, 12)
     assert job.state.max_accuracy_ema == last["max_accuracy_ema"]
-    assert_same(job.state.optimizer.state_dict(), read_checkpoint(path)["optimizer"])
+    assert_same(job.state.optimizer.state_dict(), read_checkpoint(trained / LATEST)["optimizer"])
+
+
+def test_checkpoints_of_numpy_1_load(tmp_path: Path) -> None:
+    torch.save({"best": np.float64(83.5)}, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in new.namelist():
+            old.writestr(name, new.read(name).replace(b"numpy._core", b"numpy.core"))
+    assert read_checkpoint(tmp_path / "new.pth") == read_checkpoint(tmp_path / "old.pth") == {"best": 83.5}
+
+
+def test_resuming_says_what_changed_and_keeps_the_records(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "micro" / "default"
+    shutil.copytree(trained, folder)
+    more = ("--epochs", "3", "--opts", "TRAIN.WEIGHT_DECAY", "0.1", "DATA.BATCH_SIZE", "6")
+    assert main(options(micro, photos, tmp_path, *more)) == 0
+    log = (folder / "log.txt").read_text()
+    assert "TRAIN.WEIGHT_DECAY was 0.05 when it was saved and is 0.1 now" in log
+    assert "its 2 epochs had 12 updates" in log and "they have 8" in log
+    assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert read_checkpoint(folder / LATEST)["steps"] == 3 * (27 // 6)
+
+
+def test_resuming_keeps_the_last_epoch_in_tensorboard(trained: Path, micro: Path, photos: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "micro" / "default"
+    shutil.copytree(trained, folder)
+    assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 0
+    scalars = EventAccumulator(str(folder)).Reload().Scalars("val/acc1")
+    assert [scalar.step for scalar in scalars] == [6, 12, 18]
+
+
+def test_two_trainings_do_not_share_a_folder(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "micro" / "default"
+    shutil.copytree(trained, folder)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 2
+    assert "another training is writing here" in capfd.readouterr().err
+    assert read_checkpoint(folder / LATEST)["epoch"] == 1
 
 
 class Exploit:
@@ -701,7 +796,17 @@ WRONG = {
     "value of a section": (damage_config("TRAIN: 3"), "TRAIN is a section"),
     "own base": (damage_config("BASE: [bad.yaml]"), "names itself through BASE"),
     "another model": (damage_config("MODEL: {TYPE: swin}"), "MODEL.TYPE is 'swin'"),
-    "another architecture": (damage_config("MODEL: {VSSM: {SSM_RATIO: 1.0}}"), "the model is defined for 2.0"),
+    "another architecture": (damage_config("MODEL: {VSSM: {SSM_RATIO: 1.0}}"), "what is built here is 2.0"),
+    "another norm": (damage_config("MODEL: {VSSM: {NORM_LAYER: bn}}"), "SPATIAL_MAMBA.NORM_LAYER is 'bn'"),
+    "blank value": (damage_config("TRAIN: {EPOCHS: }"), "TRAIN.EPOCHS takes a int, got None"),
+    "infinite rate": (damage_config("TRAIN: {BASE_LR: 1e999}"), "TRAIN.BASE_LR is inf; it must be a finite number"),
+    "depths": (damage_config("MODEL: {VSSM: {DEPTHS: [a]}}"), "SPATIAL_MAMBA.DEPTHS is ['a']"),
+    "grey images": (damage_config("MODEL: {VSSM: {IN_CHANS: 1}}"), "IN_CHANS is 1; it must be 3, for RGB"),
+    "betas": (damage_config("TRAIN: {OPTIMIZER: {BETAS: [2, x]}}"), "TRAIN.OPTIMIZER.BETAS is"),
+    "one beta": (damage_config("BASE: micro.yaml\nTRAIN: {OPTIMIZER: {BETAS: [0.9]}}"), "timm cannot build it"),
+    "policy": (damage_config("BASE: micro.yaml\nAUG: {AUTO_AUGMENT: foo}"), "AUG.AUTO_AUGMENT is 'foo'"),
+    "cutmix span": (damage_config("AUG: {CUTMIX_MINMAX: [3]}"), "AUG.CUTMIX_MINMAX is [3]"),
+    "base of no name": (damage_config("BASE: 5"), "BASE takes names of YAML files, got 5"),
     "two states": (damage_config("BASE: [micro.yaml]\nMODEL: {VSSM: {SSM_D_STATE: 2}}"), "d_state must be 1, got 2"),
     "long warm-up": (damage_config("TRAIN: {WARMUP_EPOCHS: 400}"), "TRAIN.WARMUP_EPOCHS is 400"),
     "schedule": (damage_config("TRAIN: {LR_SCHEDULER: {NAME: magic}}"), "TRAIN.LR_SCHEDULER.NAME is 'magic'"),
@@ -767,7 +872,7 @@ def test_wrong_input_is_one_line_and_overwrites_nothing(
     after = snapshot(folder)
     assert {path: after[path] for path in before} == before, "nothing is overwritten"
     new = {path.name for path in after.keys() - before.keys()}
-    records = {"config.yaml", "log.txt"}  # an unreadable image is found after the run has begun
+    records = {"config.yaml", "log.txt", ".lock"}  # an unreadable image is found after the run has begun
     assert not {name for name in new - records if "tfevents" not in name}
 
 

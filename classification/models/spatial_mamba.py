@@ -119,6 +119,7 @@ class StateFusion(nn.Module):
         self.alpha = nn.Parameter(torch.ones(len(FUSION_DILATIONS)))
 
     def forward(self, h: Tensor) -> Tensor:
+        """States (B, D, H, W) to fused states of the same shape and dtype."""
         kernels = (self.kernel_3, self.kernel_3_1, self.kernel_3_2)
         return state_fusion(h, kernels, self.alpha, FUSION_DILATIONS)
 
@@ -318,10 +319,15 @@ class SpatialMamba(SpatialMambaEncoder):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """The last linear layer, or the identity if there are no classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a freshly initialised classifier of another size in place, on the model's device and dtype."""
+        """Put a freshly initialised classifier of another size in place, on the model's device and dtype.
+
+        Raises:
+            ValueError: for a pooling other than ``"avg"`` and ``""``.
+        """
         if global_pool is not None:
             if global_pool not in ("avg", ""):
                 raise ValueError(f'global_pool must be "avg" or "", got {global_pool!r}')
@@ -335,7 +341,7 @@ class SpatialMamba(SpatialMambaEncoder):
             self.head = nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to normalised tokens (B, H / 32, W / 32, num_features)."""
+        """Images (B, in_chans, H, W) to normalised tokens (B, ceil(H / 32), ceil(W / 32), num_features)."""
         x = self.patch_embed(x)
         for stage in self.layers:
             _, x = stage(x)
@@ -433,6 +439,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_spatial_mamba(variant: str, pretrained: bool, **kwargs: Any) -> SpatialMamba:
+    if kwargs.get("features_only"):
+        raise ValueError(f"{variant}: features_only is not supported; use spatial_mamba.SpatialMambaBackbone")
     return build_model_with_cfg(SpatialMamba, variant, pretrained, **kwargs)
 
 

@@ -55,7 +55,11 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key: str = "model") -> dict[str, Tensor]:
-    """The state dict a checkpoint stores under ``key``, or the checkpoint itself if it is a bare state dict."""
+    """The state dict a checkpoint stores under ``key``, or the checkpoint itself if it is a bare state dict.
+
+    Raises:
+        WeightsError: if there are no weights to be found.
+    """
     if key in checkpoint:
         state = checkpoint[key]
     elif key == "model" and "state_dict" in checkpoint:
@@ -88,7 +92,11 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
 
 
 def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Start a backbone from a classification checkpoint; its own ``outnorm`` layers keep their values."""
+    """Start a backbone from a classification checkpoint; its own ``outnorm`` layers keep their values.
+
+    Raises:
+        WeightsError: as ``read_checkpoint`` and ``load_strictly``.
+    """
     state = state_dict_of(read_checkpoint(path), path)
     classifier_only = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
     state = {name: tensor for name, tensor in state.items() if name not in classifier_only}
@@ -99,6 +107,7 @@ def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
 def _admitted_types() -> list[Any]:
     """Types beyond PyTorch's own list that published checkpoints hold; none can execute code."""
     scalar = np.float64(0).__reduce__()[0]
+    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2
     dtypes = [type(np.dtype(code)) for code in "?bhilBHILefd"]
     # The reader fills no subclass of dict, so configs come back as plain ordered dictionaries; yacs is not needed.
-    return [scalar, np.dtype, *dtypes, (OrderedDict, "yacs.config.CfgNode")]
+    return [*scalars, np.dtype, *dtypes, (OrderedDict, "yacs.config.CfgNode")]
