@@ -65,8 +65,9 @@ class ImageData(Dataset):
             except _UNREADABLE as error:
                 if self.skip_unreadable:
                     continue
+                reason = str(error).split(" <_io")[0]  # Pillow names the buffer it was given
                 raise InputError(
-                    f"{self.reader.name(position)}: unreadable image ({error}); "
+                    f"{self.reader.name(position)}: unreadable image ({reason}); "
                     "replace or remove it, or train with --skip-unreadable"
                 ) from error
             with _seeded(seed):
