@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := data/digits
 RUN := output/spatialmamba_digits/demo
-MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS)
+# On the CPU everywhere: two processes would need two GPUs.
+MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
 .PHONY: demo test lint figure clean
 

@@ -56,6 +56,7 @@ MICRO = {
     "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 1, "BASE_LR": 0.05, "MODEL_EMA_DECAY": 0.5},
     "AUG": {"MESA": 1.0, "MESA_START": 0.5},
     "AMP_ENABLE": False,
+    "DEVICE": "cpu",
     "PRINT_FREQ": 1,
 }
 
