@@ -138,13 +138,14 @@ def test_scan_gradients_match_the_loop(n: int, groups: int, scale: str, length: 
 @all_state_sizes
 @all_groups
 @all_delta_scales
-@pytest.mark.parametrize("length", [1, 7, 13])
+@pytest.mark.parametrize("length", [1, 7, 64, 1000, 3136])
 def test_scan_gradcheck(n: int, groups: int, scale: str, length: int) -> None:
     inputs = [value.requires_grad_() for value in scan_inputs(n, length, groups, scale, dim=2).values()]
     # At a tiny step the gradient of A is about 1e-11, which the default tolerance would not even see.
     # At a huge one differences are still exact: the scan is linear in every input but A, and no longer depends on A.
     atol = {"tiny": 1e-13, "normal": 1e-6, "huge": 1e-5}[scale]
-    assert gradcheck(selective_scan, inputs, atol=atol, fast_mode=scale != "tiny")
+    # Beyond a few tokens gradcheck compares along a random direction instead of entry by entry.
+    assert gradcheck(selective_scan, inputs, atol=atol, fast_mode=scale != "tiny" or length > 7)
 
 
 @pytest.mark.parametrize("layout", ["dim-N", "batch-N-L", "batch-G-N-L"])
