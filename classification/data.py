@@ -202,7 +202,8 @@ def check_classes(config: CfgNode, classes: list[str], other: list[str] | None =
     path, expected = config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES
     if other is not None and classes != other:
         lone = sorted(set(classes) ^ set(other))
-        raise InputError(f"{path}: train and val must have the same classes; only one of them has {lone[0]}")
+        difference = f"only one of them has {lone[0]}" if lone else "they number them in different orders"
+        raise InputError(f"{path}: train and val must have the same classes; {difference}")
     if expected and expected != len(classes):
         raise InputError(
             f"{path}: the data set has {len(classes)} classes, MODEL.NUM_CLASSES is {expected}; "

@@ -84,11 +84,8 @@ class TrainingRun:
     loader: DataLoader
     criterion: nn.Module
     mixup: Mixup | None
+    updates_per_epoch: int
     dtype: torch.dtype  # of autocast; float32 is none
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return len(self.loader) // self.config.TRAIN.ACCUMULATION_STEPS
 
 
 def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
@@ -143,9 +140,9 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
             )  # fmt: skip
 
     seconds = time.perf_counter() - start
-    unreadable, loss_sum, ranks = process.sum([unreadable, loss_sum, 1.0])
+    unreadable, loss_sum = process.sum([unreadable, loss_sum])
     return {
-        "train_loss": loss_sum / ranks / applied if applied else float("nan"),
+        "train_loss": loss_sum / process.world_size / applied if applied else float("nan"),
         "gradient_norm": norm_sum / applied if applied else float("nan"),
         "learning_rate": learning_rate,
         "updates": state.updates,

@@ -71,13 +71,8 @@ class FolderReader:
     """``root/class/**/image``: the layout of ImageNet."""
 
     def __init__(self, root: Path) -> None:
-        members = (
-            (entry.name, path.relative_to(root).as_posix())
-            for entry in sorted(root.iterdir())
-            if entry.is_dir()
-            for path in _walk(entry)
-        )
         folders = [entry.name for entry in root.iterdir() if entry.is_dir()]
+        members = ((name, path.relative_to(root).as_posix()) for name in folders for path in _walk(root / name))
         self.root = root
         self.classes, self.samples = _label_members(members, folders, root)
 

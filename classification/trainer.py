@@ -174,6 +174,7 @@ class TrainingJob:
             train_loader,
             criterion,
             mixup,
+            updates_per_epoch,
             dtype,
         )
 
@@ -190,9 +191,9 @@ class TrainingJob:
             for option, given in (("--resume", config.MODEL.RESUME), ("--pretrained", config.MODEL.PRETRAINED)):
                 if given and Path(given) != self.resumed_from:
                     logger.warning("%s %s is not used: the run in %s goes on", option, given, self.folder)
-        elif config.MODEL.PRETRAINED:
-            _validate(state.model, state.ema, self.val_loader, self.process, log, config.MODEL.PRETRAINED)
         try:
+            if config.MODEL.PRETRAINED and not self.resumed_from:
+                _validate(state.model, state.ema, self.val_loader, self.process, log, config.MODEL.PRETRAINED)
             for epoch in range(state.epoch + 1, config.TRAIN.EPOCHS):
                 self._run_epoch(epoch)
             best_ema = f", of its EMA {state.max_accuracy_ema:.3f}%" if state.ema else ""

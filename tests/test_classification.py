@@ -34,6 +34,7 @@ from spatial_mamba.classification.data import (
     TrainSampler,
     build_mixup,
     build_transform,
+    check_classes,
     seed_everything,
 )
 from spatial_mamba.classification.digits import write_digits
@@ -313,6 +314,14 @@ def test_class_numbers_do_not_depend_on_the_form(digits: Path, tmp_path: Path, f
     assert reader.classes == open_split(str(tmp_path / "plain"), "train").classes == sorted(names)
     for i in range(12):
         assert reader.name(i).endswith(f"in_{reader.classes[reader.label(i)]}.png")
+
+
+def test_splits_must_number_their_classes_alike(micro: Path) -> None:
+    """A list of numbers counts 2 before 10, folders named by them do not."""
+    config, _ = load_config(micro)
+    assert check_classes(config, ["0", "1"], ["0", "1"]) == 2
+    with pytest.raises(InputError, match="number them in different orders"):
+        check_classes(config, ["10", "2"], ["2", "10"])
 
 
 def test_damaged_archive_members_count_as_unreadable(photos: Path, micro: Path, tmp_path: Path) -> None:
