@@ -1,9 +1,11 @@
-"""The selective scan (S6) in plain PyTorch: the definition that every other back end is held to."""
+"""The selective scan (S6): the public function, and the definition in plain PyTorch that every back end is held to."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import backends
+from .arguments import require_float, require_same_device
 from .linear_recurrence import linear_recurrence
 
 
@@ -42,34 +44,75 @@ def selective_scan(
         dtype of the recurrence. With ``return_last_state`` a pair, the last state being (batch, dim, N).
 
     Raises:
-        ValueError: for a shape that fits none of the above, a complex A, or D or z without C.
+        ValueError: for a shape or device that fits none of the above, or D or z without C.
+        TypeError: for a tensor that is not of a real floating-point type.
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias)
     compute_dtype = torch.promote_types(u.dtype, torch.float32)
 
     with torch.autocast(device_type=u.device.type, enabled=False):
-        tokens = u.to(compute_dtype)
-        step = delta.to(compute_dtype)
-        if delta_bias is not None:
-            step = step + delta_bias.to(compute_dtype)[:, None]
-        if delta_softplus:
-            step = F.softplus(step)
+        if backends.definition_serves(u):
+            return selective_scan_definition(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
-        decays = torch.exp(step[:, :, None, 1:] * A.to(compute_dtype)[:, :, None])  # (batch, dim, N, L - 1)
-        inputs = (step * tokens)[:, :, None] * _per_channel(B, u.shape[1]).to(compute_dtype)  # (batch, dim, N, L)
-        states = linear_recurrence(decays, inputs)
+        tokens = [u, delta, _grouped(B, u), None if C is None else _grouped(C, u), z]
+        same = all(x is None or x.dtype == u.dtype for x in tokens)
+        u_, delta_, B_, C_, z_ = (_as(x, u.dtype if same else compute_dtype) for x in tokens)
+        A_, D_, bias_ = (_as(x, compute_dtype) for x in (A, D, delta_bias))
+        out, last_state = torch.ops.spatial_mamba.selective_scan(
+            u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus
+        )
+        out = out if C is None else out.to(u.dtype)
+        return (out, last_state) if return_last_state else out
 
-        if C is None:
-            out = states
-        else:
-            out = (states * _per_channel(C, u.shape[1]).to(compute_dtype)).sum(dim=2)  # (batch, dim, L)
-            if D is not None:
-                out = out + D.to(compute_dtype)[:, None] * tokens
-            if z is not None:
-                out = out * F.silu(z.to(compute_dtype))
-            out = out.to(u.dtype)
+
+def selective_scan_definition(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition; arguments and result are those of ``selective_scan``, which checks them."""
+    compute_dtype = torch.promote_types(u.dtype, torch.float32)
+    tokens = u.to(compute_dtype)
+    step = delta.to(compute_dtype)
+    if delta_bias is not None:
+        step = step + delta_bias.to(compute_dtype)[:, None]
+    if delta_softplus:
+        step = F.softplus(step)
+
+    decays = torch.exp(step[:, :, None, 1:] * A.to(compute_dtype)[:, :, None])  # (batch, dim, N, L - 1)
+    inputs = (step * tokens)[:, :, None] * _per_channel(B, u.shape[1]).to(compute_dtype)  # (batch, dim, N, L)
+    states = linear_recurrence(decays, inputs)
+
+    if C is None:
+        out = states
+    else:
+        out = (states * _per_channel(C, u.shape[1]).to(compute_dtype)).sum(dim=2)  # (batch, dim, L)
+        if D is not None:
+            out = out + D.to(compute_dtype)[:, None] * tokens
+        if z is not None:
+            out = out * F.silu(z.to(compute_dtype))
+        out = out.to(u.dtype)
 
     return (out, states[..., -1]) if return_last_state else out
+
+
+def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def _grouped(matrix: Tensor, u: Tensor) -> Tensor:
+    """Bring any accepted layout of B or C to (batch, groups, N, L)."""
+    batch, dim, length = u.shape
+    if matrix.ndim == 2:  # (dim, N), the same for every token: each channel is a group
+        return matrix[None, :, :, None].expand(batch, dim, -1, length)
+    return matrix[:, None] if matrix.ndim == 3 else matrix
 
 
 def _per_channel(matrix: Tensor, dim: int) -> Tensor:
@@ -97,8 +140,6 @@ def _check_arguments(
     batch, dim, length = u.shape
     if A.ndim != 2 or A.shape[0] != dim:
         raise ValueError(f"A must be (dim, N) with dim = {dim}, got {tuple(A.shape)}")
-    if any(x is not None and x.is_complex() for x in (u, delta, A, B, C, D, z, delta_bias)):
-        raise ValueError("selective_scan is defined for real tensors, not for complex ones")
     if C is None and (D is not None or z is not None):
         raise ValueError("D and z act on the outputs: pass C too, or leave them out to get the states")
 
@@ -126,3 +167,6 @@ def _check_arguments(
                 f"{name} must be (dim, N) = {(dim, d_state)}, (batch, N, L) = {(batch, d_state, length)} or "
                 f"(batch, groups, N, L) with groups dividing {dim}, got {shape}"
             )
+    tensors = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    require_float(tensors)
+    require_same_device(tensors)

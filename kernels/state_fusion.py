@@ -1,10 +1,14 @@
-"""Structure-aware state fusion (SASF) in plain PyTorch: the definition that every other back end is held to."""
+"""Structure-aware state fusion (SASF): the public function, and its definition in plain PyTorch."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import backends
+from .arguments import require_float, require_same_device
+from .taps import merge_taps, tap_offsets
 
 
 def state_fusion(
@@ -30,18 +34,31 @@ def state_fusion(
         The fused states, (batch, dim, H, W), in the dtype of ``h``.
 
     Raises:
-        ValueError: if the shapes do not fit, or the numbers of kernels, weights and dilations differ.
+        ValueError: if shapes or devices do not fit, or the numbers of kernels, weights and dilations differ.
+        TypeError: for a tensor that is not of a real floating-point type.
     """
     _check_arguments(h, kernels, alpha, dilations)
     compute_dtype = torch.promote_types(h.dtype, torch.float32)
 
     with torch.autocast(device_type=h.device.type, enabled=False):
-        states = h.to(compute_dtype)
-        fused = torch.zeros_like(states)
-        for kernel, weight, dilation in zip(kernels, alpha.to(compute_dtype), dilations, strict=True):
-            reach = dilation * (kernel.shape[-1] // 2)
-            scaled = weight * kernel.to(compute_dtype)
-            fused = fused + F.conv2d(_repeat_edges(states, reach), scaled, dilation=dilation, groups=h.shape[1])
+        if backends.definition_serves(h):
+            return state_fusion_definition(h, kernels, alpha, dilations)
+
+        taps = merge_taps(kernels, alpha.to(compute_dtype), dilations)
+        offsets = tap_offsets([kernel.shape[-1] for kernel in kernels], dilations)
+        tokens = h.permute(0, 2, 3, 1).contiguous()  # (batch, H, W, dim)
+        return torch.ops.spatial_mamba.state_fusion(tokens, taps, offsets).permute(0, 3, 1, 2)
+
+
+def state_fusion_definition(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int]) -> Tensor:
+    """The definition; arguments and result are those of ``state_fusion``, which checks them."""
+    compute_dtype = torch.promote_types(h.dtype, torch.float32)
+    states = h.to(compute_dtype)
+    fused = torch.zeros_like(states)
+    for kernel, weight, dilation in zip(kernels, alpha.to(compute_dtype), dilations, strict=True):
+        reach = dilation * (kernel.shape[-1] // 2)
+        scaled = weight * kernel.to(compute_dtype)
+        fused = fused + F.conv2d(_repeat_edges(states, reach), scaled, dilation=dilation, groups=h.shape[1])
     return fused.to(h.dtype)
 
 
@@ -59,18 +76,28 @@ def _repeat_edges(h: Tensor, reach: int) -> Tensor:
 
 
 def _check_arguments(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int]) -> None:
-    if h.ndim != 4:
-        raise ValueError(f"h must be (batch, dim, H, W), got {tuple(h.shape)}")
+    if h.ndim != 4 or 0 in h.shape[1:]:
+        raise ValueError(f"h must be (batch, dim, H, W), none but batch zero, got {tuple(h.shape)}")
+    check_branches(kernels, alpha, dilations, h.shape[1])
+    tensors = {"h": h, "alpha": alpha} | {f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}
+    require_float(tensors)
+    require_same_device(tensors)
+
+
+def check_branches(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int], dim: int) -> None:
+    """Raise ValueError unless there is one (dim, 1, k, k) kernel, one weight and one dilation per branch."""
     if alpha.ndim != 1 or not len(kernels) == len(dilations) == alpha.shape[0]:
         raise ValueError(
             f"one kernel, one weight and one dilation per branch are needed, got {len(kernels)} kernels, "
             f"alpha of {tuple(alpha.shape)} and dilations {tuple(dilations)}"
         )
+    if not kernels:
+        raise ValueError("kernels must hold at least one kernel")
     for kernel in kernels:
         size = kernel.shape[-1]
-        if tuple(kernel.shape) != (h.shape[1], 1, size, size) or size % 2 == 0:
+        if tuple(kernel.shape) != (dim, 1, size, size) or size % 2 == 0:
             raise ValueError(
-                f"a fusion kernel must be (dim, 1, k, k) with dim = {h.shape[1]} and odd k, got {tuple(kernel.shape)}"
+                f"a fusion kernel must be (dim, 1, k, k) with dim = {dim} and odd k, got {tuple(kernel.shape)}"
             )
     if any(dilation < 1 for dilation in dilations):
         raise ValueError(f"dilations must be positive integers, got {tuple(dilations)}")
