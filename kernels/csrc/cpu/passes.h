@@ -1,0 +1,67 @@
+// How passes over maps are shared out among threads: by image, group of channels and vector of channels.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "fusion.h"
+#include "vec.h"
+
+namespace spatial_mamba {
+
+// A batch of maps, channels last, and the neighbours that fusion reads in them.
+struct Map {
+  template <typename T>
+  int64_t chunks() const {  // vectors of channels
+    return (dim + kLanes<T> - 1) / kLanes<T>;
+  }
+  template <typename T>
+  int lanes(int64_t channel) const {  // how many channels the vector from `channel` on has
+    return static_cast<int>(std::min<int64_t>(kLanes<T>, dim - channel));
+  }
+  int64_t token(int64_t b, int64_t i) const { return (b * height + i) * width; }  // the first token of row i
+
+  int64_t batch, height, width, dim;
+  Neighbourhood around;
+};
+
+// Groups of channels per image: no more than needed to keep all threads busy, because the channels of a group add to
+// the same gradients one after the other.
+template <typename T>
+int64_t channel_groups(const Map& map) {
+  const int64_t wanted = (at::get_num_threads() + map.batch - 1) / std::max<int64_t>(map.batch, 1);
+  return std::clamp<int64_t>(wanted, 1, map.chunks<T>());
+}
+
+// Runs a pass over every vector of channels of every image; make(b, channel, group) starts one. A pass takes one step
+// per row, and some more until fusion has seen all neighbours of the last row. Neighbouring vectors of channels step
+// together as long as the rows they hold fit into the cache, so that memory is read in longer runs.
+template <typename Pass, typename Make>
+void run_passes(const Map& map, int64_t groups, Make&& make) {
+  using T = typename Pass::T;
+  constexpr int64_t kCacheBytes = 1 << 20;
+  const int64_t row_bytes = (map.width + 2 * map.around.column_reach) * kVectorBytes;
+  const int64_t together = std::clamp<int64_t>(kCacheBytes / (Pass::rows_held(map.around) * row_bytes), 1, 8);
+  const int64_t steps = map.height + map.around.row_reach;
+  at::parallel_for(0, map.batch * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / groups, group = item % groups;
+      const int64_t last = (group + 1) * map.chunks<T>() / groups;
+      for (int64_t chunk = group * map.chunks<T>() / groups; chunk < last; chunk += together) {
+        std::vector<Pass> passes;
+        passes.reserve(together);
+        for (int64_t c = chunk; c < std::min(chunk + together, last); ++c) {
+          passes.push_back(make(b, c * kLanes<T>, group));
+        }
+        for (int64_t step = 0; step < steps; ++step) {
+          for (auto& pass : passes) pass.advance(step);
+        }
+        for (auto& pass : passes) pass.finish();
+      }
+    }
+  });
+}
+
+}  // namespace spatial_mamba

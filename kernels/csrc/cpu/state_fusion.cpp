@@ -1,0 +1,201 @@
+// State fusion on its own: forward, and the gradients of the states and the taps.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "fusion.h"
+#include "passes.h"
+#include "vec.h"
+
+namespace spatial_mamba {
+namespace {
+
+using at::Tensor;
+
+template <typename T>
+Vectors<T> load_taps(const Map& map, const T* taps, int64_t channel, int lanes) {
+  Vectors<T> weights(map.around.size());
+  for (int64_t t = 0; t < map.around.size(); ++t) weights[t] = load(taps + t * map.dim + channel, lanes);
+  return weights;
+}
+
+template <typename io>
+class FuseChannels {
+ public:
+  using T = Compute<io>;
+
+  FuseChannels(const Map& map, int64_t b, int64_t channel, const io* h, const T* taps, io* fused)
+      : map_(map),
+        b_(b),
+        channel_(channel),
+        lanes_(map.lanes<T>(channel)),
+        h_(h),
+        fused_(fused),
+        weights_(load_taps(map, taps, channel, lanes_)),
+        states_(map.around.rows(), map.width, map.around.column_reach) {}
+
+  static int64_t rows_held(const Neighbourhood& around) { return around.rows(); }
+
+  void advance(int64_t step) {
+    if (step < map_.height) read(step);
+    if (step >= map_.around.row_reach) fuse_row(step - map_.around.row_reach);
+  }
+
+  void finish() {}
+
+ private:
+  int64_t first(int64_t i) const { return map_.token(b_, i) * map_.dim + channel_; }
+
+  void read(int64_t i) {
+    Vec<T>* states = states_.row(i);
+    for (int64_t j = 0; j < map_.width; ++j) states[j] = load(h_ + first(i) + j * map_.dim, lanes_);
+    states_.repeat_edges(i);
+  }
+
+  void fuse_row(int64_t i) {
+    find_taps(map_.around, states_, i, map_.height, taps_);
+    for_token_blocks(map_.width, [&](auto n, int64_t j) {
+      Vec<T> fused[n];
+      fuse(taps_, weights_, j, fused);
+      each<n>([&](int k) { store(fused_ + first(i) + (j + k) * map_.dim, fused[k], lanes_); });
+    });
+  }
+
+  const Map& map_;
+  int64_t b_, channel_;
+  int lanes_;
+  const io* h_;
+  io* fused_;
+  Vectors<T> weights_;
+  RowRing<T> states_;
+  std::vector<Tap<T>> taps_;
+};
+
+template <typename io>
+class FuseChannelsBackward {
+ public:
+  using T = Compute<io>;
+
+  // grad_taps: (batch, T, dim), to be summed over the batch afterwards.
+  FuseChannelsBackward(const Map& map, int64_t b, int64_t channel, const io* grad_out, const io* h, const T* taps,
+                       io* grad_h, T* grad_taps)
+      : map_(map),
+        b_(b),
+        channel_(channel),
+        lanes_(map.lanes<T>(channel)),
+        grad_out_(grad_out),
+        h_(h),
+        grad_h_(grad_h),
+        grad_taps_(grad_taps),
+        weights_(load_taps(map, taps, channel, lanes_)),
+        states_(map.around.rows(), map.width, map.around.column_reach),
+        grads_(map.around.rows(), map.width, map.around.column_reach),
+        grad_weights_(map.around.size()),
+        grad_states_(map.width) {
+    std::fill_n(grad_weights_.data(), map.around.size(), Vec<T>{});
+  }
+
+  static int64_t rows_held(const Neighbourhood& around) { return 2 * around.rows(); }
+
+  void advance(int64_t step) {
+    if (step < map_.height) read(step);
+    if (step < map_.around.row_reach) return;
+    taps_backward(step - map_.around.row_reach);
+    states_backward(step - map_.around.row_reach);
+  }
+
+  void finish() {
+    for (int64_t t = 0; t < map_.around.size(); ++t) {
+      store(grad_taps_ + (b_ * map_.around.size() + t) * map_.dim + channel_, grad_weights_[t], lanes_);
+    }
+  }
+
+ private:
+  int64_t first(int64_t i) const { return map_.token(b_, i) * map_.dim + channel_; }
+
+  void read(int64_t i) {
+    Vec<T>*states = states_.row(i), *grads = grads_.row(i);
+    for (int64_t j = 0; j < map_.width; ++j) {
+      states[j] = load(h_ + first(i) + j * map_.dim, lanes_);
+      grads[j] = load(grad_out_ + first(i) + j * map_.dim, lanes_);
+    }
+    states_.repeat_edges(i);
+  }
+
+  void taps_backward(int64_t i) {
+    find_taps(map_.around, states_, i, map_.height, taps_);
+    const Vec<T>* grads = grads_.row(i);
+    for (const auto& tap : taps_) {
+      for (int64_t j = 0; j < map_.width; ++j) grad_weights_[tap.t] += grads[j] * tap.tokens[j];
+    }
+  }
+
+  void states_backward(int64_t i) {
+    find_adjoint_taps(map_.around, grads_, i, map_.height, taps_);
+    fuse_adjoint(map_.around, taps_, weights_, map_.width, grad_states_.data());
+    for (int64_t j = 0; j < map_.width; ++j) store(grad_h_ + first(i) + j * map_.dim, grad_states_[j], lanes_);
+  }
+
+  const Map& map_;
+  int64_t b_, channel_;
+  int lanes_;
+  const io *grad_out_, *h_;
+  io* grad_h_;
+  T* grad_taps_;
+  Vectors<T> weights_;
+  RowRing<T> states_, grads_;
+  Vectors<T> grad_weights_, grad_states_;
+  std::vector<Tap<T>> taps_;
+};
+
+Map make_map(const Tensor& h, const Tensor& taps, at::IntArrayRef offsets) {
+  return {h.size(0), h.size(1), h.size(2), h.size(3), Neighbourhood(offsets.data(), taps.size(0))};
+}
+
+Tensor state_fusion(const Tensor& h, const Tensor& taps, at::IntArrayRef offsets) {
+  const Map map = make_map(h, taps, offsets);
+  Tensor fused = at::empty_like(h);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "state_fusion", [&] {
+    using Pass = FuseChannels<scalar_t>;
+    const auto* states = h.const_data_ptr<scalar_t>();
+    const auto* weights = taps.const_data_ptr<typename Pass::T>();
+    auto* out = fused.mutable_data_ptr<scalar_t>();
+    run_passes<Pass>(map, channel_groups<typename Pass::T>(map), [&](int64_t b, int64_t channel, int64_t) {
+      return Pass(map, b, channel, states, weights, out);
+    });
+  });
+  return fused;
+}
+
+std::tuple<Tensor, Tensor> state_fusion_backward(const Tensor& grad_out, const Tensor& h, const Tensor& taps,
+                                                 at::IntArrayRef offsets) {
+  const Map map = make_map(h, taps, offsets);
+  Tensor grad_h = at::empty_like(h), grad_taps = at::empty({h.size(0), taps.size(0), taps.size(1)}, taps.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "state_fusion_backward", [&] {
+    using Pass = FuseChannelsBackward<scalar_t>;
+    using T = typename Pass::T;
+    const auto *grad = grad_out.const_data_ptr<scalar_t>(), *states = h.const_data_ptr<scalar_t>();
+    const auto* weights = taps.const_data_ptr<T>();
+    auto* grad_states = grad_h.mutable_data_ptr<scalar_t>();
+    auto* grad_weights = grad_taps.mutable_data_ptr<T>();
+    run_passes<Pass>(map, channel_groups<T>(map), [&](int64_t b, int64_t channel, int64_t) {
+      return Pass(map, b, channel, grad, states, weights, grad_states, grad_weights);
+    });
+  });
+  return {grad_h, grad_taps.sum(0)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
+  m.def("state_fusion(Tensor h, Tensor taps, int[] offsets) -> Tensor");
+  m.def("state_fusion_backward(Tensor grad_out, Tensor h, Tensor taps, int[] offsets) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
+  m.impl("state_fusion", &state_fusion);
+  m.impl("state_fusion_backward", &state_fusion_backward);
+}
+
+}  // namespace spatial_mamba

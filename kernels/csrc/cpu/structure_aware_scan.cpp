@@ -1,0 +1,500 @@
+// Scan, state fusion and read-out in one pass over the image, and their gradients in one pass back.
+//
+// Work is split over images and vectors of channels. The states of a vector of channels live in a ring of rows, as
+// many as fusion reaches, which stays in the cache; the step, the decay and the padded maps never exist in full.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "fusion.h"
+#include "passes.h"
+#include "vec.h"
+
+namespace spatial_mamba {
+namespace {
+
+using at::Tensor;
+
+// Shapes and inputs that the forward and the backward pass have in common.
+template <typename io>
+struct Core : Map {
+  using T = Compute<io>;
+
+  Core(const Tensor& u, const Tensor& projection, const Tensor& step_weight, const Tensor& step_bias,
+       const Tensor& A_log, const Tensor& D, const Tensor& taps, at::IntArrayRef offsets)
+      : Map{u.size(0), u.size(1), u.size(2), u.size(3), Neighbourhood(offsets.data(), taps.size(0))},
+        rank(step_weight.size(1)),
+        u(u.const_data_ptr<io>()),
+        projection(projection.const_data_ptr<io>()),
+        step_weight(step_weight.const_data_ptr<T>()),
+        step_bias(step_bias.const_data_ptr<T>()),
+        A_log(A_log.const_data_ptr<T>()),
+        D(D.const_data_ptr<T>()),
+        taps(taps.const_data_ptr<T>()) {}
+
+  int64_t rank;
+  const io* u;
+  const io* projection;
+  const T* step_weight;
+  const T* step_bias;
+  const T* A_log;
+  const T* D;
+  const T* taps;
+};
+
+// The weights of one vector of n channels. Steps are kept to base 2, s = log2(1 + 2^x) = delta / ln 2, which saves the
+// conversions around the exponentials: the decay is 2^(s A), and delta B u is s (ln 2 B) u.
+template <typename T>
+struct ChannelWeights {
+  template <typename io>
+  ChannelWeights(const Core<io>& core, int64_t channel, int n)
+      : bias(load(core.step_bias + channel, n) * T(M_LOG2E)),
+        A(load(core.A_log + channel, n)),
+        D(load(core.D + channel, n)),
+        step(core.rank),
+        taps(core.around.size()) {
+    for (int lane = 0; lane < kLanes<T>; ++lane) A[lane] = -std::exp(A[lane]);
+    for (int64_t k = 0; k < core.rank; ++k) {
+      step[k] = Vec<T>{};
+      for (int lane = 0; lane < n; ++lane) {
+        step[k][lane] = core.step_weight[(channel + lane) * core.rank + k] * T(M_LOG2E);
+      }
+    }
+    for (int64_t t = 0; t < core.around.size(); ++t) taps[t] = load(core.taps + t * core.dim + channel, n);
+  }
+
+  Vec<T> bias, A, D;
+  Vectors<T> step, taps;
+};
+
+// Rows of the projection in the compute dtype: per token r, then B, then C.
+template <typename io>
+class ProjectionRow {
+ public:
+  using T = Compute<io>;
+
+  explicit ProjectionRow(const Core<io>& core) : core_(core), stride_(core.rank + 2) {
+    if constexpr (!std::is_same_v<io, T>) converted_.resize(core.width * stride_);
+  }
+
+  void read(int64_t b, int64_t i) {
+    const io* row = core_.projection + core_.token(b, i) * stride_;
+    if constexpr (std::is_same_v<io, T>) {
+      row_ = row;
+    } else {
+      std::copy_n(row, converted_.size(), converted_.begin());
+      row_ = converted_.data();
+    }
+  }
+
+  int64_t stride() const { return stride_; }
+  const T* r(int64_t j) const { return row_ + j * stride_; }
+  T B(int64_t j) const { return row_[j * stride_ + core_.rank]; }
+  T C(int64_t j) const { return row_[j * stride_ + core_.rank + 1]; }
+
+ private:
+  const Core<io>& core_;
+  int64_t stride_;
+  const T* row_ = nullptr;
+  std::vector<T> converted_;
+};
+
+// What the backward pass needs of the scan of a row besides the states.
+template <typename T>
+struct ScanRecord {
+  Vec<T>* decays;  // 2^(s A)
+  Vec<T>* steps;   // s
+  Vec<T>* slopes;  // derivative of delta by its argument
+};
+
+template <int n, typename io, typename T>
+inline __attribute__((always_inline)) void scan_tokens(const Core<io>& core, const ChannelWeights<T>& weights,
+                                                       const ProjectionRow<io>& projection, const io* u, int64_t j,
+                                                       int lanes, Vec<T>& h, Vec<T>* states, ScanRecord<T>* record) {
+  Vec<T> x[n], e[n], s[n], decay[n];
+  each<n>([&](int k) { x[k] = weights.bias; });
+  const T* r = projection.r(j);
+  for (int64_t rank = 0; rank < core.rank; ++rank) {
+    const Vec<T> weight = weights.step[rank];
+    each<n>([&](int k) { x[k] += weight * r[k * projection.stride() + rank]; });
+  }
+  softplus2<T>(x, e, s);
+  each<n>([&](int k) { decay[k] = s[k] * weights.A; });
+  exp2_nonpositive(decay);
+  each<n>([&](int k) {
+    const Vec<T> tokens = load(u + (j + k) * core.dim, lanes);
+    h = decay[k] * h + s[k] * (tokens * (projection.B(j + k) * T(M_LN2)));
+    states[j + k] = h;
+  });
+  if (record) {
+    each<n>([&](int k) {
+      record->decays[j + k] = decay[k];
+      record->steps[j + k] = s[k];
+      record->slopes[j + k] = logistic<T>(x[k], e[k]);
+    });
+  }
+}
+
+// Runs the recurrence over one row, from the state h before it to that after it.
+template <typename io, typename T>
+void scan_row(const Core<io>& core, const ChannelWeights<T>& weights, const ProjectionRow<io>& projection, const io* u,
+              int lanes, Vec<T>& h, Vec<T>* states, ScanRecord<T>* record = nullptr) {
+  int64_t j = 0;
+  for (; j + 4 <= core.width; j += 4) scan_tokens<4>(core, weights, projection, u, j, lanes, h, states, record);
+  for (; j < core.width; ++j) scan_tokens<1>(core, weights, projection, u, j, lanes, h, states, record);
+}
+
+// --- forward ----------------------------------------------------------------------------------------------------------
+
+// The forward pass of one image and one vector of channels, from the first row to the last.
+template <typename io, typename out>
+class ForwardChannels {
+ public:
+  using T = Compute<io>;
+
+  ForwardChannels(const Core<io>& core, int64_t b, int64_t channel, out* y, T* row_states)
+      : core_(core),
+        b_(b),
+        channel_(channel),
+        lanes_(core.template lanes<T>(channel)),
+        y_(y),
+        row_states_(row_states),
+        weights_(core, channel, lanes_),
+        projection_(core),
+        states_(core.around.rows(), core.width, core.around.column_reach) {}
+
+  // Scans row i, if there is one, and finishes the row that fusion has just been waiting for.
+  void advance(int64_t step) {
+    if (step < core_.height) scan(step);
+    if (step >= core_.around.row_reach) read_out(step - core_.around.row_reach);
+  }
+
+  static int64_t rows_held(const Neighbourhood& around) { return around.rows(); }
+  void finish() {}
+
+ private:
+  void scan(int64_t i) {
+    store(row_states_ + (b_ * core_.height + i) * core_.dim + channel_, h_, lanes_);
+    projection_.read(b_, i);
+    scan_row(core_, weights_, projection_, core_.u + core_.token(b_, i) * core_.dim + channel_, lanes_, h_,
+             states_.row(i));
+    states_.repeat_edges(i);
+  }
+
+  void read_out(int64_t i) {
+    find_taps(core_.around, states_, i, core_.height, taps_);
+    projection_.read(b_, i);
+    const int64_t first = core_.token(b_, i) * core_.dim + channel_;
+    for_token_blocks(core_.width, [&](auto n, int64_t j) {
+      Vec<T> fused[n];
+      fuse(taps_, weights_.taps, j, fused);
+      each<n>([&](int k) {
+        const int64_t token = first + (j + k) * core_.dim;
+        store(y_ + token, fused[k] * projection_.C(j + k) + weights_.D * load(core_.u + token, lanes_), lanes_);
+      });
+    });
+  }
+
+  const Core<io>& core_;
+  int64_t b_, channel_;
+  int lanes_;
+  out* y_;
+  T* row_states_;
+  ChannelWeights<T> weights_;
+  ProjectionRow<io> projection_;
+  RowRing<T> states_;
+  std::vector<Tap<T>> taps_;
+  Vec<T> h_ = {};
+};
+
+// --- backward ---------------------------------------------------------------------------------------------------------
+
+// Gradients; those of weights per image, those of the projection per group of channels, to be summed afterwards.
+template <typename io>
+struct CoreGradients {
+  using T = Compute<io>;
+  io* u;
+  T* projection;   // (groups, batch, L, R + 2)
+  T* step_weight;  // (batch, dim, R)
+  T* step_bias;    // (batch, dim)
+  T* A_log;        // (batch, dim)
+  T* D;            // (batch, dim)
+  T* taps;         // (batch, T, dim)
+};
+
+// The backward pass of one image and one vector of channels, from the last row to the first. A row is finished as soon
+// as the rows that fusion reaches above it have been recomputed.
+template <typename io, typename out>
+class BackwardChannels {
+ public:
+  using T = Compute<io>;
+
+  BackwardChannels(const Core<io>& core, int64_t b, int64_t channel, const out* grad_y, const T* row_states,
+                   const CoreGradients<io>& grads, T* grad_projection)
+      : core_(core),
+        b_(b),
+        channel_(channel),
+        lanes_(core.template lanes<T>(channel)),
+        grad_y_(grad_y),
+        row_states_(row_states),
+        grads_(grads),
+        grad_projection_(grad_projection),
+        weights_(core, channel, lanes_),
+        projection_(core),
+        states_(core.around.rows(), core.width, core.around.column_reach),
+        grad_fused_(core.around.rows(), core.width, core.around.column_reach),
+        decays_(core.around.row_reach + 1, core.width, 0),
+        steps_(core.around.row_reach + 1, core.width, 0),
+        slopes_(core.around.row_reach + 1, core.width, 0),
+        grad_states_(core.width),
+        grad_x_(core.width),
+        grad_step_(core.rank),
+        grad_taps_(core.around.size()) {
+    std::fill_n(grad_step_.data(), core.rank, Vec<T>{});
+    std::fill_n(grad_taps_.data(), core.around.size(), Vec<T>{});
+  }
+
+  // Recomputes a row, if there is one left, and finishes the row that fusion has just been waiting for.
+  void advance(int64_t step) {
+    const int64_t recomputed = core_.height - 1 - step, finished = recomputed + core_.around.row_reach;
+    if (recomputed >= 0) recompute(recomputed);
+    if (finished >= core_.height) return;
+    projection_.read(b_, finished);
+    read_out_backward(finished);
+    fusion_backward(finished);
+    scan_backward(finished);
+    step_backward(finished);
+  }
+
+  static int64_t rows_held(const Neighbourhood& around) { return 2 * around.rows() + 3 * (around.row_reach + 1); }
+
+  // Writes the gradients of the weights, after the last step.
+  void finish() {
+    const int64_t channel = b_ * core_.dim + channel_;
+    store(grads_.step_bias + channel, grad_bias_, lanes_);
+    store(grads_.A_log + channel, grad_A_log_, lanes_);
+    store(grads_.D + channel, grad_D_, lanes_);
+    for (int64_t k = 0; k < core_.rank; ++k) {
+      for (int c = 0; c < lanes_; ++c) grads_.step_weight[(channel + c) * core_.rank + k] = grad_step_[k][c];
+    }
+    for (int64_t t = 0; t < core_.around.size(); ++t) {
+      store(grads_.taps + (b_ * core_.around.size() + t) * core_.dim + channel_, grad_taps_[t], lanes_);
+    }
+  }
+
+ private:
+  int64_t first(int64_t i) const { return core_.token(b_, i) * core_.dim + channel_; }
+  T* grad_projection(int64_t i, int64_t j) const {
+    return grad_projection_ + (core_.token(b_, i) + j) * (core_.rank + 2);
+  }
+
+  // The states of row i, and the gradients of its fused states.
+  void recompute(int64_t i) {
+    projection_.read(b_, i);
+    Vec<T> h = load(row_states_ + (b_ * core_.height + i) * core_.dim + channel_, lanes_);
+    ScanRecord<T> record{decays_.row(i), steps_.row(i), slopes_.row(i)};
+    scan_row(core_, weights_, projection_, core_.u + first(i), lanes_, h, states_.row(i), &record);
+    states_.repeat_edges(i);
+    Vec<T>* grad_fused = grad_fused_.row(i);
+    for (int64_t j = 0; j < core_.width; ++j) {
+      grad_fused[j] = load(grad_y_ + first(i) + j * core_.dim, lanes_) * projection_.C(j);
+    }
+  }
+
+  // Gradients of C, D and the taps.
+  void read_out_backward(int64_t i) {
+    find_taps(core_.around, states_, i, core_.height, taps_);
+    const Vec<T>* grad_fused = grad_fused_.row(i);
+    // Blocks that overlapped would count tokens twice.
+    int64_t j = 0;
+    for (; j + 7 <= core_.width; j += 7) read_out_tokens_backward<7>(i, j, grad_fused);
+    for (; j < core_.width; ++j) read_out_tokens_backward<1>(i, j, grad_fused);
+  }
+
+  template <int n>
+  void read_out_tokens_backward(int64_t i, int64_t j, const Vec<T>* grad_fused) {
+    Vec<T> grad[n], fused[n];
+    each<n>([&](int k) { grad[k] = grad_fused[j + k]; });
+    fuse_and_correlate(taps_, weights_.taps, j, grad, fused, grad_taps_);
+    each<n>([&](int k) {
+      const int64_t token = first(i) + (j + k) * core_.dim;
+      const Vec<T> grad_y = load(grad_y_ + token, lanes_);
+      grad_D_ += grad_y * load(core_.u + token, lanes_);
+      grad_projection(i, j + k)[core_.rank + 1] += sum<T>(grad_y * fused[k]);
+    });
+  }
+
+  // Gradients of the states of row i, as far as they come from their readers.
+  void fusion_backward(int64_t i) {
+    find_adjoint_taps(core_.around, grad_fused_, i, core_.height, taps_);
+    fuse_adjoint(core_.around, taps_, weights_.taps, core_.width, grad_states_.data());
+  }
+
+  // Runs the recurrence backwards over row i: gradients of u, B, A_log and of the argument x of the softplus.
+  void scan_backward(int64_t i) {
+    const Vec<T>*states = states_.row(i), *decays = decays_.row(i), *steps = steps_.row(i), *slopes = slopes_.row(i);
+    const Vec<T> before = load(row_states_ + (b_ * core_.height + i) * core_.dim + channel_, lanes_);
+    for (int64_t j = core_.width - 1; j >= 0; --j) {
+      const int64_t token = first(i) + j * core_.dim;
+      const Vec<T> u = load(core_.u + token, lanes_), grad_y = load(grad_y_ + token, lanes_);
+      const Vec<T> delta = steps[j] * T(M_LN2), grad_h = grad_states_[j] + carry_;
+      carry_ = decays[j] * grad_h;
+      const Vec<T> grad_exponent = carry_ * (j > 0 ? states[j - 1] : before);  // of delta A
+      const Vec<T> grad_delta = grad_exponent * weights_.A + grad_h * (u * projection_.B(j));
+      const Vec<T> grad_input = grad_h * delta;  // of B u
+      grad_A_log_ += grad_exponent * delta * weights_.A;
+      grad_x_[j] = grad_delta * slopes[j];
+      grad_bias_ += grad_x_[j];
+      store(grads_.u + token, grad_input * projection_.B(j) + grad_y * weights_.D, lanes_);
+      grad_projection(i, j)[core_.rank] += sum<T>(grad_input * u);
+    }
+  }
+
+  // Gradients of the low-rank step r and of step_weight from those of x = step_weight r + bias.
+  void step_backward(int64_t i) {
+    for (int64_t k = 0; k < core_.rank; k += kLanes<T>) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes<T>, core_.rank - k));
+      Vec<T> weights[kLanes<T>];  // per channel, a vector along the rank
+      for (int c = 0; c < lanes_; ++c) weights[c] = load(core_.step_weight + (channel_ + c) * core_.rank + k, n);
+      for (int64_t j = 0; j < core_.width; ++j) {
+        T grad_x[kLanes<T>];
+        std::memcpy(grad_x, &grad_x_[j], sizeof grad_x);
+        T* grad_r = grad_projection(i, j) + k;
+        Vec<T> sums = load(grad_r, n);
+        for (int c = 0; c < lanes_; ++c) sums += weights[c] * grad_x[c];
+        store(grad_r, sums, n);
+      }
+    }
+    int64_t k = 0;
+    for (; k + 4 <= core_.rank; k += 4) step_weight_backward<4>(k);
+    for (; k < core_.rank; ++k) step_weight_backward<1>(k);
+  }
+
+  template <int n>
+  void step_weight_backward(int64_t rank) {
+    Vec<T> sums[n] = {};
+    for (int64_t j = 0; j < core_.width; ++j) {
+      const T* r = projection_.r(j) + rank;
+      each<n>([&](int k) { sums[k] += grad_x_[j] * r[k]; });
+    }
+    each<n>([&](int k) { grad_step_[rank + k] += sums[k]; });
+  }
+
+  const Core<io>& core_;
+  int64_t b_, channel_;
+  int lanes_;
+  const out* grad_y_;
+  const T* row_states_;
+  const CoreGradients<io>& grads_;
+  T* grad_projection_;
+  ChannelWeights<T> weights_;
+  ProjectionRow<io> projection_;
+  RowRing<T> states_, grad_fused_, decays_, steps_, slopes_;
+  Vectors<T> grad_states_, grad_x_, grad_step_, grad_taps_;
+  std::vector<Tap<T>> taps_;
+  Vec<T> carry_ = {}, grad_bias_ = {}, grad_A_log_ = {}, grad_D_ = {};
+};
+
+// --- over all images and channels -------------------------------------------------------------------------------------
+
+template <typename io, typename out>
+void forward(const Core<io>& core, out* y, Compute<io>* row_states) {
+  using T = Compute<io>;
+  using Pass = ForwardChannels<io, out>;
+  run_passes<Pass>(core, channel_groups<T>(core),
+                   [&](int64_t b, int64_t channel, int64_t) { return Pass(core, b, channel, y, row_states); });
+}
+
+template <typename io, typename out>
+void backward(const Core<io>& core, const out* grad_y, const Compute<io>* row_states, const CoreGradients<io>& grads,
+              int64_t groups) {
+  using Pass = BackwardChannels<io, out>;
+  const int64_t projection_size = core.batch * core.height * core.width * (core.rank + 2);
+  run_passes<Pass>(core, groups, [&](int64_t b, int64_t channel, int64_t group) {
+    return Pass(core, b, channel, grad_y, row_states, grads, grads.projection + group * projection_size);
+  });
+}
+
+// --- tensors ----------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> structure_aware_scan(const Tensor& u, const Tensor& projection, const Tensor& step_weight,
+                                                const Tensor& step_bias, const Tensor& A_log, const Tensor& D,
+                                                const Tensor& taps, at::IntArrayRef offsets, at::ScalarType out_dtype) {
+  const auto compute = taps.scalar_type();
+  // Outputs in a dtype that is neither that of the tokens nor the compute dtype are converted afterwards.
+  const bool narrow_output = out_dtype == u.scalar_type();
+  Tensor y = at::empty(u.sizes(), u.options().dtype(narrow_output ? out_dtype : compute));
+  Tensor row_states = at::empty({u.size(0), u.size(1), u.size(3)}, taps.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "structure_aware_scan", [&] {
+    using T = Compute<scalar_t>;
+    const Core<scalar_t> core(u, projection, step_weight, step_bias, A_log, D, taps, offsets);
+    if (narrow_output) {
+      forward(core, y.mutable_data_ptr<scalar_t>(), row_states.mutable_data_ptr<T>());
+    } else {
+      forward(core, y.mutable_data_ptr<T>(), row_states.mutable_data_ptr<T>());
+    }
+  });
+  return {y.to(out_dtype), row_states};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_aware_scan_backward(
+    const Tensor& grad_out, const Tensor& u, const Tensor& projection, const Tensor& step_weight,
+    const Tensor& step_bias, const Tensor& A_log, const Tensor& D, const Tensor& taps, const Tensor& row_states,
+    at::IntArrayRef offsets) {
+  const bool narrow_output = grad_out.scalar_type() == u.scalar_type();
+  const Tensor grad_y = narrow_output ? grad_out : grad_out.to(taps.scalar_type());
+  const int64_t batch = u.size(0), dim = u.size(3);
+  const auto weights = taps.options();
+  Tensor grad_u = at::empty_like(u), grad_projection;
+  Tensor grad_step_weight = at::empty({batch, dim, step_weight.size(1)}, weights);
+  Tensor grad_step_bias = at::empty({batch, dim}, weights), grad_A_log = at::empty({batch, dim}, weights);
+  Tensor grad_D = at::empty({batch, dim}, weights), grad_taps = at::empty({batch, taps.size(0), dim}, weights);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "structure_aware_scan_backward", [&] {
+    using T = Compute<scalar_t>;
+    const Core<scalar_t> core(u, projection, step_weight, step_bias, A_log, D, taps, offsets);
+    const int64_t groups = channel_groups<T>(core);
+    grad_projection = at::zeros({groups, batch, u.size(1), u.size(2), projection.size(3)}, weights);
+    const CoreGradients<scalar_t> grads{grad_u.mutable_data_ptr<scalar_t>(),
+                                        grad_projection.mutable_data_ptr<T>(),
+                                        grad_step_weight.mutable_data_ptr<T>(),
+                                        grad_step_bias.mutable_data_ptr<T>(),
+                                        grad_A_log.mutable_data_ptr<T>(),
+                                        grad_D.mutable_data_ptr<T>(),
+                                        grad_taps.mutable_data_ptr<T>()};
+    if (narrow_output) {
+      backward(core, grad_y.const_data_ptr<scalar_t>(), row_states.const_data_ptr<T>(), grads, groups);
+    } else {
+      backward(core, grad_y.const_data_ptr<T>(), row_states.const_data_ptr<T>(), grads, groups);
+    }
+  });
+  return {grad_u,
+          grad_projection.sum(0).to(u.scalar_type()),
+          grad_step_weight.sum(0),
+          grad_step_bias.sum(0),
+          grad_A_log.sum(0),
+          grad_D.sum(0),
+          grad_taps.sum(0)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
+  m.def(
+      "structure_aware_scan(Tensor u, Tensor projection, Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, "
+      "Tensor taps, int[] offsets, ScalarType out_dtype) -> (Tensor, Tensor)");
+  m.def(
+      "structure_aware_scan_backward(Tensor grad_out, Tensor u, Tensor projection, Tensor step_weight, "
+      "Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, Tensor row_states, int[] offsets) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
+  m.impl("structure_aware_scan", &structure_aware_scan);
+  m.impl("structure_aware_scan_backward", &structure_aware_scan_backward);
+}
+
+}  // namespace spatial_mamba

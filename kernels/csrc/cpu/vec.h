@@ -1,0 +1,205 @@
+// Vectors of the compiler's own extension (GCC, Clang; any instruction set) and the few functions that scans need.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+namespace spatial_mamba {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vec = typename VecOf<T>::type;
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+// The dtype of states and accumulators for tensors of dtype io: float, or double for double.
+template <typename io>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <typename io>
+using Compute = typename ComputeType<io>::type;
+
+// --- load and store; n is less than a vector's lanes where the channels end -------------------------------------------
+
+template <typename T, std::enable_if_t<std::is_floating_point_v<T>, bool> = true>
+inline Vec<T> widen(const T* p) {
+  Vec<T> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
+
+inline Vec<float> widen(const c10::BFloat16* p) {
+  HalfBits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, FloatBits) << 16);
+}
+
+inline Vec<float> widen(const c10::Half* p) {
+  Vec<float> x;
+  for (int lane = 0; lane < kLanes<float>; ++lane) x[lane] = p[lane];
+  return x;
+}
+
+template <typename T, std::enable_if_t<std::is_floating_point_v<T>, bool> = true>
+inline void narrow(T* p, const Vec<T>& x) {
+  std::memcpy(p, &x, sizeof x);
+}
+
+inline void narrow(c10::BFloat16* p, const Vec<float>& x) {
+  const FloatBits wide = (FloatBits)x;
+  const FloatBits nearest_even = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+  const HalfBits bits = __builtin_convertvector(x == x ? nearest_even : FloatBits{} + 0x7fc0u, HalfBits);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+inline void narrow(c10::Half* p, const Vec<float>& x) {
+  for (int lane = 0; lane < kLanes<float>; ++lane) p[lane] = x[lane];
+}
+
+template <typename io>
+inline Vec<Compute<io>> load(const io* p, int n) {
+  constexpr int lanes = kLanes<Compute<io>>;
+  if (__builtin_expect(n >= lanes, 1)) return widen(p);
+  io padded[lanes] = {};
+  std::memcpy(static_cast<void*>(padded), p, n * sizeof(io));
+  return widen(padded);
+}
+
+template <typename io>
+inline void store(io* p, const Vec<Compute<io>>& x, int n) {
+  constexpr int lanes = kLanes<Compute<io>>;
+  if (__builtin_expect(n >= lanes, 1)) return narrow(p, x);
+  io padded[lanes];
+  narrow(padded, x);
+  std::memcpy(static_cast<void*>(p), padded, n * sizeof(io));
+}
+
+template <typename T>
+inline Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+// The sum of all lanes.
+template <typename T>
+inline T sum(const Vec<T>& x) {
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+// Uninitialised vectors in memory, aligned as vectors want it.
+template <typename T>
+class Vectors {
+ public:
+  explicit Vectors(int64_t size) : bytes_(new char[size * sizeof(Vec<T>) + kVectorBytes]) {
+    const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
+    data_ = reinterpret_cast<Vec<T>*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  }
+  Vec<T>* data() { return data_; }
+  const Vec<T>* data() const { return data_; }
+  Vec<T>& operator[](int64_t i) { return data_[i]; }
+  const Vec<T>& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  Vec<T>* data_;
+};
+
+// --- exponentials to base 2, of n vectors in lockstep, which hides the latency of each step ---------------------------
+
+template <int n, typename Step>
+inline __attribute__((always_inline)) void each(Step&& step) {
+#pragma GCC unroll 16
+  for (int k = 0; k < n; ++k) step(k);
+}
+
+// x = 2^x for x <= 0, with a relative error of 2e-7. The smallest result is 2^-126, in place of 0; NaN stays NaN.
+template <int n>
+inline void exp2_nonpositive(Vec<float> (&x)[n]) {
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it leaves the integer part, here biased by 127
+  constexpr float kSmallest = -126.0f;
+  Vec<float> rounded[n], p[n];
+  each<n>([&](int k) { x[k] = kSmallest > x[k] ? broadcast(kSmallest) : x[k]; });
+  each<n>([&](int k) { rounded[k] = x[k] + kRound; });
+  each<n>([&](int k) { x[k] -= rounded[k] - kRound; });  // the rest, in [-0.5, 0.5]
+  each<n>([&](int k) { p[k] = x[k] * 1.3276471519637930e-3f + 9.6755413306726730e-3f; });
+  each<n>([&](int k) { p[k] = p[k] * x[k] + 5.5507132749609610e-2f; });
+  each<n>([&](int k) { p[k] = p[k] * x[k] + 2.4022119723934054e-1f; });
+  each<n>([&](int k) { p[k] = p[k] * x[k] + 6.9314696706386340e-1f; });
+  each<n>([&](int k) { p[k] = p[k] * x[k] + 1.0000000716546573f; });
+  each<n>([&](int k) { x[k] = p[k] * (Vec<float>)((Int)rounded[k] << 23); });
+}
+
+// p = log2(1 + e) for e in [0, 1], with a relative error of 3e-7 however small e is.
+template <int n>
+inline void log2_1p(const Vec<float> (&e)[n], Vec<float> (&p)[n]) {
+  each<n>([&](int k) { p[k] = e[k] * -1.2319486767681303e-2f + 6.3607945360343070e-2f; });
+  each<n>([&](int k) { p[k] = p[k] * e[k] - 1.5535195823464300e-1f; });
+  each<n>([&](int k) { p[k] = p[k] * e[k] + 2.5600978900285010e-1f; });
+  each<n>([&](int k) { p[k] = p[k] * e[k] - 3.5339485917761380e-1f; });
+  each<n>([&](int k) { p[k] = p[k] * e[k] + 4.8006370392869524e-1f; });
+  each<n>([&](int k) { p[k] = p[k] * e[k] - 7.2131008899447650e-1f; });
+  each<n>([&](int k) { p[k] = p[k] * e[k] + 1.4426947605495795f; });
+  each<n>([&](int k) { p[k] *= e[k]; });
+}
+
+template <int n>
+inline void exp2_nonpositive(Vec<double> (&x)[n]) {
+  for (auto& vector : x) {
+    for (int lane = 0; lane < kLanes<double>; ++lane) vector[lane] = std::exp2(vector[lane]);
+  }
+}
+
+template <int n>
+inline void log2_1p(const Vec<double> (&e)[n], Vec<double> (&p)[n]) {
+  for (int k = 0; k < n; ++k) {
+    for (int lane = 0; lane < kLanes<double>; ++lane) p[k][lane] = std::log1p(e[k][lane]) * M_LOG2E;
+  }
+}
+
+// Softplus to base 2, s = log2(1 + 2^x); e receives 2^-|x|, of which the derivative is made.
+template <typename T, int n>
+inline void softplus2(const Vec<T> (&x)[n], Vec<T> (&e)[n], Vec<T> (&s)[n]) {
+  each<n>([&](int k) { e[k] = x[k] < -x[k] ? x[k] : -x[k]; });
+  exp2_nonpositive(e);
+  log2_1p(e, s);
+  each<n>([&](int k) { s[k] += x[k] > 0 ? x[k] : Vec<T>{}; });
+}
+
+// The derivative of the softplus, the logistic function, from x and e = exp(-|x|).
+template <typename T>
+inline Vec<T> logistic(const Vec<T>& x, const Vec<T>& e) {
+  return (x < 0 ? e : broadcast(T(1))) / (T(1) + e);
+}
+
+}  // namespace spatial_mamba
