@@ -142,12 +142,12 @@ inline __attribute__((always_inline)) void each(Step&& step) {
   for (int k = 0; k < n; ++k) step(k);
 }
 
-// x = 2^x for x <= 0, with a relative error of 2e-7. The smallest result is 2^-126, in place of 0; NaN stays NaN.
+// x = 2^x for x <= 0, with a relative error of 2e-7; 0 below 2^-126.5, and NaN stays NaN.
 template <int n>
 inline void exp2_nonpositive(Vec<float> (&x)[n]) {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it leaves the integer part, here biased by 127
-  constexpr float kSmallest = -126.0f;
+  constexpr float kSmallest = -127.0f;  // its biased exponent is 0, which makes the result 0
   Vec<float> rounded[n], p[n];
   each<n>([&](int k) { x[k] = kSmallest > x[k] ? broadcast(kSmallest) : x[k]; });
   each<n>([&](int k) { rounded[k] = x[k] + kRound; });
@@ -180,6 +180,18 @@ inline void exp2_nonpositive(Vec<double> (&x)[n]) {
   }
 }
 
+// As exp2_nonpositive for any x; infinite from 2^127.5 on.
+template <int n>
+inline void exp2(Vec<float> (&x)[n]) {
+  each<n>([&](int k) { x[k] = 128.0f < x[k] ? broadcast(128.0f) : x[k]; });
+  exp2_nonpositive(x);
+}
+
+template <int n>
+inline void exp2(Vec<double> (&x)[n]) {
+  exp2_nonpositive(x);
+}
+
 template <int n>
 inline void log2_1p(const Vec<double> (&e)[n], Vec<double> (&p)[n]) {
   for (int k = 0; k < n; ++k) {
@@ -200,6 +212,14 @@ inline void softplus2(const Vec<T> (&x)[n], Vec<T> (&e)[n], Vec<T> (&s)[n]) {
 template <typename T>
 inline Vec<T> logistic(const Vec<T>& x, const Vec<T>& e) {
   return (x < 0 ? e : broadcast(T(1))) / (T(1) + e);
+}
+
+// The logistic function of any x.
+template <typename T>
+inline Vec<T> logistic(const Vec<T>& x) {
+  Vec<T> e[1] = {(x < -x ? x : -x) * T(M_LOG2E)};
+  exp2_nonpositive(e);
+  return logistic<T>(x, e[0]);
 }
 
 }  // namespace spatial_mamba
