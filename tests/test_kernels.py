@@ -1,6 +1,7 @@
-"""The operators against slow, obvious references: forward, gradients, precision, cost and errors."""
+"""The definitions against slow, obvious references: forward, gradients, precision, cost and errors."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spatial_mamba.kernels import selective_scan, state_fusion
+from spatial_mamba.kernels import selective_scan, state_fusion, structure_aware_scan, use_backend
 from spatial_mamba.kernels.linear_recurrence import _scan_pairwise, linear_recurrence
 
 BATCH, DIM = 2, 4
@@ -24,6 +25,13 @@ all_state_sizes = pytest.mark.parametrize("n", [1, 4, 16])
 all_groups = pytest.mark.parametrize("groups", [1, 2])
 all_delta_scales = pytest.mark.parametrize("scale", DELTA_SCALES)
 half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def definition() -> Iterator[None]:
+    """What the back ends are compared with elsewhere is what is tested here."""
+    with use_backend("torch"):
+        yield
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -277,8 +285,6 @@ def test_recurrence_is_a_whole_operator(length: int) -> None:
         ({"delta": torch.ones(BATCH, DIM, 6)}, "^delta must be"),
         ({"A": torch.ones(DIM)}, "^A must be"),
         ({"A": torch.ones(DIM + 1, 3)}, "^A must be"),
-        ({"A": torch.ones(DIM, 3, dtype=torch.complex64)}, "complex"),
-        ({"D": torch.ones(DIM, dtype=torch.complex64)}, "complex"),
         ({"B": torch.ones(DIM)}, "^B must be"),
         ({"B": torch.ones(DIM, 2)}, "^B must be"),
         ({"B": torch.ones(BATCH, 3, 6)}, "^B must be"),
@@ -295,6 +301,17 @@ def test_recurrence_is_a_whole_operator(length: int) -> None:
 def test_scan_refuses(change: dict[str, Tensor | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         selective_scan(**scan_inputs(3, 5) | change)
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_scan_refuses_types_and_devices(name: str) -> None:
+    inputs = scan_inputs(3, 5) | {"D": torch.ones(DIM), "z": torch.ones(BATCH, DIM, 5), "delta_bias": torch.ones(DIM)}
+    for dtype in (torch.complex64, torch.int64):
+        with pytest.raises(TypeError, match=f"^{name} must be of a real floating-point type, got {dtype}"):
+            selective_scan(**inputs | {name: inputs[name].to(dtype)})
+    other = "delta" if name == "u" else name  # all have to be where u is
+    with pytest.raises(ValueError, match=f"^{other} must be on the device of u"):
+        selective_scan(**inputs | {name: inputs[name].to("meta")})
 
 
 def fusion_inputs(height: int, width: int, branches: int = 3, size: int = 3) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -374,6 +391,8 @@ def test_states_beyond_the_range_of_fp16_stay_finite_under_autocast() -> None:
     ("change", "message"),
     [
         ({"h": torch.ones(DIM, 4, 4)}, "^h must be"),
+        ({"h": torch.ones(BATCH, DIM, 0, 4)}, "^h must be"),
+        ({"kernels": [], "alpha": torch.ones(0), "dilations": ()}, "^kernels must hold at least one"),
         ({"kernels": [torch.ones(DIM, 1, 3, 3)]}, "1 kernels"),
         ({"alpha": torch.ones(2)}, r"alpha of \(2,\)"),
         ({"alpha": torch.ones(3, 1)}, r"alpha of \(3, 1\)"),
@@ -389,3 +408,82 @@ def test_fusion_refuses(change: dict[str, Any], message: str) -> None:
     h, kernels, alpha = fusion_inputs(4, 4)
     with pytest.raises(ValueError, match=message):
         state_fusion(**dict(h=h, kernels=kernels, alpha=alpha, dilations=(1, 3, 5)) | change)
+
+
+@pytest.mark.parametrize("name", ["h", "kernels[1]", "alpha"])
+def test_fusion_refuses_types_and_devices(name: str) -> None:
+    h, kernels, alpha = fusion_inputs(4, 4)
+
+    def fuse_with(change: Callable[[Tensor], Tensor]) -> None:
+        changed = {"h": h, "kernels[1]": kernels[1], "alpha": alpha}
+        changed[name] = change(changed[name])
+        state_fusion(changed["h"], [kernels[0], changed["kernels[1]"], kernels[2]], changed["alpha"])
+
+    with pytest.raises(TypeError, match=f"^{re.escape(name)} must be of a real floating-point type, got torch.int64"):
+        fuse_with(lambda tensor: tensor.long())
+    with pytest.raises(ValueError, match=r"must be on the device of h"):
+        fuse_with(lambda tensor: tensor.to("meta"))
+
+
+def core_inputs(dim: int = DIM, rank: int = 3, height: int = 4, width: int = 5) -> dict[str, Any]:
+    g = generator()
+    return dict(
+        u=torch.randn(BATCH, height, width, dim, generator=g),
+        projection=torch.randn(BATCH, height, width, rank + 2, generator=g),
+        step_weight=torch.randn(dim, rank, generator=g),
+        step_bias=torch.randn(dim, generator=g),
+        A_log=torch.randn(dim, generator=g),
+        D=torch.randn(dim, generator=g),
+        kernels=[torch.randn(dim, 1, 3, 3, generator=g) for _ in range(3)],
+        alpha=torch.randn(3, generator=g),
+    )
+
+
+def test_core_is_scan_fusion_and_read_out() -> None:
+    inputs = core_inputs()
+    r, B, C = inputs["projection"].split([3, 1, 1], dim=-1)
+    h, _ = scan_loop(
+        inputs["u"].flatten(1, 2).mT.double(),
+        (r @ inputs["step_weight"].T).flatten(1, 2).mT.double(),
+        -inputs["A_log"].double().exp()[:, None],
+        B.flatten(1, 2).mT.double(),
+        delta_bias=inputs["step_bias"].double(),
+        delta_softplus=True,
+    )
+    fused = fuse_by_gathering(h[:, :, 0].unflatten(-1, (4, 5)), inputs["kernels"], inputs["alpha"], (1, 3, 5))
+    expected = C * fused.permute(0, 2, 3, 1) + inputs["D"] * inputs["u"]
+    assert_near(structure_aware_scan(**inputs), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.ones(DIM, 4, 5)}, "^u must be"),
+        ({"u": torch.ones(BATCH, 4, 0, DIM)}, "^u must be"),
+        ({"projection": torch.ones(BATCH, 4, 5, 4)}, r"^projection must be .* = \(2, 4, 5, 5\) .* got \(2, 4, 5, 4\)"),
+        ({"step_weight": torch.ones(DIM + 1, 3)}, "^step_weight must be"),
+        ({"step_weight": torch.ones(DIM, 0)}, "^step_weight must be .* R >= 1"),
+        ({"step_bias": torch.ones(DIM, 1)}, "^step_bias must be"),
+        ({"A_log": torch.ones(DIM, 1)}, "^A_log must be"),
+        ({"D": torch.ones(1)}, "^D must be"),
+        ({"alpha": torch.ones(2)}, r"alpha of \(2,\)"),
+        ({"dilations": (0, 1, 2)}, "^dilations must be"),
+    ],
+)
+def test_core_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        structure_aware_scan(**core_inputs() | change)
+
+
+@pytest.mark.parametrize("name", ["u", "projection", "step_weight", "step_bias", "A_log", "D", "alpha"])
+def test_core_refuses_types_and_devices(name: str) -> None:
+    inputs = core_inputs()
+    with pytest.raises(TypeError, match=f"^{name} must be of a real floating-point type, got torch.int64"):
+        structure_aware_scan(**inputs | {name: inputs[name].long()})
+    with pytest.raises(ValueError, match="must be on the device of u"):
+        structure_aware_scan(**inputs | {name: inputs[name].to("meta")})
+
+
+def test_core_refuses_an_output_dtype_without_fractions() -> None:
+    with pytest.raises(TypeError, match=r"^out_dtype must be a floating-point type, got torch.int32"):
+        structure_aware_scan(**core_inputs(), out_dtype=torch.int32)

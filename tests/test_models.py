@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
 from spatial_mamba.classification.models import WeightsError
 from spatial_mamba.classification.models import spatial_mamba as network
-from spatial_mamba.kernels import selective_scan
+from spatial_mamba.kernels import structure_aware_scan
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
@@ -202,47 +202,49 @@ def test_backbone_refuses(change: dict[str, Any], message: str) -> None:
 # --- precision
 
 
+@pytest.fixture
+def core_outputs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The outputs of all calls of the scan with state fusion, as the model makes them."""
+    outputs = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        outputs.append(structure_aware_scan(*args, **kwargs))
+        return outputs[-1]
+
+    monkeypatch.setattr(network, "structure_aware_scan", recorded)
+    return outputs
+
+
 @half_types
-def test_autocast_is_close_to_float32_and_keeps_the_recurrence_in_it(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_autocast_is_close_to_float32_and_keeps_what_the_scan_returns_in_it(
+    dtype: torch.dtype, core_outputs: list[Tensor]
 ) -> None:
     model = filled_classifier().eval()
-    seen = []
-
-    def scan(u: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(delta.dtype)  # a rounded step would not show in the dtype of the states
-        return selective_scan(u, delta, *args, **kwargs)
-
-    monkeypatch.setattr(network, "selective_scan", scan)
-    for stage in model.layers:
-        fusion = stage.blocks[0].self_attention.state_fusion
-        fusion.register_forward_hook(lambda module, args, out: seen.extend([args[0].dtype, out.dtype]))
     with torch.no_grad():
         expected = model(images())
-        seen.clear()
+        core_outputs.clear()
         with torch.autocast("cpu", dtype=dtype):
             logits = model(images())
-    assert seen == 4 * 3 * [torch.float32]
+    assert [y.dtype for y in core_outputs] == 4 * [torch.float32]
     assert logits.dtype == dtype
     assert_near(logits, expected, 16 * torch.finfo(dtype).eps)
 
 
-def test_initial_fusion_kernels_do_not_overflow_fp16() -> None:
+def test_initial_fusion_kernels_do_not_overflow_fp16(core_outputs: list[Tensor]) -> None:
     # What u, B and C hold fits into half precision; their product, grown 27-fold by kernels of 1, does not.
     model = micro_classifier().eval()
-    largest = []
     for stage in model.layers:
         mixer = stage.blocks[0].self_attention
         with torch.no_grad():
             mixer.in_proj.weight[: mixer.inner_dim] *= 5e3
             mixer.x_proj_weight[: mixer.dt_rank] = 0  # steps as at the start, whatever the tokens
             mixer.x_proj_weight[mixer.dt_rank :] *= 10
-        mixer.state_fusion.register_forward_hook(lambda module, args, out: largest.append(out.abs().max().item()))
     with torch.no_grad():
         expected = model(10 * images())
+        core_outputs.clear()
         with torch.autocast("cpu", dtype=torch.float16):
             logits = model(10 * images())
-    assert min(largest) > torch.finfo(torch.float16).max
+    assert min(y.abs().max() for y in core_outputs) > torch.finfo(torch.float16).max
     assert logits.isfinite().all()
     assert_near(logits, expected, 0.05)
 

@@ -17,7 +17,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels import selective_scan, state_fusion
+from ...kernels import structure_aware_scan
 from .weights import load_backbone_weights
 
 __all__ = [
@@ -118,10 +118,10 @@ class StateFusion(nn.Module):
         self.kernel_3_2 = nn.Parameter(torch.ones(dim, 1, 3, 3))
         self.alpha = nn.Parameter(torch.ones(len(FUSION_DILATIONS)))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """States (B, D, H, W) to fused states of the same shape and dtype."""
-        kernels = (self.kernel_3, self.kernel_3_1, self.kernel_3_2)
-        return state_fusion(h, kernels, self.alpha, FUSION_DILATIONS)
+    @property
+    def kernels(self) -> tuple[Tensor, ...]:
+        """The kernels, in the order of ``FUSION_DILATIONS``."""
+        return self.kernel_3, self.kernel_3_1, self.kernel_3_2
 
 
 class StructureAwareSSM(nn.Module):
@@ -161,28 +161,21 @@ class StructureAwareSSM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, D) each
         u = F.silu(self.conv2d(x))
-        step, B, C = F.linear(u, self.x_proj_weight).split([self.dt_rank, 1, 1], dim=-1)
-        with torch.autocast(device_type=u.device.type, enabled=False):
-            y = self.out_norm(self.scan_and_fuse(u, step, B, C))
-        return self.out_proj(y.to(gate.dtype) * F.silu(gate))
-
-    def scan_and_fuse(self, u: Tensor, step: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """``C SASF(scan(u)) + D u`` in float32 (or float64): (B, H, W, D), the step still of low rank."""
-        height, width = u.shape[1:3]
-        dtype = torch.promote_types(u.dtype, torch.float32)
-        u, step, B, C = (t.to(dtype) for t in (u, step, B, C))
-        delta = F.linear(step, self.dt_projs_weight.to(dtype))
-        u_raster, delta, B = (t.flatten(1, 2).transpose(1, 2) for t in (u, delta, B))  # (B, D, L), (B, 1, L)
-        states = selective_scan(
-            u_raster,
-            delta,
-            -torch.exp(self.A_logs.to(dtype)),
-            B,
-            delta_bias=self.dt_projs_bias,
-            delta_softplus=True,
+        y = structure_aware_scan(
+            u,
+            F.linear(u, self.x_proj_weight),  # (B, H, W, R + 2)
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            self.A_logs.squeeze(1),
+            self.Ds,
+            self.state_fusion.kernels,
+            self.state_fusion.alpha,
+            FUSION_DILATIONS,
+            out_dtype=torch.promote_types(u.dtype, torch.float32),
         )
-        fused = self.state_fusion(states.squeeze(2).unflatten(2, (height, width)))
-        return C * fused.permute(0, 2, 3, 1) + self.Ds.to(dtype) * u
+        with torch.autocast(device_type=y.device.type, enabled=False):
+            y = self.out_norm(y)
+        return self.out_proj(y.to(gate.dtype) * F.silu(gate))
 
 
 class Block(nn.Module):

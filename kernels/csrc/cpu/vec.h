@@ -142,7 +142,7 @@ inline __attribute__((always_inline)) void each(Step&& step) {
   for (int k = 0; k < n; ++k) step(k);
 }
 
-// x = 2^x for x <= 0, with a relative error of 2e-7; 0 below 2^-126.5, and NaN stays NaN.
+// x = 2^x for x <= 0, with a relative error of 2e-7, exact at 0, near which errors of decays would pile up; 0 below 2^-126.5, and NaN stays NaN.
 template <int n>
 inline void exp2_nonpositive(Vec<float> (&x)[n]) {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
@@ -152,11 +152,11 @@ inline void exp2_nonpositive(Vec<float> (&x)[n]) {
   each<n>([&](int k) { x[k] = kSmallest > x[k] ? broadcast(kSmallest) : x[k]; });
   each<n>([&](int k) { rounded[k] = x[k] + kRound; });
   each<n>([&](int k) { x[k] -= rounded[k] - kRound; });  // the rest, in [-0.5, 0.5]
-  each<n>([&](int k) { p[k] = x[k] * 1.3276471519637930e-3f + 9.6755413306726730e-3f; });
-  each<n>([&](int k) { p[k] = p[k] * x[k] + 5.5507132749609610e-2f; });
-  each<n>([&](int k) { p[k] = p[k] * x[k] + 2.4022119723934054e-1f; });
-  each<n>([&](int k) { p[k] = p[k] * x[k] + 6.9314696706386340e-1f; });
-  each<n>([&](int k) { p[k] = p[k] * x[k] + 1.0000000716546573f; });
+  each<n>([&](int k) { p[k] = x[k] * 1.3264727123536587e-3f + 9.6715126448226100e-3f; });
+  each<n>([&](int k) { p[k] = p[k] * x[k] + 5.5507337434971390e-2f; });
+  each<n>([&](int k) { p[k] = p[k] * x[k] + 2.4022242085262313e-1f; });
+  each<n>([&](int k) { p[k] = p[k] * x[k] + 6.9314697759899210e-1f; });
+  each<n>([&](int k) { p[k] = p[k] * x[k] + 1.0f; });
   each<n>([&](int k) { x[k] = p[k] * (Vec<float>)((Int)rounded[k] << 23); });
 }
 
