@@ -31,13 +31,17 @@ struct Neighbourhood {
   int64_t row_reach = 0, column_reach = 0;
 };
 
-// The last few rows of a map, one vector of channels per token, with a margin on both sides of each row.
+// The last few rows of a map, one vector of channels per token, with a margin on both sides of each row: zeros, or
+// copies of the row's first and last token.
 template <typename T>
 class RowRing {
  public:
   RowRing(int64_t rows, int64_t width, int64_t margin)
       : rows_(rows), width_(width), margin_(margin), stride_(width + 2 * margin), tokens_(rows * stride_) {
-    std::fill_n(tokens_.data(), rows * stride_, Vec<T>{});
+    for (int64_t i = 0; i < rows; ++i) {
+      std::fill_n(row(i) - margin_, margin_, Vec<T>{});
+      std::fill_n(row(i) + width_, margin_, Vec<T>{});
+    }
   }
 
   Vec<T>* row(int64_t i) { return tokens_.data() + i % rows_ * stride_ + margin_; }

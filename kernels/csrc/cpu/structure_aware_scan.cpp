@@ -71,6 +71,17 @@ struct ChannelWeights {
   Vectors<T> step, taps;
 };
 
+template <typename io>
+std::vector<ChannelWeights<Compute<io>>> prepare_weights(const Core<io>& core) {
+  using T = Compute<io>;
+  std::vector<ChannelWeights<T>> weights;
+  weights.reserve(core.template chunks<T>());
+  for (int64_t channel = 0; channel < core.dim; channel += kLanes<T>) {
+    weights.emplace_back(core, channel, core.template lanes<T>(channel));
+  }
+  return weights;
+}
+
 // Rows of the projection in the compute dtype: per token r, then B, then C.
 template <typename io>
 class ProjectionRow {
@@ -145,7 +156,14 @@ void scan_row(const Core<io>& core, const ChannelWeights<T>& weights, const Proj
               int lanes, Vec<T>& h, Vec<T>* states, ScanRecord<T>* record = nullptr) {
   int64_t j = 0;
   for (; j + 4 <= core.width; j += 4) scan_tokens<4>(core, weights, projection, u, j, lanes, h, states, record);
-  for (; j < core.width; ++j) scan_tokens<1>(core, weights, projection, u, j, lanes, h, states, record);
+  switch (core.width - j) {
+    case 3:
+      return scan_tokens<3>(core, weights, projection, u, j, lanes, h, states, record);
+    case 2:
+      return scan_tokens<2>(core, weights, projection, u, j, lanes, h, states, record);
+    case 1:
+      return scan_tokens<1>(core, weights, projection, u, j, lanes, h, states, record);
+  }
 }
 
 // --- forward ----------------------------------------------------------------------------------------------------------
@@ -156,14 +174,15 @@ class ForwardChannels {
  public:
   using T = Compute<io>;
 
-  ForwardChannels(const Core<io>& core, int64_t b, int64_t channel, out* y, T* row_states)
+  ForwardChannels(const Core<io>& core, const ChannelWeights<T>& weights, int64_t b, int64_t channel, out* y,
+                  T* row_states)
       : core_(core),
+        weights_(weights),
         b_(b),
         channel_(channel),
         lanes_(core.template lanes<T>(channel)),
         y_(y),
         row_states_(row_states),
-        weights_(core, channel, lanes_),
         projection_(core),
         states_(core.around.rows(), core.width, core.around.column_reach) {}
 
@@ -200,11 +219,11 @@ class ForwardChannels {
   }
 
   const Core<io>& core_;
+  const ChannelWeights<T>& weights_;
   int64_t b_, channel_;
   int lanes_;
   out* y_;
   T* row_states_;
-  ChannelWeights<T> weights_;
   ProjectionRow<io> projection_;
   RowRing<T> states_;
   std::vector<Tap<T>> taps_;
@@ -233,9 +252,10 @@ class BackwardChannels {
  public:
   using T = Compute<io>;
 
-  BackwardChannels(const Core<io>& core, int64_t b, int64_t channel, const out* grad_y, const T* row_states,
-                   const CoreGradients<io>& grads, T* grad_projection)
+  BackwardChannels(const Core<io>& core, const ChannelWeights<T>& weights, int64_t b, int64_t channel,
+                   const out* grad_y, const T* row_states, const CoreGradients<io>& grads, T* grad_projection)
       : core_(core),
+        weights_(weights),
         b_(b),
         channel_(channel),
         lanes_(core.template lanes<T>(channel)),
@@ -243,7 +263,6 @@ class BackwardChannels {
         row_states_(row_states),
         grads_(grads),
         grad_projection_(grad_projection),
-        weights_(core, channel, lanes_),
         projection_(core),
         states_(core.around.rows(), core.width, core.around.column_reach),
         grad_fused_(core.around.rows(), core.width, core.around.column_reach),
@@ -385,13 +404,13 @@ class BackwardChannels {
   }
 
   const Core<io>& core_;
+  const ChannelWeights<T>& weights_;
   int64_t b_, channel_;
   int lanes_;
   const out* grad_y_;
   const T* row_states_;
   const CoreGradients<io>& grads_;
   T* grad_projection_;
-  ChannelWeights<T> weights_;
   ProjectionRow<io> projection_;
   RowRing<T> states_, grad_fused_, decays_, steps_, slopes_;
   Vectors<T> grad_states_, grad_x_, grad_step_, grad_taps_;
@@ -405,17 +424,22 @@ template <typename io, typename out>
 void forward(const Core<io>& core, out* y, Compute<io>* row_states) {
   using T = Compute<io>;
   using Pass = ForwardChannels<io, out>;
-  run_passes<Pass>(core, channel_groups<T>(core),
-                   [&](int64_t b, int64_t channel, int64_t) { return Pass(core, b, channel, y, row_states); });
+  const auto weights = prepare_weights(core);
+  run_passes<Pass>(core, channel_groups<T>(core), [&](int64_t b, int64_t channel, int64_t) {
+    return Pass(core, weights[channel / kLanes<T>], b, channel, y, row_states);
+  });
 }
 
 template <typename io, typename out>
 void backward(const Core<io>& core, const out* grad_y, const Compute<io>* row_states, const CoreGradients<io>& grads,
               int64_t groups) {
+  using T = Compute<io>;
   using Pass = BackwardChannels<io, out>;
+  const auto weights = prepare_weights(core);
   const int64_t projection_size = core.batch * core.height * core.width * (core.rank + 2);
   run_passes<Pass>(core, groups, [&](int64_t b, int64_t channel, int64_t group) {
-    return Pass(core, b, channel, grad_y, row_states, grads, grads.projection + group * projection_size);
+    return Pass(core, weights[channel / kLanes<T>], b, channel, grad_y, row_states, grads,
+                grads.projection + group * projection_size);
   });
 }
 

@@ -105,15 +105,23 @@ inline Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
 }
 
-// The sum of all lanes.
+// The sum of all lanes: halves are added until one lane is left.
+template <typename T, int bytes = kVectorBytes, typename Lanes>
+inline T sum_lanes(const Lanes& x) {
+  if constexpr (bytes == sizeof(T)) {
+    return x[0];
+  } else {
+    typedef T Half __attribute__((vector_size(bytes / 2)));
+    Half low, high;
+    std::memcpy(&low, &x, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+    return sum_lanes<T, bytes / 2>(low + high);
+  }
+}
+
 template <typename T>
 inline T sum(const Vec<T>& x) {
-  T lanes[kLanes<T>];
-  std::memcpy(lanes, &x, sizeof x);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  return lanes[0];
+  return sum_lanes<T>(x);
 }
 
 // Uninitialised vectors in memory, aligned as vectors want it.
@@ -142,7 +150,8 @@ inline __attribute__((always_inline)) void each(Step&& step) {
   for (int k = 0; k < n; ++k) step(k);
 }
 
-// x = 2^x for x <= 0, with a relative error of 2e-7, exact at 0, near which errors of decays would pile up; 0 below 2^-126.5, and NaN stays NaN.
+// x = 2^x for x <= 0, with a relative error of 2e-7; 0 below 2^-126.5, and NaN stays NaN. Exact at 0: the error of a
+// decay near 1 would pile up over the many tokens that it remembers.
 template <int n>
 inline void exp2_nonpositive(Vec<float> (&x)[n]) {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
