@@ -3,32 +3,39 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := data/digits
+LIBRARIES := kernels/lib/cpu.json
+OUT ?= output/gpu
 RUN := output/spatialmamba_digits/demo
 # On the CPU everywhere: two processes would need two GPUs.
 MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
-.PHONY: demo test lint figure clean
+.PHONY: demo test lint gpu figure clean
 
 # Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
-demo: .venv/ready
+demo: .venv/ready $(LIBRARIES)
 	$(BIN)/python -m spatial_mamba.classification.digits $(DIGITS)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 $(MAIN) --output output --tag demo
 	$(BIN)/python $(MAIN) --eval --pretrained $(RUN)/best.pth
 
 # One thread: the tests' tensors are small, and their processes share the machine.
-test: .venv/ready lint
+test: .venv/ready $(LIBRARIES) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# All that needs a GPU, within 8 minutes and into one folder: make gpu OUT=folder. With PYTHON and its packages as they
+# are: no environment is made, nothing is downloaded.
+gpu:
+	$(PYTHON) kernels/gpu_check.py $(OUT)
+
 # Redraw the README's figure.
 figure: .venv/ready
 	$(BIN)/python -m spatial_mamba.classification.models.overview
 
 clean:
-	rm -rf .venv build dist *.egg-info $(DIGITS) $(RUN)
+	rm -rf .venv build dist *.egg-info kernels/lib $(DIGITS) $(RUN)
 
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
@@ -37,3 +44,7 @@ clean:
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
+
+# Without a compiler the command says so, and everything runs without native code, slower.
+$(LIBRARIES): .venv/ready kernels/build.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
+	-$(BIN)/python -m spatial_mamba.kernels build

@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +27,14 @@ REQUIRE_VARIABLE = "SPATIAL_MAMBA_REQUIRE_NATIVE"
 
 
 def _why_no_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
+    if not importlib.util.find_spec("triton"):
+        return "Triton is not installed: pip install triton"
+    # Triton compiles a small C program at its first call, which launches the kernels.
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not _interpreted and not (any(map(shutil.which, compilers)) and headers.exists()):
+        return "Triton needs a C compiler and Python's headers: apt install gcc python3-dev"
+    return None
 
 
 def _read_force_variable() -> str | None:
@@ -35,14 +45,20 @@ def _read_force_variable() -> str | None:
 
 
 # Reasons why a back end cannot be used here; None where it can. Found once, at import, so that compilers see constants.
-_missing = {"cpu": native.load("cpu"), "cuda": native.load("cuda"), "triton": _why_no_triton(), "torch": None}
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+_missing = {"cpu": native.load("cpu"), "cuda": native.load("cuda"), "triton": _why_no_triton(), "torch": None}
+_required = os.environ.get(REQUIRE_VARIABLE) == "1"
 _forced = _read_force_variable()
 _hinted: set[str] = set()
 
 
-def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why a back end cannot serve tensors of this device type and dtype here, or None if it can."""
+def why_not(
+    backend: str, device_type: str, dtype: torch.dtype, capability: tuple[int, int] | None = None
+) -> str | None:
+    """The reason why a back end cannot serve tensors of this device type and dtype here, or None if it can.
+
+    ``capability`` is that of the GPU, where it is known which one.
+    """
     if backend == "torch":
         return None
     if backend not in PREFERENCE.get(device_type, ()):
@@ -51,26 +67,34 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
         return f"the {backend} back end has no kernels for {dtype}"
     if backend == "triton" and device_type == "cpu" and not _interpreted:
         return "Triton runs on the CPU only in its interpreter, for tests: set TRITON_INTERPRET=1"
+    if backend == "cuda" and _missing["cuda"] is None and capability and not native.kernels_for(capability):
+        return "built without code for compute capability {0}.{1}: {2} cuda --arch {0}.{1}".format(
+            *capability, native.BUILD_COMMAND
+        )
     return _missing[backend]
 
 
-def serving(device_type: str, dtype: torch.dtype) -> str:
+def serving(device_type: str, dtype: torch.dtype, capability: tuple[int, int] | None = None) -> str:
     """Name of the back end that serves tensors of this device type and dtype: the forced one, or the fastest here.
 
     Raises:
         RuntimeError: if the forced back end cannot serve them, or native code is required and there is none.
     """
     if _forced is not None:
-        reason = why_not(_forced, device_type, dtype)
+        reason = why_not(_forced, device_type, dtype, capability)
         if reason is not None:
             raise RuntimeError(f"the back end {_forced!r} is forced, but cannot be used: {reason}")
         return _forced
     candidates = PREFERENCE.get(device_type, ("torch",))
     # Interpreted kernels are for tests alone, which force them.
     usable = [name for name in candidates if (name, device_type) != ("triton", "cpu")]
-    best = next(name for name in usable if why_not(name, device_type, dtype) is None)
-    if best != usable[0] and not torch.compiler.is_compiling():
-        _hint(usable[0], best, device_type, dtype)
+    best = next(name for name in usable if why_not(name, device_type, dtype, capability) is None)
+    if best != usable[0] and dtype in DTYPES[usable[0]]:  # otherwise there is nothing that the user could build
+        reason = why_not(usable[0], device_type, dtype, capability)
+        if _required:
+            raise RuntimeError(f"{REQUIRE_VARIABLE}=1, but the {usable[0]} back end cannot be used: {reason}")
+        if not torch.compiler.is_compiling():
+            _hint(usable[0], best, device_type, reason)
     return best
 
 
@@ -101,13 +125,8 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _hint(better: str, used: str, device_type: str, dtype: torch.dtype) -> None:
-    """Say once per device type what would be faster; an error instead if native code is required."""
-    reason = why_not(better, device_type, dtype)
-    if _missing[better] is None:  # built, but without kernels for this dtype: nothing that the user could build
-        return
-    if os.environ.get(REQUIRE_VARIABLE) == "1":
-        raise RuntimeError(f"{REQUIRE_VARIABLE}=1, but the {better} back end cannot be used: {reason}")
+def _hint(better: str, used: str, device_type: str, reason: str | None) -> None:
+    """Say once per device type what would be faster."""
     if device_type not in _hinted:
         _hinted.add(device_type)
         warnings.warn(f"{device_type} operators run on {used!r}; faster is {better!r}: {reason}", stacklevel=2)

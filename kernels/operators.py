@@ -28,7 +28,8 @@ SCAN_FLOPS = 7
 
 
 def _backend(tensor: Tensor) -> ModuleType:
-    name = backends.serving(tensor.device.type, tensor.dtype)
+    capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+    name = backends.serving(tensor.device.type, tensor.dtype, capability)
     if name == "torch":
         return definitions
     if name == "triton":
@@ -53,7 +54,7 @@ def selective_scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (batch, dim, L) in the dtype of u, or states (batch, dim, N, L) without C; last states (batch, dim, N)."""
+    """Outputs (batch, dim, L) in the dtype of u, or states (batch, dim, N, L) if C is None; last states."""
     return _backend(u).selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
@@ -72,22 +73,18 @@ def selective_scan_backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias; empty for those that are None."""
-    return _backend(u).selective_scan_backward(
-        grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, delta_softplus
-    )
+    return _backend(u).selective_scan_backward(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
 @selective_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):  # noqa: ANN001, ANN202
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):  # noqa: ANN202
     out = torch.empty_like(u) if C is not None else A.new_empty(*u.shape[:2], A.shape[1], u.shape[2])
     return out, A.new_empty(*u.shape[:2], A.shape[1])
 
 
 @selective_scan_backward.register_fake
-def _(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, delta_softplus):  # noqa: ANN001, ANN202
-    return tuple(
-        u.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, A, B, C, D, z, delta_bias)
-    )
+def _(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, delta_softplus):  # noqa: ANN202
+    return tuple(u.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, A, B, C, D, z, delta_bias))
 
 
 def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -118,20 +115,18 @@ def state_fusion(h: Tensor, taps: Tensor, offsets: Sequence[int]) -> Tensor:
 
 
 @custom_op("spatial_mamba::state_fusion_backward", mutates_args=())
-def state_fusion_backward(
-    grad_out: Tensor, h: Tensor, taps: Tensor, offsets: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def state_fusion_backward(grad_out: Tensor, h: Tensor, taps: Tensor, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Gradients of h and taps."""
     return _backend(h).state_fusion_backward(grad_out, h, taps, offsets)
 
 
 @state_fusion.register_fake
-def _(h, taps, offsets):  # noqa: ANN001, ANN202
+def _(h, taps, offsets):  # noqa: ANN202
     return torch.empty_like(h)
 
 
 @state_fusion_backward.register_fake
-def _(grad_out, h, taps, offsets):  # noqa: ANN001, ANN202
+def _(grad_out, h, taps, offsets):  # noqa: ANN202
     return torch.empty_like(h), torch.empty_like(taps)
 
 
@@ -169,9 +164,7 @@ def structure_aware_scan(
 
     The second output is for the backward pass alone, which recomputes each row from it; it has no gradient.
     """
-    return _backend(u).structure_aware_scan(
-        u, projection, step_weight, step_bias, A_log, D, taps, offsets, out_dtype
-    )
+    return _backend(u).structure_aware_scan(u, projection, step_weight, step_bias, A_log, D, taps, offsets, out_dtype)
 
 
 @custom_op("spatial_mamba::structure_aware_scan_backward", mutates_args=())
@@ -194,12 +187,12 @@ def structure_aware_scan_backward(
 
 
 @structure_aware_scan.register_fake
-def _(u, projection, step_weight, step_bias, A_log, D, taps, offsets, out_dtype):  # noqa: ANN001, ANN202
+def _(u, projection, step_weight, step_bias, A_log, D, taps, offsets, out_dtype):  # noqa: ANN202
     return torch.empty_like(u, dtype=out_dtype), taps.new_empty(u.shape[0], u.shape[1], u.shape[3])
 
 
 @structure_aware_scan_backward.register_fake
-def _(grad_out, u, projection, step_weight, step_bias, A_log, D, taps, row_states, offsets):  # noqa: ANN001, ANN202
+def _(grad_out, u, projection, step_weight, step_bias, A_log, D, taps, row_states, offsets):  # noqa: ANN202
     return tuple(torch.empty_like(x) for x in (u, projection, step_weight, step_bias, A_log, D, taps))
 
 

@@ -58,9 +58,7 @@ def selective_scan(
         same = all(x is None or x.dtype == u.dtype for x in tokens)
         u_, delta_, B_, C_, z_ = (_as(x, u.dtype if same else compute_dtype) for x in tokens)
         A_, D_, bias_ = (_as(x, compute_dtype) for x in (A, D, delta_bias))
-        out, last_state = torch.ops.spatial_mamba.selective_scan(
-            u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus
-        )
+        out, last_state = torch.ops.spatial_mamba.selective_scan(u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus)
         out = out if C is None else out.to(u.dtype)
         return (out, last_state) if return_last_state else out
 

@@ -1,0 +1,176 @@
+"""``python -m spatial_mamba.kernels`` tells which back end serves what, and why no faster one; ``build`` builds."""
+
+import argparse
+import importlib.util
+import os
+import platform
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import backends, build, native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def main() -> int:
+    arguments = _parse()
+    if arguments.command is None:
+        print(report())
+        return 0
+    try:
+        build.build(arguments.names, arguments.arch, arguments.out)
+    except build.BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.out and arguments.out.absolute() != build.library_folder().absolute():
+        print(f"to load from there: export {build.FOLDER_VARIABLE}={arguments.out.absolute()}")
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m spatial_mamba.kernels", description=report.__doc__)
+    builder = parser.add_subparsers(dest="command").add_parser("build", help="compile the libraries for this machine")
+    builder.add_argument("names", nargs="*", metavar="cpu|cuda", help="default: cpu, and cuda where that is possible")
+    builder.add_argument(
+        "--arch",
+        nargs="+",
+        default=[],
+        metavar="9.0",
+        help="compute capabilities; default: TORCH_CUDA_ARCH_LIST, else those of the GPUs here, else "
+        + ", ".join(build.ARCHITECTURES),
+    )
+    builder.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {build.library_folder()}")
+    arguments = parser.parse_args()
+    for name in getattr(arguments, "names", ()):
+        if name not in build.LIBRARIES:
+            builder.error(f"there is no library {name!r}: choose from {', '.join(build.LIBRARIES)}")
+    return arguments
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of device that tensors can be on: the CPU, or the GPUs of one compute capability."""
+
+    type: str
+    name: str
+    capability: tuple[int, int] | None = None
+    absent: bool = False
+
+
+def report() -> str:
+    """Which back end serves each device and dtype here, why not the others, and what was found to tell by."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the hints that operators give are part of the report
+        serving = {device: [_serving(device, dtype) for dtype in DTYPES] for device in _devices()}
+    return "\n\n".join("\n".join(part) for part in (_table(serving), _back_ends(serving), _libraries(), _found()))
+
+
+def _devices() -> list[Device]:
+    gpus: dict[tuple[int, int], Device] = {}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        capability = torch.cuda.get_device_capability(index)
+        name = "{} ({}.{})".format(torch.cuda.get_device_name(index), *capability)
+        gpus.setdefault(capability, Device("cuda", name, capability))
+    no_gpu = Device("cuda", "no GPU that PyTorch can use", absent=True)
+    return [Device("cpu", _processor()), *(gpus.values() or [no_gpu])]
+
+
+def _serving(device: Device, dtype: torch.dtype) -> str:
+    if device.absent:
+        return "-"
+    try:
+        return backends.serving(device.type, dtype, device.capability)
+    except RuntimeError as error:
+        return f"error: {error}"
+
+
+def _table(serving: dict[Device, list[str]]) -> list[str]:
+    """One line per device, one column per dtype."""
+    lines = [_row("serving", *map(_short, DTYPES))]
+    for device, names in serving.items():
+        lines.append(_row(device.type, *(name.partition(":")[0] for name in names), device.name))
+        lines += dict.fromkeys(f"  {name}" for name in names if name.startswith("error"))
+    return lines
+
+
+def _back_ends(serving: dict[Device, list[str]]) -> list[str]:
+    """For each device, from the fastest back end to the slowest: what it serves, or why it does not."""
+    lines = ["back ends, fastest first"]
+    for device, names in serving.items():
+        for backend in backends.PREFERENCE[device.type]:
+            verdicts: dict[str, list[str]] = {}
+            for dtype, name in zip(DTYPES, names, strict=True):
+                verdict = "serves" if name == backend else _why_not(backend, device, dtype)
+                verdicts.setdefault(verdict, []).append(_short(dtype))
+            for verdict, dtypes in verdicts.items():
+                which = "" if len(dtypes) == len(DTYPES) else ", ".join(dtypes) + ": "
+                lines.append(f"  {backend:<8}on {device.type:<6}{which}{verdict}")
+    return lines
+
+
+def _why_not(backend: str, device: Device, dtype: torch.dtype) -> str:
+    reason = backends.why_not(backend, device.type, dtype, device.capability)
+    if reason is None:
+        return f"usable, but there is {device.name}" if device.absent else "usable"
+    if native.BUILD_COMMAND in reason and (obstacle := _obstacle(backend)):
+        return f"{reason}; but {obstacle}"
+    return reason
+
+
+def _obstacle(library: str) -> str | None:
+    """Why a library cannot be built here."""
+    try:
+        build.prepare(library)
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+def _libraries() -> list[str]:
+    """What each library was built by, from and for, as far as that is not what is here anyway."""
+    lines, here = [f"libraries, in {build.library_folder()}"], build.environment()
+    for name in build.LIBRARIES:
+        facts = native.read_facts(name)
+        lines.append(f"  {name}.so" + ("" if facts else ": none"))
+        lines += (_shortened(f"    {key}: {value}") for key, value in facts.items() if here.get(key) != value)
+    return lines
+
+
+def _found() -> list[str]:
+    """Versions, and the environment variables that force something."""
+    triton = "none"
+    if importlib.util.find_spec("triton"):
+        triton = importlib.import_module("triton").__version__
+    variables = (backends.FORCE_VARIABLE, backends.REQUIRE_VARIABLE, build.FOLDER_VARIABLE, "TRITON_INTERPRET")
+    forced = [f"{variable}={os.environ[variable]}" for variable in variables if os.environ.get(variable)]
+    return [
+        f"PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Triton {triton}, "
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"forced by the environment: {', '.join(forced) or 'nothing'}",
+    ]
+
+
+def _processor() -> str:
+    features = build.cpu_features()
+    shown = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve") if name in features]
+    return f"{torch.get_num_threads()} threads" + (f", {' '.join(shown)}" if shown else "")
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= 120 else f"{line[:117]}..."
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _row(*cells: str) -> str:
+    return "".join(cell.ljust(10) for cell in cells).rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,422 @@
+"""Compile the libraries of ``csrc/`` against the PyTorch that is installed.
+
+Two plain shared objects for ``torch.ops.load_library``, ``cpu.so`` and ``cuda.so``: they know nothing of Python, so one
+build serves every Python version. Beside each lies a JSON file of the same name: what the library was built for, which
+`native` compares with what it meets before it loads anything.
+
+This file imports nothing of its package, and PyTorch only when called: ``setup.py`` uses it too.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+SOURCES = PACKAGE / "csrc"
+LIBRARIES = ("cpu", "cuda")
+FOLDER_VARIABLE = "SPATIAL_MAMBA_LIB"
+SUFFIXES = {"cpu": (".cpp",), "cuda": (".cpp", ".cu")}
+# OpenMP is how ATen's header-only at::parallel_for reaches PyTorch's own thread pool.
+FLAGS = {
+    ("cpu", ".cpp"): ("-O3", "-std=c++17", "-fPIC", "-march=native", "-fopenmp"),
+    ("cuda", ".cpp"): ("-O3", "-std=c++17", "-fPIC"),
+    ("cuda", ".cu"): ("-O3", "-std=c++17", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"),
+}
+# For a build on a machine without a GPU: Ampere, Ada, Hopper, Blackwell.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
+# Headers that ATen's CUDA headers include and that the smallest toolkits lack; PyTorch's own dependencies bring them.
+MATH_HEADERS = ("cusparse.h", "cublas_v2.h", "cusolverDn.h")
+# Features that Linux and compilers spell differently, beyond underscores.
+_MACRO_OF = {"pni": "sse3", "abm": "lzcnt", "sha_ni": "sha", "asimddp": "dotprod", "asimdhp": "fp16vectorarithmetic"}
+
+
+class BuildError(Exception):
+    """A library cannot be built here; the message says why, and what helps."""
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit: its folder, its version (``"13.0"``), where its headers lie."""
+
+    root: Path
+    version: str
+    include: Path
+
+    @property
+    def nvcc(self) -> str:
+        return str(self.root / "bin/nvcc")
+
+    def architectures(self) -> list[str]:
+        """Compute capabilities that nvcc knows, lowest first."""
+        listed = re.findall(r"compute_(\d+)(\d)\b", _output([self.nvcc, "--list-gpu-arch"]))
+        return sorted((f"{major}.{minor}" for major, minor in listed), key=capability)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one library is built: sources, a compiler command per suffix, the end of the link command, its facts."""
+
+    name: str
+    sources: list[Path]
+    compilers: dict[str, list[str]]
+    linker: list[str]
+    link_flags: list[str]
+    facts: dict[str, str]
+
+
+# --- what a library depends on ----------------------------------------------------------------------------------------
+
+
+def library_folder() -> Path:
+    """Where libraries are built to and loaded from: ``SPATIAL_MAMBA_LIB``, else ``lib`` inside the package."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or PACKAGE / "lib")
+
+
+def environment() -> dict[str, str]:
+    """What a compiled library has to agree with in the running process, apart from the processor."""
+    import torch
+
+    return {
+        "PyTorch": str(torch.__version__),
+        "PyTorch's CUDA": torch.version.cuda or "none",
+        "platform": f"{platform.system()} {platform.machine()}",
+        "C++ ABI": "cxx11" if torch.compiled_with_cxx11_abi() else "pre-cxx11",
+    }
+
+
+def cpu_features() -> set[str]:
+    """Extensions of this processor's instruction set, as Linux names them; empty on other systems."""
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                if key.strip() in ("flags", "Features"):  # x86, Arm
+                    return set(value.split())
+    except OSError:
+        pass
+    return set()
+
+
+def source_hash(name: str, sources: Path = SOURCES) -> str:
+    """SHA-256 of everything that one library is made of: its sources, shared headers, compiler flags."""
+    digest = hashlib.sha256(repr([flags for key, flags in FLAGS.items() if key[0] == name]).encode())
+    for path in sorted([*sources.glob("*"), *(sources / name).rglob("*")]):
+        if path.suffix not in (".cpp", ".cu", ".h", ".cuh"):
+            continue
+        digest.update(f"\n{path.relative_to(sources)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _used_features(compiler: Sequence[str]) -> list[str]:
+    """Those features of this processor that ``-march=native`` lets the compiler use, told by its macros."""
+    defined = _output([*compiler, "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"])
+    macros = re.findall(r"#define __(?:ARM_FEATURE_)?(\w+?)(?:__)?\s", defined)
+    used = {macro.lower().replace("_", "") for macro in macros}
+    return sorted(f for f in cpu_features() if _MACRO_OF.get(f, f.replace("_", "")) in used)
+
+
+# --- compilers --------------------------------------------------------------------------------------------------------
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: ``CXX``, else g++ or c++ from PATH.
+
+    Raises:
+        BuildError: if there is none.
+    """
+    for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]:
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    wanted = f"CXX={os.environ['CXX']} is not there" if os.environ.get("CXX") else "neither g++ nor c++ is on PATH"
+    raise BuildError(f"no C++ compiler: {wanted} (for instance: apt install g++)")
+
+
+def find_toolkit() -> Toolkit:
+    """The CUDA toolkit of the same major version as PyTorch's CUDA.
+
+    Looked for under ``CUDA_HOME``, ``CUDA_PATH``, around the nvcc on PATH, in /usr/local/cuda*, and among the Python
+    packages of NVIDIA.
+
+    Raises:
+        BuildError: if PyTorch has no CUDA, or no toolkit matches.
+    """
+    import torch
+
+    wanted = torch.version.cuda
+    if wanted is None:
+        raise BuildError("PyTorch is built without CUDA here (builds with CUDA: https://pytorch.org/get-started)")
+    others = []
+    for root in _toolkit_folders(major=wanted.split(".")[0]):
+        toolkit = _toolkit_at(root)
+        if toolkit is not None and toolkit.version.split(".")[0] == wanted.split(".")[0]:
+            return toolkit
+        if toolkit is not None:
+            others.append(f"{toolkit.version} in {root}")
+    found = f"found only {', '.join(others)}" if others else "found none; CUDA_HOME names its folder"
+    raise BuildError(f"a CUDA toolkit {wanted.split('.')[0]} is needed, to match PyTorch's CUDA {wanted}; {found}")
+
+
+def _toolkit_folders(major: str) -> Iterator[Path]:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            yield Path(os.environ[variable])
+    if nvcc := shutil.which("nvcc"):
+        yield Path(nvcc).resolve().parents[1]
+    yield Path("/usr/local/cuda")
+    yield from sorted(Path("/usr/local").glob(f"cuda-{major}*"), reverse=True)
+    yield from _nvidia_packages(f"cu{major}")
+
+
+def _toolkit_at(root: Path) -> Toolkit | None:
+    headers = [
+        path.parent for path in (*root.glob("include/cuda_runtime.h"), *root.glob("targets/*/include/cuda_runtime.h"))
+    ]
+    if not headers or not (root / "bin/nvcc").exists():
+        return None
+    try:
+        version = re.search(r"release (\d+\.\d+)", _output([str(root / "bin/nvcc"), "--version"]))
+    except BuildError:
+        return None
+    return Toolkit(root, version[1], headers[0]) if version else None
+
+
+def _nvidia_packages(pattern: str) -> list[Path]:
+    """Folders of NVIDIA's Python packages, which lie beside PyTorch's."""
+    return sorted((_torch_folder().parent / "nvidia").glob(pattern))
+
+
+def _torch_folder() -> Path:
+    import torch
+
+    return Path(torch.__file__).parent
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{shlex.join(command)} failed: {(getattr(error, 'stderr', None) or error)!s:.200}") from error
+
+
+# --- what to run ------------------------------------------------------------------------------------------------------
+
+
+def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCES) -> Plan:
+    """Find out how to build a library here, without building it.
+
+    Args:
+        name: ``"cpu"`` or ``"cuda"``.
+        architectures: compute capabilities to compile for, such as ``"9.0"``; by default those of
+            ``TORCH_CUDA_ARCH_LIST``, else of the GPUs present, else the usual ones.
+        sources: the folder with one folder of sources per library.
+
+    Raises:
+        BuildError: if it cannot be built here: system, sources, compiler, toolkit, architecture.
+    """
+    if platform.system() != "Linux":
+        raise BuildError(f"native code is built on Linux alone, this is {platform.system()}")
+    files = sorted(path for path in (sources / name).rglob("*") if path.suffix in SUFFIXES[name])
+    if not files:
+        raise BuildError(f"there are no sources in {sources / name}")
+    compiler = find_compiler()
+    facts = environment()
+    torch_folder = _torch_folder()
+    shared = [f"-D_GLIBCXX_USE_CXX11_ABI={int(facts['C++ ABI'] == 'cxx11')}", f"-I{sources}"]
+    shared += _system_includes([torch_folder / "include", torch_folder / "include/torch/csrc/api/include"])
+    # An undefined symbol is an error now, not when the library is loaded.
+    link_flags = ["-Wl,-z,defs", f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
+    facts |= {"compilers": _output([*compiler, "--version"]).partition("\n")[0]}
+    facts |= {"sources": source_hash(name, sources)}
+    compilers = {".cpp": [*compiler, *FLAGS[name, ".cpp"], *shared]}
+    if name == "cpu":
+        facts |= {"CPU features": " ".join(_used_features(compiler))}
+        link_flags += ["-fopenmp"]
+    else:
+        toolkit = find_toolkit()
+        capabilities = _chosen_architectures(architectures, toolkit)
+        facts |= {"compilers": f"{facts['compilers']}, nvcc {toolkit.version}"}
+        facts |= {"compute capabilities": " ".join(capabilities), "PTX": capabilities[-1]}
+        headers = _system_includes(_cuda_includes(toolkit))
+        code = [*_host_compiler(compiler), *_code_flags(capabilities)]
+        compilers[".cpp"] += headers
+        compilers[".cu"] = [toolkit.nvcc, *FLAGS[name, ".cu"], *code, *shared, *headers]
+        link_flags += _cuda_link_flags(toolkit)
+    return Plan(name, files, compilers, [*compiler, "-shared"], link_flags, facts)
+
+
+def _system_includes(folders: Iterable[Path]) -> list[str]:
+    return [word for folder in folders for word in ("-isystem", str(folder))]  # no warnings from others' headers
+
+
+def _host_compiler(compiler: Sequence[str]) -> list[str]:
+    return ["-ccbin", shutil.which(compiler[-1]) or compiler[-1]]  # the last word: nvcc takes no "ccache g++"
+
+
+def _cuda_includes(toolkit: Toolkit) -> list[Path]:
+    includes = [] if toolkit.include == Path("/usr/include") else [toolkit.include]
+    if not all((toolkit.include / header).exists() for header in MATH_HEADERS):
+        major = toolkit.version.split(".")[0]
+        includes += _nvidia_packages(f"cu{major}/include") or _nvidia_packages("*/include")
+    return includes
+
+
+def _cuda_link_flags(toolkit: Toolkit) -> list[str]:
+    """Flags for PyTorch's CUDA libraries, and for the very runtime library that PyTorch has loaded already."""
+    root, major = toolkit.root, toolkit.version.split(".")[0]
+    folders = [*root.glob("lib64"), *root.glob("lib"), *root.glob("targets/*/lib")]
+    folders += [*_nvidia_packages(f"cu{major}/lib"), *_nvidia_packages("cuda_runtime/lib")]
+    return [*(f"-L{folder}" for folder in folders), "-lc10_cuda", "-ltorch_cuda", f"-l:libcudart.so.{major}"]
+
+
+def _chosen_architectures(wanted: Sequence[str], toolkit: Toolkit) -> list[str]:
+    """Compute capabilities to compile for, lowest first."""
+    known = toolkit.architectures()
+    wanted = wanted or re.split(r"[\s;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    # "9.0a" and "9.0+PTX" are spellings of 9.0 here: the kernels use nothing of one chip alone, PTX is always added.
+    chosen = {re.sub(r"([af]?(\+PTX)?)$", "", word) for word in wanted if word}
+    for word in chosen - set(known):
+        raise BuildError(f"CUDA toolkit {toolkit.version} cannot compile for {word!r}; it knows {', '.join(known)}")
+    chosen = chosen or set(known) & _present_architectures() or set(known) & set(ARCHITECTURES)
+    return sorted(chosen, key=capability)
+
+
+def _present_architectures() -> set[str]:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {"{}.{}".format(*torch.cuda.get_device_capability(index)) for index in range(count)}
+
+
+def _code_flags(capabilities: Sequence[str]) -> list[str]:
+    """Machine code for each capability, and PTX of the highest, from which drivers compile for later GPUs."""
+    numbers = [capability.replace(".", "") for capability in capabilities]
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+
+
+def capability(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def build(
+    names: Iterable[str] = (), architectures: Sequence[str] = (), out: Path | None = None, sources: Path = SOURCES
+) -> list[str]:
+    """Build libraries and put them, with their JSON files, into ``out``; print one line per file.
+
+    Args:
+        names: ``"cpu"``, ``"cuda"``; by default the CPU's, and CUDA's where that is possible.
+        architectures: see `prepare`.
+        out: default `library_folder`.
+        sources: see `prepare`.
+
+    Returns:
+        The names of the libraries built.
+
+    Raises:
+        BuildError: if a named library (by default: the CPU's) cannot be built, or does not compile.
+    """
+    start = time.monotonic()
+    plans = [prepare(name, architectures, sources) for name in (names or ("cpu",))]
+    if not names:
+        try:
+            plans.append(prepare("cuda", architectures, sources))
+        except BuildError as obstacle:
+            print(f"cuda: not built, {obstacle}", flush=True)
+    out = (out or library_folder()).absolute()
+    for one in plans:
+        with _workshop(out) as folder:
+            _compile(one, folder)
+            _install(one, folder, out)
+    print(f"built {' and '.join(one.name for one in plans)} in {time.monotonic() - start:.0f} s: {out}", flush=True)
+    return [one.name for one in plans]
+
+
+@contextmanager
+def _workshop(out: Path) -> Iterator[Path]:
+    """A temporary folder inside ``out``, on the same file system, so that files can be moved into place at once."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".build-", dir=out))
+    except OSError as error:
+        raise BuildError(
+            f"cannot write to {out} ({error.strerror}): name a folder of your own in the environment variable "
+            f"{FOLDER_VARIABLE}, when building and ever after"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compile(plan: Plan, folder: Path) -> None:
+    """Compile all sources, as many at a time as there are processors (``MAX_JOBS`` at most), and link them."""
+    objects = [folder / f"{index}.o" for index in range(len(plan.sources))]
+    jobs = min(len(os.sched_getaffinity(0)), int(os.environ.get("MAX_JOBS") or 64))
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {
+            pool.submit(
+                _run, str(source), [*plan.compilers[source.suffix], "-c", str(source), "-o", str(target)]
+            ): source
+            for source, target in zip(plan.sources, objects, strict=True)
+        }
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                seconds, source = future.result(), running[future]
+                print(f"{plan.name}: [{done}/{len(objects)}] {source.name}  {seconds:.1f} s", flush=True)
+        except BuildError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    library = f"{plan.name}.so"
+    _run(library, [*plan.linker, *map(str, objects), *plan.link_flags, "-o", str(folder / library)])
+
+
+def _run(name: str, command: Sequence[str]) -> float:
+    """Run a compiler; return the seconds it took. Its complaints go to the terminal, in one piece."""
+    start = time.monotonic()
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if result.stdout:
+        print(result.stdout, file=sys.stderr, flush=True)
+    if result.returncode:
+        raise BuildError(f"{name} could not be built; the compiler's own words are above")
+    return time.monotonic() - start
+
+
+def _install(plan: Plan, folder: Path, out: Path) -> None:
+    """Move a library and its facts into place.
+
+    Two moves cannot be one, so the facts go first and come last: who looks in between finds a library without facts,
+    and leaves it alone. The lock keeps the files of two builds apart.
+    """
+    import fcntl  # exists where libraries are built, not on every system that imports this file
+
+    library, facts = f"{plan.name}.so", f"{plan.name}.json"
+    described = {**plan.facts, "bytes": (folder / library).stat().st_size}
+    (folder / facts).write_text(json.dumps(described, indent=1) + "\n")
+    lock = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (out / facts).unlink(missing_ok=True)
+        (folder / library).replace(out / library)
+        (folder / facts).replace(out / facts)
+    finally:
+        os.close(lock)

@@ -1,0 +1,489 @@
+"""Building, checking and loading the native libraries, and the report of the back ends."""
+
+import ctypes
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from spatial_mamba.kernels import __main__ as command
+from spatial_mamba.kernels import backends, build, native, selective_scan, use_backend
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+TINY = 'extern "C" int twice(int x) { return 2 * x; }\n'
+TINY_KERNEL = "__global__ void twice(int* x) { *x *= 2; }\nvoid launch(int* x) { twice<<<1, 1>>>(x); }\n"
+
+
+def write_sources(folder: Path, text: str = TINY, name: str = "cpu/tiny.cpp") -> Path:
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the user's variables, nor what another test has loaded, forced or said."""
+    for variable in ("CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", build.FOLDER_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(backends, "_missing", dict(backends._missing))
+    for name, value in (("_forced", None), ("_required", False), ("_interpreted", False), ("_hinted", set())):
+        monkeypatch.setattr(backends, name, value)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a built library and of its sources."""
+    sources, out = write_sources(tmp_path_factory.mktemp("csrc")), tmp_path_factory.mktemp("lib")
+    build.build(["cpu"], out=out, sources=sources)
+    return out, sources
+
+
+@pytest.fixture
+def copied(tiny: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """The same, to be tampered with."""
+    return shutil.copytree(tiny[0], tmp_path / "lib"), shutil.copytree(tiny[1], tmp_path / "csrc")
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_a_built_library_loads_and_lies_alone_with_its_facts(tiny: tuple[Path, Path]) -> None:
+    out, sources = tiny
+    assert native.load("cpu", out, sources) is None
+    assert ctypes.CDLL(str(out / "cpu.so")).twice(21) == 42
+    assert sorted(path.name for path in out.iterdir()) == ["cpu.json", "cpu.so"]
+    facts = native.read_facts("cpu", out)
+    assert facts["PyTorch"] == torch.__version__
+    assert set(facts["CPU features"].split()) <= build.cpu_features()
+    assert facts["compilers"]
+
+
+@needs_compiler
+def test_features_are_those_that_the_compiler_uses_on_this_processor() -> None:
+    used = build._used_features(build.find_compiler())
+    expected = {"x86_64": "sse2", "aarch64": "atomics"}.get(build.platform.machine())
+    assert expected is None or expected not in build.cpu_features() or expected in used
+    assert "hypervisor" not in used  # a flag of Linux that is no instruction
+
+
+@needs_compiler
+def test_one_line_per_file_and_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = write_sources(tmp_path / "csrc")
+    (sources / "cpu/second.cpp").write_text("int zero() { return 0; }\n")
+    build.build(["cpu"], out=tmp_path / "lib", sources=sources)
+    *files, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in files] == ["[1/2]", "[2/2]"]
+    assert {line.split()[2] for line in files} == {"tiny.cpp", "second.cpp"}
+    assert last.startswith("built cpu in ")
+    assert last.endswith(str(tmp_path / "lib"))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "text", ["#error no luck", 'int elsewhere(); extern "C" int no_luck() { return elsewhere(); }']
+)
+def test_what_does_not_compile_or_link_leaves_the_old_library(
+    copied: tuple[Path, Path], text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, sources = copied
+    before = (out / "cpu.so").read_bytes()
+    (sources / "cpu/broken.cpp").write_text(text)
+    with pytest.raises(build.BuildError, match=r"(broken\.cpp|^cpu\.so) could not be built"):
+        build.build(["cpu"], out=out, sources=sources)
+    assert "luck" in capfd.readouterr().err  # the compiler's own words
+    assert (out / "cpu.so").read_bytes() == before
+    assert sorted(path.name for path in out.iterdir()) == ["cpu.json", "cpu.so"]
+
+
+@needs_compiler
+def test_two_builds_at_once_leave_one_good_library(tmp_path: Path) -> None:
+    out, sources = tmp_path / "lib", write_sources(tmp_path / "csrc")
+    threads = [threading.Thread(target=build.build, args=(["cpu"], (), out, sources)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert native.load("cpu", out, sources) is None
+    assert sorted(path.name for path in out.iterdir()) == ["cpu.json", "cpu.so"]
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(build.BuildError, match=rf"cannot write to {tmp_path}/file/lib .*{build.FOLDER_VARIABLE}"):
+        build.build(["cpu"], out=tmp_path / "file/lib", sources=write_sources(tmp_path / "csrc"))
+
+
+def test_no_sources_no_linux_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(build.BuildError, match="no sources in"):
+        build.prepare("cpu", sources=tmp_path)
+    sources = write_sources(tmp_path / "csrc")
+    monkeypatch.setenv("CXX", "/nowhere/c++ -g")
+    with pytest.raises(build.BuildError, match=r"CXX=/nowhere/c\+\+ -g is not there"):
+        build.prepare("cpu", sources=sources)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler.*apt install"):
+        build.prepare("cpu", sources=sources)
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    with pytest.raises(build.BuildError, match="this is Darwin"):
+        build.prepare("cpu", sources=sources)
+
+
+def test_the_file_stands_alone() -> None:
+    """setup.py loads it where there may be neither the package nor PyTorch."""
+    script = f"import runpy, sys; runpy.run_path({build.__file__!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-S", "-c", script]).returncode == 0
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> build.Toolkit:
+    """A toolkit of version 99.0, as far as it is asked."""
+    root = tmp_path / "toolkit"
+    nvcc = root / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo release 99.0, V99.0.1 || echo compute_80 compute_90 compute_100\n'
+    )
+    nvcc.chmod(0o755)
+    (root / "include").mkdir()
+    (root / "include/cuda_runtime.h").touch()
+    monkeypatch.setenv("CUDA_HOME", str(root))
+    return build.Toolkit(root, "99.0", root / "include")
+
+
+def test_the_toolkit_matches_pytorch_in_its_major_version(
+    toolkit: build.Toolkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "99.2")
+    assert build.find_toolkit() == toolkit
+    monkeypatch.setattr(torch.version, "cuda", "98.0")
+    with pytest.raises(build.BuildError, match=rf"toolkit 98 is needed.*99\.0 in {toolkit.root}"):
+        build.find_toolkit()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(build.BuildError, match="without CUDA"):
+        build.find_toolkit()
+
+
+def test_architectures_are_named_by_argument_variable_gpu_or_default(
+    toolkit: build.Toolkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert build._chosen_architectures([], toolkit) == ["8.0", "9.0", "10.0"]
+    for name, value in (("is_available", True), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (3, 5)][index])
+    assert build._chosen_architectures([], toolkit) == ["9.0"]  # not the old one, which the toolkit cannot serve
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0;8.0 9.0a+PTX")
+    assert build._chosen_architectures([], toolkit) == ["8.0", "9.0", "10.0"]
+    assert build._chosen_architectures(["8.0"], toolkit) == ["8.0"]
+    with pytest.raises(build.BuildError, match=r"cannot compile for '5\.2'; it knows 8\.0, 9\.0, 10\.0"):
+        build._chosen_architectures(["5.2"], toolkit)
+    assert build._code_flags(["8.0", "10.0"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+
+
+@needs_compiler
+def test_a_cuda_library_is_compiled_where_a_toolkit_is(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path / "csrc", TINY_KERNEL, "cuda/tiny.cu")
+    try:
+        newest = build.find_toolkit().architectures()[-1]
+        build.prepare("cuda", [newest], sources)
+    except build.BuildError as obstacle:
+        pytest.skip(str(obstacle))
+    build.build(["cuda"], [newest], tmp_path / "lib", sources)
+    assert native.load("cuda", tmp_path / "lib", sources) is None
+    assert native.kernels_for(build.capability(newest))
+    assert not native.kernels_for((3, 5))
+
+
+@needs_compiler
+def test_without_names_cuda_is_built_only_where_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = write_sources(tmp_path / "csrc")
+    write_sources(sources, TINY_KERNEL, "cuda/tiny.cu")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert build.build(out=tmp_path / "lib", sources=sources) == ["cpu"]
+    assert "cuda: not built, PyTorch is built without CUDA" in capsys.readouterr().out
+    with pytest.raises(build.BuildError, match="without CUDA"):
+        build.build(["cpu", "cuda"], out=tmp_path / "other", sources=sources)
+    assert not (tmp_path / "other").exists()
+
+
+def test_code_serves_its_generation_and_ptx_all_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not native.kernels_for((9, 0))  # no library
+    monkeypatch.setitem(native._loaded, "cuda", {"compute capabilities": "8.0 9.0", "PTX": "9.0"})
+    served = [c for c in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)] if native.kernels_for(c)]
+    assert served == [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)]
+    native._loaded["cuda"] = {"compute capabilities": "8.6", "PTX": "8.6"}
+    assert not native.kernels_for((8, 0))
+
+
+def test_a_gpu_without_code_is_served_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends._missing.update(cuda=None, triton=None)
+    native._loaded["cuda"] = {"compute capabilities": "8.0", "PTX": "8.0"}
+    assert backends.serving("cuda", torch.float32, (9, 0)) == "cuda"
+    reason = r"without code for compute capability 7\.5: .* build cuda --arch 7\.5"
+    with pytest.warns(UserWarning, match=reason):
+        assert backends.serving("cuda", torch.float32, (7, 5)) == "triton"
+    with use_backend("cuda"), pytest.raises(RuntimeError, match=reason):
+        backends.serving("cuda", torch.float32, (7, 5))
+    monkeypatch.setattr(backends, "_required", True)
+    with pytest.raises(RuntimeError, match=reason):
+        backends.serving("cuda", torch.float32, (7, 5))
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def refusal(out: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The reason that load gives; the library is not touched."""
+    touched = []
+    monkeypatch.setattr(torch.ops, "load_library", touched.append)
+    reason = native.load("cpu", out, sources)
+    assert touched == []
+    assert reason.endswith(f": {native.BUILD_COMMAND} cpu")
+    assert "\n" not in reason
+    return reason
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("fact", "value", "reason"),
+    [
+        ("PyTorch", "2.0.0+cu117", f"built for PyTorch 2.0.0+cu117, but this is {torch.__version__}"),
+        ("PyTorch", None, "built for PyTorch unknown"),
+        ("PyTorch's CUDA", "11.7", "built for PyTorch's CUDA 11.7"),
+        ("platform", "Linux sparc64", "built for platform Linux sparc64"),
+        ("C++ ABI", "other", "built for C++ ABI other"),
+        ("CPU features", "warp_drive", "processor with warp_drive, which this one lacks"),
+        ("CPU features", 5, "cannot be loaded"),
+        ("sources", "0" * 64, "built from other sources"),
+        ("bytes", 1, "is damaged"),
+    ],
+)
+def test_a_library_for_another_place_is_named_and_not_loaded(
+    copied: tuple[Path, Path], fact: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = json.loads((copied[0] / "cpu.json").read_text())
+    assert fact in facts
+    (copied[0] / "cpu.json").write_text(json.dumps({**facts, fact: value}))
+    assert reason in refusal(*copied, monkeypatch)
+
+
+@needs_compiler
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1, 2]", b"\xff\xfe\x00"])
+def test_a_library_without_readable_facts_is_not_loaded(
+    copied: tuple[Path, Path], content: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied[0] / "cpu.json").unlink()
+    if content is not None:
+        (copied[0] / "cpu.json").write_bytes(content)
+    assert "is without cpu.json" in refusal(*copied, monkeypatch)
+
+
+@needs_compiler
+def test_changed_sources_and_missing_libraries_are_named(
+    copied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sources = copied
+    header = sources / "shared.h"
+    header.write_text("// new")
+    assert "built from other sources" in refusal(out, sources, monkeypatch)
+    header.rename(sources / "notes.txt")  # no part of the library
+    assert native._mismatch("cpu", out / "cpu.so", native.read_facts("cpu", out), sources) is None
+    monkeypatch.setitem(build.FLAGS, ("cpu", ".cpp"), ("-O0",))
+    assert "built from other sources" in refusal(out, sources, monkeypatch)
+    assert refusal(tmp_path / "nowhere", sources, monkeypatch) == f"not built: {native.BUILD_COMMAND} cpu"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "without CUDA" in native.load("cuda", out, sources)
+
+
+@needs_compiler
+def test_what_the_system_cannot_load_is_a_reason_not_an_error(copied: tuple[Path, Path]) -> None:
+    library = copied[0] / "cpu.so"
+    library.write_bytes(bytes(library.stat().st_size))
+    assert "cannot be loaded" in native.load("cpu", *copied)
+    assert native._loaded == {}
+
+
+def test_a_variable_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.library_folder() == Path(build.__file__).parent / "lib"
+    monkeypatch.setenv(build.FOLDER_VARIABLE, str(tmp_path))
+    assert build.library_folder() == tmp_path
+    assert native.load("cpu") == f"not built: {native.BUILD_COMMAND} cpu"
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def scan() -> torch.Tensor:
+    u = torch.ones(1, 2, 3)
+    return selective_scan(u, u, -torch.ones(2, 1), torch.ones(1, 1, 3), torch.ones(1, 1, 3))
+
+
+def test_a_missing_library_is_hinted_at_once_or_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends._missing["cpu"] = "not built: ask for it"
+    with pytest.warns(
+        UserWarning, match="cpu operators run on 'torch'; faster is 'cpu': not built: ask for it"
+    ) as hints:
+        scan()
+        scan()
+    assert len(hints) == 1
+
+    monkeypatch.setattr(backends, "_required", True)
+    for function in (scan, torch.compile(scan, backend="eager")):
+        with pytest.raises(RuntimeError, match=r"REQUIRE_NATIVE=1, but the cpu back end cannot be used: not built"):
+            function()
+    with use_backend("torch"):  # asked for by name
+        scan()
+    assert backends.serving("cuda", torch.float64) == "torch"  # no library has that, built or not
+
+
+def test_a_forced_back_end_that_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends._missing["cpu"] = "not built: ask for it"
+    for name, reason in {
+        "cpu": "not built: ask for it",
+        "cuda": "no kernels for cpu tensors",
+        "triton": "TRITON_INTERPRET=1",
+    }.items():
+        with (
+            use_backend(name),
+            pytest.raises(RuntimeError, match=f"'{name}' is forced, but cannot be used: .*{reason}"),
+        ):
+            scan()
+    with pytest.raises(ValueError, match="must be one of cpu, cuda, triton, torch"), use_backend("gpu"):
+        pass
+    monkeypatch.setenv(backends.FORCE_VARIABLE, "gpu")
+    with pytest.raises(ImportError, match="SPATIAL_MAMBA_BACKEND must be one of"):
+        backends._read_force_variable()
+
+
+def test_triton_needs_a_compiler_unless_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in backends._why_no_triton()
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert "needs a C compiler" in backends._why_no_triton()
+    monkeypatch.setattr(backends, "_interpreted", True)
+    assert backends._why_no_triton() is None
+
+
+def test_native_code_required_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """The package can be imported, or there would be no building; the first call raises."""
+    script = (
+        "import torch\n"
+        "from spatial_mamba.kernels import selective_scan\n"
+        "from spatial_mamba.kernels.__main__ import report\n"
+        "print(report())\n"
+        "x = torch.ones(1, 1, 1)\n"
+        "selective_scan(x, x, -torch.ones(1, 1), x)\n"
+    )
+    variables = {backends.REQUIRE_VARIABLE: "1", build.FOLDER_VARIABLE: str(tmp_path)}
+    environment = {key: value for key, value in build.os.environ.items() if not key.startswith("SPATIAL_MAMBA")}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**environment, **variables}
+    )
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(
+        "RuntimeError: SPATIAL_MAMBA_REQUIRE_NATIVE=1, but the cpu back end cannot be used: not built"
+    )
+    assert native.BUILD_COMMAND in last
+    assert "error: SPATIAL_MAMBA_REQUIRE_NATIVE=1" in result.stdout
+    assert f"forced by the environment: SPATIAL_MAMBA_REQUIRE_NATIVE=1, SPATIAL_MAMBA_LIB={tmp_path}" in result.stdout
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["kernels", *arguments])
+    return command.main()
+
+
+def test_the_report_tells_what_serves_and_why_not_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv(build.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backends._missing.update(cpu=native.load("cpu"), cuda=None, triton=None)
+    assert run(monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["serving", "float32", "bfloat16", "float16", "float64"]
+    assert lines[1].split()[:5] == ["cpu", "torch", "torch", "torch", "torch"]
+    assert lines[2].split()[:5] == ["cuda", "-", "-", "-", "-"]
+    assert any(line.startswith("  cpu     on cpu   not built: python -m spatial_mamba.kernels build") for line in lines)
+    assert any("on cuda" in line and "no GPU that PyTorch can use" in line for line in lines)
+    assert "  cpu.so: none" in lines
+    assert any(line.startswith(f"PyTorch {torch.__version__}, CUDA") for line in lines)
+    assert max(map(len, lines)) < 240
+
+
+def test_the_report_on_gpus_and_on_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ["NVIDIA H200", "NVIDIA H200", "Tesla T4"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0) if index < 2 else (7, 5))
+    backends._missing.update(cpu=f"not built: {native.BUILD_COMMAND} cpu", cuda=None, triton=None)
+    native._loaded["cuda"] = {"compute capabilities": "9.0", "PTX": "9.0"}
+    text = command.report()
+    rows = [line.split() for line in text.splitlines() if line.startswith("cuda")]
+    assert rows == [
+        ["cuda", "cuda", "cuda", "cuda", "torch", "NVIDIA", "H200", "(9.0)"],
+        ["cuda", "triton", "triton", "triton", "torch", "Tesla", "T4", "(7.5)"],
+    ]
+    assert "float32, bfloat16, float16: built without code for compute capability 7.5" in text
+    assert "build cpu; but no C++ compiler" in text
+
+
+@needs_compiler
+def test_the_report_shows_a_librarys_facts_and_a_forced_back_end(
+    tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(build.FOLDER_VARIABLE, str(tiny[0]))
+    monkeypatch.setenv(backends.FORCE_VARIABLE, "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with use_backend("cuda"):
+        text = command.report()
+    assert text.splitlines()[1].split()[:5] == ["cpu", "error", "error", "error", "error"]
+    assert "error: the back end 'cuda' is forced, but cannot be used" in text
+    assert f"compilers: {native.read_facts('cpu')['compilers']}" in text
+    assert "forced by the environment: SPATIAL_MAMBA_BACKEND=cuda" in text
+
+
+@needs_compiler
+def test_the_build_command_names_its_folder_or_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: tuple[Path, Path]
+) -> None:
+    monkeypatch.setattr(build, "build", functools.partial(build.build, sources=tiny[1]))
+    assert run(monkeypatch, "build", "cpu", "--out", str(tmp_path / "lib")) == 0
+    assert f"export SPATIAL_MAMBA_LIB={tmp_path / 'lib'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "build", "tpu")
+    assert "there is no library 'tpu': choose from cpu, cuda" in capsys.readouterr().err
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for names in ([], ["cpu"], ["cuda"]):
+        assert run(monkeypatch, "build", *names) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert len(error.splitlines()) == 1
