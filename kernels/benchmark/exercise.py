@@ -1,0 +1,72 @@
+"""Run every operator once, forward and backward, on small odd shapes, for ``compute-sanitizer`` to watch.
+
+``python -m spatial_mamba.kernels.benchmark.exercise cuda triton`` also compares the results with float64.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from .. import backends
+from . import competitors, measure
+from .cases import Case
+
+# Sizes that no block divides; images smaller than the reach of the fusion; more than one block of everything.
+SHAPES = [
+    Case("core, small", "core", batch=2, height=5, width=7, dim=36, rank=3),
+    Case("core, one row", "core", batch=1, height=1, width=3, dim=8, rank=1),
+    Case("core, large", "core", batch=1, height=37, width=41, dim=72, rank=5),
+    Case("states", "states", batch=2, height=11, width=13, dim=20),
+    Case("scan, N 3", "scan", batch=2, height=1, width=129, dim=12, d_state=3),
+    Case("scan, N 16", "scan", batch=1, height=1, width=2051, dim=6, d_state=16),
+    Case("fusion", "fusion", batch=2, height=13, width=6, dim=35),
+]
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}  # of the largest magnitude
+
+
+def exercise(case: Case, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Run one case; the worst error of its output and gradients, relative to the largest magnitude, and where it is."""
+    cpu = torch.device("cpu")  # for all but the case itself: PyTorch's own kernels need not be watched
+    inputs, grad_output = case.inputs(cpu, dtype), case.grad_output(cpu, dtype)
+    [entrant] = competitors.native(case, [backend])
+    there = {name: x.to(device) for name, x in inputs.items()}
+    found = entrant.bind(case, there, grad_output.to(device), backward=True)()
+
+    doubles = {name: x.double() for name, x in inputs.items()}
+    reference = competitors.definition(case).bind(case, doubles, grad_output.double(), backward=True)()
+    return measure.worst_error(["output", *inputs], [x.cpu() for x in found], reference)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exercise back ends; 0, or 1 if one is absent or wrong, or 2 without the device."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("backends", nargs="+", choices=backends.BACKENDS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--dtype", nargs="+", choices=list(TOLERANCES), default=list(TOLERANCES))
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: PyTorch finds no usable GPU here", file=sys.stderr)
+        return 2
+    device, status = torch.device(args.device), 0
+    for backend in args.backends:
+        for dtype in args.dtype:
+            wrong = _wrong(backend, device, dtype)
+            print(f"{backend}, {dtype}: {wrong or f'{len(SHAPES)} cases within {TOLERANCES[dtype]:g}'}", flush=True)
+            status |= bool(wrong)
+    return status
+
+
+def _wrong(backend: str, device: torch.device, dtype: str) -> str | None:
+    torch_dtype = getattr(torch, dtype)
+    reason = competitors.why_not(backend, device, torch_dtype)
+    if reason is not None:
+        return reason
+    errors = {case.name: exercise(case, backend, device, torch_dtype) for case in SHAPES}
+    wrong = [f"{name}: {where} is off by {e:.1e}" for name, (e, where) in errors.items() if not e <= TOLERANCES[dtype]]
+    return "; ".join(wrong) or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
