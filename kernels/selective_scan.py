@@ -1,5 +1,7 @@
 """The selective scan (S6): the public function, and the definition in plain PyTorch that every back end is held to."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +56,7 @@ def selective_scan(
         if backends.definition_serves(u):
             return selective_scan_definition(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
-        tokens = [u, delta, _grouped(B, u), None if C is None else _grouped(C, u), z]
+        tokens = [u, delta, *_grouped(B, C, u), z]
         same = all(x is None or x.dtype == u.dtype for x in tokens)
         u_, delta_, B_, C_, z_ = (_as(x, u.dtype if same else compute_dtype) for x in tokens)
         A_, D_, bias_ = (_as(x, compute_dtype) for x in (A, D, delta_bias))
@@ -105,12 +107,21 @@ def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-def _grouped(matrix: Tensor, u: Tensor) -> Tensor:
-    """Bring any accepted layout of B or C to (batch, groups, N, L)."""
+def _grouped(B: Tensor, C: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Bring any accepted layouts of B and C to (batch, groups, N, L), of equally many groups."""
     batch, dim, length = u.shape
-    if matrix.ndim == 2:  # (dim, N), the same for every token: each channel is a group
-        return matrix[None, :, :, None].expand(batch, dim, -1, length)
-    return matrix[:, None] if matrix.ndim == 3 else matrix
+
+    def unfold(matrix: Tensor) -> Tensor:
+        if matrix.ndim == 2:  # (dim, N), the same for every token: each channel is a group
+            return matrix[None, :, :, None].expand(batch, dim, -1, length)
+        return matrix[:, None] if matrix.ndim == 3 else matrix
+
+    B = unfold(B)
+    if C is None:
+        return B, None
+    C = unfold(C)
+    groups = math.lcm(B.shape[1], C.shape[1])  # divides dim, as both do
+    return tuple(x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], dim=1) for x in (B, C))
 
 
 def _per_channel(matrix: Tensor, dim: int) -> Tensor:
