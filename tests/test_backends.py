@@ -15,17 +15,13 @@ from spatial_mamba.kernels import backends, selective_scan, state_fusion, struct
 from spatial_mamba.kernels.taps import merge_taps, tap_offsets
 
 gpu = pytest.mark.gpu
-all_backends = pytest.mark.parametrize(
-    "backend",
-    [
-        ("cpu", "cpu"),
-        ("triton", "cpu"),
-        pytest.param(("triton", "cuda"), marks=gpu),
-        pytest.param(("cuda", "cuda"), marks=gpu),
-    ],
-    ids="-on-".join,
-    indirect=True,
-)
+COMPILED = [
+    ("cpu", "cpu"),
+    pytest.param(("triton", "cuda"), marks=gpu),
+    pytest.param(("cuda", "cuda"), marks=gpu),
+]
+compiled_backends = pytest.mark.parametrize("backend", COMPILED, ids="-on-".join, indirect=True)
+all_backends = pytest.mark.parametrize("backend", [*COMPILED, ("triton", "cpu")], ids="-on-".join, indirect=True)
 half_types = (torch.bfloat16, torch.float16)
 SINGLE_TOLERANCE = {"output": 1e-5, "gradient": 3e-5}  # of the largest magnitude
 HALF_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -44,6 +40,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         pytest.skip(reason)
     with use_backend(name):
         yield torch.device(device)
+
+
+def interpreted(request: pytest.FixtureRequest) -> bool:
+    return request.node.callspec.params["backend"] == ("triton", "cpu")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -230,7 +230,7 @@ INTERPRETED = {
 @pytest.fixture
 def case(request: pytest.FixtureRequest, backend: torch.device) -> str:
     """Name of a case; in the interpreter only of a few."""
-    if backend.type == "cpu" and "triton" in request.node.name and request.param not in INTERPRETED:
+    if interpreted(request) and request.param not in INTERPRETED:
         pytest.skip("the interpreter is slow: only some cases")
     return request.param
 
@@ -255,7 +255,9 @@ def test_core(backend: torch.device, case: str) -> None:
 
 @all_backends
 @pytest.mark.parametrize("dtype", half_types, ids=str)
-def test_half_precision(backend: torch.device, dtype: torch.dtype) -> None:
+def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    if interpreted(request) and dtype == torch.float16:
+        pytest.skip("the interpreter is slow: one dtype")
     for function, tensors in (scan_case(), scan_case(options="bias softplus"), fusion_case(), core_case()):
         assert_matches_definition(function, tensors, backend, dtype)
     # The outputs of the model are 27 times as large as states: kept in float32.
@@ -287,7 +289,7 @@ def test_mixed_dtypes_are_computed_in_float32(backend: torch.device) -> None:
         assert torch.equal(out, expected.to(out.dtype))
 
 
-@all_backends
+@compiled_backends
 def test_any_memory_layout(backend: torch.device) -> None:
     for function, tensors in (scan_case(), fusion_case(), core_case()):
         tensors = {name: t.float().to(backend) for name, t in tensors.items()}
@@ -320,7 +322,7 @@ def test_one_underflowing_decay_forgets_the_past(backend: torch.device) -> None:
     assert not torch.equal(states[..., :17], changed_states[..., :17])
 
 
-@all_backends
+@compiled_backends
 def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
     for function, tensors in (scan_case(), fusion_case(), core_case()):
         tensors = {name: t.float().to(backend) for name, t in tensors.items()}
@@ -353,13 +355,14 @@ MAMBA_TOLERANCES = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), to
 def test_scan_as_mamba_ssm_tests_it(
     backend: torch.device, dtype: torch.dtype, length: int, request: pytest.FixtureRequest
 ) -> None:
-    interpreted = request.node.callspec.params["backend"] == ("triton", "cpu")
-    if interpreted and length > 128:
+    if interpreted(request) and length > 128:
         pytest.skip("the interpreter is slow: only short sequences")
     g = generator()
     batch, dim, n = 2, 4, 8
     combinations = list(itertools.product([False, True], repeat=4))  # has_z, has_D, has_delta_bias, variable B and C
-    for index, (has_z, has_D, has_bias, variable) in enumerate(combinations[-1:] if interpreted else combinations):
+    for index, (has_z, has_D, has_bias, variable) in enumerate(
+        combinations[-1:] if interpreted(request) else combinations
+    ):
         groups = 1 + index % 2
 
         def normal(*shape: int) -> Tensor:
@@ -421,14 +424,14 @@ def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
     return tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in arguments)
 
 
-@all_backends
+@compiled_backends
 @pytest.mark.parametrize("name", SCAN_OPERATORS)
 def test_operators_pass_opcheck(backend: torch.device, name: str) -> None:
     operator = getattr(torch.ops.spatial_mamba, name).default
     opcheck(operator, operator_arguments(name, backend))
 
 
-@all_backends
+@compiled_backends
 @pytest.mark.parametrize("name", SCAN_OPERATORS)
 def test_backward_operators_pass_opcheck(backend: torch.device, name: str) -> None:
     operator = getattr(torch.ops.spatial_mamba, f"{name}_backward").default
@@ -466,7 +469,7 @@ class Core(nn.Module):
         return self.function(u=2 * u, projection=projection, **weights)[0].sin()
 
 
-@all_backends
+@compiled_backends
 def test_compile_export_checkpoint_and_autocast(backend: torch.device) -> None:
     tensors = {k: t.float() for k, t in core_case()[1].items()}
     module = Core(tensors).to(backend)
