@@ -357,35 +357,50 @@ class BackwardChannels {
   void scan_backward(int64_t i) {
     const Vec<T>*states = states_.row(i), *decays = decays_.row(i), *steps = steps_.row(i), *slopes = slopes_.row(i);
     const Vec<T> before = load(row_states_ + (b_ * core_.height + i) * core_.dim + channel_, lanes_);
+    // In local variables, which the compiler keeps in registers.
+    const Vec<T> A = weights_.A, D = weights_.D;
+    const int64_t dim = core_.dim, stride = projection_.stride();
+    const io* row_u = core_.u + first(i);
+    const out* row_grad_y = grad_y_ + first(i);
+    io* row_grad_u = grads_.u + first(i);
+    T* grad_B = grad_projection(i, 0) + core_.rank;
+    Vec<T> carry = carry_, grad_bias = grad_bias_, grad_A_log = grad_A_log_;
     for (int64_t j = core_.width - 1; j >= 0; --j) {
-      const int64_t token = first(i) + j * core_.dim;
-      const Vec<T> u = load(core_.u + token, lanes_), grad_y = load(grad_y_ + token, lanes_);
-      const Vec<T> delta = steps[j] * T(M_LN2), grad_h = grad_states_[j] + carry_;
-      carry_ = decays[j] * grad_h;
-      const Vec<T> grad_exponent = carry_ * (j > 0 ? states[j - 1] : before);  // of delta A
-      const Vec<T> grad_delta = grad_exponent * weights_.A + grad_h * (u * projection_.B(j));
-      const Vec<T> grad_input = grad_h * delta;  // of B u
-      grad_A_log_ += grad_exponent * delta * weights_.A;
-      grad_x_[j] = grad_delta * slopes[j];
-      grad_bias_ += grad_x_[j];
-      store(grads_.u + token, grad_input * projection_.B(j) + grad_y * weights_.D, lanes_);
-      grad_projection(i, j)[core_.rank] += sum<T>(grad_input * u);
+      const Vec<T> u = load(row_u + j * dim, lanes_), grad_y = load(row_grad_y + j * dim, lanes_);
+      const Vec<T> delta = steps[j] * T(M_LN2), grad_h = grad_states_[j] + carry;
+      const T B = projection_.B(j);
+      carry = decays[j] * grad_h;
+      const Vec<T> grad_exponent = carry * (j > 0 ? states[j - 1] : before);  // of delta A
+      const Vec<T> grad_input = grad_h * delta;                               // of B u
+      const Vec<T> grad_x = (grad_exponent * A + grad_h * (u * B)) * slopes[j];
+      grad_A_log += grad_exponent * delta * A;
+      grad_bias += grad_x;
+      grad_x_[j] = grad_x;
+      store(row_grad_u + j * dim, grad_input * B + grad_y * D, lanes_);
+      grad_B[j * stride] += sum<T>(grad_input * u);
     }
+    carry_ = carry;
+    grad_bias_ = grad_bias;
+    grad_A_log_ = grad_A_log;
   }
 
   // Gradients of the low-rank step r and of step_weight from those of x = step_weight r + bias.
   void step_backward(int64_t i) {
     for (int64_t k = 0; k < core_.rank; k += kLanes<T>) {
       const int n = static_cast<int>(std::min<int64_t>(kLanes<T>, core_.rank - k));
-      Vec<T> weights[kLanes<T>];  // per channel, a vector along the rank
+      Vec<T> weights[kLanes<T>] = {};  // per channel, a vector along the rank
       for (int c = 0; c < lanes_; ++c) weights[c] = load(core_.step_weight + (channel_ + c) * core_.rank + k, n);
       for (int64_t j = 0; j < core_.width; ++j) {
-        T grad_x[kLanes<T>];
-        std::memcpy(grad_x, &grad_x_[j], sizeof grad_x);
+        const T* grad_x = reinterpret_cast<const T*>(&grad_x_[j]);
+        Vec<T> even = {}, odd = {};
+        for (int c = 0; c < kLanes<T>; c += 2) {
+          even += weights[c] * grad_x[c];
+          odd += weights[c + 1] * grad_x[c + 1];
+        }
+        T sums[kLanes<T>];
+        narrow(sums, even + odd);
         T* grad_r = grad_projection(i, j) + k;
-        Vec<T> sums = load(grad_r, n);
-        for (int c = 0; c < lanes_; ++c) sums += weights[c] * grad_x[c];
-        store(grad_r, sums, n);
+        for (int lane = 0; lane < n; ++lane) grad_r[lane] += sums[lane];
       }
     }
     int64_t k = 0;

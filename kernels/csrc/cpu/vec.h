@@ -153,7 +153,7 @@ inline __attribute__((always_inline)) void each(Step&& step) {
 // x = 2^x for x <= 0, with a relative error of 2e-7; 0 below 2^-126.5, and NaN stays NaN. Exact at 0: the error of a
 // decay near 1 would pile up over the many tokens that it remembers.
 template <int n>
-inline void exp2_nonpositive(Vec<float> (&x)[n]) {
+inline __attribute__((always_inline)) void exp2_nonpositive(Vec<float> (&x)[n]) {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it leaves the integer part, here biased by 127
   constexpr float kSmallest = -127.0f;  // its biased exponent is 0, which makes the result 0
@@ -171,7 +171,7 @@ inline void exp2_nonpositive(Vec<float> (&x)[n]) {
 
 // p = log2(1 + e) for e in [0, 1], with a relative error of 3e-7 however small e is.
 template <int n>
-inline void log2_1p(const Vec<float> (&e)[n], Vec<float> (&p)[n]) {
+inline __attribute__((always_inline)) void log2_1p(const Vec<float> (&e)[n], Vec<float> (&p)[n]) {
   each<n>([&](int k) { p[k] = e[k] * -1.2319486767681303e-2f + 6.3607945360343070e-2f; });
   each<n>([&](int k) { p[k] = p[k] * e[k] - 1.5535195823464300e-1f; });
   each<n>([&](int k) { p[k] = p[k] * e[k] + 2.5600978900285010e-1f; });
@@ -210,7 +210,7 @@ inline void log2_1p(const Vec<double> (&e)[n], Vec<double> (&p)[n]) {
 
 // Softplus to base 2, s = log2(1 + 2^x); e receives 2^-|x|, of which the derivative is made.
 template <typename T, int n>
-inline void softplus2(const Vec<T> (&x)[n], Vec<T> (&e)[n], Vec<T> (&s)[n]) {
+inline __attribute__((always_inline)) void softplus2(const Vec<T> (&x)[n], Vec<T> (&e)[n], Vec<T> (&s)[n]) {
   each<n>([&](int k) { e[k] = x[k] < -x[k] ? x[k] : -x[k]; });
   exp2_nonpositive(e);
   log2_1p(e, s);

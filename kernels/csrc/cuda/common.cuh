@@ -1,0 +1,124 @@
+// What all kernels share: conversions, the step's softplus, sums over a warp, launches that report their errors.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "launchers.h"
+
+// All shared memory is dynamic; kernels cut it into arrays with `take`.
+extern __shared__ __align__(16) float shared_memory[];
+
+namespace spatial_mamba {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ inline float* take(float*& memory, int count) {
+  float* array = memory;
+  memory += count;
+  return array;
+}
+
+__device__ inline float load(const float* source) { return *source; }
+__device__ inline float load(const __nv_bfloat16* source) { return __bfloat162float(*source); }
+__device__ inline float load(const __half* source) { return __half2float(*source); }
+
+__device__ inline void store(float* target, float value) { *target = value; }
+__device__ inline void store(__nv_bfloat16* target, float value) { *target = __float2bfloat16_rn(value); }
+__device__ inline void store(__half* target, float value) { *target = __float2half_rn(value); }
+
+// exp at the cost of one special instruction: its relative error is 1e-7 (1 + |x|), which grows only where the steps
+// and decays that it is used for are near to nothing or to their limit.
+__device__ inline float fast_exp(float x) { return __expf(x); }
+
+// log(1 + x) for x in [0, 1]: log1p(x) / x as a polynomial, interpolated at Chebyshev nodes; relative error 2e-7, also
+// for tiny x.
+__device__ inline float log1p_of_unit(float x) {
+  constexpr float kCoefficients[] = {0.00512610190f, -0.0290740654f, 0.0775160864f, -0.136022478f, 0.190768808f,
+                                     -0.248353988f,  0.333181202f,   -0.499994457f, 0.99999994f};
+  float sum = 0.0f;
+#pragma unroll
+  for (const float coefficient : kCoefficients) sum = sum * x + coefficient;
+  return sum * x;
+}
+
+__device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1p_of_unit(fast_exp(-fabsf(x))); }
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+
+__device__ inline int clamp(int i, int size) { return min(max(i, 0), size - 1); }
+
+__device__ inline float warp_sum(float value) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// One or more steps of a recurrence, as the map they make of the state before them: h -> decay h + input.
+struct alignas(8) Affine {
+  float decay = 1.0f, input = 0.0f;
+
+  __device__ float operator()(float h) const { return decay * h + input; }
+  __device__ Affine then(Affine next) const { return {decay * next.decay, next(input)}; }
+};
+
+template <class T>
+__host__ __device__ constexpr T divide_up(T count, T by) {
+  return (count + by - 1) / by;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_floats,
+            cudaStream_t stream, Arguments&&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  constexpr size_t kSharedBytesWithoutAsking = 48 * 1024;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_floats * sizeof(float);
+  config.stream = stream;
+  cudaError_t error = cudaSuccess;
+  if (config.dynamicSmemBytes > kSharedBytesWithoutAsking) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(config.dynamicSmemBytes));
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA kernel ") + name + ": " + cudaGetErrorString(error));
+  }
+}
+
+template <class Pointer>
+using Element = std::remove_pointer_t<Pointer>;
+
+// Call `body` with the typed pointer.
+template <class Body>
+void with_type(Activations x, Body&& body) {
+  switch (x.type) {
+    case Scalar::float32:
+      return body(static_cast<float*>(x.data));
+    case Scalar::bfloat16:
+      return body(static_cast<__nv_bfloat16*>(x.data));
+    case Scalar::float16:
+      return body(static_cast<__half*>(x.data));
+  }
+}
+
+// Call `body` with two typed pointers, the second of the type of the first or of float32; others are not compiled.
+template <class Body>
+void with_types(Activations x, Activations same_or_float32, Body&& body) {
+  with_type(x, [&](auto* typed) {
+    if (same_or_float32.type == x.type) return body(typed, static_cast<decltype(typed)>(same_or_float32.data));
+    if (same_or_float32.type == Scalar::float32) return body(typed, static_cast<float*>(same_or_float32.data));
+    throw std::invalid_argument("a CUDA kernel was asked for a pair of types that it does not serve");
+  });
+}
+
+}  // namespace spatial_mamba

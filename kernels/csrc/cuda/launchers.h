@@ -1,0 +1,166 @@
+// What operators.cpp asks of the kernels: raw pointers, sizes and a stream, so that neither side includes the other's
+// headers.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
+
+#ifdef __CUDACC__
+#define SPATIAL_MAMBA_HOST_DEVICE __host__ __device__
+#else
+#define SPATIAL_MAMBA_HOST_DEVICE
+#endif
+
+namespace spatial_mamba {
+
+enum class Scalar { float32, bfloat16, float16 };
+
+// A buffer of activations; weights and states are always float32.
+struct Activations {
+  void* data;
+  Scalar type;
+};
+
+// Maps (batch, H, W, dim), channels last.
+struct Map {
+  int64_t batch;
+  int height, width, dim;
+};
+
+// Number of partial sums over the tokens of a map: enough blocks to fill a GPU. They are added in a fixed order later.
+int partial_sums(const Map& map);
+
+// --- State fusion, with replicate padding ----------------------------------------------------------------------------
+
+constexpr int kMaxTaps = 448;  // travels with each launch, whose arguments may take 4 KiB
+
+struct Offsets {
+  int count;
+  int row[kMaxTaps];
+  int column[kMaxTaps];
+};
+
+// fused = sum of taps (T, dim) times neighbours of h.
+void fuse(const Map& map, Activations h, const float* taps, const Offsets& offsets, Activations fused,
+          cudaStream_t stream);
+
+// y = C fused + D u, from float32 states h; C (batch, H, W).
+void fuse_and_read_out(const Map& map, const float* h, const float* taps, const Offsets& offsets, const float* C,
+                       Activations u, const float* D, Activations y, cudaStream_t stream);
+
+// grad_C (read_out_partial_sums, batch, H, W), to be summed over its first dimension: grad_y times the fused states.
+int read_out_partial_sums(const Map& map, const Offsets& offsets);
+void read_out_gradient(const Map& map, Activations grad_y, const float* h, const float* taps, const Offsets& offsets,
+                       float* grad_C, cudaStream_t stream);
+
+// The gradient of the fused states is grad, or C grad where C is given.
+void fuse_adjoint(const Map& map, Activations grad, const float* C, const float* taps, const Offsets& offsets,
+                  Activations grad_h, cudaStream_t stream);
+
+// grad_taps (tap_partial_sums, T, dim), to be summed over its first dimension.
+int tap_partial_sums(const Map& map, const Offsets& offsets);
+void tap_gradients(const Map& map, Activations grad, const float* C, Activations h, const Offsets& offsets,
+                   float* grad_taps, cudaStream_t stream);
+
+// The same for the offsets of 3x3 kernels of dilations 1, 3 and 5, which `streaming_serves` recognises; the functions
+// above come here of themselves.
+bool streaming_serves(const Offsets& offsets);
+void stream_fuse(const Map& map, Activations h, const float* taps, Activations fused, cudaStream_t stream);
+int stream_read_out_gradient_partial_sums(const Map& map);
+void stream_read_out_gradient(const Map& map, Activations grad_y, const float* h, const float* taps, float* grad_C,
+                              cudaStream_t stream);
+void stream_adjoint(const Map& map, Activations grad, const float* C, const float* taps, Activations grad_h,
+                    cudaStream_t stream);
+int stream_tap_gradients_partial_sums(const Map& map);
+void stream_tap_gradients(const Map& map, Activations grad, const float* C, Activations h, float* grad_taps,
+                          cudaStream_t stream);
+
+// --- Structure-aware scan: the recurrence over the raster, one state per channel -------------------------------------
+
+struct Recurrence {
+  Map map;
+  Activations u, projection;  // (batch, H, W, dim) and (batch, H, W, R + 2), of one type
+  const float *step_weight, *step_bias, *A_log, *D;
+  int rank;
+};
+
+// A cut of all rows into strips: outputs of `columns` columns each, the last with fewer. A strip starts earlier, by the
+// columns to its left that its outputs depend on.
+struct Strips {
+  int count, columns, reach;
+
+  SPATIAL_MAMBA_HOST_DEVICE int start(int strip) const { return strip == 0 ? 0 : strip * columns - reach; }
+};
+
+constexpr Strips kWholeRows = {1, 0, 0};
+
+// states (batch, H, strips, dim): the state before the first token of each strip in each row; for whole rows these are
+// the row_states (batch, H, dim). piece_maps: scratch of twice that size.
+void find_states(const Recurrence& recurrence, const Strips& strips, float* piece_maps, float* states,
+                 cudaStream_t stream);
+
+// All states h (batch, H, W, dim) from those before each row.
+void restore_states(const Recurrence& recurrence, const float* row_states, float* h, cudaStream_t stream);
+
+// How `stream_scan` cuts images: into strips and into bands of rows, which are independent of each other given the
+// states before each strip. One of each needs no states: the state is carried along.
+struct Cut {
+  Strips strips;
+  int bands, band_rows;
+
+  bool whole() const { return strips.count == 1 && bands == 1; }
+};
+
+Cut streaming_cut(const Map& map);
+
+// y = C fused + D u in one pass over the image, where `streaming_serves`. `states`: of the strips, or null if the image
+// is whole; then row_states are written.
+void stream_scan(const Recurrence& recurrence, const Cut& cut, const float* taps, const float* states,
+                 float* row_states, Activations y, cudaStream_t stream);
+
+struct RecurrenceGradients {
+  Activations u;
+  float* step;       // (batch, H, W, dim), of the step before its softplus; on entry the gradient of h
+  float* B;          // (ceil(dim / 32), batch, H, W), to be summed over its first dimension
+  float *A_log, *D;  // (partial_sums, dim), likewise
+};
+
+// Gradients through the recurrence and the skip connection D u. row_maps and row_carries are scratch, as row_maps and
+// row_states above.
+void recurrence_gradients(const Recurrence& recurrence, Activations grad_y, const float* h, const float* row_states,
+                          float* row_maps, float* row_carries, const RecurrenceGradients& gradients,
+                          cudaStream_t stream);
+
+// --- Selective scan: u, delta, z (batch, dim, L), B, C (batch, groups, N, L), A (dim, N) -----------------------------
+
+constexpr int kScanThreads = 128, kScanItems = 4, kScanChunk = kScanThreads * kScanItems;
+
+struct SelectiveScan {
+  int64_t batch, length;
+  int dim, groups, states;
+  Scalar type;                        // of u, delta, B, C, z
+  const void *u, *delta, *B, *C, *z;  // C and z may be null
+  const float *A, *D, *delta_bias;    // D and delta_bias too
+  bool delta_softplus;
+};
+
+// out: outputs, or float32 states (batch, dim, N, L) where C is null. last_state (batch, dim, N).
+void selective_scan(const SelectiveScan& scan, void* out, float* last_state, cudaStream_t stream);
+
+// chunk_states (batch, dim, chunks, N): the states before each chunk of kScanChunk tokens.
+void selective_scan_chunk_states(const SelectiveScan& scan, float* chunk_states, cudaStream_t stream);
+
+// Neighbouring channels that one block of the backward pass sums up; divides dim / groups.
+int selective_scan_channels_per_block(const SelectiveScan& scan);
+
+struct SelectiveScanGradients {
+  void *u, *delta, *z;
+  float *B, *C;               // (batch, dim / channels per block, N, L), to be summed over the channels of a group
+  float *A, *D, *delta_bias;  // (batch, dim, N), (batch, dim), (batch, dim), to be summed over the batch
+};
+
+void selective_scan_backward(const SelectiveScan& scan, const void* grad_out, const float* grad_last,
+                             const float* chunk_states, const SelectiveScanGradients& gradients, cudaStream_t stream);
+
+}  // namespace spatial_mamba

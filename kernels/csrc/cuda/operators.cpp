@@ -1,0 +1,315 @@
+// The operators of torch.ops.spatial_mamba_cuda: they allocate, call the kernels and add up partial sums.
+// Arguments arrive checked and contiguous; shapes are those of kernels/operators.py.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "launchers.h"
+
+// The tests compile this file for the CPU too, under another name.
+#ifndef SPATIAL_MAMBA_NAMESPACE
+#define SPATIAL_MAMBA_NAMESPACE spatial_mamba_cuda
+#define SPATIAL_MAMBA_DEVICE CUDA
+#endif
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using spatial_mamba::Activations;
+using spatial_mamba::Cut;
+using spatial_mamba::Map;
+using spatial_mamba::Offsets;
+using spatial_mamba::Recurrence;
+using spatial_mamba::Scalar;
+using spatial_mamba::SelectiveScan;
+using spatial_mamba::Strips;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kLanes = 32;  // channels per partial sum over channels
+
+int64_t blocks_of_lanes(int64_t dim) { return (dim + kLanes - 1) / kLanes; }
+
+cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream(); }
+
+Scalar scalar_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Scalar::float32;
+    case at::kBFloat16:
+      return Scalar::bfloat16;
+    case at::kHalf:
+      return Scalar::float16;
+    default:
+      TORCH_CHECK_TYPE(false, "CUDA kernels serve float32, bfloat16 and float16, got ", x.scalar_type());
+  }
+}
+
+Activations activations(const Tensor& x) { return {x.data_ptr(), scalar_of(x)}; }
+
+const float* floats(const Tensor& x) { return x.const_data_ptr<float>(); }
+float* floats(Tensor& x) { return x.data_ptr<float>(); }
+const float* floats(const OptionalTensor& x) { return x ? floats(*x) : nullptr; }
+
+const void* data(const Tensor& x) { return x.const_data_ptr(); }
+const void* data(const OptionalTensor& x) { return x ? data(*x) : nullptr; }
+
+Tensor empty_floats(const Tensor& like, IntArrayRef shape) {
+  return at::empty(shape, like.options().dtype(at::kFloat));
+}
+
+Map map_of(const Tensor& x) {
+  return {x.size(0), static_cast<int>(x.size(1)), static_cast<int>(x.size(2)), static_cast<int>(x.size(3))};
+}
+
+Offsets offsets_of(IntArrayRef pairs) {
+  const auto count = static_cast<int>(pairs.size() / 2);
+  TORCH_CHECK_VALUE(count <= spatial_mamba::kMaxTaps, "offsets: CUDA kernels serve at most ", spatial_mamba::kMaxTaps,
+                    " distinct taps, got ", count);
+  Offsets offsets;
+  offsets.count = count;
+  for (int t = 0; t < count; ++t) {
+    offsets.row[t] = static_cast<int>(pairs[2 * t]);
+    offsets.column[t] = static_cast<int>(pairs[2 * t + 1]);
+  }
+  return offsets;
+}
+
+// The types that kernels pair with the type of u: that one itself and float32.
+bool pairs_with(at::ScalarType type, const Tensor& u) { return type == u.scalar_type() || type == at::kFloat; }
+
+// --- State fusion ----------------------------------------------------------------------------------------------------
+
+Tensor state_fusion(const Tensor& h, const Tensor& taps, IntArrayRef offsets) {
+  const c10::cuda::CUDAGuard guard(h.device());
+  Tensor fused = at::empty_like(h);
+  spatial_mamba::fuse(map_of(h), activations(h), floats(taps), offsets_of(offsets), activations(fused),
+                      current_stream());
+  return fused;
+}
+
+Tensor gradient_of_taps(const Tensor& grad, const float* C, const Tensor& h, const Offsets& offsets) {
+  const Map map = map_of(h);
+  Tensor partial = empty_floats(h, {spatial_mamba::tap_partial_sums(map, offsets), offsets.count, map.dim});
+  spatial_mamba::tap_gradients(map, activations(grad), C, activations(h), offsets, floats(partial), current_stream());
+  return partial.sum(0);
+}
+
+std::tuple<Tensor, Tensor> state_fusion_backward(const Tensor& grad_out, const Tensor& h, const Tensor& taps,
+                                                 IntArrayRef pairs) {
+  const c10::cuda::CUDAGuard guard(h.device());
+  const Offsets offsets = offsets_of(pairs);
+  Tensor grad_h = at::empty_like(h);
+  spatial_mamba::fuse_adjoint(map_of(h), activations(grad_out), nullptr, floats(taps), offsets, activations(grad_h),
+                              current_stream());
+  return {grad_h, gradient_of_taps(grad_out, nullptr, h, offsets)};
+}
+
+// --- Structure-aware scan --------------------------------------------------------------------------------------------
+
+Recurrence recurrence_of(const Tensor& u, const Tensor& projection, const Tensor& step_weight, const Tensor& step_bias,
+                         const Tensor& A_log, const Tensor& D) {
+  return {map_of(u),
+          activations(u),
+          activations(projection),
+          floats(step_weight),
+          floats(step_bias),
+          floats(A_log),
+          floats(D),
+          static_cast<int>(step_weight.size(1))};
+}
+
+Tensor read_out_weights(const Tensor& projection) {
+  return projection.select(-1, projection.size(-1) - 1).to(at::kFloat).contiguous();
+}
+
+// (batch, H, strips, dim)
+Tensor states_before(const Recurrence& recurrence, const Tensor& u, const Strips& strips) {
+  const Map& map = recurrence.map;
+  Tensor states = empty_floats(u, {map.batch, map.height, strips.count, map.dim});
+  Tensor piece_maps = empty_floats(u, {map.batch, map.height, strips.count, map.dim, 2});
+  spatial_mamba::find_states(recurrence, strips, floats(piece_maps), floats(states), current_stream());
+  return states;
+}
+
+std::tuple<Tensor, Tensor> structure_aware_scan(const Tensor& u, const Tensor& projection, const Tensor& step_weight,
+                                                const Tensor& step_bias, const Tensor& A_log, const Tensor& D,
+                                                const Tensor& taps, IntArrayRef pairs, at::ScalarType out_dtype) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  const cudaStream_t stream = current_stream();
+  const Offsets offsets = offsets_of(pairs);
+  const Recurrence recurrence = recurrence_of(u, projection, step_weight, step_bias, A_log, D);
+  const Map& map = recurrence.map;
+  Tensor y = at::empty_like(u, u.options().dtype(pairs_with(out_dtype, u) ? out_dtype : at::kFloat));
+  Tensor row_states;
+  if (spatial_mamba::streaming_serves(offsets)) {
+    const Cut cut = spatial_mamba::streaming_cut(map);
+    Tensor states =
+        cut.whole() ? empty_floats(u, {map.batch, map.height, 1, map.dim}) : states_before(recurrence, u, cut.strips);
+    spatial_mamba::stream_scan(recurrence, cut, floats(taps), cut.whole() ? nullptr : floats(states),
+                               cut.whole() ? floats(states) : nullptr, activations(y), stream);
+    row_states = states.select(2, 0).contiguous();
+  } else {
+    row_states = states_before(recurrence, u, spatial_mamba::kWholeRows).squeeze(2);
+    Tensor h = empty_floats(u, u.sizes());
+    spatial_mamba::restore_states(recurrence, floats(row_states), floats(h), stream);
+    const Tensor C = read_out_weights(projection);
+    spatial_mamba::fuse_and_read_out(map, floats(h), floats(taps), offsets, floats(C), activations(u), floats(D),
+                                     activations(y), stream);
+  }
+  return {y.to(out_dtype), row_states};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_aware_scan_backward(
+    const Tensor& grad_out, const Tensor& u, const Tensor& projection, const Tensor& step_weight,
+    const Tensor& step_bias, const Tensor& A_log, const Tensor& D, const Tensor& taps, const Tensor& row_states,
+    IntArrayRef pairs) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  const cudaStream_t stream = current_stream();
+  const Offsets offsets = offsets_of(pairs);
+  const Recurrence recurrence = recurrence_of(u, projection, step_weight, step_bias, A_log, D);
+  const Map& map = recurrence.map;
+  const int64_t rank = recurrence.rank, tokens = map.batch * map.height * map.width;
+  const Tensor grad_y = pairs_with(grad_out.scalar_type(), u) ? grad_out : grad_out.to(at::kFloat);
+
+  Tensor h = empty_floats(u, u.sizes());
+  spatial_mamba::restore_states(recurrence, floats(row_states), floats(h), stream);
+  Tensor grad_C = empty_floats(u, {spatial_mamba::read_out_partial_sums(map, offsets), tokens});
+  spatial_mamba::read_out_gradient(map, activations(grad_y), floats(h), floats(taps), offsets, floats(grad_C), stream);
+  const Tensor C = read_out_weights(projection);
+  Tensor grad_taps = gradient_of_taps(grad_y, floats(C), h, offsets);
+
+  Tensor grad_step = empty_floats(u, u.sizes());  // first the gradient of h
+  spatial_mamba::fuse_adjoint(map, activations(grad_y), floats(C), floats(taps), offsets, activations(grad_step),
+                              stream);
+  Tensor row_maps = empty_floats(u, {map.batch, map.height, map.dim, 2});
+  Tensor row_carries = at::empty_like(row_states);
+  Tensor grad_u = at::empty_like(u);
+  Tensor grad_B = empty_floats(u, {blocks_of_lanes(map.dim), tokens});
+  Tensor grad_A_log = empty_floats(u, {spatial_mamba::partial_sums(map), map.dim});
+  Tensor grad_D = at::empty_like(grad_A_log);
+  spatial_mamba::recurrence_gradients(
+      recurrence, activations(grad_y), floats(h), floats(row_states), floats(row_maps), floats(row_carries),
+      {activations(grad_u), floats(grad_step), floats(grad_B), floats(grad_A_log), floats(grad_D)}, stream);
+
+  const at::NoTF32Guard matrix_products_in_full_precision;
+  grad_step = grad_step.view({tokens, map.dim});
+  const Tensor r = projection.view({tokens, rank + 2}).narrow(1, 0, rank).to(at::kFloat);
+  const Tensor grad_projection =
+      at::cat({at::mm(grad_step, step_weight), grad_B.sum(0).unsqueeze(1), grad_C.sum(0).unsqueeze(1)}, 1);
+  return {grad_u,
+          grad_projection.to(projection.scalar_type()).view(projection.sizes()),
+          at::mm(grad_step.t(), r),
+          grad_step.sum(0),
+          grad_A_log.sum(0),
+          grad_D.sum(0),
+          grad_taps};
+}
+
+// --- Selective scan --------------------------------------------------------------------------------------------------
+
+SelectiveScan scan_of(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const OptionalTensor& C,
+                      const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+                      bool delta_softplus) {
+  SelectiveScan scan;
+  scan.batch = u.size(0);
+  scan.length = u.size(2);
+  scan.dim = static_cast<int>(u.size(1));
+  scan.groups = static_cast<int>(B.size(1));
+  scan.states = static_cast<int>(A.size(1));
+  scan.type = scalar_of(u);
+  scan.u = data(u);
+  scan.delta = data(delta);
+  scan.B = data(B);
+  scan.C = data(C);
+  scan.z = data(z);
+  scan.A = floats(A);
+  scan.D = floats(D);
+  scan.delta_bias = floats(delta_bias);
+  scan.delta_softplus = delta_softplus;
+  return scan;
+}
+
+std::tuple<Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                                          const OptionalTensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                                          const OptionalTensor& delta_bias, bool delta_softplus) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  const SelectiveScan scan = scan_of(u, delta, A, B, C, D, z, delta_bias, delta_softplus);
+  Tensor out = C ? at::empty_like(u) : empty_floats(u, {scan.batch, scan.dim, scan.states, scan.length});
+  Tensor last_state = empty_floats(u, {scan.batch, scan.dim, scan.states});
+  spatial_mamba::selective_scan(scan, out.data_ptr(), floats(last_state), current_stream());
+  return {out, last_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
+    const Tensor& grad_out, const Tensor& grad_last, const Tensor& u, const Tensor& delta, const Tensor& A,
+    const Tensor& B, const OptionalTensor& C, const OptionalTensor& D, const OptionalTensor& z,
+    const OptionalTensor& delta_bias, bool delta_softplus) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  const cudaStream_t stream = current_stream();
+  const SelectiveScan scan = scan_of(u, delta, A, B, C, D, z, delta_bias, delta_softplus);
+  const int64_t chunks = (scan.length + spatial_mamba::kScanChunk - 1) / spatial_mamba::kScanChunk;
+  Tensor chunk_states = empty_floats(u, {scan.batch, scan.dim, chunks, scan.states});
+  spatial_mamba::selective_scan_chunk_states(scan, floats(chunk_states), stream);
+
+  // (batch, groups, blocks of channels in a group, N, L): one per block, so the sum over channels needs no atomics.
+  const int64_t blocks = scan.dim / scan.groups / spatial_mamba::selective_scan_channels_per_block(scan);
+  const std::vector<int64_t> partial_shape = {scan.batch, scan.groups, blocks, scan.states, scan.length};
+  const Tensor absent = at::empty({0}, u.options());
+  Tensor grad_u = at::empty_like(u), grad_delta = at::empty_like(delta), grad_z = z ? at::empty_like(*z) : absent;
+  Tensor grad_B = empty_floats(u, partial_shape), grad_C = C ? empty_floats(u, partial_shape) : absent;
+  Tensor grad_A = empty_floats(u, {scan.batch, scan.dim, scan.states});
+  Tensor grad_D = empty_floats(u, {scan.batch, scan.dim}), grad_bias = at::empty_like(grad_D);
+  spatial_mamba::selective_scan_backward(
+      scan, data(grad_out), floats(grad_last), floats(chunk_states),
+      {grad_u.data_ptr(), grad_delta.data_ptr(), z ? grad_z.data_ptr() : nullptr, floats(grad_B),
+       C ? floats(grad_C) : nullptr, floats(grad_A), floats(grad_D), floats(grad_bias)},
+      stream);
+  return {grad_u,
+          grad_delta,
+          grad_A.sum(0),
+          grad_B.sum(2).to(B.scalar_type()),
+          C ? grad_C.sum(2).to(C->scalar_type()) : absent,
+          D ? grad_D.sum(0) : absent,
+          grad_z,
+          delta_bias ? grad_bias.sum(0) : absent};
+}
+
+// --- Registration ----------------------------------------------------------------------------------------------------
+
+#define WITH_NAMESPACE(macro, ...) macro(__VA_ARGS__)
+
+WITH_NAMESPACE(TORCH_LIBRARY, SPATIAL_MAMBA_NAMESPACE, library) {
+  library.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+      "bool delta_softplus) -> (Tensor, Tensor)");
+  library.def(
+      "selective_scan_backward(Tensor grad_out, Tensor grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, "
+      "Tensor? C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("state_fusion(Tensor h, Tensor taps, int[] offsets) -> Tensor");
+  library.def("state_fusion_backward(Tensor grad_out, Tensor h, Tensor taps, int[] offsets) -> (Tensor, Tensor)");
+  library.def(
+      "structure_aware_scan(Tensor u, Tensor projection, Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, "
+      "Tensor taps, int[] offsets, ScalarType out_dtype) -> (Tensor, Tensor)");
+  library.def(
+      "structure_aware_scan_backward(Tensor grad_out, Tensor u, Tensor projection, Tensor step_weight, "
+      "Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, Tensor row_states, int[] offsets) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+WITH_NAMESPACE(TORCH_LIBRARY_IMPL, SPATIAL_MAMBA_NAMESPACE, SPATIAL_MAMBA_DEVICE, library) {
+  library.impl("selective_scan", selective_scan);
+  library.impl("selective_scan_backward", selective_scan_backward);
+  library.impl("state_fusion", state_fusion);
+  library.impl("state_fusion_backward", state_fusion_backward);
+  library.impl("structure_aware_scan", structure_aware_scan);
+  library.impl("structure_aware_scan_backward", structure_aware_scan_backward);
+}
+
+}  // namespace

@@ -1,0 +1,259 @@
+"""The CUDA kernels without a GPU: their sources compiled by a C++ compiler and run on the CPU, thread by thread.
+
+``cuda_emulator/`` stands in for the CUDA runtime. It aborts the process where threads diverge at a barrier or shuffle,
+or write behind their shared memory, which else holds NaN; threads take turns in a random order. Inputs end at a page
+that must not be touched, and memory the operators allocate starts as NaN.
+"""
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spatial_mamba.kernels import build, definitions
+from spatial_mamba.kernels.taps import tap_offsets
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent / "kernels" / "csrc" / "cuda"
+EMULATOR = HERE / "cuda_emulator"
+NAMESPACE = "spatial_mamba_cuda_emulated"
+TORCH = Path(torch.__file__).parent
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ROUNDING = {F32: 3e-6, BF16: 2**-8, F16: 2**-11}  # of the result's dtype, relative to its largest magnitude
+PUBLISHED = tap_offsets((3, 3, 3), (1, 3, 5))
+OTHER_KERNELS = tap_offsets((5, 3), (2, 7))
+
+
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if found is None:
+        pytest.skip("no C++ compiler: install g++, or name one in CXX")
+    return found
+
+
+def compile_with(flags: Sequence[str | Path]) -> None:
+    command = [compiler(), "-std=c++17", f"-I{EMULATOR}", *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("cuda_emulated")
+    includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    names = [f"-DSPATIAL_MAMBA_NAMESPACE={NAMESPACE}", "-DSPATIAL_MAMBA_DEVICE=CPU"]
+    objects = []
+    for source in [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp")), EMULATOR / "emulator.cpp"]:
+        objects.append(folder / f"{source.stem}.o")
+        level = "-O0" if source.name == "operators.cpp" else "-O1"  # the time goes into the headers of PyTorch
+        compile_with([level, "-fPIC", *includes, abi, *names, "-x", "c++", "-c", source, "-o", objects[-1]])
+    library = folder / "emulated.so"
+    compile_with(["-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", library])
+    torch.ops.load_library(library)
+    return getattr(torch.ops, NAMESPACE)
+
+
+@pytest.fixture(autouse=True)
+def fill_fresh_memory_with_nan() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def guarded(x: Tensor) -> Tensor:
+    """A copy whose last element is the last one before a page that crashes whoever touches it."""
+    size = x.numel() * x.element_size()
+    pages = -(-max(size, 1) // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    no_access = 0
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + pages * mmap.PAGESIZE), mmap.PAGESIZE, no_access) == 0
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages * mmap.PAGESIZE - size)
+    return copy.reshape(x.shape).copy_(x)
+
+
+def on_tensors(function: Callable[[Tensor], Tensor], arguments: Sequence[Any]) -> list[Any]:
+    return [function(x) if isinstance(x, Tensor) else x for x in arguments]
+
+
+def assert_matches_definition(operators: Any, name: str, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The emulated operator gives what the definition gives in float64, up to the rounding of its result."""
+    results = getattr(operators, name)(*on_tensors(guarded, arguments))
+    expected = getattr(definitions, name)(*on_tensors(Tensor.double, arguments))
+    if isinstance(results, Tensor):
+        results, expected = (results,), (expected,)
+    for i, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+        assert result.shape == wanted.shape, f"result {i} of {name}"
+        if result.numel() == 0:
+            continue
+        error = (result.double() - wanted.double()).abs().max().item()
+        bound = ROUNDING[result.dtype] * wanted.double().abs().max().item()
+        assert error <= bound, f"result {i} of {name} is off by {error:.3g}, allowed are {bound:.3g}"
+    return tuple(results)
+
+
+def random_normal(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+# --- The operators ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offsets", [PUBLISHED, OTHER_KERNELS], ids=["dilations 1-3-5", "other kernels"])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("shape", [(2, 7, 9, 40), (1, 1, 1, 3), (1, 3, 2, 33)], ids=str)
+def test_state_fusion(operators: Any, shape: tuple[int, ...], dtype: torch.dtype, offsets: list[int]) -> None:
+    torch.manual_seed(0)
+    h, taps = random_normal(*shape, dtype=dtype), random_normal(len(offsets) // 2, shape[-1])
+    assert_matches_definition(operators, "state_fusion", (h, taps, offsets))
+    assert_matches_definition(operators, "state_fusion_backward", (torch.randn_like(h), h, taps, offsets))
+
+
+def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, offsets: list[int]) -> list[Any]:
+    *image, dim = shape
+    u, projection = random_normal(*shape, dtype=dtype), random_normal(*image, rank + 2, dtype=dtype)
+    step_weight, step_bias = random_normal(dim, rank) / rank**0.5, random_normal(dim) - 2
+    return [u, projection, step_weight, step_bias, 0.5 * random_normal(dim), random_normal(dim),
+            random_normal(len(offsets) // 2, dim), offsets]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "dtype", "out_dtype", "offsets"),
+    [
+        pytest.param((2, 7, 9, 40), 3, F32, F32, PUBLISHED, id="small"),
+        pytest.param((1, 13, 14, 32), 4, BF16, F32, PUBLISHED, id="as in the model"),
+        pytest.param((1, 1, 1, 5), 1, F16, F16, PUBLISHED, id="one token"),
+        pytest.param((2, 2, 1, 6), 2, BF16, F16, PUBLISHED, id="a pair of types that no kernel has"),
+        pytest.param((0, 4, 4, 8), 2, F32, F32, PUBLISHED, id="no image"),
+        pytest.param((65, 18, 1, 128), 1, F32, F32, PUBLISHED, id="images enough to leave each whole"),
+        pytest.param((1, 70, 3, 16), 1, F16, F32, PUBLISHED, id="bands of rows"),
+        pytest.param((1, 3, 70, 33), 2, BF16, BF16, PUBLISHED, id="strips of columns"),
+        pytest.param((1, 18, 130, 8), 5, F32, F32, PUBLISHED, id="bands and strips"),
+        pytest.param((1, 2, 3, 8), 40, BF16, F32, PUBLISHED, id="a step of high rank"),
+        pytest.param((1, 6, 5, 8), 2, F32, F32, OTHER_KERNELS, id="other kernels"),
+        pytest.param((2, 3, 70, 33), 2, F16, F32, OTHER_KERNELS, id="other kernels, long rows"),
+    ],
+)
+def test_structure_aware_scan(
+    operators: Any, shape: Sequence[int], rank: int, dtype: torch.dtype, out_dtype: torch.dtype, offsets: list[int]
+) -> None:
+    torch.manual_seed(0)
+    *tensors, _ = arguments = core_arguments(shape, rank, dtype, offsets)
+    if 0 in shape:
+        y, row_states = operators.structure_aware_scan(*arguments, out_dtype)
+        gradients = operators.structure_aware_scan_backward(y, *tensors, row_states, offsets)
+        assert all(torch.equal(grad, torch.zeros_like(x)) for grad, x in zip(gradients, tensors, strict=True))
+        return
+    _, row_states = assert_matches_definition(operators, "structure_aware_scan", (*arguments, out_dtype))
+    grad_y = random_normal(*shape, dtype=out_dtype)
+    backward = (grad_y, *tensors, row_states, offsets)
+    assert_matches_definition(operators, "structure_aware_scan_backward", backward)
+
+
+def test_extreme_steps(operators: Any) -> None:
+    """Steps from 0 to 1e4: decays of exactly one and zero, states that keep and that forget everything."""
+    torch.manual_seed(0)
+    arguments = core_arguments((1, 6, 6, 32), 2, F32, PUBLISHED)
+    arguments[3] = torch.tensor([-1e4, -90, -20, -3, 0, 20, 100, 1e4]).repeat(4)
+    _, row_states = assert_matches_definition(operators, "structure_aware_scan", (*arguments, F32))
+    backward = (torch.randn_like(arguments[0]), *arguments[:-1], row_states, PUBLISHED)
+    assert_matches_definition(operators, "structure_aware_scan_backward", backward)
+
+
+@pytest.mark.parametrize(
+    ("batch", "dim", "length", "states", "groups", "dtype"),
+    [
+        (1, 4, 700, 3, 2, F32),  # two chunks, the second not full
+        (2, 4, 5, 1, 1, BF16),
+        (1, 3, 512, 2, 3, F16),
+    ],
+)
+@pytest.mark.parametrize("given", ["C D z delta_bias softplus", "C", "states softplus delta_bias", "states"])
+def test_selective_scan(
+    operators: Any, batch: int, dim: int, length: int, states: int, groups: int, dtype: torch.dtype, given: str
+) -> None:
+    torch.manual_seed(0)
+    u, delta, z = random_normal(3, batch, dim, length, dtype=dtype)
+    softplus = "softplus" in given
+    optional = {
+        "C": random_normal(batch, groups, states, length, dtype=dtype),
+        "D": random_normal(dim),
+        "z": z.clone(),
+        "delta_bias": random_normal(dim),
+    }
+    C, D, z, delta_bias = (value if name in given.split() else None for name, value in optional.items())
+    B = random_normal(batch, groups, states, length, dtype=dtype)
+    A = -0.5 - torch.rand(dim, states)
+    arguments = (u.clone(), delta.clone() if softplus else delta.abs(), A, B, C, D, z, delta_bias, softplus)
+    out, last_state = assert_matches_definition(operators, "selective_scan", arguments)
+    grads = (torch.randn_like(out), torch.randn_like(last_state))
+    assert_matches_definition(operators, "selective_scan_backward", (*grads, *arguments))
+
+
+def test_selective_scan_of_many_sequences(operators: Any) -> None:
+    """So many that a block of the backward pass sums over several channels."""
+    torch.manual_seed(0)
+    batch, dim, groups = 129, 16, 2
+    u, B, C = random_normal(batch, dim, 1), random_normal(batch, groups, 1, 1), random_normal(batch, groups, 1, 1)
+    arguments = (u, u.abs(), -torch.ones(dim, 1), B, C, None, None, None, False)
+    grads = (torch.randn_like(u), torch.randn(batch, dim, 1))
+    assert_matches_definition(operators, "selective_scan_backward", (*grads, *arguments))
+
+
+def test_order_of_threads_does_not_matter(operators: Any) -> None:
+    torch.manual_seed(0)
+    *tensors, offsets = arguments = core_arguments((2, 9, 11, 40), 2, F32, PUBLISHED)
+    results = []
+    for _ in range(3):  # each in another order
+        y, row_states = operators.structure_aware_scan(*arguments, F32)
+        results.append((y, row_states, *operators.structure_aware_scan_backward(y, *tensors, row_states, offsets)))
+    for others in results[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(results[0], others, strict=True))
+
+
+def test_sources_compile_with_nvcc(tmp_path: Path) -> None:
+    try:
+        build.prepare("cuda", ["9.0"])
+    except build.BuildError as reason:
+        pytest.skip(str(reason))
+    build.build(["cuda"], ["9.0"], tmp_path)
+    assert (tmp_path / "cuda.so").stat().st_size > 0
+
+
+# --- The emulator itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("if (threadIdx.x < 32) __syncthreads();", "divergence"),
+        ("if (threadIdx.x != 3) __shfl_xor_sync(0xffffffffu, 1.0f, 1);", "divergence"),
+        ("shared_memory[threadIdx.x + 1] = 0.0f;", "behind its end"),
+        ("shared_memory[threadIdx.x] = 0.0f; __syncthreads(); __syncwarp();", ""),
+    ],
+)
+def test_emulator_finds_faults(tmp_path: Path, kernel: str, message: str) -> None:
+    program, source = tmp_path / "program", tmp_path / "program.cpp"
+    source.write_text(f"""
+        #include "cuda_runtime.h"
+        extern float shared_memory[];
+        void kernel() {{ {kernel} }}
+        int main() {{
+          cudaLaunchConfig_t config = {{dim3(1), dim3(64), 64 * sizeof(float), nullptr}};
+          return cudaLaunchKernelEx(&config, kernel);
+        }}""")
+    compile_with([source, EMULATOR / "emulator.cpp", "-o", program])
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert (result.returncode != 0) == bool(message)
+    assert message in result.stderr
