@@ -44,7 +44,10 @@ class RowRing {
     }
   }
 
-  Vec<T>* row(int64_t i) { return tokens_.data() + i % rows_ * stride_ + margin_; }
+  Vec<T>* row(int64_t i) {
+    const uint32_t place = static_cast<uint32_t>(i) % static_cast<uint32_t>(rows_);  // faster than in 64 bits
+    return tokens_.data() + place * stride_ + margin_;
+  }
 
   // Fills the margins of row i with its first and last token: replicate padding.
   void repeat_edges(int64_t i) {
@@ -69,14 +72,14 @@ struct Tap {
 template <typename T>
 inline void find_taps(const Neighbourhood& around, RowRing<T>& states, int64_t i, int64_t height,
                       std::vector<Tap<T>>& taps) {
-  taps.clear();
+  taps.resize(around.size());
+  const Vec<T>* tokens = nullptr;
+  int64_t tokens_row = -1;
   for (int64_t t = 0; t < around.size(); ++t) {
     const auto [row, column] = around.offsets[t];
-    // Offsets come sorted: neighbours of one row follow each other.
-    const bool same_row = t > 0 && around.offsets[t - 1].row == row;
-    const Vec<T>* tokens = same_row ? taps.back().tokens - around.offsets[t - 1].column
-                                    : states.row(std::clamp<int64_t>(i + row, 0, height - 1));
-    taps.push_back({tokens + column, t});
+    const int64_t neighbour = std::clamp<int64_t>(i + row, 0, height - 1);
+    if (neighbour != tokens_row) tokens = states.row(tokens_row = neighbour);  // offsets come sorted by row
+    taps[t] = {tokens + column, t};
   }
 }
 
@@ -85,11 +88,16 @@ template <typename T>
 inline void find_adjoint_taps(const Neighbourhood& around, RowRing<T>& grads, int64_t i, int64_t height,
                               std::vector<Tap<T>>& taps) {
   taps.clear();
+  const Vec<T>* tokens = nullptr;
+  int64_t tokens_row = -1;
   for (int64_t t = 0; t < around.size(); ++t) {
     const auto [row, column] = around.offsets[t];
     const int64_t first = i == 0 ? 0 : std::max<int64_t>(i - row, 0);
     const int64_t last = i == height - 1 ? height - 1 : std::min(i - row, height - 1);
-    for (int64_t reader = first; reader <= last; ++reader) taps.push_back({grads.row(reader) - column, t});
+    for (int64_t reader = first; reader <= last; ++reader) {
+      if (reader != tokens_row) tokens = grads.row(tokens_row = reader);
+      taps.push_back({tokens - column, t});
+    }
   }
 }
 

@@ -41,7 +41,7 @@ int64_t channel_groups(const Map& map) {
 template <typename Pass, typename Make>
 void run_passes(const Map& map, int64_t groups, Make&& make) {
   using T = typename Pass::T;
-  constexpr int64_t kCacheBytes = 1 << 20;
+  constexpr int64_t kCacheBytes = 3 << 19;
   const int64_t row_bytes = (map.width + 2 * map.around.column_reach) * kVectorBytes;
   const int64_t together = std::clamp<int64_t>(kCacheBytes / (Pass::rows_held(map.around) * row_bytes), 1, 8);
   const int64_t steps = map.height + map.around.row_reach;

@@ -122,6 +122,10 @@ struct ScanRecord {
   Vec<T>* slopes;  // derivative of delta by its argument
 };
 
+// Vectors of neighbouring tokens lie far apart, which the processor's own prefetching does not foresee: they are asked
+// for this many tokens ahead.
+constexpr int64_t kAhead = 16;
+
 template <int n, typename io, typename T>
 inline __attribute__((always_inline)) void scan_tokens(const Core<io>& core, const ChannelWeights<T>& weights,
                                                        const ProjectionRow<io>& projection, const io* u, int64_t j,
@@ -138,6 +142,7 @@ inline __attribute__((always_inline)) void scan_tokens(const Core<io>& core, con
   exp2_nonpositive(decay);
   each<n>([&](int k) {
     const Vec<T> tokens = load(u + (j + k) * core.dim, lanes);
+    __builtin_prefetch(u + (j + k + kAhead) * core.dim);
     h = decay[k] * h + s[k] * (tokens * (projection.B(j + k) * T(M_LN2)));
     states[j + k] = h;
   });
@@ -213,6 +218,7 @@ class ForwardChannels {
       fuse(taps_, weights_.taps, j, fused);
       each<n>([&](int k) {
         const int64_t token = first + (j + k) * core_.dim;
+        __builtin_prefetch(y_ + token + kAhead * core_.dim, 1);
         store(y_ + token, fused[k] * projection_.C(j + k) + weights_.D * load(core_.u + token, lanes_), lanes_);
       });
     });
@@ -320,7 +326,9 @@ class BackwardChannels {
     states_.repeat_edges(i);
     Vec<T>* grad_fused = grad_fused_.row(i);
     for (int64_t j = 0; j < core_.width; ++j) {
-      grad_fused[j] = load(grad_y_ + first(i) + j * core_.dim, lanes_) * projection_.C(j);
+      const out* grad_y = grad_y_ + first(i) + j * core_.dim;
+      __builtin_prefetch(grad_y + kAhead * core_.dim);
+      grad_fused[j] = load(grad_y, lanes_) * projection_.C(j);
     }
   }
 
@@ -376,6 +384,7 @@ class BackwardChannels {
       grad_A_log += grad_exponent * delta * A;
       grad_bias += grad_x;
       grad_x_[j] = grad_x;
+      __builtin_prefetch(row_grad_u + (j - kAhead) * dim, 1);
       store(row_grad_u + j * dim, grad_input * B + grad_y * D, lanes_);
       grad_B[j * stride] += sum<T>(grad_input * u);
     }
