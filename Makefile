@@ -45,6 +45,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-# Without a compiler the command says so, and everything runs without native code, slower.
-$(LIBRARIES): .venv/ready kernels/build.py $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
-	-$(BIN)/python -m spatial_mamba.kernels build
+# The demo and the tests run on the CPU. Without a compiler the command says so, and all runs without native code, slower.
+$(LIBRARIES): .venv/ready kernels/build.py $(wildcard kernels/csrc/cpu/*)
+	-$(BIN)/python -m spatial_mamba.kernels build cpu
