@@ -91,7 +91,7 @@ def check_branches(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence
             f"one kernel, one weight and one dilation per branch are needed, got {len(kernels)} kernels, "
             f"alpha of {tuple(alpha.shape)} and dilations {tuple(dilations)}"
         )
-    if not kernels:
+    if len(kernels) == 0:
         raise ValueError("kernels must hold at least one kernel")
     for kernel in kernels:
         size = kernel.shape[-1]
