@@ -369,7 +369,11 @@ def _workshop(out: Path) -> Iterator[Path]:
 def _compile(plan: Plan, folder: Path) -> None:
     """Compile all sources, as many at a time as there are processors (``MAX_JOBS`` at most), and link them."""
     objects = [folder / f"{index}.o" for index in range(len(plan.sources))]
-    jobs = min(len(os.sched_getaffinity(0)), int(os.environ.get("MAX_JOBS") or 64))
+    jobs = len(os.sched_getaffinity(0))
+    if limit := os.environ.get("MAX_JOBS"):
+        if not limit.isdecimal() or int(limit) < 1:
+            raise BuildError(f"MAX_JOBS must be a positive number, got {limit!r}")
+        jobs = min(jobs, int(limit))
     with ThreadPoolExecutor(jobs) as pool:
         running = {
             pool.submit(

@@ -29,7 +29,8 @@ def selective_scan(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     out, last_state = selective_scan_definition(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
-    return out.contiguous(), last_state.contiguous()
+    # A view of the states, which for one token is contiguous: outputs may not share memory.
+    return out.contiguous(), last_state.clone(memory_format=torch.contiguous_format)
 
 
 def state_fusion(h: Tensor, taps: Tensor, offsets: Sequence[int]) -> Tensor:

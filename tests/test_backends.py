@@ -307,6 +307,7 @@ def test_an_empty_batch(backend: torch.device) -> None:
     for function, tensors in (scan_case(batch=0), fusion_case(batch=0), core_case(batch=0)):
         found = results(function, {name: t.float().to(backend) for name, t in tensors.items()})
         assert found["output 0"].shape[0] == 0
+        assert [found[f"gradient of {name}"].shape for name in tensors] == [t.shape for t in tensors.values()]
         assert all((grad == 0).all() for name, grad in found.items() if name.startswith("gradient"))
 
 
@@ -452,6 +453,19 @@ def test_operators_run_without_any_native_code(name: str) -> None:
     """A graph recorded where a native back end was still runs, and trains, where none is."""
     with use_backend("torch"):
         opcheck(getattr(torch.ops.spatial_mamba, name).default, operator_arguments(name, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_absent_tensors_and_single_tokens_share_no_memory(name: str, length: int) -> None:
+    """``torch.library`` refuses operators whose outputs do."""
+    if reason := backends.why_not(name, "cpu", torch.float32):
+        pytest.skip(reason)
+    tensors = {k: t.float().requires_grad_() for k, t in scan_case(length=length, options="")[1].items()}
+    with use_backend(name):
+        out, last_state = torch.ops.spatial_mamba.selective_scan(*tensors.values(), None, None, None, None, False)
+        grads = torch.autograd.grad(out.sum() + last_state.sum(), list(tensors.values()))
+    assert [grad.shape for grad in grads] == [t.shape for t in tensors.values()]
 
 
 class Core(nn.Module):

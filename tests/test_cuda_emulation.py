@@ -93,6 +93,8 @@ def assert_matches_definition(operators: Any, name: str, arguments: Sequence[Any
     expected = getattr(definitions, name)(*on_tensors(Tensor.double, arguments))
     if isinstance(results, Tensor):
         results, expected = (results,), (expected,)
+    storages = {result.untyped_storage()._cdata for result in results}
+    assert len(storages) == len(results), "torch.library wants outputs that share no memory"
     for i, (result, wanted) in enumerate(zip(results, expected, strict=True)):
         assert result.shape == wanted.shape, f"result {i} of {name}"
         if result.numel() == 0:

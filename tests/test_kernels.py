@@ -398,6 +398,7 @@ def test_states_beyond_the_range_of_fp16_stay_finite_under_autocast() -> None:
         ({"alpha": torch.ones(3, 1)}, r"alpha of \(3, 1\)"),
         ({"dilations": (1, 3)}, r"dilations \(1, 3\)"),
         ({"dilations": (1, 0, 5)}, r"dilations must be positive integers, got \(1, 0, 5\)"),
+        ({"dilations": (1, 3.0, 5)}, r"dilations must be positive integers, got \(1, 3.0, 5\)"),
         ({"kernels": [torch.ones(DIM + 1, 1, 3, 3)] * 3}, r"fusion kernel must be .* got \(5, 1, 3, 3\)"),
         ({"kernels": [torch.ones(DIM, 1, 2, 2)] * 3}, r"fusion kernel must be .* odd k, got \(4, 1, 2, 2\)"),
         ({"kernels": [torch.ones(DIM, 1, 3, 5)] * 3}, r"fusion kernel must be .* got \(4, 1, 3, 5\)"),

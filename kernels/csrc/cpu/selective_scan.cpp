@@ -386,18 +386,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
       BackwardChannels<scalar_t>(scan, item, grad_outputs, grad_states, grad_last_states, grads).run();
     });
   });
-  const auto summed = [&](const Tensor& parts, at::ScalarType dtype) {
-    return parts.numel() > 0 ? parts.sum(0).to(dtype) : parts;
+  const auto summed = [&](bool present, const Tensor& parts, at::ScalarType dtype) {
+    return present ? parts.sum(0).to(dtype) : parts;
   };
   const auto weights = A.scalar_type(), tokens = u.scalar_type();
   return {grad_u,
           grad_delta,
-          summed(grad_A, weights),
-          summed(grad_B, tokens),
-          summed(grad_C, tokens),
-          summed(grad_D, weights),
+          summed(true, grad_A, weights),
+          summed(true, grad_B, tokens),
+          summed(C.has_value(), grad_C, tokens),
+          summed(D.has_value(), grad_D, weights),
           grad_z,
-          summed(grad_bias, weights)};
+          summed(delta_bias.has_value(), grad_bias, weights)};
 }
 
 }  // namespace

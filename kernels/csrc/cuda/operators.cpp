@@ -260,9 +260,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
   // (batch, groups, blocks of channels in a group, N, L): one per block, so the sum over channels needs no atomics.
   const int64_t blocks = scan.dim / scan.groups / spatial_mamba::selective_scan_channels_per_block(scan);
   const std::vector<int64_t> partial_shape = {scan.batch, scan.groups, blocks, scan.states, scan.length};
-  const Tensor absent = at::empty({0}, u.options());
-  Tensor grad_u = at::empty_like(u), grad_delta = at::empty_like(delta), grad_z = z ? at::empty_like(*z) : absent;
-  Tensor grad_B = empty_floats(u, partial_shape), grad_C = C ? empty_floats(u, partial_shape) : absent;
+  const auto absent = [&] { return at::empty({0}, u.options()); };  // a new one each time: outputs may not share memory
+  Tensor grad_u = at::empty_like(u), grad_delta = at::empty_like(delta), grad_z = z ? at::empty_like(*z) : absent();
+  Tensor grad_B = empty_floats(u, partial_shape), grad_C = C ? empty_floats(u, partial_shape) : absent();
   Tensor grad_A = empty_floats(u, {scan.batch, scan.dim, scan.states});
   Tensor grad_D = empty_floats(u, {scan.batch, scan.dim}), grad_bias = at::empty_like(grad_D);
   spatial_mamba::selective_scan_backward(
@@ -274,10 +274,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
           grad_delta,
           grad_A.sum(0),
           grad_B.sum(2).to(B.scalar_type()),
-          C ? grad_C.sum(2).to(C->scalar_type()) : absent,
-          D ? grad_D.sum(0) : absent,
+          C ? grad_C.sum(2).to(C->scalar_type()) : grad_C,
+          D ? grad_D.sum(0) : absent(),
           grad_z,
-          delta_bias ? grad_bias.sum(0) : absent};
+          delta_bias ? grad_bias.sum(0) : absent()};
 }
 
 // --- Registration ----------------------------------------------------------------------------------------------------
