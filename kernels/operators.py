@@ -42,7 +42,14 @@ def _backend(tensor: Tensor) -> ModuleType:
 # --- selective_scan ---------------------------------------------------------------------------------------------------
 
 
-@custom_op("spatial_mamba::selective_scan", mutates_args=())
+@custom_op(
+    "spatial_mamba::selective_scan",
+    mutates_args=(),
+    schema=(
+        "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+        "bool delta_softplus) -> (Tensor, Tensor)"
+    ),
+)
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -58,7 +65,15 @@ def selective_scan(
     return _backend(u).selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
-@custom_op("spatial_mamba::selective_scan_backward", mutates_args=())
+@custom_op(
+    "spatial_mamba::selective_scan_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_out, Tensor grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? C, "
+        "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
 def selective_scan_backward(
     grad_out: Tensor,
     grad_last: Tensor,
@@ -108,13 +123,21 @@ selective_scan.register_autograd(_scan_backward, setup_context=_save_scan)
 # --- state_fusion -----------------------------------------------------------------------------------------------------
 
 
-@custom_op("spatial_mamba::state_fusion", mutates_args=())
+@custom_op(
+    "spatial_mamba::state_fusion",
+    mutates_args=(),
+    schema="(Tensor h, Tensor taps, int[] offsets) -> Tensor",
+)
 def state_fusion(h: Tensor, taps: Tensor, offsets: Sequence[int]) -> Tensor:
     """Fused states (batch, H, W, dim) in the dtype of h."""
     return _backend(h).state_fusion(h, taps, offsets)
 
 
-@custom_op("spatial_mamba::state_fusion_backward", mutates_args=())
+@custom_op(
+    "spatial_mamba::state_fusion_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor h, Tensor taps, int[] offsets) -> (Tensor, Tensor)",
+)
 def state_fusion_backward(grad_out: Tensor, h: Tensor, taps: Tensor, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Gradients of h and taps."""
     return _backend(h).state_fusion_backward(grad_out, h, taps, offsets)
@@ -148,7 +171,14 @@ state_fusion.register_autograd(_fusion_backward, setup_context=_save_fusion)
 # --- structure_aware_scan ---------------------------------------------------------------------------------------------
 
 
-@custom_op("spatial_mamba::structure_aware_scan", mutates_args=())
+@custom_op(
+    "spatial_mamba::structure_aware_scan",
+    mutates_args=(),
+    schema=(
+        "(Tensor u, Tensor projection, Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, "
+        "Tensor taps, int[] offsets, ScalarType out_dtype) -> (Tensor, Tensor)"
+    ),
+)
 def structure_aware_scan(
     u: Tensor,
     projection: Tensor,
@@ -167,7 +197,15 @@ def structure_aware_scan(
     return _backend(u).structure_aware_scan(u, projection, step_weight, step_bias, A_log, D, taps, offsets, out_dtype)
 
 
-@custom_op("spatial_mamba::structure_aware_scan_backward", mutates_args=())
+@custom_op(
+    "spatial_mamba::structure_aware_scan_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_out, Tensor u, Tensor projection, Tensor step_weight, Tensor step_bias, Tensor A_log, "
+        "Tensor D, Tensor taps, Tensor row_states, int[] offsets)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
 def structure_aware_scan_backward(
     grad_out: Tensor,
     u: Tensor,
