@@ -27,6 +27,14 @@ struct Map {
   Neighbourhood around;
 };
 
+// The weights of the taps, (T, dim) in memory, for one vector of channels.
+template <typename T>
+Vectors<T> load_taps(const Map& map, const T* taps, int64_t channel, int lanes) {
+  Vectors<T> weights(map.around.size());
+  for (int64_t t = 0; t < map.around.size(); ++t) weights[t] = load(taps + t * map.dim + channel, lanes);
+  return weights;
+}
+
 // Groups of channels per image: no more than needed to keep all threads busy, because the channels of a group add to
 // the same gradients one after the other.
 template <typename T>

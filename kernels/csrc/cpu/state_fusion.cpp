@@ -13,13 +13,6 @@ namespace {
 
 using at::Tensor;
 
-template <typename T>
-Vectors<T> load_taps(const Map& map, const T* taps, int64_t channel, int lanes) {
-  Vectors<T> weights(map.around.size());
-  for (int64_t t = 0; t < map.around.size(); ++t) weights[t] = load(taps + t * map.dim + channel, lanes);
-  return weights;
-}
-
 template <typename io>
 class FuseChannels {
  public:

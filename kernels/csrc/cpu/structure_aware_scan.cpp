@@ -56,7 +56,7 @@ struct ChannelWeights {
         A(load(core.A_log + channel, n)),
         D(load(core.D + channel, n)),
         step(core.rank),
-        taps(core.around.size()) {
+        taps(load_taps(core, core.taps, channel, n)) {
     for (int lane = 0; lane < kLanes<T>; ++lane) A[lane] = -std::exp(A[lane]);
     for (int64_t k = 0; k < core.rank; ++k) {
       step[k] = Vec<T>{};
@@ -64,7 +64,6 @@ struct ChannelWeights {
         step[k][lane] = core.step_weight[(channel + lane) * core.rank + k] * T(M_LOG2E);
       }
     }
-    for (int64_t t = 0; t < core.around.size(); ++t) taps[t] = load(core.taps + t * core.dim + channel, n);
   }
 
   Vec<T> bias, A, D;
