@@ -37,7 +37,9 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise WeightsError(f"{path}: the file is empty; download or save it again")
     try:
-        with torch.serialization.safe_globals(_admitted_types()):
+        # The context takes away on leaving what it was given, even what this process admits for good.
+        admitted = torch.serialization.get_safe_globals()
+        with torch.serialization.safe_globals([kind for kind in safe_types() if kind not in admitted]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, *_DAMAGED) as error:
         foreign = re.search(r"(?:Unsupported global:|unsupported) GLOBAL ([\w.]+)", str(error))
@@ -77,7 +79,14 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     Raises:
         WeightsError: naming the first differences.
     """
-    own = model.state_dict()
+    problems = describe_differences(model.state_dict(), state)
+    if problems:
+        raise WeightsError(f"{path}: {problems}")
+    model.load_state_dict(state, strict=True)
+
+
+def describe_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """The first differences in names and shapes between a model's state dict and that of a file; None without any."""
     problems = [f"{name} is missing" for name in own.keys() - state.keys()]
     problems += [f"{name} is not part of the model" for name in state.keys() - own.keys()]
     problems += [
@@ -85,10 +94,10 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
         for name in own.keys() & state.keys()
         if state[name].shape != own[name].shape
     ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:3]) + ("; ..." if len(problems) > 3 else "")
-        raise WeightsError(f"{path}: does not fit this model in {len(problems)} entries: {shown}")
-    model.load_state_dict(state, strict=True)
+    if not problems:
+        return None
+    shown = "; ".join(sorted(problems)[:3]) + ("; ..." if len(problems) > 3 else "")
+    return f"does not fit this model in {len(problems)} entries: {shown}"
 
 
 def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -104,8 +113,8 @@ def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
     load_strictly(model, {**output_norms, **state}, path)
 
 
-def _admitted_types() -> list[Any]:
-    """Types beyond PyTorch's own list that published checkpoints hold; none can execute code."""
+def safe_types() -> list[Any]:
+    """Types beyond PyTorch's own list that published checkpoints hold; none can execute code. For ``safe_globals``."""
     scalar = np.float64(0).__reduce__()[0]
     scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2
     dtypes = [type(np.dtype(code)) for code in "?bhilBHILefd"]

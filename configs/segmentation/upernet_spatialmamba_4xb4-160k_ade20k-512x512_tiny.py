@@ -1,0 +1,24 @@
+"""UPerNet on Spatial-Mamba-T, ADE20K at 512x512, 160k iterations, 4 GPUs x 4 images: mmseg's recipe for Swin-T."""
+
+_base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
+custom_imports = dict(imports=["spatial_mamba.segmentation"])
+custom_hooks = [dict(type="ExactResumeHook")]
+
+checkpoint_file = "data/pretrained/spatialmamba_tiny.pth"  # another: --cfg-options model.backbone.pretrained=FILE
+backbone_norm_cfg = None  # of the base's backbone; this one has its own
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="MM_SpatialMamba",
+        dims=64,
+        depths=(2, 4, 8, 4),
+        drop_path_rate=0.2,
+        pretrained=checkpoint_file,
+    ),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(_delete_=True, norm=dict(decay_mult=0.0))))
+
+train_dataloader = dict(batch_size=4)
+auto_scale_lr = dict(enable=False, base_batch_size=16)

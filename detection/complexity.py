@@ -1,0 +1,18 @@
+"""Parameters and FLOPs of Mask R-CNN: ``python -m spatial_mamba.detection.complexity [CONFIG ...]``."""
+
+import sys
+from collections.abc import Sequence
+
+from .openmmlab import complexity
+
+RECIPES = [f"mask_rcnn_spatialmamba_fpn_coco_{name}" for name in ("tiny", "small", "base", "tiny_3x", "small_3x")]
+SIZE = (800, 1280)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    return complexity.main("mmdet", __doc__, RECIPES, SIZE, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

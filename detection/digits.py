@@ -1,0 +1,103 @@
+"""Writes scenes of handwritten digits on photographs as a data set in COCO's form: ``python -m ... digits FOLDER``."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from .openmmlab.data_folder import run_command, write_whole
+from .openmmlab.scenes import Scene, scenes
+
+COUNTS = {"train": 800, "val": 160}
+CATEGORIES = [{"id": digit + 1, "name": str(digit), "supercategory": "digit"} for digit in range(10)]
+
+
+def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
+    """Write ``folder/{train,val}/*.png`` and ``folder/annotations/instances_{train,val}.json``, the same every time.
+
+    Args:
+        counts: images per split.
+
+    Returns:
+        What the folder holds, in words.
+
+    Raises:
+        SetupError: if scikit-learn is missing.
+        ValueError: if the folder holds something else.
+    """
+    files = [f"{split}/{_name(number)}" for split, count in counts.items() for number in range(count)]
+    files += [f"annotations/instances_{split}.json" for split in counts]
+
+    def write(unfinished: Path) -> None:
+        (unfinished / "annotations").mkdir()
+        for split, count in counts.items():
+            (unfinished / split).mkdir()
+            images: list[dict[str, Any]] = []
+            annotations: list[dict[str, Any]] = []
+            for number, scene in enumerate(scenes(split, count)):
+                Image.fromarray(scene.image).save(unfinished / split / _name(number))
+                height, width = scene.image.shape[:2]
+                images.append({"id": number + 1, "file_name": _name(number), "height": height, "width": width})
+                annotations += _annotations(scene, number + 1, len(annotations) + 1)
+            content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+            (unfinished / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+    write_whole(folder, files, write)
+    return f"{counts['train']} training and {counts['val']} validation images of digits on photographs, in COCO's form"
+
+
+def outline(mask: np.ndarray) -> list[list[int]]:
+    """Polygons [x0, y0, x1, y1, ...] along the pixels' outer edges that cover exactly the (H, W) mask together.
+
+    COCO's polygons have no holes, so a part with a hole is cut in two there.
+    """
+    # At twice the size a pixel x has its left border at 2x and its right one at 2x + 1, for the edges x and x + 1.
+    doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
+    contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if not contours:
+        return []
+    rings = [(contour[:, 0] + 1) // 2 for contour in contours]
+    holes = [ring for ring, (_, _, _, parent) in zip(rings, hierarchy[0], strict=True) if parent >= 0]
+    if holes:
+        columns = np.arange(mask.shape[1])
+        cut = (holes[0][:, 0].min() + holes[0][:, 0].max() + 1) // 2
+        return outline(mask & (columns < cut)) + outline(mask & (columns >= cut))
+    # The inner corners come twice.
+    return [ring[(ring != np.roll(ring, 1, axis=0)).any(axis=1)].ravel().tolist() for ring in rings]
+
+
+def _name(number: int) -> str:
+    return f"{number + 1:06d}.png"
+
+
+def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    """One COCO annotation per digit of the scene, their boxes tight around the visible pixels."""
+    annotations = []
+    for number, (value, mask) in enumerate(zip(scene.classes.tolist(), scene.masks, strict=True)):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        left, top = int(columns[0]), int(rows[0])
+        annotations.append(
+            {
+                "id": first_id + number,
+                "image_id": image_id,
+                "category_id": value + 1,
+                "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+                "area": int(mask.sum()),
+                "segmentation": outline(mask),
+                "iscrowd": 0,
+            }
+        )
+    return annotations
+
+
+def main() -> int:
+    return run_command(__doc__, write_digits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""MM_SpatialMamba: the backbone under the name, and with the options, that OpenMMLab's configs expect."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...classification.models.spatial_mamba import SpatialMambaBackbone
+from ...classification.models.weights import load_backbone_weights
+
+
+@MODELS.register_module(name="MM_SpatialMamba")
+class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
+    """Spatial-Mamba as a backbone of mmdet, mmseg and every other user of mmengine's registry.
+
+    Images (B, in_chans, H, W) to one map (B, C_i, H_i, W_i) of stride 4 * 2**i per out_index. Weights given by
+    ``pretrained`` or ``init_cfg`` are read by ``init_weights``, which a runner calls before training and not
+    before testing.
+
+    Args:
+        frozen_stages: -1 trains everything; 0 freezes the stem; i freezes the stem and the first i stages, each
+            with its output norm and the downsampling behind it. What is frozen stays in evaluation mode.
+        norm_eval: keep every BatchNorm (of the stem and the downsampling) in evaluation mode: its running
+            statistics are used and stay as they are, its weights are trained.
+        with_cp: recompute the blocks' activations in the backward pass instead of storing them.
+        pretrained: a classification checkpoint, of this project or a published one; short for ``init_cfg``.
+        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``.
+        in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, out_indices: see ``SpatialMambaBackbone``.
+
+    Raises:
+        ValueError: for another ``init_cfg``, one beside ``pretrained``, or ``frozen_stages`` out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        dims: int = 64,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        d_state: int = 1,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.2,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        pretrained: str | PathLike[str] | None = None,
+        init_cfg: Mapping[str, Any] | None = None,
+    ) -> None:
+        if pretrained is not None and init_cfg is not None:
+            raise ValueError("pretrained and init_cfg both name weights to start from; give one of them")
+        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
+            raise ValueError(f"init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {dict(init_cfg)}")
+        if not -1 <= frozen_stages <= len(depths):
+            raise ValueError(f"frozen_stages must be -1 (none) to {len(depths)} (all), got {frozen_stages}")
+        super().__init__(in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, with_cp, out_indices)
+        self.init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained)} if pretrained is not None else init_cfg
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Read the weights to start from, strictly; without any the initial values of the constructor stay.
+
+        Raises:
+            WeightsError: if the file is missing, unsafe, damaged or does not fit.
+        """
+        if self.init_cfg is not None and not self.is_init:
+            load_backbone_weights(self, self.init_cfg["checkpoint"])
+        self.is_init = True
+
+    def train(self, mode: bool = True) -> "MMSpatialMamba":
+        """Switch to training, but for what is frozen and, with ``norm_eval``, BatchNorm."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        norms = [getattr(self, f"outnorm{i}") for i in self.out_indices if i < self.frozen_stages]
+        return [self.patch_embed, *self.layers[: self.frozen_stages], *norms]

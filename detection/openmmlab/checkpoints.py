@@ -1,0 +1,73 @@
+"""OpenMMLab's checkpoints: read with PyTorch's weights_only left on, and loaded strictly."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from ...classification.models.weights import WeightsError, describe_differences, safe_types
+
+
+def admit_safe_types() -> None:
+    """Let PyTorch's safe reader, in this process, take what mmengine's checkpoints hold beside tensors.
+
+    That is the history of logged values and NumPy arrays and scalars, under the names of NumPy 1 and 2. None of
+    them executes code. Everything else is refused by the reader, with its name. The histories name their methods by
+    ``getattr``, which could reach anything; in its place the reader gets a function that knows only those methods.
+    """
+    reconstruct = np.zeros(0).__reduce__()[0]
+    arrays = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    methods = (_history_method, "builtins.getattr")
+    torch.serialization.add_safe_globals([*safe_types(), *arrays, np.ndarray, HistoryBuffer, methods])
+
+
+def _history_method(owner: object, name: str) -> Callable:
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {owner!r}, {name!r}")
+    return getattr(HistoryBuffer, name)
+
+
+@HOOKS.register_module()
+class StrictLoadHook(Hook):
+    """Refuses a checkpoint that does not fit the model in every name and shape; mmengine would only print that.
+
+    Args:
+        may_differ: prefixes of names that may be missing, left over or of another shape: those of the heads, where
+            a detector is fine-tuned for other classes.
+    """
+
+    def __init__(self, may_differ: tuple[str, ...] = ()) -> None:
+        self.may_differ = tuple(may_differ)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Compare before the weights are put in place.
+
+        Raises:
+            WeightsError: naming the first differences.
+        """
+        check_fit(runner.model, checkpoint, runner._load_from or runner.work_dir, self.may_differ)
+
+
+def check_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, may_differ: tuple[str, ...] = ()) -> None:
+    """Compare a checkpoint with a model, wrapped or not, in names and shapes.
+
+    Raises:
+        WeightsError: naming the first differences.
+    """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    state = checkpoint.get("state_dict", checkpoint)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    own = model.state_dict()
+    kept = [{name: t for name, t in s.items() if not name.startswith(may_differ or "\0")} for s in (own, state)]
+    problems = describe_differences(*kept)
+    if problems:
+        raise WeightsError(f"{path}: {problems}")

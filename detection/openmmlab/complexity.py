@@ -1,0 +1,86 @@
+"""Parameters and FLOPs of whole detectors and segmentors, as a table; the command line of both rooms.
+
+The convention is that of the published tables. A multiply-add counts as one, and what is counted is what
+``classification.models.complexity`` names. The whole model is counted in evaluation mode, as its ``tensor`` mode runs
+it on one image, without post-processing. For Mask R-CNN that is backbone, FPN, RPN, the box head on the proposals of
+the RPN (1,000 in the recipes, at their size) and the mask head on the first 100 of them; for UPerNet backbone and
+decode head. The auxiliary head, which only trains, is in the parameters and not in the FLOPs.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from ...classification.models.complexity import count_flops, count_parameters
+from .packages import SetupError, check_packages
+from .tools import Parser, load_config, report_errors
+
+
+def main(
+    package: str, description: str, recipes: Sequence[str], size: tuple[int, int], argv: Sequence[str] | None
+) -> int:
+    """Print one line per config; returns the exit status: 0, or 2 after a line that names what is wrong.
+
+    Args:
+        package: ``mmdet`` or ``mmseg``.
+        recipes: names of the configs that are counted if none is given.
+        size: height and width of the image, if none are given.
+    """
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "configs", nargs="*", default=recipes, metavar="CONFIG", help="config files, or names of those in the package"
+    )
+    parser.add_argument("--size", nargs=2, type=int, default=size, metavar=("HEIGHT", "WIDTH"), help="image, in pixels")
+    return report_errors(_print_table, package, parser, argv)
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model of a config with the initial values of its layers; no file of weights is read."""
+    init_default_scope(config.default_scope)
+    return MODELS.build(config.model)
+
+
+def count_model_flops(model: nn.Module, size: tuple[int, int]) -> int:
+    """FLOPs of a detector or segmentor for one image of ``size`` (height, width), counted as said above.
+
+    Raises:
+        ImportError: if fvcore is missing.
+    """
+    return count_flops(_TensorMode(model, size), torch.zeros(1, 3, *size))
+
+
+class _TensorMode(nn.Module):
+    """A model as a function of the image alone, which is what can be traced."""
+
+    def __init__(self, model: nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.model = model
+        self.samples = [BaseDataElement(metainfo=dict(img_shape=size))]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.model(images, self.samples, mode="tensor")
+
+
+def _print_table(package: str, parser: Parser, argv: Sequence[str] | None) -> None:
+    args = parser.parse_args(argv)
+    size = tuple(args.size)
+    if min(size) < 32:
+        raise SetupError(f"--size: height and width must be at least 32 pixels, got {size[0]} {size[1]}")
+    check_packages(package)
+    configs = {name: load_config(package, name) for name in args.configs}
+    width = max(map(len, configs)) + 2
+    print(f"{'config':<{width}}{'size':>10}{'parameters':>14}{'GFLOPs':>10}")
+    for name, config in configs.items():
+        torch.manual_seed(0)  # how many proposals survive depends, if on few images only, on the initial values
+        model = build_model(config)
+        try:
+            flops = count_model_flops(model, size)
+        except ImportError as error:
+            raise SetupError(str(error)) from error
+        shape = f"{size[0]}x{size[1]}"
+        print(f"{name:<{width}}{shape:>10}{count_parameters(model):>14,}{flops / 1e9:>10.2f}", flush=True)

@@ -1,0 +1,178 @@
+"""The command line that predicts on images, for both rooms: every input is checked first, then image by image."""
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from ...classification.models.weights import load_strictly, read_checkpoint, state_dict_of
+from .packages import SetupError, check_packages
+from .tools import Parser, load_config, report_errors
+
+_IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class Predictor(ABC):
+    """A model and what it makes of an image; one subclass per room.
+
+    Args:
+        config: the model's config.
+        device: ``cpu`` or ``cuda:0``.
+        args: the options of the command line.
+    """
+
+    package: ClassVar[str]  # mmdet or mmseg
+    endings: ClassVar[tuple[str, ...]]  # of the files written for an image NAME: NAME + ending
+
+    def __init__(self, config: Config, device: str, args: Namespace) -> None:
+        self.model = self.build(config, device)
+        self.args = args
+
+    @abstractmethod
+    def build(self, config: Config, device: str) -> nn.Module:
+        """The model in evaluation mode, without its weights."""
+
+    @abstractmethod
+    def predict(self, image: Path, stem: Path) -> tuple[dict[str, Any], str]:
+        """Predict on one image and write all files but the JSON to ``stem`` + ending.
+
+        Returns:
+            What goes into the JSON (``width`` and ``height`` of the image and the predictions), and a short summary.
+        """
+
+
+def main(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -> int:
+    """Predict on the images that the command line names; returns the exit status: 0, or 2 after one line of error."""
+    return report_errors(_run, kind, parser, argv)
+
+
+def common_parser(description: str, room: str) -> Parser:
+    """The options of both rooms."""
+    parser = Parser(f"python -m spatial_mamba.{room}", description=description)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of image files")
+    parser.add_argument("--config", required=True, help="config file, or the name of one that comes with the package")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="trained weights")
+    parser.add_argument(
+        "--out-dir", type=Path, default=f"output/{room}", metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return parser
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Image files among ``paths`` and directly in the folders among them, each readable to its end.
+
+    Raises:
+        SetupError: naming a path that is missing, no image, damaged, or a folder without images.
+    """
+    images = []
+    for path in paths:
+        found = [path]
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGE_ENDINGS and p.is_file())
+            if not found:
+                raise SetupError(f"{path}: no images in this folder ({', '.join(sorted(_IMAGE_ENDINGS))})")
+        images += found
+    for image in images:
+        if not image.is_file():
+            raise SetupError(f"{image}: no such image or folder")
+        if image.suffix.lower() not in _IMAGE_ENDINGS:
+            raise SetupError(f"{image}: not an image file ({', '.join(sorted(_IMAGE_ENDINGS))})")
+        try:
+            with Image.open(image) as opened:
+                opened.load()
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            raise SetupError(f"{image}: cannot be read as an image ({reason})") from error
+    return images
+
+
+def plan_outputs(images: Sequence[Path], folder: Path, endings: Sequence[str]) -> dict[Path, Path]:
+    """For every image the path of its output files without their endings.
+
+    Raises:
+        SetupError: if a file would be written twice, or over one of the images, or the folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SetupError(f"--out-dir: {folder} is not a folder")
+    writers: dict[Path, Path] = {}
+    for image in images:
+        for ending in endings:
+            output = folder / f"{image.stem}{ending}"
+            if output in writers:
+                raise SetupError(
+                    f"{writers[output]} and {image} would both be written to {output}; rename one or run them apart"
+                )
+            writers[output] = image
+    resolved = {image.resolve() for image in images}
+    for output in writers:
+        if output.resolve() in resolved:
+            raise SetupError(f"{output} is an image to read and would be written over; choose another --out-dir")
+    return {image: folder / image.stem for image in images}
+
+
+def choose_device(name: str) -> str:
+    """``cpu`` or ``cuda:0``; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        SetupError: if a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SetupError("--device cuda: PyTorch sees no GPU here; take auto or cpu")
+    return "cuda:0" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, config: Config) -> None:
+    """Give a model the weights of a checkpoint, strictly, and the names and colours of its classes.
+
+    Those are the checkpoint's, or else of the config's test data set; they become ``model.dataset_meta``.
+
+    Raises:
+        WeightsError: if the checkpoint does not fit the model.
+        SetupError: if there are other classes than the model has.
+    """
+    load_strictly(model, state_dict_of(checkpoint, path), path)
+    meta = checkpoint.get("meta", {}).get("dataset_meta") or {}
+    meta = {key.lower(): value for key, value in meta.items()}
+    source = path
+    if not meta.get("classes"):
+        source = "the config's test data set"
+        meta = dict(DATASETS.build({**config.test_dataloader.dataset, "lazy_init": True}).metainfo)
+    count = max(getattr(module, "num_classes", 0) or 0 for module in model.modules())  # an RPN has one
+    names = meta.get("classes") or ()
+    if len(names) != count:
+        raise SetupError(f"{source} names {len(names)} classes, the model has {count}; give the config it belongs to")
+    model.dataset_meta = meta
+
+
+def _run(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -> None:
+    args = parser.parse_args(argv)
+    check_packages(kind.package)
+    warnings.filterwarnings("ignore", module="mm(cv|engine|det|seg)")  # notes to the developers of these packages
+    device = choose_device(args.device)
+    config = load_config(kind.package, args.config)
+    if config.get("default_scope", kind.package) != kind.package:
+        raise SetupError(f"{args.config}: is a config for {config.default_scope}; this command needs {kind.package}")
+    images = find_images(args.images)
+    outputs = plan_outputs(images, args.out_dir, kind.endings)
+    checkpoint = read_checkpoint(args.checkpoint)
+
+    init_default_scope(kind.package)
+    predictor = kind(config, device, args)
+    load_weights(predictor.model, checkpoint, args.checkpoint, config)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    for image, stem in outputs.items():
+        prediction, summary = predictor.predict(image, stem)
+        record = {"image": str(image), "config": args.config, "checkpoint": str(args.checkpoint), **prediction}
+        # Not with_suffix, which would cut a name such as "scene.1".
+        Path(f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"{image}: {summary} -> {stem}.png", flush=True)

@@ -1,0 +1,18 @@
+"""Parameters and FLOPs of UPerNet: ``python -m spatial_mamba.segmentation.complexity [CONFIG ...]``."""
+
+import sys
+from collections.abc import Sequence
+
+from ..detection.openmmlab import complexity
+
+RECIPES = [f"upernet_spatialmamba_4xb4-160k_ade20k-512x512_{name}" for name in ("tiny", "small", "base")]
+SIZE = (512, 2048)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    return complexity.main("mmseg", __doc__, RECIPES, SIZE, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Writes scenes of handwritten digits on photographs in ADE20K's layout: ``python -m ... digits FOLDER``."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..detection.openmmlab.data_folder import run_command, write_whole
+from ..detection.openmmlab.scenes import Scene, scenes
+
+COUNTS = {"train": 800, "val": 160}
+FOLDERS = {"train": "training", "val": "validation"}
+
+
+def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
+    """Write ``folder/images/{training,validation}/*.jpg`` and label maps ``folder/annotations/.../*.png``.
+
+    Args:
+        counts: images per split.
+
+    Returns:
+        What the folder holds, in words.
+
+    Raises:
+        SetupError: if scikit-learn is missing.
+        ValueError: if the folder holds something else.
+    """
+    stems = {split: [f"{FOLDERS[split]}/{number + 1:06d}" for number in range(counts[split])] for split in counts}
+    files = [f"images/{stem}.jpg" for split in stems for stem in stems[split]]
+    files += [f"annotations/{stem}.png" for split in stems for stem in stems[split]]
+
+    def write(unfinished: Path) -> None:
+        for split, count in counts.items():
+            for kind in ("images", "annotations"):
+                (unfinished / kind / FOLDERS[split]).mkdir(parents=True)
+            for stem, scene in zip(stems[split], scenes(split, count), strict=True):
+                Image.fromarray(scene.image).save(unfinished / f"images/{stem}.jpg", quality=95)
+                Image.fromarray(label_map(scene)).save(unfinished / f"annotations/{stem}.png")
+
+    write_whole(folder, files, write)
+    return f"{counts['train']} training and {counts['val']} validation images of digits on photographs, with label maps"
+
+
+def label_map(scene: Scene) -> np.ndarray:
+    """(H, W) uint8: 0 on the digits' edges, which are not counted, 1 on the photograph, 2..11 on the digits 0..9."""
+    labels = np.ones(scene.image.shape[:2], np.uint8)
+    for value, mask in zip(scene.classes, scene.masks, strict=True):
+        labels[mask] = value + 2
+    labels[scene.rim] = 0
+    return labels
+
+
+def main() -> int:
+    return run_command(__doc__, write_digits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
