@@ -9,7 +9,7 @@ RUN := output/spatialmamba_digits/demo
 # On the CPU everywhere: two processes would need two GPUs.
 MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
-.PHONY: demo test lint gpu figure clean
+.PHONY: demo demo-detection demo-segmentation test lint gpu figure clean
 
 # Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
 demo: .venv/ready $(LIBRARIES)
@@ -17,8 +17,16 @@ demo: .venv/ready $(LIBRARIES)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 $(MAIN) --output output --tag demo
 	$(BIN)/python $(MAIN) --eval --pretrained $(RUN)/best.pth
 
+# Make a data set of digits on photographs, train Mask R-CNN on it with two processes, test, and draw what it finds.
+demo-detection: .venv/openmmlab $(LIBRARIES)
+	$(call OPENMMLAB_DEMO,detection,mask_rcnn_spatialmamba_fpn_digits,digits_coco)
+
+# The same with UPerNet, for the classes of the pixels.
+demo-segmentation: .venv/openmmlab $(LIBRARIES)
+	$(call OPENMMLAB_DEMO,segmentation,upernet_spatialmamba_digits,digits_ade)
+
 # One thread: the tests' tensors are small, and their processes share the machine.
-test: .venv/ready $(LIBRARIES) lint
+test: .venv/openmmlab $(LIBRARIES) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/ready
@@ -36,6 +44,7 @@ figure: .venv/ready
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/lib $(DIGITS) $(RUN)
+	rm -rf detection/data/digits_coco detection/work_dirs segmentation/data/digits_ade segmentation/work_dirs
 
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
@@ -44,6 +53,20 @@ clean:
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
+
+# mmcv compiles its operators for the installed PyTorch, in about ten minutes, unless pip has kept the wheel.
+.venv/openmmlab: .venv/ready detection/requirements.txt
+	$(BIN)/python -m pip install --quiet wheel ninja psutil
+	$(BIN)/python -m pip install --quiet --no-build-isolation -r detection/requirements.txt
+	touch $@
+
+# $(call OPENMMLAB_DEMO,room,config,data set): what is there already is not made again, and a broken-off run resumes.
+define OPENMMLAB_DEMO
+	$(BIN)/python -m spatial_mamba.$(1).digits $(1)/data/$(3)
+	cd $(1) && export PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= && \
+	bash ./tools/dist_train.sh $(2) 2 --resume && \
+	bash ./tools/dist_test.sh $(2) "$$(cat work_dirs/$(2)/last_checkpoint)" 1 --show-dir work_dirs/$(2)/drawn
+endef
 
 # The demo and the tests run on the CPU. Without a compiler the command says so, and all runs without native code, slower.
 $(LIBRARIES): .venv/ready kernels/build.py $(wildcard kernels/csrc/cpu/*)

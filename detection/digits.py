@@ -13,7 +13,7 @@ from PIL import Image
 from .openmmlab.data_folder import run_command, write_whole
 from .openmmlab.scenes import Scene, scenes
 
-COUNTS = {"train": 800, "val": 160}
+COUNTS = {"train": 1600, "val": 160}
 CATEGORIES = [{"id": digit + 1, "name": str(digit), "supercategory": "digit"} for digit in range(10)]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from ..detection.openmmlab.data_folder import run_command, write_whole
 from ..detection.openmmlab.scenes import Scene, scenes
 
-COUNTS = {"train": 800, "val": 160}
+COUNTS = {"train": 1600, "val": 160}
 FOLDERS = {"train": "training", "val": "validation"}
 
 
@@ -44,11 +44,10 @@ def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
 
 
 def label_map(scene: Scene) -> np.ndarray:
-    """(H, W) uint8: 0 on the digits' edges, which are not counted, 1 on the photograph, 2..11 on the digits 0..9."""
+    """(H, W) uint8: 1 on the photograph, 2..11 on the digits 0..9; 0, ADE20K's mark for "not counted", is not used."""
     labels = np.ones(scene.image.shape[:2], np.uint8)
     for value, mask in zip(scene.classes, scene.masks, strict=True):
         labels[mask] = value + 2
-    labels[scene.rim] = 0
     return labels
 
 

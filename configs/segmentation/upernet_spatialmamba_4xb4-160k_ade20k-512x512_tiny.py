@@ -2,7 +2,7 @@
 
 _base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
 custom_imports = dict(imports=["spatial_mamba.segmentation"])
-custom_hooks = [dict(type="ExactResumeHook")]
+custom_hooks = [dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook")]
 
 checkpoint_file = "data/pretrained/spatialmamba_tiny.pth"  # another: --cfg-options model.backbone.pretrained=FILE
 backbone_norm_cfg = None  # of the base's backbone; this one has its own

@@ -1,6 +1,11 @@
 """What detection and segmentation share: the backbone's registration, checkpoints, resuming, the tools."""
 
-from . import backbone, resume  # noqa: F401
-from .checkpoints import admit_safe_types
+import warnings
+
+# mmengine asks for it with every import, and can do nothing about it any more.
+warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+
+from . import backbone, resume  # noqa: E402, F401
+from .checkpoints import admit_safe_types  # noqa: E402
 
 admit_safe_types()

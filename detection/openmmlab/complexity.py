@@ -8,6 +8,7 @@ decode head. The auxiliary head, which only trains, is in the parameters and not
 """
 
 import argparse
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,9 @@ def main(
 def build_model(config: Config) -> nn.Module:
     """The model of a config with the initial values of its layers; no file of weights is read."""
     init_default_scope(config.default_scope)
-    return MODELS.build(config.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes of mmseg's developers to each other
+        return MODELS.build(config.model)
 
 
 def count_model_flops(model: nn.Module, size: tuple[int, int]) -> int:

@@ -34,7 +34,8 @@ class Predictor(ABC):
     endings: ClassVar[tuple[str, ...]]  # of the files written for an image NAME: NAME + ending
 
     def __init__(self, config: Config, device: str, args: Namespace) -> None:
-        self.model = self.build(config, device)
+        with warnings.catch_warnings(record=True):  # that there is no checkpoint: it comes next
+            self.model = self.build(config, device)
         self.args = args
 
     @abstractmethod
@@ -160,8 +161,6 @@ def _run(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -> N
     warnings.filterwarnings("ignore", module="mm(cv|engine|det|seg)")  # notes to the developers of these packages
     device = choose_device(args.device)
     config = load_config(kind.package, args.config)
-    if config.get("default_scope", kind.package) != kind.package:
-        raise SetupError(f"{args.config}: is a config for {config.default_scope}; this command needs {kind.package}")
     images = find_images(args.images)
     outputs = plan_outputs(images, args.out_dir, kind.endings)
     checkpoint = read_checkpoint(args.checkpoint)

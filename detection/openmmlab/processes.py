@@ -23,7 +23,7 @@ def prepare_processes(config: Config) -> None:
     the runner is built; its wrapper for distributed training names a GPU likewise.
 
     Raises:
-        SetupError: if there are GPUs, but fewer than processes on this machine.
+        SetupError: if there are GPUs, but fewer than processes on this machine, or none for MPI.
     """
     if config.launcher == "none":
         return
@@ -35,6 +35,8 @@ def prepare_processes(config: Config) -> None:
                 "or hide the GPUs to use the CPU: CUDA_VISIBLE_DEVICES=-1"
             )
         return
+    if config.launcher == "mpi":
+        raise SetupError("--launcher mpi: works on GPUs only, and PyTorch finds none here; use pytorch or slurm")
     if config.launcher == "slurm":
         _take_environment_from_slurm()
     dist.init_process_group("gloo")

@@ -15,13 +15,12 @@ SPLITS = ("train", "val")
 VAL_SHARE = 0.2  # of the digits
 TRAIN_COLUMNS = 0.6  # share of each photograph, from its left edge, that training sees; the rest is for validation
 
-SIDES = (28, 64)  # smallest and largest width of a pasted 8x8 digit, in pixels
-MOST_DIGITS = 5
+SIDES = (36, 60)  # smallest and largest width of a pasted 8x8 digit, in pixels
+MOST_DIGITS = 7
 EMPTY_EVERY = 16  # one scene of so many has no digit
 INK = 0.45  # share of full ink from which a pixel belongs to the digit
-BLENDED = 0.25  # a pixel whose opacity is so much or more away from both 0 and 1 mixes digit and photograph
-LEAST_VISIBLE = 0.6  # share of a digit's pixels that others must leave visible
-PLACES_TRIED = 8
+LEAST_VISIBLE = 0.8  # share of a digit's pixels that others must leave visible
+PLACES_TRIED = 12
 COLOURS_TRIED = 6
 
 
@@ -33,13 +32,11 @@ class Scene:
         image: (H, W, 3) RGB, uint8.
         classes: (n,) the digits' values 0..9, in the order of pasting.
         masks: (n, H, W) bool; the visible pixels of each digit. No two masks overlap and none is empty.
-        rim: (H, W) bool; pixels on the edges of digits whose colour is a mixture.
     """
 
     image: np.ndarray
     classes: np.ndarray
     masks: np.ndarray
-    rim: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,6 @@ def compose(sources: Sources, rng: np.random.Generator, size: int, digits: int) 
     classes: list[int] = []
     masks: list[np.ndarray] = []
     least_areas: list[float] = []  # what has to stay visible of each mask, in pixels
-    rim = np.zeros((size, size), bool)
     for _ in range(digits):
         index = rng.integers(len(sources.values))
         opacity = _upscale(sources.digits[index], int(rng.integers(SIDES[0], SIDES[1] + 1)))
@@ -104,13 +100,12 @@ def compose(sources: Sources, rng: np.random.Generator, size: int, digits: int) 
         for earlier in masks:
             earlier[place] &= ~ink
         image[place] += opacity[..., None] * (_colour(image[place], rng) - image[place])
-        rim[place] = np.where(opacity < BLENDED, rim[place], opacity < 1 - BLENDED)
         classes.append(int(sources.values[index]))
         masks.append(np.zeros((size, size), bool))
         masks[-1][place] = ink
         least_areas.append(LEAST_VISIBLE * ink.sum())
     stacked = np.stack(masks) if masks else np.zeros((0, size, size), bool)
-    return Scene(np.round(image).astype(np.uint8), np.array(classes, int), stacked, rim)
+    return Scene(np.round(image).astype(np.uint8), np.array(classes, int), stacked)
 
 
 def _crop(sources: Sources, rng: np.random.Generator, size: int) -> np.ndarray:

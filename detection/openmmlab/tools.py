@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -47,7 +49,7 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
         options: settings to change, by dotted key.
 
     Raises:
-        SetupError: if there is no such config, or it cannot be read.
+        SetupError: if there is no such config, it cannot be read, or it is one for another package.
     """
     shipped = CONFIGS / _ROOMS[package]
     path = next((p for p in (Path(name), shipped / name, shipped / f"{name}.py") if p.is_file()), None)
@@ -59,6 +61,9 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
         config.merge_from_dict(options or {})
     except (SyntaxError, ImportError, KeyError, TypeError, ValueError, OSError, AttributeError) as error:
         raise SetupError(f"{path}: cannot be read as a config ({error})") from error
+    scope = config.get("default_scope", package)
+    if scope != package:
+        raise SetupError(f"{path}: is a config for {scope}; this command needs one for {package}")
     config.setdefault("launcher", "none")
     return config
 
@@ -89,6 +94,8 @@ def _train(package: str, argv: Sequence[str] | None) -> None:
     args = parser.parse_args(argv)
     config = _configure(package, args)
     if args.amp:
+        if not torch.cuda.is_available():
+            raise SetupError("--amp: mmengine trains in mixed precision on a GPU only, and PyTorch finds none here")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
@@ -159,6 +166,8 @@ def _draw_predictions(package: str, config: Config, args: argparse.Namespace) ->
     hook = config.default_hooks.get("visualization")
     if hook is None:
         raise SetupError(f"--show, --show-dir: {args.config} has no default_hooks.visualization")
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) > 1:
+        print_log("--show-dir: only the first process draws, its own share; use one process to see all", "current")
     hook.update(draw=True, interval=1, show=args.show, wait_time=args.wait_time)
     if args.show_dir and package == "mmdet":
         hook.test_out_dir = str(Path(args.show_dir).resolve())  # a relative path would lie in the work folder
