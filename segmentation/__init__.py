@@ -1,3 +1,6 @@
 """Spatial-Mamba in OpenMMLab's segmentors; importing this room registers the backbone ``MM_SpatialMamba``."""
 
-from ..detection import openmmlab  # noqa: F401
+from importlib.util import find_spec
+
+if find_spec("mmengine"):  # without it there is no registry; the commands say what is missing
+    from ..detection.openmmlab import registration  # noqa: F401

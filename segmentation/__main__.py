@@ -1,68 +1,14 @@
-"""Labels the pixels of images: ``python -m spatial_mamba.segmentation IMAGE ... --config CONFIG --checkpoint FILE``.
-
-For every image NAME.* the output folder gets NAME.png, the image with the classes drawn over it, NAME_labels.png, the
-class number of every pixel, and NAME.json.
-"""
+"""Labels the pixels of images: ``python -m spatial_mamba.segmentation IMAGE ... --config CONFIG --checkpoint FILE``."""
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-from mmengine.config import Config
-from PIL import Image
-from torch import nn
-
-from ..detection.openmmlab import inference
-
-
-class Segmentor(inference.Predictor):
-    """A semantic segmentor of mmseg."""
-
-    package = "mmseg"
-    endings = (".png", "_labels.png", ".json")
-
-    def build(self, config: Config, device: str) -> nn.Module:
-        from mmengine.model import revert_sync_batchnorm
-        from mmseg.apis import init_model
-
-        config.test_pipeline = config.test_dataloader.dataset.pipeline  # where mmseg's API looks for it
-        return revert_sync_batchnorm(init_model(config, device=device))
-
-    def predict(self, image: Path, stem: Path) -> tuple[dict[str, Any], str]:
-        """See ``Predictor``; the classes are listed from the largest to the smallest."""
-        from mmseg.apis import inference_model, show_result_pyplot
-
-        meta = self.model.dataset_meta
-        result = inference_model(self.model, str(image)).cpu()
-        labels = result.pred_sem_seg.data[0].numpy()  # (H, W)
-        Image.fromarray(labels.astype(np.uint8 if len(meta["classes"]) <= 256 else np.uint16)).save(
-            f"{stem}_labels.png"
-        )
-        if not meta.get("palette"):
-            meta["palette"] = np.random.default_rng(0).integers(0, 256, (len(meta["classes"]), 3)).tolist()
-        show_result_pyplot(self.model, str(image), result, draw_gt=False, show=False, out_file=f"{stem}.png")
-
-        ids, counts = np.unique(labels, return_counts=True)
-        classes = [
-            {
-                "label": meta["classes"][index],
-                "label_id": index,
-                "pixels": count,
-                "share": round(count / labels.size, 6),
-            }
-            for count, index in sorted(zip(counts.tolist(), ids.tolist(), strict=True), reverse=True)
-        ]
-        summary = ", ".join(f"{entry['label']} {entry['share']:.1%}" for entry in classes[:3])
-        more = f" and {len(classes) - 3} more" if len(classes) > 3 else ""
-        height, width = labels.shape
-        return {"width": width, "height": height, "classes": classes}, summary + more
+from ..detection.openmmlab.commands import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    return inference.main(Segmentor, inference.common_parser(__doc__, "segmentation"), argv)
+    return run_command("mmseg", "segmentation.prediction", "main", argv)
 
 
 if __name__ == "__main__":

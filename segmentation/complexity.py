@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from ..detection.openmmlab import complexity
+from ..detection.openmmlab.commands import run_command
 
 RECIPES = [f"upernet_spatialmamba_4xb4-160k_ade20k-512x512_{name}" for name in ("tiny", "small", "base")]
 SIZE = (512, 2048)
@@ -11,7 +11,7 @@ SIZE = (512, 2048)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit status."""
-    return complexity.main("mmseg", __doc__, RECIPES, SIZE, argv)
+    return run_command("mmseg", "detection.openmmlab.complexity", "print_table", "mmseg", __doc__, RECIPES, SIZE, argv)
 
 
 if __name__ == "__main__":

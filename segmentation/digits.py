@@ -10,7 +10,7 @@ from PIL import Image
 from ..detection.openmmlab.data_folder import run_command, write_whole
 from ..detection.openmmlab.scenes import Scene, scenes
 
-COUNTS = {"train": 1600, "val": 160}
+COUNTS = {"train": 3200, "val": 160}
 FOLDERS = {"train": "training", "val": "validation"}
 
 

@@ -7,19 +7,26 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader
 
 pytest.importorskip("mmdet", reason="OpenMMLab's packages are not installed", exc_type=ImportError)
 pytest.importorskip("mmseg", exc_type=ImportError)
 
 import mmdet.registry
 import mmseg.registry
+from mmdet.datasets.samplers import AspectRatioBatchSampler
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset, InfiniteSampler
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS, MODELS, DefaultScope
+from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner.loops import _InfiniteDataloaderIterator
 
 from spatial_mamba import SpatialMambaBackbone
 from spatial_mamba.classification.models.spatial_mamba import SpatialMamba
@@ -27,6 +34,7 @@ from spatial_mamba.classification.models.weights import WeightsError, read_check
 from spatial_mamba.detection.digits import write_digits as write_coco_digits
 from spatial_mamba.detection.openmmlab import packages
 from spatial_mamba.detection.openmmlab.checkpoints import check_fit
+from spatial_mamba.detection.openmmlab.resume import ExactResumeHook
 from spatial_mamba.segmentation.digits import write_digits as write_ade_digits
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +243,62 @@ def test_foreign_types_are_refused_by_name(
     assert not Path("harm-done").exists()
 
 
+class Pickled:
+    """Pickles as a call, and a state set afterwards."""
+
+    def __init__(self, *parts: object) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> tuple:
+        return self.parts
+
+
+RECONSTRUCT = np.zeros(0).__reduce__()[0]
+FIELDS = (3, "<", None, ("a",), {"a": (np.dtype("f8"), 0)}, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        np.array([object()]),
+        np.array(["text"]),
+        np.zeros(2, ">f8"),
+        np.dtype([("a", "f8")]),
+        Pickled(np.dtype, ("O8",)),
+        Pickled(np.ndarray, ((4,), np.dtype("u1"), np.zeros(4, np.uint8))),
+        Pickled(RECONSTRUCT, (HistoryBuffer, (0,), b"b")),
+        Pickled(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (2,), np.dtype("f8"), False, [1.0, 2.0])),
+        Pickled(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (9,), np.dtype("f8"), False, b"short")),
+    ],
+    ids=str,
+)
+def test_forged_numpy_objects_are_refused(tmp_path: Path, thing: object) -> None:
+    torch.save(mmengine_checkpoint(thing=thing), tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match=r"bad\.pth: "):
+        read_checkpoint(tmp_path / "bad.pth")
+
+
+def test_files_change_no_type(tmp_path: Path) -> None:
+    """Neither the methods of all histories, nor NumPy's dtypes; what was read is saved as what it stands for."""
+    forged = HistoryBuffer([1.0, 3.0], [1, 1])
+    forged._statistics_methods = {"mean": "harm"}
+    torch.save({"forged": forged, "array": np.arange(3), "strange": Pickled(np.dtype, ("f8",), FIELDS)}, tmp_path / "a")
+    checkpoint = read_checkpoint(tmp_path / "a")
+    assert type(checkpoint["forged"]) is HistoryBuffer
+    assert checkpoint["forged"].statistics("mean") == HistoryBuffer([1.0, 3.0], [1, 1]).statistics("mean") == 2
+    assert np.dtype("f8").fields is None
+    assert isinstance(checkpoint["array"], np.ndarray)
+    assert type(pickle.loads(pickle.dumps(checkpoint["array"]))) is np.ndarray
+
+
+def test_a_config_inside_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    checkpoint = {"meta": {"config": "import os"}, "state_dict": model.state_dict()}
+    runner = SimpleNamespace(model=model, _load_from="a.pth")
+    HOOKS.build(dict(type="StrictLoadHook")).after_load_checkpoint(runner, checkpoint)
+    assert checkpoint["meta"] == {}  # where mmengine would look for it afterwards
+
+
 def test_a_checkpoint_must_fit_in_every_entry() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     state = model.state_dict()
@@ -244,6 +308,45 @@ def test_a_checkpoint_must_fit_in_every_entry() -> None:
         check_fit(model, {"state_dict": state}, "x.pth")
     check_fit(model, {"state_dict": state}, "x.pth", may_differ=("1.",))
     assert HOOKS.build(dict(type="StrictLoadHook", may_differ=["1."])).may_differ == ("1.",)
+
+
+# --- resuming ---
+
+
+class Noise(BaseDataset):
+    """Samples of a width, a height and a random number, which the pipeline draws."""
+
+    def load_data_list(self) -> list[dict]:
+        return [dict(width=1 + i % 3, height=2, number=i) for i in range(11)]
+
+
+def draw(results: dict) -> tuple[int, float]:
+    return results["number"], np.random.rand()
+
+
+def batches(group: type[BatchSampler], workers: int, done: int) -> list:
+    """The batches 0 to 9 of a loop that counts iterations, as a runner sees them that has done the first ``done``."""
+    torch.manual_seed(done)  # whatever came before
+    dataset = Noise(pipeline=[draw])
+    sampler = group(InfiniteSampler(dataset, seed=99 + done), batch_size=2, drop_last=False)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list)
+    loop = object.__new__(IterBasedTrainLoop)
+    loop.dataloader, loop.dataloader_iterator = loader, _InfiniteDataloaderIterator(loader)
+    cfg = Config(dict(train_dataloader=dict(sampler=dict(type="InfiniteSampler"))))
+    ExactResumeHook().before_train(SimpleNamespace(train_loop=loop, seed=5, iter=done, cfg=cfg))
+    return [next(loop.dataloader_iterator) for _ in range(10)]
+
+
+@pytest.mark.parametrize("group", [BatchSampler, AspectRatioBatchSampler])
+def test_a_resumed_loop_goes_on_with_the_same_images_and_augmentation(group: type[BatchSampler]) -> None:
+    expected = batches(group, workers=0, done=0)
+    numbers = [sample for batch in expected for sample in batch]
+    assert len({number for number, _ in numbers[:11]}) >= 9  # all but those that wait for a partner
+    assert len({noise for _, noise in numbers}) == 20
+    resumed = batches(group, workers=2, done=4)
+    assert resumed[4:] == expected[4:]
+    if group is BatchSampler:
+        assert resumed[:4] == [None] * 4  # not loaded
 
 
 # --- missing packages ---
@@ -276,10 +379,47 @@ def test_faulty_packages_get_a_line_with_the_remedy(
         packages.check_packages("mmdet")
 
 
+@pytest.mark.parametrize("command", ["detection", "segmentation.complexity", "tools/train.py"])
+def test_without_mmengine_a_command_says_so_in_one_line(command: str) -> None:
+    start = "run_module('spatial_mamba." + command + "', run_name='__main__')"
+    if command.startswith("tools"):
+        start = f"run_path({str(ROOT / 'detection' / command)!r}, run_name='__main__')"
+    code = f"""
+import importlib.util, runpy, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *package: None if name == "mmengine" else find_spec(name, *package)
+class Finder:
+    def find_spec(self, name, *more):
+        if name.split(".")[0] == "mmengine":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["command", "config.py"]
+import spatial_mamba.segmentation.digits, spatial_mamba.detection.digits  # need none of the packages
+runpy.{start}
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 2
+    assert result.stderr == "error: mmengine, which this command needs, is missing: pip install mmengine==0.10.7\n"
+
+
+def share_buffers(rank: int, folder: Path) -> None:
+    """One of two processes: their BatchNorm statistics differ until they evaluate."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.fill_(rank + 1)
+    HOOKS.build(dict(type="SameBuffersHook")).before_val(SimpleNamespace(model=norm))
+    torch.save(norm.running_mean, folder / f"{rank}.pth")
+
+
+def test_all_processes_evaluate_with_the_buffers_of_the_first(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(share_buffers, (tmp_path,), nprocs=2, start_method="fork")
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pth").tolist() == [1, 1, 1]
+
+
 def test_segmentation_needs_no_mmdet_and_detection_no_mmseg() -> None:
-    for package, other in (("detection", "mmseg"), ("segmentation", "mmdet")):
-        code = f"import sys; sys.modules['{other}'] = None; import spatial_mamba.{package}.openmmlab.tools"
-        code = code.replace("segmentation.openmmlab", "segmentation, spatial_mamba.detection.openmmlab")
+    for room, other in (("detection", "mmseg"), ("segmentation", "mmdet")):
+        code = f"import sys; sys.modules['{other}'] = None; import spatial_mamba.{room}.prediction"
         subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
@@ -304,7 +444,9 @@ custom_hooks = [
     dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook"), dict(type="CrashHook")
 ]
 model = dict(backbone=dict(dims=8, depths=(1, 1, 1, 1), drop_path_rate=0.3), {necks})
-train_dataloader = dict(batch_size=2, dataset=dict(data_root="data"))
+pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"{annotations})]
+pipeline += [dict(type="PhotoMetricDistortion"), dict(type="RandomFlip", prob=0.5), dict(type="Pack{kind}Inputs")]
+train_dataloader = dict(batch_size=2, num_workers=1, dataset=dict(data_root="data", pipeline=pipeline))
 val_dataloader = dict(batch_size=2, dataset=dict(data_root="data"))
 test_dataloader = val_dataloader
 {more}
@@ -353,14 +495,17 @@ def room(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         write_coco_digits(folder / "data", counts)
         base, room = "mask_rcnn_spatialmamba_fpn_digits.py", Room(folder, "detection", "mmdet", "epoch_3.pth", "mAP:")
         necks = "neck=dict(in_channels=[8, 16, 32, 64])"
+        data = dict(kind="Det", annotations=", with_bbox=True, with_mask=True")
         more = "train_cfg = dict(max_epochs=3, val_interval=3)\ntest_evaluator = val_evaluator = "
         more += 'dict(ann_file="data/annotations/instances_val.json")'
     else:
         write_ade_digits(folder / "data", counts)
         base, room = "upernet_spatialmamba_digits.py", Room(folder, "segmentation", "mmseg", "iter_9.pth", "mIoU:")
         necks = "decode_head=dict(in_channels=[8, 16, 32, 64]), auxiliary_head=dict(in_channels=32)"
+        data = dict(kind="Seg", annotations="")
         more = "train_cfg = dict(max_iters=9, val_interval=9)\ndefault_hooks = dict(checkpoint=dict(interval=3))"
-    config = SMALLER.format(base=ROOT / "configs" / request.param / base, room=request.param, necks=necks, more=more)
+    base = ROOT / "configs" / request.param / base
+    config = SMALLER.format(base=base, room=request.param, necks=necks, more=more, **data)
     (folder / "small.py").write_text(config)
     room.trained = room.run("bash", room.tools / "dist_train.sh", "small.py", 2, "--work-dir", "undisturbed")
     return room
@@ -443,6 +588,7 @@ def test_slurm_scripts_hand_on_what_they_are_given(room: Room) -> None:
 
 def test_wrong_input_gets_one_line(room: Room) -> None:
     (room.folder / "broken.py").write_text("_base_ = 'mmdet::absent.py'")
+    (room.folder / "program.py").write_text("model = undefined")
     (room.folder / "empty.pth").write_bytes(b"")
     torch.save(mmengine_checkpoint(), room.folder / "misfit.pth")
     checkpoint = f"undisturbed/{room.last}"
@@ -450,7 +596,12 @@ def test_wrong_input_gets_one_line(room: Room) -> None:
     cases = [
         ("train", ["absent.py"], r"absent\.py: no such config; give a path, or one of .*_digits"),
         ("train", ["broken.py"], r"broken\.py: cannot be read as a config \("),
+        ("train", ["program.py"], r"program\.py: cannot be read as a config \(NameError: "),
         ("train", ["small.py", "--fast"], r"unrecognized arguments: --fast"),
+        ("train", ["small.py", "--cfg-options", "model"], r"--cfg-options takes KEY=VALUE"),
+        ("train", ["small.py", "--cfg-options", "model.backbone.frozen_stages=9"], r"frozen_stages must be -1"),
+        ("train", ["small.py", "--launcher", "slurm"], r"--launcher slurm: start the processes with"),
+        ("train", ["small.py", "--launcher", "pytorch"], r"--launcher pytorch: start the processes with"),
         ("train", ["small.py", "--resume", "absent.pth"], r"absent\.pth: no such checkpoint file"),
         ("train", ["small.py", "--cfg-options", "model.backbone.pretrained=absent.pth"], r"absent\.pth: no such"),
         ("train", ["small.py", "--cfg-options", data], r"No such file or directory: '.*absent"),
@@ -462,12 +613,15 @@ def test_wrong_input_gets_one_line(room: Room) -> None:
     if room.name == "detection":
         cases.append(("test", ["small.py", checkpoint, "--out", "a.json"], r"--out: a\.json must end in \.pkl"))
         cases.append(("test", ["small.py", checkpoint, "--tta"], r"--tta: small\.py has no tta_model"))
-    tools = "import sys; from spatial_mamba.detection.openmmlab import tools\n"
-    for tool, arguments, message in cases:
-        # One process for each, without the second it takes to start the next.
-        code = f"{tools}print('status', tools.{tool}({room.package!r}, {[*arguments, '--work-dir', 'wrong']}))"
-        output = room.run(sys.executable, "-W", "ignore", "-c", code)
-        errors = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert "status 2" in output, output[-2000:]
+    # All in one process, for each takes seconds to import the packages.
+    calls = [(tool, [*arguments, "--work-dir", "wrong"]) for tool, arguments, _ in cases]
+    code = "from spatial_mamba.detection.openmmlab.commands import run_command as run\n"
+    call = f"run({room.package!r}, 'detection.openmmlab.tools', tool, {room.package!r}, arguments)"
+    code += f"for tool, arguments in {calls}: print('status', {call})"
+    output = room.run(sys.executable, "-u", "-W", "ignore", "-c", f"import sys; sys.stderr = sys.stdout\n{code}")
+    *parts, rest = output.split("status 2\n")
+    assert rest == "", output[-2000:]
+    for (_, _, message), part in zip(cases, parts, strict=True):
+        errors = [line for line in part.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
         assert re.search(message, errors[0]), errors[0]

@@ -8,9 +8,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .safe_numpy import safe_numpy_types
 
 # What the readers of PyTorch's two file formats raise on other files and on damaged ones.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError)
@@ -114,9 +115,6 @@ def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
 
 
 def safe_types() -> list[Any]:
-    """Types beyond PyTorch's own list that published checkpoints hold; none can execute code. For ``safe_globals``."""
-    scalar = np.float64(0).__reduce__()[0]
-    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2
-    dtypes = [type(np.dtype(code)) for code in "?bhilBHILefd"]
+    """Types beyond PyTorch's own that published checkpoints hold and that execute no code; for ``safe_globals``."""
     # The reader fills no subclass of dict, so configs come back as plain ordered dictionaries; yacs is not needed.
-    return [*scalars, np.dtype, *dtypes, (OrderedDict, "yacs.config.CfgNode")]
+    return [*safe_numpy_types(arrays=False), (OrderedDict, "yacs.config.CfgNode")]

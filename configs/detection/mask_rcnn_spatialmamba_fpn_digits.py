@@ -26,14 +26,10 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=20)),
 )
 
-data_root = "data/digits_coco/"
-metainfo = dict(classes=tuple("0123456789"))
-# Nothing is flipped: a mirrored digit is none.
+# Nothing is flipped: a mirrored digit is none. Images without a digit stay in.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="PhotoMetricDistortion"),
-    dict(type="Resize", scale=(160, 160), keep_ratio=True),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
@@ -42,6 +38,8 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
+data_root = "data/digits_coco/"
+metainfo = dict(classes=tuple("0123456789"))
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,
@@ -69,13 +67,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val.json")
 test_evaluator = val_evaluator
 
-max_epochs = 12
-train_cfg = dict(max_epochs=max_epochs, val_interval=4)
+max_epochs = 8
+train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10.0))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(
-        type="CosineAnnealingLR", by_epoch=True, begin=0, end=max_epochs, T_max=max_epochs, convert_to_iter_based=True
-    ),
+    dict(type="CosineAnnealingLR", by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(max_keep_ckpts=2))

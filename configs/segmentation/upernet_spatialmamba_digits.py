@@ -19,7 +19,7 @@ model = dict(
         channels=32,
         num_classes=11,
         norm_cfg=norm_cfg,
-        loss_decode=dict(class_weight=[0.2, *digits]),
+        loss_decode=dict(class_weight=[0.5, *digits]),
     ),
     auxiliary_head=dict(
         in_channels=128,
@@ -52,4 +52,4 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type="PolyLR", by_epoch=False, begin=100, end=max_iters, eta_min=0.0, power=1.0),
 ]
-default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=500, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=500, max_keep_ckpts=2))

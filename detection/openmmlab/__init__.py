@@ -1,11 +1,1 @@
-"""What detection and segmentation share: the backbone's registration, checkpoints, resuming, the tools."""
-
-import warnings
-
-# mmengine asks for it with every import, and can do nothing about it any more.
-warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-
-from . import backbone, resume  # noqa: E402, F401
-from .checkpoints import admit_safe_types  # noqa: E402
-
-admit_safe_types()
+"""What detection and segmentation share. Importing this loads none of OpenMMLab's packages."""

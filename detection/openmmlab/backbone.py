@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...classification.models.spatial_mamba import SpatialMambaBackbone
 from ...classification.models.weights import load_backbone_weights
+from .packages import SetupError
 
 
 @MODELS.register_module(name="MM_SpatialMamba")
@@ -32,7 +33,7 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, out_indices: see ``SpatialMambaBackbone``.
 
     Raises:
-        ValueError: for another ``init_cfg``, one beside ``pretrained``, or ``frozen_stages`` out of range.
+        SetupError: for another ``init_cfg``, one beside ``pretrained``, or another option out of range.
     """
 
     def __init__(
@@ -51,12 +52,15 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         if pretrained is not None and init_cfg is not None:
-            raise ValueError("pretrained and init_cfg both name weights to start from; give one of them")
+            raise SetupError("pretrained and init_cfg both name weights to start from; give one of them")
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
-            raise ValueError(f"init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {dict(init_cfg)}")
+            raise SetupError(f"init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {dict(init_cfg)}")
         if not -1 <= frozen_stages <= len(depths):
-            raise ValueError(f"frozen_stages must be -1 (none) to {len(depths)} (all), got {frozen_stages}")
-        super().__init__(in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, with_cp, out_indices)
+            raise SetupError(f"frozen_stages must be -1 (none) to {len(depths)} (all), got {frozen_stages}")
+        try:
+            super().__init__(in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, with_cp, out_indices)
+        except ValueError as error:
+            raise SetupError(f"MM_SpatialMamba: {error}") from error
         self.init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained)} if pretrained is not None else init_cfg
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval

@@ -1,10 +1,8 @@
 """OpenMMLab's checkpoints: read with PyTorch's weights_only left on, and loaded strictly."""
 
 import pickle
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
@@ -13,31 +11,45 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
+from ...classification.models.safe_numpy import safe_numpy_types
 from ...classification.models.weights import WeightsError, describe_differences, safe_types
 
 
 def admit_safe_types() -> None:
     """Let PyTorch's safe reader, in this process, take what mmengine's checkpoints hold beside tensors.
 
-    That is the history of logged values and NumPy arrays and scalars, under the names of NumPy 1 and 2. None of
-    them executes code. Everything else is refused by the reader, with its name. The histories name their methods by
-    ``getattr``, which could reach anything; in its place the reader gets a function that knows only those methods.
+    That is the history of logged values and NumPy arrays and scalars, under the names of NumPy 1 and 2; each is read
+    by a stand-in that takes numbers only. Everything else is refused by the reader, with its name. The histories name
+    their methods by ``getattr``, which could reach anything: in its place comes a function that reaches nothing.
     """
-    reconstruct = np.zeros(0).__reduce__()[0]
-    arrays = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    methods = (_history_method, "builtins.getattr")
-    torch.serialization.add_safe_globals([*safe_types(), *arrays, np.ndarray, HistoryBuffer, methods])
+    torch.serialization.add_safe_globals(
+        [
+            *safe_types(),
+            *safe_numpy_types(arrays=True),
+            (_History, "mmengine.logging.history_buffer.HistoryBuffer"),
+            (_history_method, "builtins.getattr"),
+        ]
+    )
 
 
-def _history_method(owner: object, name: str) -> Callable:
-    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+class _History(HistoryBuffer):
+    """In place of ``HistoryBuffer``, which lets a file exchange the methods of all of them; turns into one."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__class__ = HistoryBuffer
+        self.__init__(state["_log_history"], state["_count_history"], int(state["max_length"]))
+
+
+def _history_method(owner: object, name: str) -> None:
+    if owner is not _History or name not in ("min", "max", "current", "mean"):
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {owner!r}, {name!r}")
-    return getattr(HistoryBuffer, name)
 
 
 @HOOKS.register_module()
 class StrictLoadHook(Hook):
     """Refuses a checkpoint that does not fit the model in every name and shape; mmengine would only print that.
+
+    It also keeps mmengine from executing a config inside of a checkpoint (``meta.config``) when a run is resumed.
 
     Args:
         may_differ: prefixes of names that may be missing, left over or of another shape: those of the heads, where
@@ -48,11 +60,12 @@ class StrictLoadHook(Hook):
         self.may_differ = tuple(may_differ)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Compare before the weights are put in place.
+        """Compare before the weights are put in place; forget a config, which mmengine would execute on resuming.
 
         Raises:
             WeightsError: naming the first differences.
         """
+        checkpoint.get("meta", {}).pop("config", None)
         check_fit(runner.model, checkpoint, runner._load_from or runner.work_dir, self.may_differ)
 
 

@@ -18,26 +18,9 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ...classification.models.complexity import count_flops, count_parameters
-from .packages import SetupError, check_packages
-from .tools import Parser, load_config, report_errors
-
-
-def main(
-    package: str, description: str, recipes: Sequence[str], size: tuple[int, int], argv: Sequence[str] | None
-) -> int:
-    """Print one line per config; returns the exit status: 0, or 2 after a line that names what is wrong.
-
-    Args:
-        package: ``mmdet`` or ``mmseg``.
-        recipes: names of the configs that are counted if none is given.
-        size: height and width of the image, if none are given.
-    """
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "configs", nargs="*", default=recipes, metavar="CONFIG", help="config files, or names of those in the package"
-    )
-    parser.add_argument("--size", nargs=2, type=int, default=size, metavar=("HEIGHT", "WIDTH"), help="image, in pixels")
-    return report_errors(_print_table, package, parser, argv)
+from .commands import Parser
+from .packages import SetupError
+from .tools import load_config
 
 
 def build_model(config: Config) -> nn.Module:
@@ -69,12 +52,28 @@ class _TensorMode(nn.Module):
         return self.model(images, self.samples, mode="tensor")
 
 
-def _print_table(package: str, parser: Parser, argv: Sequence[str] | None) -> None:
+def print_table(
+    package: str, description: str, recipes: Sequence[str], size: tuple[int, int], argv: Sequence[str] | None
+) -> None:
+    """Print one line per config.
+
+    Args:
+        package: ``mmdet`` or ``mmseg``.
+        recipes: names of the configs that are counted if none is given.
+        size: height and width of the image, if none are given.
+
+    Raises:
+        SetupError: naming a wrong option or config, or fvcore if it is missing.
+    """
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "configs", nargs="*", default=recipes, metavar="CONFIG", help="config files, or names of those in the package"
+    )
+    parser.add_argument("--size", nargs=2, type=int, default=size, metavar=("HEIGHT", "WIDTH"), help="image, in pixels")
     args = parser.parse_args(argv)
     size = tuple(args.size)
     if min(size) < 32:
         raise SetupError(f"--size: height and width must be at least 32 pixels, got {size[0]} {size[1]}")
-    check_packages(package)
     configs = {name: load_config(package, name) for name in args.configs}
     width = max(map(len, configs)) + 2
     print(f"{'config':<{width}}{'size':>10}{'parameters':>14}{'GFLOPs':>10}")

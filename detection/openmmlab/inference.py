@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import cv2
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
@@ -15,8 +16,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from ...classification.models.weights import load_strictly, read_checkpoint, state_dict_of
-from .packages import SetupError, check_packages
-from .tools import Parser, load_config, report_errors
+from .commands import Parser
+from .packages import SetupError
+from .tools import load_config
 
 _IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -49,11 +51,6 @@ class Predictor(ABC):
         Returns:
             What goes into the JSON (``width`` and ``height`` of the image and the predictions), and a short summary.
         """
-
-
-def main(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -> int:
-    """Predict on the images that the command line names; returns the exit status: 0, or 2 after one line of error."""
-    return report_errors(_run, kind, parser, argv)
 
 
 def common_parser(description: str, room: str) -> Parser:
@@ -91,9 +88,11 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         try:
             with Image.open(image) as opened:
                 opened.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             raise SetupError(f"{image}: cannot be read as an image ({reason})") from error
+        if cv2.imread(str(image)) is None:  # what the models' pipelines read with
+            raise SetupError(f"{image}: cannot be read by OpenCV; save it with 8 bits per colour")
     return images
 
 
@@ -155,9 +154,13 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, co
     model.dataset_meta = meta
 
 
-def _run(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -> None:
+def predict(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -> None:
+    """Predict on the images that the command line names.
+
+    Raises:
+        SetupError, WeightsError: naming what is wrong, before the first image.
+    """
     args = parser.parse_args(argv)
-    check_packages(kind.package)
     warnings.filterwarnings("ignore", module="mm(cv|engine|det|seg)")  # notes to the developers of these packages
     device = choose_device(args.device)
     config = load_config(kind.package, args.config)

@@ -12,8 +12,11 @@ _PACKAGES = {
     "mmcv": ("mmcv", "2.0.0", "2.2.0", "2.1.0"),
     "mmdet": ("mmdet", "3.3.0", "4.0.0", "3.3.0"),
     "mmsegmentation": ("mmseg", "1.2.2", "2.0.0", "1.2.2"),
+    "ftfy": ("ftfy", "6", "7", "6.3.1"),
+    "regex": ("regex", "2022", "3000", "2026.11.15"),
 }
-_NEEDED_BY = {"mmdet": ("mmengine", "mmcv", "mmdet"), "mmseg": ("mmengine", "mmcv", "mmsegmentation")}
+# mmseg imports the last two without asking pip for them.
+_NEEDED_BY = {"mmdet": ("mmengine", "mmcv", "mmdet"), "mmseg": ("mmengine", "mmcv", "mmsegmentation", "ftfy", "regex")}
 # mmcv compiles for the PyTorch it sees, which it does only outside pip's isolated environment.
 _BUILD_MMCV = (
     "pip install 'setuptools<82' wheel ninja psutil && "
@@ -21,7 +24,7 @@ _BUILD_MMCV = (
 )
 
 
-class SetupError(RuntimeError):
+class SetupError(ValueError):
     """A package, config or option cannot be used; the one-line message names it and the remedy."""
 
 

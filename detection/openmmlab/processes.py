@@ -11,11 +11,6 @@ from mmengine.logging import print_log
 from .packages import SetupError
 
 
-def launched_rank() -> int:
-    """Rank given by the launcher (torchrun or Slurm); 0 without one."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-
-
 def prepare_processes(config: Config) -> None:
     """Adapt a config to the devices of this machine; without a GPU also join the processes of the launcher.
 
@@ -23,11 +18,15 @@ def prepare_processes(config: Config) -> None:
     the runner is built; its wrapper for distributed training names a GPU likewise.
 
     Raises:
-        SetupError: if there are GPUs, but fewer than processes on this machine, or none for MPI.
+        SetupError: if the launcher has not started this process, or there are GPUs, but fewer than processes on this
+            machine, or none for MPI.
     """
     if config.launcher == "none":
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    variables = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
+    if variables.get(config.launcher, "PATH") not in os.environ:
+        raise SetupError(f"--launcher {config.launcher}: start the processes with the dist_*.sh or slurm_*.sh scripts")
+    local_rank = int(os.environ.get("SLURM_LOCALID" if config.launcher == "slurm" else "LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise SetupError(

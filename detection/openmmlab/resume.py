@@ -1,5 +1,6 @@
 """Makes a resumed run of mmengine the same as an undisturbed one, in every random number and every image."""
 
+import inspect
 import itertools
 import random
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import InfiniteSampler
+from mmengine.dataset import Compose, InfiniteSampler
 from mmengine.dist import broadcast, get_rank
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -26,9 +27,10 @@ class ExactResumeHook(Hook):
     - the order of the images follows from the seed of the run, which the checkpoint holds;
     - the augmentation of an image follows from seed, epoch, process and position, whatever the number of workers;
     - the random numbers of an update (drop path, dropout, the choice of proposals) from seed, process and iteration;
-    - an iteration-based run passes over the finished part of the order without loading it.
+    - an iteration-based run with mmengine's own samplers passes over the finished part without loading it.
 
-    It replaces no setting of a config. Data sets without a pipeline of their own (wrappers) keep mmengine's way.
+    It replaces no setting of a config. Two things it cannot restore: gradients accumulated over a checkpoint, and the
+    augmentation by wrappers of data sets (repeating, mixing), which keep mmengine's way.
     """
 
     priority = "VERY_HIGH"
@@ -38,14 +40,21 @@ class ExactResumeHook(Hook):
         loop = runner.train_loop
         loader, batches = loop.dataloader, loop.dataloader.batch_sampler
         sampler, done = batches.sampler, 0
-        if isinstance(sampler, InfiniteSampler):
-            sampler = InfiniteSampler(sampler.dataset, sampler.shuffle, runner.seed)  # from its start
+        seed = runner.seed - get_rank() * bool(
+            runner.cfg.get("randomness", {}).get("diff_rank_seed")
+        )  # that of all processes
+        seed = runner.cfg.train_dataloader.sampler.get("seed", seed)
+        if type(sampler) is InfiniteSampler:
+            sampler = InfiniteSampler(sampler.dataset, sampler.shuffle, seed)  # from its start
             if type(batches) is BatchSampler:  # others group images by more than their position
                 done = runner.iter
         elif hasattr(sampler, "seed"):
-            sampler.seed = runner.seed
+            sampler.seed = seed
         batches.sampler = _SeededSampler(sampler, runner.seed, passed_over=done * batches.batch_size)
-        if hasattr(loader.dataset, "pipeline"):
+        if {"sampler", "batch_size", "drop_last"} == set(inspect.signature(type(batches)).parameters):
+            # Anew, because one that groups images keeps those that an iterator before this one has left in it.
+            batches.__init__(batches.sampler, batches.batch_size, batches.drop_last)
+        if isinstance(getattr(loader.dataset, "pipeline", None), Compose):
             loader.dataset.pipeline.transforms.insert(0, _seed_augmentation)
         if isinstance(loop, IterBasedTrainLoop):
             loader._iterator = None  # its workers have the data set as it was; as mmdet does to restart them
@@ -94,7 +103,7 @@ class _SeededSampler(Sampler):
     def __iter__(self) -> Iterator[_SeededIndex]:
         place = self.seed, getattr(self.sampler, "epoch", 0), get_rank()
         for position, index in itertools.islice(enumerate(self.sampler), self.passed_over, None):
-            yield _SeededIndex(index, (*place, position))
+            yield _SeededIndex(index, (*place, position)) if isinstance(index, int) else index
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -2,43 +2,22 @@
 
 import argparse
 import os
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 from mmengine.config import Config, DictAction
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
-from ...classification.models.weights import WeightsError, read_checkpoint
-from .packages import SetupError, check_packages
-from .processes import launched_rank, prepare_processes
+from ...classification.models.weights import read_checkpoint
+from .commands import Parser
+from .packages import SetupError
+from .processes import prepare_processes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 _ROOMS = {"mmdet": "detection", "mmseg": "segmentation"}
-_USER_ERRORS = (SetupError, WeightsError, FileNotFoundError)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, as every other wrong input is."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SetupError(f"{message} (--help lists the options)")
-
-
-def train(package: str, argv: Sequence[str] | None = None) -> int:
-    """Train by a config of mmdet or mmseg; returns the exit status: 0, or 2 after a line that names what is wrong."""
-    return report_errors(_train, package, argv)
-
-
-def test(package: str, argv: Sequence[str] | None = None) -> int:
-    """Test a checkpoint by a config of mmdet or mmseg; returns the exit status as ``train`` does."""
-    return report_errors(_test, package, argv)
 
 
 def load_config(package: str, name: str, options: dict | None = None) -> Config:
@@ -59,8 +38,8 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
     try:
         config = Config.fromfile(path)
         config.merge_from_dict(options or {})
-    except (SyntaxError, ImportError, KeyError, TypeError, ValueError, OSError, AttributeError) as error:
-        raise SetupError(f"{path}: cannot be read as a config ({error})") from error
+    except Exception as error:  # a config is a program
+        raise SetupError(f"{path}: cannot be read as a config ({type(error).__name__}: {error})") from error
     scope = config.get("default_scope", package)
     if scope != package:
         raise SetupError(f"{path}: is a config for {scope}; this command needs one for {package}")
@@ -68,23 +47,12 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
     return config
 
 
-def report_errors(command: Callable[..., None], *args: object) -> int:
-    """Run a command, and turn an error of its user's into one line; returns the exit status."""
-    try:
-        command(*args)
-    except _USER_ERRORS as error:
-        # Mostly every process finds the same, and the first one speaks; the launcher then ends the others.
-        if launched_rank() > 0:
-            time.sleep(5)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+def train(package: str, argv: Sequence[str] | None = None) -> None:
+    """Train by a config of mmdet or mmseg, as the command line says.
 
-
-def _train(package: str, argv: Sequence[str] | None) -> None:
+    Raises:
+        SetupError, WeightsError, OSError: naming what is wrong with options, config, checkpoints or data.
+    """
     parser = _common_parser("train.py", f"Train a model of {package}.")
     parser.add_argument("--amp", action="store_true", help="train in mixed precision")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the total batch")
@@ -107,7 +75,12 @@ def _train(package: str, argv: Sequence[str] | None) -> None:
     _build_runner(config).train()
 
 
-def _test(package: str, argv: Sequence[str] | None) -> None:
+def test(package: str, argv: Sequence[str] | None = None) -> None:
+    """Test a checkpoint by a config of mmdet or mmseg, as the command line says.
+
+    Raises:
+        SetupError, WeightsError, OSError: as ``train``.
+    """
     parser = _common_parser("test.py", f"Test a model of {package}.")
     parser.add_argument("checkpoint", help="checkpoint file")
     what = "pickle file (.pkl) of predictions" if package == "mmdet" else "folder of predicted label maps"
@@ -125,13 +98,18 @@ def _test(package: str, argv: Sequence[str] | None) -> None:
     if args.tta:
         if "tta_model" not in config or "tta_pipeline" not in config:
             raise SetupError(f"--tta: {args.config} has no tta_model and tta_pipeline")
-        config.test_dataloader.dataset.pipeline = config.tta_pipeline
+        dataset = config.test_dataloader.dataset
+        while "dataset" in dataset:  # of a wrapper
+            dataset = dataset.dataset
+        dataset.pipeline = config.tta_pipeline
         config.model = {**config.tta_model, "module": config.model}
     if args.out and package == "mmdet":
         if not args.out.endswith((".pkl", ".pickle")):
             raise SetupError(f"--out: {args.out} must end in .pkl, it is a pickle file of predictions")
     elif args.out:
-        config.test_evaluator.update(output_dir=args.out, keep_results=True)
+        evaluators = config.test_evaluator
+        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+            evaluator.update(output_dir=args.out, keep_results=True)
     runner = _build_runner(config)
     if args.out and package == "mmdet":
         from mmdet.evaluation import DumpDetResults
@@ -154,8 +132,8 @@ def _common_parser(name: str, description: str) -> Parser:
 
 def _configure(package: str, args: argparse.Namespace) -> Config:
     """Read the config with what the common options change in it."""
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    check_packages(package)
+    if args.launcher == "pytorch":
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config = load_config(package, args.config, args.cfg_options)
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
@@ -177,7 +155,8 @@ def _draw_predictions(package: str, config: Config, args: argparse.Namespace) ->
 
 def _build_runner(config: Config) -> Runner:
     """Check what can be checked before data sets are read, then build."""
-    if config.load_from:
-        read_checkpoint(config.load_from)
+    start = config.load_from or (find_latest_checkpoint(config.work_dir) if config.resume else None)
+    if start and "://" not in start:
+        read_checkpoint(start)
     prepare_processes(config)
     return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)

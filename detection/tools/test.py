@@ -2,7 +2,7 @@
 
 import sys
 
-from spatial_mamba.detection.openmmlab.tools import test
+from spatial_mamba.detection.openmmlab.commands import run_command
 
 if __name__ == "__main__":
-    sys.exit(test("mmdet"))
+    sys.exit(run_command("mmdet", "detection.openmmlab.tools", "test", "mmdet"))

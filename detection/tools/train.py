@@ -2,7 +2,7 @@
 
 import sys
 
-from spatial_mamba.detection.openmmlab.tools import train
+from spatial_mamba.detection.openmmlab.commands import run_command
 
 if __name__ == "__main__":
-    sys.exit(train("mmdet"))
+    sys.exit(run_command("mmdet", "detection.openmmlab.tools", "train", "mmdet"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from spatial_mamba.detection.openmmlab.tools import train
+from spatial_mamba.detection.openmmlab.commands import run_command
 
 if __name__ == "__main__":
-    sys.exit(train("mmseg"))
+    sys.exit(run_command("mmseg", "detection.openmmlab.tools", "train", "mmseg"))
