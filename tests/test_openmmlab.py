@@ -501,7 +501,8 @@ def room(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         write_ade_digits(folder / "data", counts)
         base, room = "upernet_spatialmamba_digits.py", Room(folder, "segmentation", "mmseg", "iter_9.pth", "mIoU:")
-        necks = "decode_head=dict(in_channels=[8, 16, 32, 64]), auxiliary_head=dict(in_channels=32)"
+        norm = "norm_cfg=dict(type='SyncBN')"
+        necks = f"decode_head=dict(in_channels=[8, 16, 32, 64], {norm}), auxiliary_head=dict(in_channels=32, {norm})"
         data = dict(kind="Seg", annotations="")
         more = "train_cfg = dict(max_iters=9, val_interval=9)\ndefault_hooks = dict(checkpoint=dict(interval=3))"
     base = ROOT / "configs" / request.param / base
@@ -545,6 +546,7 @@ def test_the_distributed_test_repeats_the_score_and_draws(room: Room) -> None:
     test = "small.py", f"undisturbed/{room.last}"
     output = room.run("bash", room.tools / "dist_test.sh", *test, 2, "--work-dir", "tested", "--out", out)
     assert room.scores(output) == room.scores(room.trained)
+    assert ("2 layers of type SyncBN become BN" in room.trained) == (room.name == "segmentation")  # no GPU
     if room.name == "detection":
         predictions = pickle.loads((room.folder / out).read_bytes())
         assert sorted(p["img_id"] for p in predictions) == [1, 2, 3, 4, 5]
