@@ -40,10 +40,10 @@ class ExactResumeHook(Hook):
         loop = runner.train_loop
         loader, batches = loop.dataloader, loop.dataloader.batch_sampler
         sampler, done = batches.sampler, 0
-        seed = runner.seed - get_rank() * bool(
-            runner.cfg.get("randomness", {}).get("diff_rank_seed")
-        )  # that of all processes
-        seed = runner.cfg.train_dataloader.sampler.get("seed", seed)
+        seed = runner.cfg.train_dataloader.sampler.get("seed")
+        if seed is None:  # the processes share one order, even if their other random numbers differ
+            differ = runner.cfg.get("randomness", {}).get("diff_rank_seed", False)
+            seed = runner.seed - get_rank() if differ else runner.seed
         if type(sampler) is InfiniteSampler:
             sampler = InfiniteSampler(sampler.dataset, sampler.shuffle, seed)  # from its start
             if type(batches) is BatchSampler:  # others group images by more than their position
