@@ -120,7 +120,7 @@ def test_model_of_a_recipe(name: str) -> None:
 
 
 def test_only_norms_are_spared_weight_decay(micro: nn.Module) -> None:
-    """mmengine goes by names, so the blocks' ln_1 and ln_2 decay, as they do in the published recipe."""
+    """mmengine goes by names, so the blocks' ln_1 and ln_2 do decay."""
     config = load_config("mmdet", "mask_rcnn_spatialmamba_fpn_coco_tiny")
     groups = build_optim_wrapper(micro, config.optim_wrapper).optimizer.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
