@@ -103,7 +103,7 @@ def test_model_of_a_recipe(variant: str) -> None:
 
 
 def test_only_norms_are_spared_weight_decay(micro: nn.Module) -> None:
-    """mmengine goes by names: the BatchNorms of the heads, called bn, decay as in the published recipe."""
+    """mmengine goes by names: the BatchNorms of the heads, called bn, do decay."""
     config = load_config("mmseg", RECIPE.format("tiny"))
     groups = build_optim_wrapper(micro, config.optim_wrapper).optimizer.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
