@@ -26,10 +26,10 @@ class Parser(argparse.ArgumentParser):
         """Parse, where values that mmengine cannot split count as wrong options too."""
         try:
             return super().parse_args(args)
+        except SetupError:
+            raise
         except ValueError as error:
-            raise (
-                error if isinstance(error, SetupError) else SetupError(f"--cfg-options takes KEY=VALUE pairs ({error})")
-            ) from error
+            raise SetupError(f"--cfg-options takes KEY=VALUE pairs ({error})") from error
 
 
 def run_command(package: str, module: str, function: str, *args: Any) -> int:

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from .packages import SetupError
-
 
 def write_whole(folder: Path, files: Collection[str], write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a new folder, which gets its name ``folder`` when it is complete.
@@ -41,7 +39,7 @@ def run_command(description: str | None, write: Callable[[Path], str]) -> int:
     folder = parser.parse_args().folder
     try:
         print(f"{folder}: {write(folder)}")
-    except (SetupError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # SetupError among the former
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
