@@ -2,8 +2,19 @@
 
 from . import operators  # noqa: F401, registers them with torch.library
 from .backends import use_backend
+from .depthwise_conv import depthwise_conv
+from .gated_norm import gated_norm
 from .selective_scan import selective_scan
+from .spatial_mixer import spatial_mixer
 from .state_fusion import state_fusion
 from .structure_aware_scan import structure_aware_scan
 
-__all__ = ["selective_scan", "state_fusion", "structure_aware_scan", "use_backend"]
+__all__ = [
+    "depthwise_conv",
+    "gated_norm",
+    "selective_scan",
+    "spatial_mixer",
+    "state_fusion",
+    "structure_aware_scan",
+    "use_backend",
+]

@@ -16,6 +16,8 @@ from . import native
 
 # Fastest first; "torch", the definition, serves everything.
 PREFERENCE = {"cpu": ("cpu", "triton", "torch"), "cuda": ("cuda", "triton", "torch")}
+# The CUDA library has no kernels for these, which are bound by memory: Triton serves them beside it, forced or not.
+NOT_IN_CUDA = ("depthwise_conv", "gated_norm")
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -74,8 +76,15 @@ def why_not(
     return _missing[backend]
 
 
-def serving(device_type: str, dtype: torch.dtype, capability: tuple[int, int] | None = None) -> str:
+def serving(
+    device_type: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None = None,
+    operator: str = "structure_aware_scan",
+) -> str:
     """Name of the back end that serves tensors of this device type and dtype: the forced one, or the fastest here.
+
+    Operators in ``NOT_IN_CUDA`` are served by the next one where it is ``"cuda"``.
 
     Raises:
         RuntimeError: if the forced back end cannot serve them, or native code is required and there is none.
@@ -84,23 +93,26 @@ def serving(device_type: str, dtype: torch.dtype, capability: tuple[int, int] | 
         reason = why_not(_forced, device_type, dtype, capability)
         if reason is not None:
             raise RuntimeError(f"the back end {_forced!r} is forced, but cannot be used: {reason}")
-        return _forced
+        if _forced != "cuda" or operator not in NOT_IN_CUDA:
+            return _forced
     candidates = PREFERENCE.get(device_type, ("torch",))
+    if operator in NOT_IN_CUDA:
+        candidates = tuple(name for name in candidates if name != "cuda")
     # Interpreted kernels are for tests alone, which force them.
     usable = [name for name in candidates if (name, device_type) != ("triton", "cpu")]
     best = next(name for name in usable if why_not(name, device_type, dtype, capability) is None)
     if best != usable[0] and dtype in DTYPES[usable[0]]:  # otherwise there is nothing that the user could build
         reason = why_not(usable[0], device_type, dtype, capability)
-        if _required:
+        if _required and _forced is None:
             raise RuntimeError(f"{REQUIRE_VARIABLE}=1, but the {usable[0]} back end cannot be used: {reason}")
         if not torch.compiler.is_compiling():
             _hint(usable[0], best, device_type, reason)
     return best
 
 
-def definition_serves(tensor: Tensor) -> bool:
-    """Whether operators on this tensor run as the definition in PyTorch, rather than as one native operator."""
-    return serving(tensor.device.type, tensor.dtype) == "torch"
+def definition_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> bool:
+    """Whether the operator runs on this tensor as the definition in PyTorch, rather than as one native operator."""
+    return serving(tensor.device.type, tensor.dtype, operator=operator) == "torch"
 
 
 @contextmanager
@@ -110,7 +122,8 @@ def use_backend(name: str) -> Iterator[None]:
     The environment variable ``SPATIAL_MAMBA_BACKEND`` does the same for a whole process.
 
     Args:
-        name: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"`` (the definition).
+        name: ``"cpu"``, ``"cuda"`` (with Triton for the operators in ``NOT_IN_CUDA``), ``"triton"`` or ``"torch"``
+            (the definition).
 
     Raises:
         ValueError: for another name. An operator then raises RuntimeError if the back end cannot serve its tensors.

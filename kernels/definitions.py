@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .depthwise_conv import depthwise_conv_definition
+from .gated_norm import gated_norm_definition
+from .packing import unpack_weight
 from .selective_scan import selective_scan_definition
 
 _AUTOGRAD_KEYS = [getattr(torch._C.DispatchKey, f"Autograd{name}") for name in ("CPU", "CUDA", "MPS", "XPU", "Other")]
@@ -69,6 +72,70 @@ def structure_aware_scan(
     return y.to(out_dtype).contiguous(), row_states.contiguous()
 
 
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
+    return depthwise_conv_definition(x, weight.view(-1, 1, 3, 3), bias, epilogue)
+
+
+def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return gated_norm_definition(y, gate, weight, bias, eps).contiguous()
+
+
+def spatial_mixer(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    projection_weight: Tensor,
+    step_weight: Tensor,
+    step_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    taps: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    offsets: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """The outputs alone."""
+    x, gate = xz.chunk(2, dim=-1)
+    u = depthwise_conv(x, conv_weight, conv_bias, "silu")
+    core = (u, F.linear(u, projection_weight), step_weight, step_bias, A_log, D, taps, offsets, taps.dtype)
+    y, _ = structure_aware_scan(*core)
+    return gated_norm(y, gate, norm_weight, norm_bias, eps)
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    outputs: int,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    out = F.linear(x, unpack_weight(packed, outputs), bias)
+    if relu:
+        out = F.relu(out)
+    return out if residual is None else residual + out
+
+
+def packed_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    expand: Tensor,
+    expand_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+) -> Tensor:
+    hidden = packed_linear(x, expand, len(expand_bias), expand_bias, norm_weight, norm_bias, eps, False, None)
+    return packed_linear(F.gelu(hidden), project, len(project_bias), project_bias, None, None, 0.0, False, x)
+
+
 def selective_scan_backward(
     grad_out: Tensor, grad_last: Tensor, *inputs: Any, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
@@ -96,6 +163,40 @@ def structure_aware_scan_backward(
 ) -> tuple[Tensor, ...]:
     inputs = (u, projection, step_weight, step_bias, A_log, D, taps, offsets, grad_out.dtype)
     return _gradients(structure_aware_scan, inputs, (grad_out,), create_graph)
+
+
+def depthwise_conv_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, epilogue: str, grad_x: Tensor
+) -> tuple[Tensor, ...]:
+    grad, *grads = depthwise_conv_gradients(grad_out, x, weight, bias, epilogue)
+    grad_x.copy_(grad)
+    return tuple(grads)
+
+
+def depthwise_conv_gradients(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, epilogue: str, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    return _gradients(depthwise_conv, (x, weight, bias, epilogue), (grad_out,), create_graph)
+
+
+def gated_norm_backward(
+    grad_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, grad_gate: Tensor
+) -> tuple[Tensor, ...]:
+    grad_y, grad, *grads = gated_norm_gradients(grad_out, y, gate, weight, bias, eps)
+    grad_gate.copy_(grad)
+    return grad_y, *grads
+
+
+def gated_norm_gradients(
+    grad_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    return _gradients(gated_norm, (y, gate, weight, bias, eps), (grad_out,), create_graph)
+
+
+def spatial_mixer_gradients(grad_out: Tensor, *arguments: Any, create_graph: bool = False) -> tuple[Tensor, ...]:
+    """From the arguments of ``spatial_mixer_backward``, of which the intermediates are made anew."""
+    *tensors, _, _, _, _, offsets, eps = arguments
+    return _gradients(spatial_mixer, (*tensors, offsets, eps), (grad_out,), create_graph)
 
 
 @contextmanager

@@ -99,5 +99,10 @@ def check_branches(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence
             raise ValueError(
                 f"a fusion kernel must be (dim, 1, k, k) with dim = {dim} and odd k, got {tuple(kernel.shape)}"
             )
+    check_dilations(dilations)
+
+
+def check_dilations(dilations: Sequence[int]) -> None:
+    """Raise ValueError unless all are positive integers."""
     if any(not isinstance(dilation, int) or dilation < 1 for dilation in dilations):
         raise ValueError(f"dilations must be positive integers, got {tuple(dilations)}")

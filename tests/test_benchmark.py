@@ -22,6 +22,10 @@ SMALL = [
     Case("states", "states", batch=2, height=7, width=9, dim=6),
     Case("scan", "scan", batch=2, height=7, width=9, dim=6, d_state=4),
     Case("fusion", "fusion", batch=2, height=7, width=9, dim=6),
+    Case("mixer", "mixer", batch=2, height=7, width=9, dim=6, rank=3),
+    Case("conv", "conv", batch=2, height=7, width=9, dim=6),
+    Case("position", "position", batch=2, height=7, width=9, dim=6),
+    Case("norm", "norm", batch=2, height=7, width=9, dim=6),
 ]
 by_operator = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.operator)
 
@@ -59,6 +63,16 @@ def test_operations_are_those_of_the_flop_formulas(case: Case) -> None:
             names = ("u", "projection", "step_weight", "step_bias", "A_log", "D")
             taps = merge_taps(kernels, inputs["alpha"], [1, 3, 5])
             operators.structure_aware_scan(*(inputs[name] for name in names), taps, offsets, torch.float32)
+        elif case.operator == "mixer":
+            taps = merge_taps(kernels, inputs["alpha"], [1, 3, 5])
+            conv = (inputs["conv_weight"].flatten(1), inputs["conv_bias"])
+            core = (inputs[name] for name in ("projection_weight", "step_weight", "step_bias", "A_log", "D"))
+            norm = (inputs["norm_weight"], inputs["norm_bias"])
+            operators.spatial_mixer(inputs["xz"], *conv, *core, taps, *norm, offsets, 1e-5)
+        elif case.operator in ("conv", "position"):
+            operators.depthwise_conv(inputs["x"], inputs["conv_weight"].flatten(1), inputs["conv_bias"], "silu")
+        elif case.operator == "norm":
+            operators.gated_norm(*inputs.values(), 1e-5)
         elif case.operator == "fusion":
             taps = merge_taps(kernels, inputs["alpha"], [1, 3, 5])
             operators.state_fusion(inputs["h"].permute(0, 2, 3, 1), taps, offsets)
@@ -73,9 +87,10 @@ def test_operations_are_those_of_the_flop_formulas(case: Case) -> None:
 
 def test_cases_have_the_shapes_of_the_models() -> None:
     cases = {case.name: case for case in all_cases(batch=8)}
-    assert len(cases) == 15
+    assert len(cases) == 25
     stage = cases["core/base/stage3/224x224"]
     assert (stage.batch, stage.height, stage.width, stage.dim, stage.rank) == (8, 14, 14, 768, 24)
+    assert (cases["mixer/tiny/stage2/224x224"].dim, cases["position/tiny/stage3/224x224"].dim) == (256, 256)
     large = cases["core/tiny/stage1/2048x2048"]
     assert (large.batch, large.height, large.width, large.dim, large.rank) == (1, 512, 512, 128, 4)
 
@@ -96,7 +111,8 @@ def test_competitors_compute_the_same(case: Case) -> None:
     expected = competitors.definition(case).bind(case, doubles, grad_output.double(), backward=True)()
     names = ["output", *inputs]
     entrants = [competitors.definition(case), *competitors.published(case, CPU, torch.float32)]
-    assert len(entrants) == {"core": 4, "fusion": 3}.get(case.operator, 1)
+    others = {"core": 3, "fusion": 2, "mixer": 1, "conv": 1, "position": 1, "norm": 1}
+    assert len(entrants) == 1 + others.get(case.operator, 0)
     for entrant in entrants:
         found = entrant.bind(case, inputs, grad_output, backward=True)()
         error, where = measure.worst_error(names, found, expected)
@@ -246,7 +262,7 @@ def test_gpu_check_goes_on_after_failures(tmp_path: Path) -> None:
             gpu_check.Step("fails", (python, "-c", "print('about to fail'); raise SystemExit(3)"), 20),
             gpu_check.Step("hangs", (python, "-c", "import time; time.sleep(60)"), 0.5),
             gpu_check.Step("absent", ("no-such-command",), 20),
-            gpu_check.Step("works", (python, "-c", show_options, "{seconds}", "{out}"), 20, {"COLOUR": "blue"}),
+            gpu_check.Step("works", (python, "-c", show_options, "{seconds}", "{out}/part"), 20, {"COLOUR": "blue"}),
             gpu_check.Step("too late", (python, "--version"), 0),
             gpu_check.Step("not needed", (python, "--version"), 0, optional=True),
         ],
@@ -263,7 +279,7 @@ def test_gpu_check_goes_on_after_failures(tmp_path: Path) -> None:
     assert 0.5 <= outcomes[1].seconds < 10
     log = (tmp_path / "log.txt").read_text()
     assert "about to fail" in log
-    assert f"15 {tmp_path} blue True" in log
+    assert f"15 {tmp_path}/part blue True" in log
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert not summary["passed"]
     assert [step["name"] for step in summary["steps"]] == [outcome.name for outcome in outcomes]
@@ -286,5 +302,12 @@ def test_gpu_check_starts_by_its_path() -> None:
 
 def test_gpu_check_covers_every_kind_of_check() -> None:
     commands = [" ".join(step.command) for step in gpu_check.steps()]
-    for part in ("kernels build", "pytest -m gpu", "memcheck", "racecheck", "kernels.benchmark --device cuda"):
+    for part in (
+        "kernels build",
+        "pytest -m gpu",
+        "memcheck",
+        "racecheck",
+        "kernels.benchmark --device cuda",
+        "classification.benchmark --device cuda",
+    ):
         assert any(part in command for command in commands), part

@@ -13,8 +13,17 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spatial_mamba.kernels import selective_scan, state_fusion, structure_aware_scan, use_backend
+from spatial_mamba.kernels import (
+    depthwise_conv,
+    gated_norm,
+    selective_scan,
+    spatial_mixer,
+    state_fusion,
+    structure_aware_scan,
+    use_backend,
+)
 from spatial_mamba.kernels.linear_recurrence import _scan_pairwise, linear_recurrence
+from spatial_mamba.kernels.taps import merge_taps, split_taps, tap_offsets
 
 BATCH, DIM = 2, 4
 SHORT, LONG = (1, 7), (64, 1000, 3136)
@@ -488,3 +497,180 @@ def test_core_refuses_types_and_devices(name: str) -> None:
 def test_core_refuses_an_output_dtype_without_fractions() -> None:
     with pytest.raises(TypeError, match=r"^out_dtype must be a floating-point type, got torch.int32"):
         structure_aware_scan(**core_inputs(), out_dtype=torch.int32)
+
+
+def conv_inputs() -> dict[str, Any]:
+    g = generator()
+    return dict(
+        x=torch.randn(BATCH, 4, 5, DIM, generator=g),
+        weight=torch.randn(DIM, 1, 3, 3, generator=g),
+        bias=torch.randn(DIM, generator=g),
+    )
+
+
+def convolve_by_shifting(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Sums of nine shifted maps, in float64."""
+    height, width = x.shape[1:3]
+    padded = F.pad(x.double(), (0, 0, 1, 1, 1, 1))
+    return bias.double() + sum(
+        weight[:, 0, i, j].double() * padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
+    )
+
+
+def test_conv_matches_shifted_sums() -> None:
+    inputs = conv_inputs()
+    convolved = convolve_by_shifting(**inputs)
+    for epilogue, expected in {
+        "none": convolved,
+        "silu": convolved / (1 + torch.exp(-convolved)),
+        "residual": inputs["x"] + convolved,
+    }.items():
+        y = depthwise_conv(**inputs, epilogue=epilogue)
+        assert y.is_contiguous()
+        assert_near(y, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(DIM, 4, 5)}, "^x must be"),
+        ({"x": torch.ones(BATCH, 4, 0, DIM)}, "^x must be"),
+        ({"weight": torch.ones(DIM, 9)}, r"^weight must be .* = \(4, 1, 3, 3\), got \(4, 9\)"),
+        ({"weight": torch.ones(DIM + 1, 1, 3, 3)}, "^weight must be"),
+        ({"weight": torch.ones(DIM, 1, 5, 5)}, "^weight must be"),
+        ({"bias": torch.ones(1)}, "^bias must be"),
+        ({"epilogue": "relu"}, "^epilogue must be one of none, silu, residual, got 'relu'"),
+    ],
+)
+def test_conv_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv(**conv_inputs() | change)
+
+
+def norm_inputs() -> dict[str, Any]:
+    g = generator()
+    return dict(
+        y=3 * torch.randn(BATCH, 4, 5, DIM, generator=g) + 1,
+        gate=torch.randn(BATCH, 4, 5, DIM, generator=g),
+        weight=torch.randn(DIM, generator=g),
+        bias=torch.randn(DIM, generator=g),
+    )
+
+
+def test_norm_matches_moments() -> None:
+    y, gate, weight, bias = (x.double() for x in norm_inputs().values())
+    centred = y - y.mean(-1, keepdim=True)
+    normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-3)
+    expected = (normed * weight + bias) * gate / (1 + torch.exp(-gate))
+    assert_near(gated_norm(**norm_inputs(), eps=1e-3), expected, 1e-6)
+
+
+@half_types
+def test_norm_is_rounded_once(dtype: torch.dtype) -> None:
+    inputs = norm_inputs() | {"gate": norm_inputs()["gate"].to(dtype)}
+    out = gated_norm(**inputs)  # y in float32
+    assert out.dtype == dtype
+    assert torch.equal(out, gated_norm(**inputs | {"gate": inputs["gate"].float()}).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.ones(DIM, 4, 5)}, "^y must be"),
+        ({"y": torch.ones(BATCH, 0, 5, DIM)}, "^y must be"),
+        ({"gate": torch.ones(BATCH, 4, 5, DIM + 1)}, r"^gate must be of the shape of y, \(2, 4, 5, 4\), got"),
+        ({"weight": torch.ones(DIM, 1)}, "^weight must be"),
+        ({"bias": torch.ones(1)}, "^bias must be"),
+    ],
+)
+def test_norm_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gated_norm(**norm_inputs() | change)
+
+
+def mixer_inputs(merged: bool = False) -> dict[str, Any]:
+    core = core_inputs()
+    del core["u"], core["projection"]
+    g = generator(1)
+    if merged:
+        taps = merge_taps(core["kernels"], core["alpha"], (1, 3, 5))
+        core |= dict(kernels=None, alpha=None, taps=taps)
+    return core | dict(
+        xz=torch.randn(BATCH, 4, 5, 2 * DIM, generator=g),
+        conv_weight=torch.randn(DIM, 1, 3, 3, generator=g),
+        conv_bias=torch.randn(DIM, generator=g),
+        projection_weight=torch.randn(5, DIM, generator=g),
+        norm_weight=torch.randn(DIM, generator=g),
+        norm_bias=torch.randn(DIM, generator=g),
+    )
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_mixer_is_its_parts_in_a_row(merged: bool) -> None:
+    core = mixer_inputs()
+    x, gate = core.pop("xz").split(DIM, dim=-1)
+    conv_weight, conv_bias, projection_weight, norm_weight, norm_bias = (
+        core.pop(name) for name in ("conv_weight", "conv_bias", "projection_weight", "norm_weight", "norm_bias")
+    )
+    u = F.silu(F.conv2d(x.permute(0, 3, 1, 2), conv_weight, conv_bias, padding=1, groups=DIM)).permute(0, 2, 3, 1)
+    y = structure_aware_scan(u, u @ projection_weight.T, **core)
+    expected = F.layer_norm(y, (DIM,), norm_weight, norm_bias) * F.silu(gate)
+    assert_near(spatial_mixer(**mixer_inputs(merged)), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("size", "dilations"), [(3, (1, 3, 5)), (3, (2,)), (5, (1, 2)), (1, (1, 4))])
+def test_split_taps_merge_again(size: int, dilations: tuple[int, ...]) -> None:
+    count = len(tap_offsets([size] * len(dilations), dilations)) // 2
+    taps = torch.randn(count, DIM, generator=generator())
+    kernels = split_taps(taps, size, dilations)
+    assert [kernel.shape for kernel in kernels] == [(DIM, 1, size, size)] * len(dilations)
+    assert torch.equal(merge_taps(kernels, torch.ones(len(dilations)), dilations), taps)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"xz": torch.ones(BATCH, 4, 5, 2 * DIM + 1)}, "^xz must be"),
+        ({"xz": torch.ones(BATCH, 4, 0, 2 * DIM)}, "^xz must be"),
+        ({"xz": torch.ones(4, 5, 2 * DIM)}, "^xz must be"),
+        ({"conv_weight": torch.ones(DIM, 9)}, "^conv_weight must be"),
+        ({"conv_bias": torch.ones(1)}, "^conv_bias must be"),
+        ({"projection_weight": torch.ones(4, DIM)}, r"^projection_weight must be \(R \+ 2, dim\) = \(5, 4\), got"),
+        ({"step_weight": torch.ones(DIM, 0)}, "^step_weight must be .* R >= 1"),
+        ({"step_weight": torch.ones(DIM + 1, 3)}, "^step_weight must be"),
+        ({"step_bias": torch.ones(DIM, 1)}, "^step_bias must be"),
+        ({"A_log": torch.ones(DIM, 1)}, "^A_log must be"),
+        ({"D": torch.ones(1)}, "^D must be"),
+        ({"norm_weight": torch.ones(1)}, "^norm_weight must be"),
+        ({"norm_bias": torch.ones(1)}, "^norm_bias must be"),
+        ({"alpha": torch.ones(2)}, r"alpha of \(2,\)"),
+        ({"dilations": (0, 1, 2)}, "^dilations must be"),
+        ({"alpha": None}, "^give either kernels and alpha, or taps; got kernels$"),
+        ({"kernels": None, "alpha": None}, "^give either kernels and alpha, or taps; got none of them$"),
+        ({"taps": torch.ones(25, DIM)}, "^give either kernels and alpha, or taps; got kernels, alpha, taps$"),
+        (
+            {"kernels": None, "alpha": None, "taps": torch.ones(27, DIM)},
+            r"^taps must be \(T, dim\) = \(25, 4\) for kernels of 3x3 with dilations \(1, 3, 5\), got \(27, 4\)",
+        ),
+        (
+            {"kernels": None, "alpha": None, "taps": torch.ones(25, DIM), "dilations": (1, 0, 5)},
+            "^dilations must be",
+        ),
+    ],
+)
+def test_mixer_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spatial_mixer(**mixer_inputs() | change)
+
+
+@pytest.mark.parametrize(
+    ("function", "make"), [(depthwise_conv, conv_inputs), (gated_norm, norm_inputs), (spatial_mixer, mixer_inputs)]
+)
+def test_tokens_refuse_types_and_devices(function: Callable[..., Tensor], make: Callable[[], dict[str, Any]]) -> None:
+    inputs = make()
+    first = {depthwise_conv: "x", gated_norm: "y", spatial_mixer: "xz"}[function]
+    for name in [name for name, value in inputs.items() if isinstance(value, Tensor)]:
+        with pytest.raises(TypeError, match=f"^{name} must be of a real floating-point type, got torch.int64"):
+            function(**inputs | {name: inputs[name].long()})
+        with pytest.raises(ValueError, match=f"must be on the device of {first}"):
+            function(**inputs | {name: inputs[name].to("meta")})

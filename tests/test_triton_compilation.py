@@ -17,7 +17,7 @@ import torch
 CAPABILITY = 90  # sm_90, Hopper
 SHARED_MEMORY = 232448  # bytes of a block there
 MULTIPROCESSORS = 132
-KERNELS = 9  # at least, of all operators
+KERNELS = 17  # at least, of all operators
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
@@ -88,6 +88,15 @@ def launch_all() -> None:
     core = (u, projection, torch.empty(dim, rank), *torch.empty(3, dim).unbind(), taps)
     y, row_states = triton.structure_aware_scan(*core, offsets, torch.float32)
     triton.structure_aware_scan_backward(y, *core, row_states, offsets)
+
+    wide = torch.empty(2, 14, 14, 2 * dim).bfloat16()
+    x, gate = wide.chunk(2, dim=-1)
+    weight, bias = torch.empty(dim, 9), torch.empty(dim)
+    for epilogue in ("none", "silu", "residual"):
+        out = triton.depthwise_conv(x, weight, bias, epilogue)
+        triton.depthwise_conv_backward(out, x, weight, bias, epilogue, torch.empty_like(wide)[..., :dim])
+    norm = (y, gate, bias, bias, 1e-5)
+    triton.gated_norm_backward(triton.gated_norm(*norm), *norm, torch.empty_like(wide)[..., dim:])
 
     tokens, matrices = torch.empty(3, 2, dim, 100).half(), torch.empty(2, 2, 1, 16, 100).half()
     u, delta, z = tokens.unbind()

@@ -4,13 +4,12 @@ Prints tables, and writes benchmark.json, benchmark.txt and roofline.png.
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -18,40 +17,19 @@ from .. import backends
 from . import measure, report
 from .cases import Case, all_cases
 from .competitors import DEFINITION
+from .options import DTYPES, OneLineParser, seconds, whole_number
 from .trial import Bench, Choices
 
-DTYPES = ("float32", "bfloat16", "float16")
 BATCHES = {"cpu": 8, "cuda": 128}
 QUICK_CASES, QUICK_SECONDS = ["*/tiny/stage1/224x224"], 0.5
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")  # one line, without the usage
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m spatial_mamba.kernels.benchmark", description=__doc__)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="python -m spatial_mamba.kernels.benchmark", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is a GPU")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of the activations")
-    parser.add_argument("--threads", type=_at_least_one, help="of PyTorch on the CPU")
-    parser.add_argument("--batch", type=_at_least_one, help="images of 224x224: by default 8 on a CPU, 128 on a GPU")
+    parser.add_argument("--threads", type=whole_number, help="of PyTorch on the CPU")
+    parser.add_argument("--batch", type=whole_number, help="images of 224x224: by default 8 on a CPU, 128 on a GPU")
     parser.add_argument("--cases", nargs="+", metavar="GLOB", help="e.g. 'core/tiny/*'; by default all")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="by default all that can be used here")
     parser.add_argument(
@@ -63,9 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GLOB",
         help="cases on which torch.compile takes part, a minute each: by default all on a GPU, none on a CPU",
     )
-    parser.add_argument("--seconds", type=_seconds, help="of timing per case, dtype and mode (default 5)")
+    parser.add_argument("--seconds", type=seconds, help="of timing per case, dtype and mode (default 5)")
     parser.add_argument("--quick", action="store_true", help="few cases, half a second each")
-    parser.add_argument("--limit", type=_seconds, metavar="SECONDS", help="start no further case after that time")
+    parser.add_argument("--limit", type=seconds, metavar="SECONDS", help="start no further case after that time")
     parser.add_argument("--out", type=Path, default=Path("output/benchmark"), help="folder for the results")
     parser.add_argument(
         "--keep-freed-memory",
@@ -76,13 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _device(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no usable GPU here")
-    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _cases(args: argparse.Namespace, device: torch.device, parser: argparse.ArgumentParser) -> list[Case]:
+def _cases(args: argparse.Namespace, device: torch.device, parser: OneLineParser) -> list[Case]:
     known = all_cases(args.batch or BATCHES[device.type])
     globs = args.cases or (QUICK_CASES if args.quick else ["*"])
     for glob in globs:
@@ -91,7 +63,7 @@ def _cases(args: argparse.Namespace, device: torch.device, parser: argparse.Argu
     return [case for case in known if any(fnmatchcase(case.name, glob) for glob in globs)]
 
 
-def _choices(args: argparse.Namespace, device: torch.device, parser: argparse.ArgumentParser) -> Choices:
+def _choices(args: argparse.Namespace, device: torch.device, parser: OneLineParser) -> Choices:
     for name in args.backends or ():
         if name not in backends.BACKENDS:
             parser.error(f"--backends: {name!r} is none of {', '.join(backends.BACKENDS)}")
@@ -111,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     parser = _parser()
     args = parser.parse_args(argv)
-    device = _device(args, parser)
+    device = parser.device(args.device)
     cases, choices = _cases(args, device, parser), _choices(args, device, parser)
     dtypes = [getattr(torch, name) for name in args.dtype]
     if args.threads:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..operators import SCAN_FLOPS
+from ..operators import CONV_FLOPS, SCAN_FLOPS
 from ..taps import tap_offsets
 
 DILATIONS = (1, 3, 5)
@@ -22,7 +22,9 @@ class Case:
     """One operator on one shape.
 
     The operators are ``core`` (``structure_aware_scan``), ``states`` (``selective_scan`` without C, as Spatial-Mamba
-    uses it), ``scan`` (``selective_scan`` with C, D and z, as Mamba uses it) and ``fusion`` (``state_fusion``).
+    uses it), ``scan`` (``selective_scan`` with C, D and z, as Mamba uses it), ``fusion`` (``state_fusion``), ``mixer``
+    (``spatial_mixer``), ``conv`` and ``position`` (``depthwise_conv`` with SiLU, and with the residual), and ``norm``
+    (``gated_norm``).
     """
 
     name: str
@@ -43,10 +45,16 @@ class Case:
         return self.height * self.width
 
     def activations(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs that are tokens, of the I/O dtype; the first has one element per output element."""
+        """Shapes of the inputs that are tokens, of the I/O dtype."""
+        image = (self.batch, self.height, self.width)
         if self.operator == "core":
-            image = (self.batch, self.height, self.width)
             return {"u": (*image, self.dim), "projection": (*image, self.rank + 2)}
+        if self.operator == "mixer":
+            return {"xz": (*image, 2 * self.dim)}
+        if self.operator in ("conv", "position"):
+            return {"x": (*image, self.dim)}
+        if self.operator == "norm":
+            return {"y": (*image, self.dim), "gate": (*image, self.dim)}
         if self.operator == "fusion":
             return {"h": (self.batch, self.dim, self.height, self.width)}
         channels, shared = (self.batch, self.dim, self.length), (self.batch, self.d_state, self.length)
@@ -58,9 +66,17 @@ class Case:
         """Shapes of the inputs that are weights, always float32."""
         per_channel = (self.dim,)
         kernels = {f"kernel_{dilation}": (self.dim, 1, 3, 3) for dilation in DILATIONS} | {"alpha": (len(DILATIONS),)}
-        if self.operator == "core":
+        norm = {"norm_weight": per_channel, "norm_bias": per_channel}
+        conv = {"conv_weight": (self.dim, 1, 3, 3), "conv_bias": per_channel}
+        if self.operator in ("core", "mixer"):
             step = {"step_weight": (self.dim, self.rank), "step_bias": per_channel}
-            return step | {"A_log": per_channel, "D": per_channel} | kernels
+            core = step | {"A_log": per_channel, "D": per_channel} | kernels
+            projection = {"projection_weight": (self.rank + 2, self.dim)}
+            return core if self.operator == "core" else conv | projection | core | norm
+        if self.operator in ("conv", "position"):
+            return conv
+        if self.operator == "norm":
+            return norm
         if self.operator == "fusion":
             return kernels
         skip = {"D": per_channel} if self.operator == "scan" else {}
@@ -69,6 +85,8 @@ class Case:
     def output(self) -> tuple[int, ...]:
         if self.operator == "states":
             return (self.batch, self.dim, self.d_state, self.length)
+        if self.operator == "mixer":
+            return (self.batch, self.height, self.width, self.dim)
         return next(iter(self.activations().values()))
 
     def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -89,12 +107,17 @@ class Case:
         return forward + (inputs + output + inputs) if backward else forward
 
     def operations(self, backward: bool) -> int:
-        """Floating-point operations, a multiply-add counted as two; see the FLOP formulas in ``operators.py``.
+        """Floating-point operations, a multiply-add counted as two; see the FLOP formulas in ``operators/``.
 
         A backward pass counts twice its forward pass, as is customary, and nothing for what it recomputes.
         """
+        core = 2 * self.rank + SCAN_FLOPS + 2 * TAPS
         per_channel = {
-            "core": 2 * self.rank + SCAN_FLOPS + 2 * TAPS,
+            "core": core,
+            "mixer": CONV_FLOPS + 2 * (self.rank + 2) + core,
+            "conv": CONV_FLOPS,
+            "position": CONV_FLOPS,
+            "norm": 0,  # norms and activations are not counted
             "fusion": 2 * TAPS,
             "states": SCAN_FLOPS * self.d_state,
             "scan": SCAN_FLOPS * self.d_state,
@@ -140,6 +163,9 @@ def all_cases(batch: int) -> list[Case]:
         cases += [_stage("core", model, 1, image, few) for image, few in LARGE_IMAGES.items()]
         if model == "tiny":
             cases += [_stage(operator, model, 1, (224, 224), batch) for operator in ("states", "fusion")]
+            cases += [_stage("mixer", model, stage, (224, 224), batch) for stage in (1, 2, 3, 4)]
+            small = ("conv", "position", "norm")
+            cases += [_stage(operator, model, stage, (224, 224), batch) for operator in small for stage in (1, 3)]
             cases.append(_stage("scan", model, 1, (224, 224), min(batch, MAMBA_BATCH), MAMBA_STATES))
     return cases
 
@@ -154,7 +180,7 @@ def _stage(operator: str, model: str, stage: int, image: Sequence[int], batch: i
         batch=batch,
         height=height // stride,
         width=width // stride,
-        dim=2 * channels,
+        dim=channels if operator == "position" else 2 * channels,
         rank=math.ceil(channels / 16),
         d_state=d_state,
     )
@@ -162,8 +188,10 @@ def _stage(operator: str, model: str, stage: int, image: Sequence[int], batch: i
 
 def _initial(name: str, uniform: Tensor) -> Tensor:
     """A weight by its name, made of values uniform in [0, 1)."""
-    if name == "step_weight":
+    if name in ("step_weight", "projection_weight"):
         return (2 * uniform - 1) * uniform.shape[1] ** -0.5
+    if name in ("conv_weight", "conv_bias"):
+        return (2 * uniform - 1) / 3
     if name in ("step_bias", "delta_bias"):  # the inverse softplus of steps log-uniform in [1e-3, 1e-1]
         return torch.log(torch.expm1(torch.exp(uniform * math.log(100) + math.log(1e-3))))
     if name == "A":

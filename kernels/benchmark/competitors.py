@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
+from ..depthwise_conv import depthwise_conv
+from ..gated_norm import gated_norm
 from ..selective_scan import selective_scan
+from ..spatial_mixer import spatial_mixer
 from ..state_fusion import state_fusion
 from ..structure_aware_scan import structure_aware_scan
 from .cases import DILATIONS, Case
@@ -56,7 +59,7 @@ class Competitor:
         memory = torch.contiguous_format if self.planar else torch.channels_last
         if case.operator == "fusion":
             return x.contiguous(memory_format=memory)
-        if case.operator == "core":
+        if case.operator not in ("states", "scan"):
             return x.permute(0, 3, 1, 2).contiguous(memory_format=memory).permute(0, 2, 3, 1)
         return x
 
@@ -67,8 +70,8 @@ def definition(case: Case) -> Competitor:
 
 
 def native(case: Case, names: Iterable[str]) -> list[Competitor]:
-    """One competitor per back end."""
-    return [Competitor(name, _OPERATORS[case.operator], name) for name in names]
+    """One competitor per back end that has kernels for the case."""
+    return [Competitor(name, _OPERATORS[case.operator], name) for name in names if has_kernels(name, case)]
 
 
 def compiled(case: Case) -> Competitor:
@@ -96,7 +99,17 @@ def published(case: Case, device: torch.device, dtype: torch.dtype) -> list[Comp
             Competitor(name, partial(_core_of_operators, fusion), backend, planar=True, note=note)
             for name, (fusion, note) in fusions.items()
         ]
+    if case.operator == "mixer":
+        return [Competitor("separate operators", _mixer_of_operators, backend, note=f"scan, fusion: {backend}")]
+    libraries = {"conv": partial(_library_conv, F.silu), "position": _library_position, "norm": _library_norm}
+    if case.operator in libraries:
+        return [Competitor("library", libraries[case.operator], DEFINITION)]
     return []
+
+
+def has_kernels(backend: str, case: Case) -> bool:
+    """Whether a back end serves the operator itself: what CUDA lacks would be Triton's under another name."""
+    return backend != "cuda" or case.operator not in ("conv", "position", "norm")
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -109,7 +122,6 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
 
 def three_convolutions(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor) -> Tensor:
     """State fusion as the published code trains it: padded copies, dilated depthwise convolutions, a weighted sum."""
-    h = h.float()
     branches = [
         weight * F.conv2d(F.pad(h, [dilation] * 4, mode="replicate"), kernel, dilation=dilation, groups=h.shape[1])
         for kernel, weight, dilation in zip(kernels, alpha, DILATIONS, strict=True)
@@ -119,13 +131,22 @@ def three_convolutions(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor) -> T
 
 def dense_convolution(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor) -> Tensor:
     """State fusion as the published code evaluates it: the kernels merged into one dense depthwise convolution."""
-    h = h.float()
+    return convolve_dense(h, merge_dense(kernels, alpha))
+
+
+def merge_dense(kernels: Sequence[Tensor], alpha: Tensor) -> Tensor:
+    """The one kernel (dim, 1, 11, 11) that does what the dilated ones (dim, 1, 3, 3) do together."""
     reach = max(DILATIONS)
-    merged = h.new_zeros(h.shape[1], 1, 2 * reach + 1, 2 * reach + 1)
+    merged = kernels[0].new_zeros(kernels[0].shape[0], 1, 2 * reach + 1, 2 * reach + 1)
     for kernel, weight, dilation in zip(kernels, alpha, DILATIONS, strict=True):
         grid = slice(reach - dilation, reach + dilation + 1, dilation)
         merged[:, :, grid, grid] += weight * kernel
-    return F.conv2d(F.pad(h, [reach] * 4, mode="replicate"), merged, groups=h.shape[1])
+    return merged
+
+
+def convolve_dense(h: Tensor, merged: Tensor) -> Tensor:
+    """The depthwise convolution of maps (batch, dim, H, W) with ``merge_dense``'s kernel, edges repeated."""
+    return F.conv2d(F.pad(h, [max(DILATIONS)] * 4, mode="replicate"), merged, groups=h.shape[1])
 
 
 def _core_of_operators(
@@ -151,7 +172,7 @@ def _core_of_operators(
 
 
 def _fuse(fusion: Fusion, h: Tensor, alpha: Tensor, **kernels: Tensor) -> Tensor:
-    return fusion(h, list(kernels.values()), alpha).to(h.dtype)
+    return fusion(h.float(), list(kernels.values()), alpha).to(h.dtype)
 
 
 def _core(
@@ -162,19 +183,68 @@ def _core(
     A_log: Tensor,
     D: Tensor,
     alpha: Tensor,
+    out_dtype: torch.dtype | None = None,
     **kernels: Tensor,
 ) -> Tensor:
     weights = (step_weight, step_bias, A_log, D)
-    return structure_aware_scan(u, projection, *weights, list(kernels.values()), alpha, DILATIONS)
+    return structure_aware_scan(u, projection, *weights, list(kernels.values()), alpha, DILATIONS, out_dtype)
 
 
 def _fusion(h: Tensor, alpha: Tensor, **kernels: Tensor) -> Tensor:
     return state_fusion(h, list(kernels.values()), alpha, DILATIONS)
 
 
+def _depthwise_conv(epilogue: str, x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
+    return depthwise_conv(x, conv_weight, conv_bias, epilogue)
+
+
+def _norm(y: Tensor, gate: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    return gated_norm(y, gate, norm_weight, norm_bias)
+
+
+def _mixer(xz: Tensor, alpha: Tensor, **weights: Tensor) -> Tensor:
+    kernels = [weights.pop(f"kernel_{dilation}") for dilation in DILATIONS]
+    return spatial_mixer(xz, **weights, kernels=kernels, alpha=alpha, dilations=DILATIONS)
+
+
+def _mixer_of_operators(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    **core: Tensor,
+) -> Tensor:
+    """The fused core between PyTorch's own operators, as under autocast: all but the core and the norm in one dtype."""
+    x, gate = xz.chunk(2, dim=-1)
+    u = _library_conv(F.silu, x, conv_weight, conv_bias)
+    y = _core(u, F.linear(u, projection_weight.to(u.dtype)), **core, out_dtype=norm_weight.dtype)
+    return F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias).to(gate.dtype) * F.silu(gate)
+
+
+def _library_conv(activation: Callable[[Tensor], Tensor], x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
+    """PyTorch's depthwise convolution in the dtype of the tokens, channels last."""
+    weight, bias = conv_weight.to(x.dtype), conv_bias.to(x.dtype)
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=x.shape[-1])
+    return activation(out.permute(0, 2, 3, 1))
+
+
+def _library_position(x: Tensor, **conv: Tensor) -> Tensor:
+    return _library_conv(x.add, x, **conv)
+
+
+def _library_norm(y: Tensor, gate: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    return F.layer_norm(y, norm_weight.shape, norm_weight.to(y.dtype), norm_bias.to(y.dtype)) * F.silu(gate)
+
+
 _OPERATORS: dict[str, Callable[..., Tensor]] = {
     "core": _core,
     "fusion": _fusion,
+    "mixer": _mixer,
+    "conv": partial(_depthwise_conv, "silu"),
+    "position": partial(_depthwise_conv, "residual"),
+    "norm": _norm,
     "states": partial(selective_scan, delta_softplus=True),
     "scan": partial(selective_scan, delta_softplus=True),
 }

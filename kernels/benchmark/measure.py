@@ -114,10 +114,10 @@ def copy_of(size: int, device: torch.device) -> Call:
     return lambda: target.copy_(source)
 
 
-def matmul_peak(clock: Clock, device: torch.device) -> float:
-    """Floating-point operations per second of a float32 matrix product: the compute roof, best of five."""
+def matmul_peak(clock: Clock, device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations per second of a matrix product: the compute roof, best of five."""
     size = PEAK_SIZES[device.type]
-    a, b = torch.randn(2, size, size, device=device)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(a)
     seconds = min(clock(lambda: torch.mm(a, b, out=out), 0.0)[0] for _ in range(5))
     return 2 * size**3 / seconds

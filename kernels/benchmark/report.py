@@ -131,6 +131,8 @@ def write(folder: Path, record: Mapping[str, Any], text: str) -> None:
 def roofline(path: Path, results: Sequence[Mapping[str, Any]], peak: float) -> None:
     """Draw operations per second over operations per compulsory byte, one panel per dtype and mode.
 
+    Cases whose operations are not counted are left out.
+
     Args:
         path: of the PNG.
         results: of one run.
@@ -141,6 +143,9 @@ def roofline(path: Path, results: Sequence[Mapping[str, Any]], peak: float) -> N
     """
     from matplotlib.figure import Figure
 
+    results = [result for result in results if result["operations"]]
+    if not results:
+        return
     dtypes = list(dict.fromkeys(result["dtype"] for result in results))
     names = list(dict.fromkeys(row["competitor"] for result in results for row in result["rows"]))
     figure = Figure(figsize=(13, 1 + 5 * len(dtypes)), layout="constrained")

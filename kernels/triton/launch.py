@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PROGRAMS_PER_MULTIPROCESSOR = 4  # where the number of programs is a matter of choice
 # In the interpreter, a number that lets short tests reach both the divided and the undivided scan.
 INTERPRETED_MULTIPROCESSORS = 2
 

@@ -13,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import channel_block, compose, compose_adjoint, load_float, softplus
-from .launch import block, multiprocessors, on_device_of_first
+from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, multiprocessors, on_device_of_first
 from .state_fusion import PART_CHANNELS, launch_fuse, launch_fuse_adjoint, launch_tap_gradients
 
-PROGRAMS_PER_MULTIPROCESSOR = 4
 SCAN_TOKENS, ADJOINT_TOKENS, PRODUCT_TOKENS = 32, 16, 32  # per step of a program
 
 

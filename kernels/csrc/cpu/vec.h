@@ -10,6 +10,10 @@
 #include <memory>
 #include <type_traits>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace spatial_mamba {
 
 #if defined(__AVX512F__)
@@ -61,9 +65,13 @@ inline Vec<float> widen(const c10::BFloat16* p) {
 }
 
 inline Vec<float> widen(const c10::Half* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
   Vec<float> x;
   for (int lane = 0; lane < kLanes<float>; ++lane) x[lane] = p[lane];
   return x;
+#endif
 }
 
 template <typename T, std::enable_if_t<std::is_floating_point_v<T>, bool> = true>
@@ -72,14 +80,22 @@ inline void narrow(T* p, const Vec<T>& x) {
 }
 
 inline void narrow(c10::BFloat16* p, const Vec<float>& x) {
+#if defined(__AVX512BF16__)
+  const HalfBits bits = (HalfBits)_mm512_cvtneps_pbh((__m512)x);
+#else
   const FloatBits wide = (FloatBits)x;
   const FloatBits nearest_even = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
   const HalfBits bits = __builtin_convertvector(x == x ? nearest_even : FloatBits{} + 0x7fc0u, HalfBits);
+#endif
   std::memcpy(p, &bits, sizeof bits);
 }
 
 inline void narrow(c10::Half* p, const Vec<float>& x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
   for (int lane = 0; lane < kLanes<float>; ++lane) p[lane] = x[lane];
+#endif
 }
 
 template <typename io>
@@ -223,12 +239,21 @@ inline Vec<T> logistic(const Vec<T>& x, const Vec<T>& e) {
   return (x < 0 ? e : broadcast(T(1))) / (T(1) + e);
 }
 
+// The logistic functions of any x, in lockstep.
+template <typename T, int n>
+inline __attribute__((always_inline)) void logistic(const Vec<T> (&x)[n], Vec<T> (&result)[n]) {
+  Vec<T> e[n];
+  each<n>([&](int k) { e[k] = (x[k] < -x[k] ? x[k] : -x[k]) * T(M_LOG2E); });
+  exp2_nonpositive(e);
+  each<n>([&](int k) { result[k] = logistic<T>(x[k], e[k]); });
+}
+
 // The logistic function of any x.
 template <typename T>
 inline Vec<T> logistic(const Vec<T>& x) {
-  Vec<T> e[1] = {(x < -x ? x : -x) * T(M_LOG2E)};
-  exp2_nonpositive(e);
-  return logistic<T>(x, e[0]);
+  Vec<T> all[1] = {x}, result[1];
+  logistic<T, 1>(all, result);
+  return result[0];
 }
 
 }  // namespace spatial_mamba

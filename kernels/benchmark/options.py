@@ -1,0 +1,40 @@
+"""What the command lines of benchmarks share: types of options, and errors in one line."""
+
+import argparse
+import math
+from typing import NoReturn
+
+import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong option in one line, without the usage, and ends with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+    def device(self, name: str | None) -> torch.device:
+        """The device of that name; by default the GPU where there is one. It is an error to ask for one in vain."""
+        if name == "cuda" and not torch.cuda.is_available():
+            self.error("--device cuda: PyTorch finds no usable GPU here")
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def whole_number(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A finite time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return value

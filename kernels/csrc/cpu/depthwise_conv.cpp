@@ -1,0 +1,349 @@
+// Depthwise 3x3 convolution of tokens with what follows it: bias, and SiLU or the residual sum; and its gradients.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "tokens.h"
+#include "vec.h"
+
+namespace spatial_mamba {
+namespace {
+
+using at::Tensor;
+
+constexpr int kTaps = 9;
+constexpr int kBlock = 4;  // tokens of a row that are computed together: their neighbours overlap
+
+enum class Epilogue { kNone, kSilu, kResidual };
+
+Epilogue parse_epilogue(c10::string_view name) {
+  if (name == "none") return Epilogue::kNone;
+  if (name == "silu") return Epilogue::kSilu;
+  TORCH_CHECK_VALUE(name == "residual", "epilogue must be none, silu or residual, got ", name);
+  return Epilogue::kResidual;
+}
+
+struct Shape {
+  template <typename T>
+  int64_t chunks() const {  // vectors of channels
+    return (dim + kLanes<T> - 1) / kLanes<T>;
+  }
+  template <typename T>
+  int lanes(int64_t chunk) const {  // how many channels vector `chunk` has
+    return static_cast<int>(std::min<int64_t>(kLanes<T>, dim - chunk * kLanes<T>));
+  }
+  int64_t token(int64_t b, int64_t i) const { return (b * height + i) * width; }  // the first token of row i
+
+  int64_t batch, height, width, dim;
+};
+
+Shape shape_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+
+// Weights by vector of channels: the nine taps, row by row, and the bias.
+template <typename T>
+class Weights {
+ public:
+  Weights(const Shape& shape, const T* weight, const T* bias) : vectors_(shape.chunks<T>() * (kTaps + 1)) {
+    for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
+      Vec<T>* out = vectors_.data() + chunk * (kTaps + 1);
+      std::fill_n(out, kTaps + 1, Vec<T>{});
+      for (int lane = 0; lane < shape.lanes<T>(chunk); ++lane) {
+        const int64_t channel = chunk * kLanes<T> + lane;
+        for (int t = 0; t < kTaps; ++t) out[t][lane] = weight[channel * kTaps + t];
+        out[kTaps][lane] = bias[channel];
+      }
+    }
+  }
+  const Vec<T>* operator[](int64_t chunk) const { return vectors_.data() + chunk * (kTaps + 1); }
+
+ private:
+  Vectors<T> vectors_;
+};
+
+// The neighbours of n tokens of one row, as pointers to their channels; beyond the edges, to zeros.
+template <typename io, int n>
+struct Neighbours {
+  template <typename At>
+  Neighbours(const Shape& shape, int64_t i, int64_t j, const io* zeros, At&& at) {
+    for (int row = 0; row < 3; ++row) {
+      const bool inside = i + row >= 1 && i + row <= shape.height;
+      for (int column = 0; column < n + 2; ++column) {
+        const bool here = inside && j + column >= 1 && j + column <= shape.width;
+        tokens[row][column] = here ? at(i + row - 1, j + column - 1) : zeros;
+      }
+    }
+  }
+  void load_at(int64_t channel, int lanes, Vec<Compute<io>> (&x)[3][n + 2]) const {
+#pragma GCC unroll 3
+    for (int row = 0; row < 3; ++row) {
+#pragma GCC unroll 8
+      for (int column = 0; column < n + 2; ++column) x[row][column] = load(tokens[row][column] + channel, lanes);
+    }
+  }
+
+  const io* tokens[3][n + 2];
+};
+
+// sums += the taps times the neighbours; `tap(row, column)` has the weight of a neighbour.
+template <typename T, int n, typename Tap>
+inline __attribute__((always_inline)) void convolve(const Vec<T> (&x)[3][n + 2], Tap&& tap, Vec<T> (&sums)[n]) {
+#pragma GCC unroll 3
+  for (int row = 0; row < 3; ++row) {
+#pragma GCC unroll 3
+    for (int column = 0; column < 3; ++column) {
+      const Vec<T> weight = tap(row, column);
+      each<n>([&](int k) { sums[k] += weight * x[row][k + column]; });
+    }
+  }
+}
+
+template <typename Visit>
+void for_blocks(int64_t width, Visit&& visit) {
+  int64_t j = 0;
+  for (; j + kBlock <= width; j += kBlock) visit(std::integral_constant<int, kBlock>{}, j);
+  for (; j + 2 <= width; j += 2) visit(std::integral_constant<int, 2>{}, j);
+  for (; j < width; ++j) visit(std::integral_constant<int, 1>{}, j);
+}
+
+// --- forward ----------------------------------------------------------------------------------------------------------
+
+template <typename io, Epilogue epilogue>
+void forward(const Shape& shape, const Tokens<const io>& x, const Weights<Compute<io>>& weights, io* out) {
+  using T = Compute<io>;
+  const std::vector<io> zeros(shape.dim, io(0));
+  at::parallel_for(0, shape.batch * shape.height, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t b = line / shape.height, i = line % shape.height;
+      for_blocks(shape.width, [&](auto n, int64_t j) {
+        const Neighbours<io, n> around(shape, i, j, zeros.data(),
+                                       [&](int64_t row, int64_t column) { return x[shape.token(b, row) + column]; });
+        for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
+          const int lanes = shape.lanes<T>(chunk);
+          const Vec<T>* taps = weights[chunk];
+          Vec<T> near[3][n + 2], sums[n];
+          around.load_at(chunk * kLanes<T>, lanes, near);
+          each<n>([&](int k) { sums[k] = taps[kTaps]; });
+          if constexpr (epilogue == Epilogue::kResidual) each<n>([&](int k) { sums[k] += near[1][k + 1]; });
+          convolve<T, n>(near, [&](int row, int column) { return taps[3 * row + column]; }, sums);
+          if constexpr (epilogue == Epilogue::kSilu) {
+            Vec<T> gate[n];
+            logistic<T, n>(sums, gate);
+            each<n>([&](int k) { sums[k] *= gate[k]; });
+          }
+          io* first = out + (shape.token(b, i) + j) * shape.dim + chunk * kLanes<T>;
+          each<n>([&](int k) { store(first + k * shape.dim, sums[k], lanes); });
+        }
+      });
+    }
+  });
+}
+
+// --- backward ---------------------------------------------------------------------------------------------------------
+
+// Gradients of one image, for a few neighbouring vectors of channels. Row by row, the gradient in front of the epilogue
+// goes into a ring of three rows; the row above the newest then has all it needs for its gradient.
+template <typename io, Epilogue epilogue>
+class BackwardTile {
+ public:
+  using T = Compute<io>;
+
+  BackwardTile(const Shape& shape, int64_t b, int64_t first, int64_t last, const io* grad_out,
+               const Tokens<const io>& x, const Weights<T>& weights, const std::vector<io>& zeros)
+      : shape_(shape),
+        b_(b),
+        first_(first),
+        count_(last - first),
+        grad_out_(grad_out),
+        x_(x),
+        weights_(weights),
+        zeros_(zeros),
+        none_(std::max<int64_t>(count_, 1)),
+        ring_(3 * shape.width * count_),
+        sums_(count_ * (kTaps + 1)) {
+    std::fill_n(none_.data(), count_, Vec<T>{});
+    std::fill_n(sums_.data(), count_ * (kTaps + 1), Vec<T>{});
+  }
+
+  void run(const Tokens<io>& grad_x) {
+    for (int64_t i = 0; i <= shape_.height; ++i) {
+      if (i < shape_.height) for_blocks(shape_.width, [&](auto n, int64_t j) { before_epilogue<n>(i, j); });
+      if (i > 0) for_blocks(shape_.width, [&](auto n, int64_t j) { inputs<n>(i - 1, j, grad_x); });
+    }
+  }
+
+  // grad_weight: (dim, 9), grad_bias: (dim,), of this image.
+  void write_sums(T* grad_weight, T* grad_bias) const {
+    for (int64_t c = 0; c < count_; ++c) {
+      const Vec<T>* sums = sums_.data() + c * (kTaps + 1);
+      for (int lane = 0; lane < shape_.lanes<T>(first_ + c); ++lane) {
+        const int64_t channel = (first_ + c) * kLanes<T> + lane;
+        for (int t = 0; t < kTaps; ++t) grad_weight[channel * kTaps + t] = sums[t][lane];
+        grad_bias[channel] = sums[kTaps][lane];
+      }
+    }
+  }
+
+ private:
+  Vec<T>* grads(int64_t i, int64_t j) { return ring_.data() + ((i % 3) * shape_.width + j) * count_; }
+
+  template <int n>
+  void before_epilogue(int64_t i, int64_t j) {
+    const Neighbours<io, n> around(shape_, i, j, zeros_.data(), [&](int64_t row, int64_t column) {
+      return x_[shape_.token(b_, row) + column];
+    });
+    for (int64_t c = 0; c < count_; ++c) {
+      const int64_t channel = (first_ + c) * kLanes<T>;
+      const int lanes = shape_.lanes<T>(first_ + c);
+      const Vec<T>* taps = weights_[first_ + c];
+      Vec<T> near[3][n + 2], grad[n];
+      around.load_at(channel, lanes, near);
+      const io* out = grad_out_ + (shape_.token(b_, i) + j) * shape_.dim + channel;
+      each<n>([&](int k) { grad[k] = load(out + k * shape_.dim, lanes); });
+      if constexpr (epilogue == Epilogue::kSilu) {
+        Vec<T> value[n], gate[n];
+        each<n>([&](int k) { value[k] = taps[kTaps]; });
+        convolve<T, n>(near, [&](int row, int column) { return taps[3 * row + column]; }, value);
+        logistic<T, n>(value, gate);
+        each<n>([&](int k) { grad[k] *= gate[k] * (T(1) + value[k] * (T(1) - gate[k])); });
+      }
+      each<n>([&](int k) { grads(i, j + k)[c] = grad[k]; });
+      accumulate<n>(near, grad, sums_.data() + c * (kTaps + 1));
+    }
+  }
+
+  template <int n>
+  static void accumulate(const Vec<T> (&near)[3][n + 2], const Vec<T> (&grad)[n], Vec<T>* sums) {
+#pragma GCC unroll 3
+    for (int row = 0; row < 3; ++row) {
+#pragma GCC unroll 3
+      for (int column = 0; column < 3; ++column) {
+        Vec<T> sum = sums[3 * row + column];
+        each<n>([&](int k) { sum += grad[k] * near[row][k + column]; });
+        sums[3 * row + column] = sum;
+      }
+    }
+    each<n>([&](int k) { sums[kTaps] += grad[k]; });
+  }
+
+  template <int n>
+  void inputs(int64_t i, int64_t j, const Tokens<io>& grad_x) {
+    const Vec<T>* near_tokens[3][n + 2];
+    for (int row = 0; row < 3; ++row) {
+      const bool inside = i + row >= 1 && i + row <= shape_.height;
+      for (int column = 0; column < n + 2; ++column) {
+        const bool here = inside && j + column >= 1 && j + column <= shape_.width;
+        near_tokens[row][column] = here ? grads(i + row - 1, j + column - 1) : none_.data();
+      }
+    }
+    for (int64_t c = 0; c < count_; ++c) {
+      const int64_t channel = (first_ + c) * kLanes<T>;
+      const int lanes = shape_.lanes<T>(first_ + c);
+      const Vec<T>* taps = weights_[first_ + c];
+      Vec<T> near[3][n + 2], sums[n];
+#pragma GCC unroll 3
+      for (int row = 0; row < 3; ++row) {
+#pragma GCC unroll 8
+        for (int column = 0; column < n + 2; ++column) near[row][column] = near_tokens[row][column][c];
+      }
+      each<n>([&](int k) { sums[k] = epilogue == Epilogue::kResidual ? near[1][k + 1] : Vec<T>{}; });
+      convolve<T, n>(near, [&](int row, int column) { return taps[kTaps - 1 - 3 * row - column]; }, sums);
+      each<n>([&](int k) { store(grad_x[shape_.token(b_, i) + j + k] + channel, sums[k], lanes); });
+    }
+  }
+
+  const Shape& shape_;
+  int64_t b_, first_, count_;
+  const io* grad_out_;
+  const Tokens<const io>& x_;
+  const Weights<T>& weights_;
+  const std::vector<io>& zeros_;
+  Vectors<T> none_, ring_, sums_;
+};
+
+// Vectors of channels per tile: enough that memory is read in long runs, few enough to keep all threads busy.
+template <typename T>
+int64_t tile_size(const Shape& shape) {
+  const int64_t tiles = (2 * at::get_num_threads() + shape.batch - 1) / std::max<int64_t>(shape.batch, 1);
+  return std::clamp<int64_t>(shape.chunks<T>() / std::max<int64_t>(tiles, 1), 1, 8);
+}
+
+template <typename io, Epilogue epilogue>
+void backward(const Shape& shape, const io* grad_out, const Tokens<const io>& x, const Weights<Compute<io>>& weights,
+              const Tokens<io>& grad_x, Compute<io>* grad_weight, Compute<io>* grad_bias) {
+  using T = Compute<io>;
+  const std::vector<io> zeros(shape.dim, io(0));
+  const int64_t size = tile_size<T>(shape), tiles = (shape.chunks<T>() + size - 1) / size;
+  at::parallel_for(0, shape.batch * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / tiles, first = item % tiles * size;
+      BackwardTile<io, epilogue> tile(shape, b, first, std::min(first + size, shape.chunks<T>()), grad_out, x, weights,
+                                      zeros);
+      tile.run(grad_x);
+      tile.write_sums(grad_weight + b * shape.dim * kTaps, grad_bias + b * shape.dim);
+    }
+  });
+}
+
+// --- tensors ----------------------------------------------------------------------------------------------------------
+
+template <typename Run>
+void with_epilogue(Epilogue epilogue, Run&& run) {
+  switch (epilogue) {
+    case Epilogue::kNone:
+      return run(std::integral_constant<Epilogue, Epilogue::kNone>{});
+    case Epilogue::kSilu:
+      return run(std::integral_constant<Epilogue, Epilogue::kSilu>{});
+    case Epilogue::kResidual:
+      return run(std::integral_constant<Epilogue, Epilogue::kResidual>{});
+  }
+}
+
+Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias, c10::string_view epilogue) {
+  const Shape shape = shape_of(x);
+  Tensor out = at::empty(x.sizes(), x.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "depthwise_conv", [&] {
+    using T = Compute<scalar_t>;
+    const Weights<T> weights(shape, weight.const_data_ptr<T>(), bias.const_data_ptr<T>());
+    with_epilogue(parse_epilogue(epilogue), [&](auto kind) {
+      forward<scalar_t, kind>(shape, read_tokens<scalar_t>(x, "x"), weights, out.mutable_data_ptr<scalar_t>());
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                                                   const Tensor& bias, c10::string_view epilogue,
+                                                   const Tensor& grad_x) {
+  const Shape shape = shape_of(x);
+  Tensor grad_weight = at::empty({shape.batch, shape.dim, kTaps}, weight.options());
+  Tensor grad_bias = at::empty({shape.batch, shape.dim}, bias.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "depthwise_conv_backward", [&] {
+    using T = Compute<scalar_t>;
+    const Weights<T> weights(shape, weight.const_data_ptr<T>(), bias.const_data_ptr<T>());
+    with_epilogue(parse_epilogue(epilogue), [&](auto kind) {
+      backward<scalar_t, kind>(shape, grad_out.const_data_ptr<scalar_t>(), read_tokens<scalar_t>(x, "x"), weights,
+                               write_tokens<scalar_t>(grad_x, "grad_x"), grad_weight.mutable_data_ptr<T>(),
+                               grad_bias.mutable_data_ptr<T>());
+    });
+  });
+  return {grad_weight.sum(0), grad_bias.sum(0)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
+  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor bias, str epilogue) -> Tensor");
+  m.def(
+      "depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, str epilogue, "
+      "Tensor(a!) grad_x) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
+  m.impl("depthwise_conv", &depthwise_conv);
+  m.impl("depthwise_conv_backward", &depthwise_conv_backward);
+}
+
+}  // namespace spatial_mamba

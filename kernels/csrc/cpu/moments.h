@@ -1,0 +1,58 @@
+// Mean and deviation of a token's channels, as LayerNorm needs them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "vec.h"
+
+namespace spatial_mamba {
+
+constexpr int kLockstep = 4;  // vectors of channels
+
+// Calls visit(n, channel, lanes) for all vectors of channels: n at a time while they are full, else one.
+template <typename T, typename Visit>
+inline __attribute__((always_inline)) void for_channels(int64_t dim, Visit&& visit) {
+  constexpr int lanes = kLanes<T>;
+  int64_t channel = 0;
+  for (; channel + kLockstep * lanes <= dim; channel += kLockstep * lanes) {
+    visit(std::integral_constant<int, kLockstep>{}, channel, lanes);
+  }
+  for (; channel < dim; channel += lanes) {
+    visit(std::integral_constant<int, 1>{}, channel, static_cast<int>(std::min<int64_t>(lanes, dim - channel)));
+  }
+}
+
+// Lanes beyond the last channel, which loads fill with zeros, set to zero again.
+template <typename T>
+inline Vec<T> masked(Vec<T> x, int lanes) {
+  for (int lane = lanes; lane < kLanes<T>; ++lane) x[lane] = T(0);
+  return x;
+}
+
+template <typename T>
+struct Moments {
+  T mean, rstd;
+};
+
+template <typename T, typename yio>
+Moments<T> moments(const yio* y, int64_t dim, T eps) {
+  Vec<T> total[kLockstep] = {}, squares[kLockstep] = {};
+  for_channels<T>(dim, [&](auto n, int64_t channel, int lanes) {
+    each<n>([&](int k) { total[k] += load(y + channel + k * kLanes<T>, lanes); });
+  });
+  const T mean = sum<T>((total[0] + total[1]) + (total[2] + total[3])) / dim;
+  for_channels<T>(dim, [&](auto n, int64_t channel, int lanes) {
+    each<n>([&](int k) {
+      Vec<T> rest = load(y + channel + k * kLanes<T>, lanes) - mean;
+      if (lanes < kLanes<T>) rest = masked<T>(rest, lanes);
+      squares[k] += rest * rest;
+    });
+  });
+  const T variance = sum<T>((squares[0] + squares[1]) + (squares[2] + squares[3])) / dim;
+  return {mean, T(1) / std::sqrt(variance + eps)};
+}
+
+}  // namespace spatial_mamba

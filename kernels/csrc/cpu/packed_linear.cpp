@@ -1,0 +1,292 @@
+// Linear layers of the inference form, over packed weights: with the LayerNorm in front and the bias, the GELU and the
+// residual sum behind, a tile of tokens at a time, so that what lies in between stays in the cache.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "moments.h"
+#include "vec.h"
+
+// Matrix products of tiles by oneDNN's microkernels, which PyTorch exports under this macro since 2.6.
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+#define SPATIAL_MAMBA_TILE_PRODUCTS 1
+#endif
+
+namespace spatial_mamba {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kColumns = 64;     // outputs per block of packed weights
+constexpr int64_t kTileTokens = 200; // the hidden activations of so many tokens fit into the second-level cache
+
+// --- packed weights: (blocks, K, 64), inputs in pairs for the half-precision types, as matrix units read them ---------
+
+template <typename io>
+constexpr int64_t kPair = sizeof(io) == 2 ? 2 : 1;
+
+template <typename io>
+void pack(const io* weight, int64_t outputs, int64_t inputs, io* packed) {
+  const int64_t blocks = (outputs + kColumns - 1) / kColumns;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kColumns; n < std::min(end * kColumns, outputs); ++n) {
+      io* block = packed + n / kColumns * inputs * kColumns;
+      for (int64_t k = 0; k < inputs; ++k) {
+        block[k / kPair<io> * kColumns * kPair<io> + n % kColumns * kPair<io> + k % kPair<io>] = weight[n * inputs + k];
+      }
+    }
+  });
+}
+
+Tensor pack_weight(const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  Tensor packed = at::zeros({(outputs + kColumns - 1) / kColumns, inputs, kColumns}, weight.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "pack_weight", [&] {
+    TORCH_CHECK_VALUE(inputs % kPair<scalar_t> == 0, "the inputs of packed weights must be even, got ", inputs);
+    pack(weight.const_data_ptr<scalar_t>(), outputs, inputs, packed.mutable_data_ptr<scalar_t>());
+  });
+  return packed;
+}
+
+bool can_pack(at::ScalarType dtype) {
+#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
+  return dtype == at::kFloat || ((dtype == at::kBFloat16 || dtype == at::kHalf) && at::native::cpublas::could_pack(dtype));
+#else
+  return false;
+#endif
+}
+
+// --- tiles ------------------------------------------------------------------------------------------------------------
+
+struct Tiling {
+  explicit Tiling(int64_t tokens) : tokens(tokens) {
+    const int64_t threads = at::get_num_threads();
+    const int64_t wanted = std::max<int64_t>((tokens + kTileTokens - 1) / kTileTokens, 1);
+    tiles = (wanted + threads - 1) / threads * threads;  // as much work for every thread
+    size = std::max<int64_t>((tokens + tiles - 1) / tiles, 1);
+    tiles = (tokens + size - 1) / size;
+  }
+  // Calls visit(first token, number of tokens) for every tile of a thread's range, between set-up and release.
+  template <typename Make>
+  void run(Make&& make) const {
+    at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      auto visit = make();
+      for (int64_t tile = begin; tile < end; ++tile) visit(tile * size, std::min(size, tokens - tile * size));
+#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
+      at::native::cpublas::brgemm_release();
+#endif
+    });
+  }
+
+  int64_t tokens, tiles, size;
+};
+
+template <typename io>
+struct Norm {
+  const io *weight, *bias;  // null: no normalisation
+  float eps;
+};
+
+template <typename io>
+struct Layer {
+  Layer(const Tensor& packed, int64_t outputs, const std::optional<Tensor>& bias)
+      : weight(packed.const_data_ptr<io>()),
+        bias(bias ? bias->const_data_ptr<io>() : nullptr),
+        inputs(packed.size(1)),
+        outputs(outputs) {}
+
+  const io *weight, *bias;
+  int64_t inputs, outputs;
+};
+
+// Normalised tokens of a tile.
+template <typename io>
+void normalise(const Norm<io>& norm, const io* x, int64_t tokens, int64_t dim, io* out) {
+  for (int64_t token = 0; token < tokens; ++token, x += dim, out += dim) {
+    const auto [mean, rstd] = moments<float>(x, dim, norm.eps);
+    for_channels<float>(dim, [&, mean = mean, rstd = rstd](auto n, int64_t channel, int lanes) {
+      each<n>([&](int k) {
+        const int64_t at = channel + k * kLanes<float>;
+        const Vec<float> normal = (load(x + at, lanes) - mean) * rstd;
+        store(out + at, normal * load(norm.weight + at, lanes) + load(norm.bias + at, lanes), lanes);
+      });
+    });
+  }
+}
+
+// x times the normal distribution's integral up to x. The integral's absolute error is 8e-8 (Abramowitz and Stegun,
+// Handbook of Mathematical Functions, 7.1.26).
+template <int n>
+inline __attribute__((always_inline)) void gelu(Vec<float> (&x)[n]) {
+  Vec<float> t[n], tail[n], p[n];
+  each<n>([&](int k) { t[k] = x[k] < 0 ? -x[k] : x[k]; });
+  each<n>([&](int k) { tail[k] = t[k] * t[k] * float(-0.5 * M_LOG2E); });
+  exp2_nonpositive(tail);
+  each<n>([&](int k) { t[k] = 1.0f / (1.0f + t[k] * float(0.3275911 * M_SQRT1_2)); });
+  each<n>([&](int k) { p[k] = t[k] * 0.5307027145f - 0.7265760135f; });
+  each<n>([&](int k) { p[k] = p[k] * t[k] + 0.7107068705f; });
+  each<n>([&](int k) { p[k] = p[k] * t[k] - 0.142248368f; });
+  each<n>([&](int k) { p[k] = p[k] * t[k] + 0.127414796f; });
+  each<n>([&](int k) { tail[k] *= p[k] * t[k]; });
+  each<n>([&](int k) { x[k] *= x[k] < 0 ? tail[k] : 1.0f - tail[k]; });
+}
+
+// One block of 64 outputs of all tokens, `stride` from token to token.
+template <typename io>
+void multiply(const Layer<io>& layer, int64_t first, const io* x, int64_t tokens, float* out, int64_t stride) {
+#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
+  at::native::cpublas::brgemm(tokens, kColumns, layer.inputs, layer.inputs, kColumns, stride, false, x,
+                              layer.weight + first * layer.inputs, out, kPair<io> == 2);
+#endif
+}
+
+struct Nothing {
+  template <typename... Arguments>
+  void operator()(Arguments&&...) const {}
+};
+
+// out (tokens, outputs) = finish(x (tokens, inputs) times the weights + bias); sums is scratch of (tokens, 64).
+template <typename io, typename Finish>
+void apply(const Layer<io>& layer, const io* x, int64_t tokens, float* sums, io* out, const Finish& finish) {
+  for (int64_t first = 0; first < layer.outputs; first += kColumns) {
+    const int64_t columns = std::min(kColumns, layer.outputs - first);
+    if constexpr (std::is_same_v<io, float> && std::is_same_v<Finish, Nothing>) {
+      if (columns == kColumns && !layer.bias) {
+        multiply(layer, first, x, tokens, out + first, layer.outputs);
+        continue;
+      }
+    }
+    multiply(layer, first, x, tokens, sums, kColumns);
+    for (int64_t token = 0; token < tokens; ++token) {
+      const float* row = sums + token * kColumns;
+      io* to = out + token * layer.outputs + first;
+      for_channels<float>(columns, [&](auto n, int64_t channel, int lanes) {
+        Vec<float> y[n];
+        each<n>([&](int k) {
+          y[k] = load(row + channel + k * kLanes<float>, lanes);
+          if (layer.bias) y[k] += load(layer.bias + first + channel + k * kLanes<float>, lanes);
+        });
+        finish(n, y, token * layer.outputs + first + channel, lanes);
+        each<n>([&](int k) { store(to + channel + k * kLanes<float>, y[k], lanes); });
+      });
+    }
+  }
+}
+
+constexpr auto kRelu = [](auto n, auto& y, int64_t, int) {
+  each<n>([&](int k) { y[k] = y[k] < 0.0f ? Vec<float>{} : y[k]; });
+};
+
+template <typename io>
+auto adding(const io* residual) {
+  return [residual](auto n, auto& y, int64_t at, int lanes) {
+    each<n>([&](int k) { y[k] += load(residual + at + k * kLanes<float>, lanes); });
+  };
+}
+
+template <typename io>
+void linear(const Layer<io>& layer, const Norm<io>& norm, const io* x, bool relu, const io* residual, int64_t tokens,
+            io* out) {
+  const Tiling tiling(tokens);
+  tiling.run([&] {
+    return [&, normal = std::unique_ptr<io[]>(norm.weight ? new io[tiling.size * layer.inputs] : nullptr),
+            sums = Vectors<float>(tiling.size * kColumns / kLanes<float>)](int64_t token, int64_t count) mutable {
+      const io* from = x + token * layer.inputs;
+      if (norm.weight) normalise(norm, from, count, layer.inputs, normal.get());
+      const auto apply_to_tile = [&](const auto& finish) {
+        apply(layer, norm.weight ? normal.get() : from, count, reinterpret_cast<float*>(sums.data()),
+              out + token * layer.outputs, finish);
+      };
+      if (residual) {
+        apply_to_tile(adding(residual + token * layer.outputs));
+      } else if (relu) {
+        apply_to_tile(kRelu);
+      } else {
+        apply_to_tile(Nothing());
+      }
+    };
+  });
+}
+
+template <typename io>
+void mlp(const Norm<io>& norm, const Layer<io>& expand, const Layer<io>& project, const io* x, int64_t tokens,
+         io* out) {
+  const Tiling tiling(tokens);
+  const int64_t dim = expand.inputs;
+  tiling.run([&] {
+    return [&, normal = std::unique_ptr<io[]>(new io[tiling.size * dim]),
+            hidden = std::unique_ptr<io[]>(new io[tiling.size * expand.outputs]),
+            sums = Vectors<float>(tiling.size * kColumns / kLanes<float>)](int64_t token, int64_t count) mutable {
+      auto* scratch = reinterpret_cast<float*>(sums.data());
+      normalise(norm, x + token * dim, count, dim, normal.get());
+      apply(expand, normal.get(), count, scratch, hidden.get(), [](auto n, auto& y, int64_t, int) { gelu<n>(y); });
+      apply(project, hidden.get(), count, scratch, out + token * dim, adding(x + token * dim));
+    };
+  });
+}
+
+// --- tensors ----------------------------------------------------------------------------------------------------------
+
+#define DISPATCH(dtype, name, ...)                                                                                   \
+  AT_DISPATCH_SWITCH(dtype, name, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__) \
+                                      AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+
+template <typename io>
+Norm<io> make_norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
+  if (!weight) return {nullptr, nullptr, 0.0f};
+  return {weight->const_data_ptr<io>(), bias->const_data_ptr<io>(), static_cast<float>(eps)};
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t outputs, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
+                     bool relu, const std::optional<Tensor>& residual) {
+  TORCH_CHECK_VALUE(!(relu && residual), "give relu or a residual, not both");
+  auto sizes = x.sizes().vec();
+  sizes.back() = outputs;
+  Tensor out = at::empty(sizes, x.options());
+  DISPATCH(x.scalar_type(), "packed_linear", [&] {
+    linear<scalar_t>({packed, outputs, bias}, make_norm<scalar_t>(norm_weight, norm_bias, eps),
+                     x.const_data_ptr<scalar_t>(), relu, residual ? residual->const_data_ptr<scalar_t>() : nullptr,
+                     x.numel() / packed.size(1), out.mutable_data_ptr<scalar_t>());
+  });
+  return out;
+}
+
+Tensor packed_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+                  const Tensor& expand, const Tensor& expand_bias, const Tensor& project, const Tensor& project_bias) {
+  const int64_t dim = x.size(-1), hidden = project.size(1);
+  Tensor out = at::empty(x.sizes(), x.options());
+  DISPATCH(x.scalar_type(), "packed_mlp", [&] {
+    mlp<scalar_t>(make_norm<scalar_t>(norm_weight, norm_bias, eps), {expand, hidden, expand_bias},
+                  {project, dim, project_bias}, x.const_data_ptr<scalar_t>(), x.numel() / dim,
+                  out.mutable_data_ptr<scalar_t>());
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
+  m.def("can_pack(ScalarType dtype) -> bool", &can_pack);
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def(
+      "packed_linear(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+      "float eps, bool relu, Tensor? residual) -> Tensor");
+  m.def(
+      "packed_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor expand, Tensor expand_bias, "
+      "Tensor project, Tensor project_bias) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
+  m.impl("pack_weight", &pack_weight);
+  m.impl("packed_linear", &packed_linear);
+  m.impl("packed_mlp", &packed_mlp);
+}
+
+}  // namespace spatial_mamba

@@ -1,0 +1,46 @@
+// Token maps (batch, height, width, dim), channels last, whose tokens may lie further apart than they are long: one
+// half of the channels of a wider map is read and written where it is.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace spatial_mamba {
+
+template <typename io>
+struct Tokens {
+  io* data;
+  int64_t stride;  // elements from one token to the next
+
+  io* operator[](int64_t token) const { return data + token * stride; }
+};
+
+inline int64_t token_stride(const at::Tensor& x, const char* name) {
+  const int64_t height = x.size(1), width = x.size(2), dim = x.size(3);
+  // Of a dimension of size 1 the stride says nothing, so the innermost one that counts is asked.
+  const int64_t stride = width > 1    ? x.stride(2)
+                         : height > 1 ? x.stride(1)
+                         : x.size(0) > 1 ? x.stride(0)
+                                         : dim;
+  const bool even = (dim == 1 || x.stride(3) == 1) && (height == 1 || x.stride(1) == width * stride) &&
+                    (x.size(0) <= 1 || x.stride(0) == height * width * stride) && stride >= dim;
+  TORCH_CHECK_VALUE(even || x.numel() == 0, name, " must have its tokens at one distance, channels last, got strides ",
+                    x.strides(), " of sizes ", x.sizes());
+  return stride;
+}
+
+template <typename io>
+Tokens<const io> read_tokens(const at::Tensor& x, const char* name) {
+  return {x.const_data_ptr<io>(), token_stride(x, name)};
+}
+
+template <typename io>
+Tokens<io> write_tokens(const at::Tensor& x, const char* name) {
+  return {x.mutable_data_ptr<io>(), token_stride(x, name)};
+}
+
+}  // namespace spatial_mamba

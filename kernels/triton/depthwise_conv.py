@@ -1,0 +1,269 @@
+"""Depthwise 3x3 convolution and its adjoint: a program walks down a tile of columns and reads each row once.
+
+A row is read in three loads that are shifted by a column each. The rows of a tile are unrolled, for loads to be under
+way while earlier rows are summed.
+
+The adjoint needs the gradient before the SiLU at all neighbours of a token. A kernel of its own writes that to a
+scratch map of the I/O dtype, which is gone at the end: to recompute it within the adjoint takes three times the
+multiply-adds, for the columns beside, and their exponentials, which costs more than the traffic of a map.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_functions import channel_block, load_float
+from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, multiprocessors, on_device_of_first
+
+MAX_ROWS, TILE_WIDTH, TILE_CHANNELS = 8, 8, 64  # 4 elements of a row per thread
+WARPS, ADJOINT_WARPS = 4, 8  # the adjoint has its sums in registers
+
+
+@on_device_of_first
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
+    out = x.new_empty(x.shape)
+    if x.numel():
+        grid, blocks = _tiles(x)
+        _convolve[grid](x, weight, bias, out, *x.shape[1:], x.stride(2), EPILOGUE=epilogue, **blocks, num_warps=WARPS)
+    return out
+
+
+@on_device_of_first
+def depthwise_conv_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, epilogue: str, grad_x: Tensor
+) -> tuple[Tensor, Tensor]:
+    if not x.numel():
+        return torch.zeros_like(weight), torch.zeros_like(bias)
+    (tiles, channel_blocks), blocks = _tiles(x)
+    programs = min(tiles, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device), channel_blocks))
+    grid = (programs, channel_blocks)
+    parts = weight.new_empty(programs, x.shape[3], 10)
+    sizes, stride, grad_stride = x.shape[1:], x.stride(2), grad_x.stride(2)
+    if epilogue == "silu":
+        grad_convolved = torch.empty_like(grad_out)
+        tensors = (x, weight, bias, grad_out, grad_convolved, parts)
+        _before_silu[grid](*tensors, tiles, *sizes, stride, **blocks, num_warps=WARPS)
+        tensors = (grad_convolved, None, weight, grad_x, None)
+    else:
+        tensors = (grad_out, x, weight, grad_x, parts)
+    options = dict(RESIDUAL=epilogue == "residual", num_warps=ADJOINT_WARPS)
+    _adjoint[grid](*tensors, tiles, *sizes, stride, grad_stride, **blocks, **options)
+    grad_weight, grad_bias = parts.sum(0).split([9, 1], dim=1)
+    return grad_weight.contiguous(), grad_bias.squeeze(1).contiguous()
+
+
+def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Numbers of tiles and of blocks of channels, and sizes."""
+    batch, height, width, dim = x.shape
+    block_width, block_dim = block(width, TILE_WIDTH), block(dim, TILE_CHANNELS)
+    bands = triton.cdiv(height, MAX_ROWS)
+    blocks = dict(ROWS=triton.cdiv(height, bands), BLOCK_WIDTH=block_width, BLOCK_DIM=block_dim)
+    return (batch * bands * triton.cdiv(width, block_width), triton.cdiv(dim, block_dim)), blocks
+
+
+# --- Device functions; blocks are (columns, channels) -----------------------------------------------------------------
+
+
+@triton.jit
+def _tile(index, height, width, ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """The first token of a tile's image, the tile's first row, and its columns."""
+    across = tl.cdiv(width, BLOCK_WIDTH)
+    tiles = across * tl.cdiv(height, ROWS)
+    image, tile = index // tiles, index % tiles
+    column = tile % across * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    return image.to(tl.int64) * height * width, tile // across * ROWS, column
+
+
+@triton.jit
+def _load(tokens, stride, first, row, column, height, width, channel, in_dim) -> tl.tensor:
+    """Some columns of a row; 0 outside the map."""
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    place = (first + row * width + column)[:, None] * stride + channel[None, :]
+    return load_float(tokens + place, inside[:, None] & in_dim[None, :])
+
+
+@triton.jit
+def _store(tokens, stride, first, row, column, height, width, channel, in_dim, values) -> None:
+    inside = (column < width) & (row < height)
+    place = (first + row * width + column)[:, None] * stride + channel[None, :]
+    tl.store(tokens + place, values, mask=inside[:, None] & in_dim[None, :])
+
+
+@triton.jit
+def _taps(weight, channel, in_dim) -> tuple[tl.tensor, ...]:
+    taps = ()
+    for k in tl.static_range(9):
+        taps += (load_float(weight + channel * 9 + k, in_dim)[None, :],)
+    return taps
+
+
+@triton.jit
+def _store_sums(parts, sums, dim, channel, in_dim) -> None:
+    """Over the columns, to (programs, dim, 10): the taps in order, then the bias."""
+    place = (tl.program_id(0) * dim + channel) * 10
+    for k in tl.static_range(10):
+        tl.store(parts + place + k, tl.sum(sums[k], axis=0), mask=in_dim)
+
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _convolve(
+    x,
+    weight,
+    bias,
+    out,
+    height,
+    width,
+    dim,
+    stride,
+    EPILOGUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+) -> None:
+    channel, in_dim = channel_block(dim, BLOCK_DIM)
+    first, first_row, column = _tile(tl.program_id(0), height, width, ROWS, BLOCK_WIDTH)
+    taps = _taps(weight, channel, in_dim)
+    start = load_float(bias + channel, in_dim)[None, :] + tl.zeros((BLOCK_WIDTH, BLOCK_DIM), tl.float32)
+    before, here = start, start  # sums of the row before the one that is read, and of that one
+    for i in tl.static_range(ROWS + 2):
+        row = first_row + i - 1
+        left = _load(x, stride, first, row, column - 1, height, width, channel, in_dim)
+        centre = _load(x, stride, first, row, column, height, width, channel, in_dim)
+        right = _load(x, stride, first, row, column + 1, height, width, channel, in_dim)
+        if i >= 2:
+            result = before + taps[6] * left + taps[7] * centre + taps[8] * right
+            if EPILOGUE == "silu":
+                result *= tl.sigmoid(result)
+            _store(out, dim, first, row - 1, column, height, width, channel, in_dim, result)
+        before = here + taps[3] * left + taps[4] * centre + taps[5] * right
+        if EPILOGUE == "residual":
+            before += centre
+        here = start + taps[0] * left + taps[1] * centre + taps[2] * right
+
+
+@triton.jit
+def _before_silu(
+    x,
+    weight,
+    bias,
+    grad_out,
+    grad_convolved,
+    parts,
+    tiles,
+    height,
+    width,
+    dim,
+    stride,
+    ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+) -> None:
+    """The gradient before the SiLU in some tiles, and their share of the gradients of the weights and of the bias."""
+    channel, in_dim = channel_block(dim, BLOCK_DIM)
+    taps = _taps(weight, channel, in_dim)
+    start = load_float(bias + channel, in_dim)[None, :]
+    zeros = tl.zeros((BLOCK_WIDTH, BLOCK_DIM), tl.float32)
+    sums = ()
+    for _ in tl.static_range(10):
+        sums += (zeros,)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first, first_row, column = _tile(tile, height, width, ROWS, BLOCK_WIDTH)
+        above, here = (zeros, zeros, zeros), (zeros, zeros, zeros)  # rows, shifted to the left, not at all, and right
+        for i in tl.static_range(ROWS + 2):
+            row = first_row + i - 1
+            below = (
+                _load(x, stride, first, row, column - 1, height, width, channel, in_dim),
+                _load(x, stride, first, row, column, height, width, channel, in_dim),
+                _load(x, stride, first, row, column + 1, height, width, channel, in_dim),
+            )
+            if i >= 2:
+                neighbours = above + here + below
+                convolved = start + zeros
+                for k in tl.static_range(9):
+                    convolved += taps[k] * neighbours[k]
+                sigmoid = tl.sigmoid(convolved)
+                grad = _load(grad_out, dim, first, row - 1, column, height, width, channel, in_dim)
+                grad *= sigmoid * (1.0 + convolved * (1.0 - sigmoid))
+                _store(grad_convolved, dim, first, row - 1, column, height, width, channel, in_dim, grad)
+                new_sums = ()
+                for k in tl.static_range(9):
+                    new_sums += (sums[k] + grad * neighbours[k],)
+                new_sums += (sums[9] + grad,)
+                sums = new_sums
+            above, here = here, below
+    _store_sums(parts, sums, dim, channel, in_dim)
+
+
+@triton.jit
+def _adjoint(
+    grad_convolved,
+    x,
+    weight,
+    grad_x,
+    parts,
+    tiles,
+    height,
+    width,
+    dim,
+    stride,
+    grad_stride,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+) -> None:
+    """The gradient of the tokens of some tiles; their share of those of the weights and of the bias too, if asked for.
+
+    Both are products with the gradients around a token, so that only these are read with their neighbours.
+    """
+    channel, in_dim = channel_block(dim, BLOCK_DIM)
+    taps = _taps(weight, channel, in_dim)
+    zeros = tl.zeros((BLOCK_WIDTH, BLOCK_DIM), tl.float32)
+    sums = ()
+    for _ in tl.static_range(10):
+        sums += (zeros,)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first, first_row, column = _tile(tile, height, width, ROWS, BLOCK_WIDTH)
+        before, here = zeros, zeros  # sums of the row before the one that is read, and of that one
+        token_above, token_here = zeros, zeros  # of the tile, 0 outside it
+        for i in tl.static_range(ROWS + 2):
+            row = first_row + i - 1
+            left = _load(grad_convolved, dim, first, row, column - 1, height, width, channel, in_dim)
+            centre = _load(grad_convolved, dim, first, row, column, height, width, channel, in_dim)
+            right = _load(grad_convolved, dim, first, row, column + 1, height, width, channel, in_dim)
+            if i >= 2:
+                result = before + taps[0] * right + taps[1] * centre + taps[2] * left
+                _store(grad_x, grad_stride, first, row - 1, column, height, width, channel, in_dim, result)
+            before = here + taps[3] * right + taps[4] * centre + taps[5] * left
+            if RESIDUAL:
+                before += centre
+            here = taps[6] * right + taps[7] * centre + taps[8] * left
+
+            if parts is not None:
+                token_below = zeros
+                if i < ROWS:
+                    token_below = _load(x, stride, first, row + 1, column, height, width, channel, in_dim)
+                bias_sum = sums[9]
+                if i >= 1 and i <= ROWS:
+                    bias_sum += centre
+                sums = (
+                    sums[0] + token_above * right,
+                    sums[1] + token_above * centre,
+                    sums[2] + token_above * left,
+                    sums[3] + token_here * right,
+                    sums[4] + token_here * centre,
+                    sums[5] + token_here * left,
+                    sums[6] + token_below * right,
+                    sums[7] + token_below * centre,
+                    sums[8] + token_below * left,
+                    bias_sum,
+                )
+                token_above, token_here = token_here, token_below
+    if parts is not None:
+        _store_sums(parts, sums, dim, channel, in_dim)
