@@ -114,7 +114,7 @@ def test_model_of_a_recipe(name: str) -> None:
     model = build_model(load_config("mmdet", name))
     assert round(count_parameters(model) / 1e6) == PUBLISHED_PARAMETERS[variant]
     assert model.neck.in_channels == [stage["num_chs"] for stage in model.backbone.feature_info]
-    rates = [getattr(b.drop_path, "drop_prob", 0.0) for stage in model.backbone.layers for b in stage.blocks]
+    rates = [b.residual_sum.drop_prob for stage in model.backbone.layers for b in stage.blocks]
     assert len(rates) == sum(VARIANTS[variant]["depths"])
     assert rates == pytest.approx(np.linspace(0, VARIANTS[variant]["drop_path_rate"], len(rates)))
 

@@ -97,7 +97,7 @@ def test_model_of_a_recipe(variant: str) -> None:
     assert round(count_parameters(model) / 1e6) == PUBLISHED_PARAMETERS[variant]
     widths = [stage["num_chs"] for stage in model.backbone.feature_info]
     assert model.decode_head.in_channels == widths and model.auxiliary_head.in_channels == widths[2]
-    rates = [getattr(b.drop_path, "drop_prob", 0.0) for stage in model.backbone.layers for b in stage.blocks]
+    rates = [b.residual_sum.drop_prob for stage in model.backbone.layers for b in stage.blocks]
     assert len(rates) == sum(VARIANTS[variant]["depths"])
     assert rates == pytest.approx(np.linspace(0, VARIANTS[variant]["drop_path_rate"], len(rates)))
 

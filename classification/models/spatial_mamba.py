@@ -1,7 +1,7 @@
 """Spatial-Mamba (arXiv 2410.15091): the backbone, the ImageNet classifier and their registration with timm.
 
 Inside the network tokens are kept as (B, H, W, C). Convolutions see them through a channels-last (B, C, H, W) view,
-so nothing is copied to change the layout.
+so nothing is copied to change the layout. `fused` has the inference form.
 """
 
 import math
@@ -10,14 +10,15 @@ from os import PathLike
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels import structure_aware_scan
+from ...kernels import depthwise_conv, spatial_mixer
+from .fused import FusedBlock, FusedDownsample, refuse_to_load
 from .weights import load_backbone_weights
 
 __all__ = [
@@ -49,7 +50,13 @@ class ConvLayer(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
-        self.act = nn.ReLU() if act else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+
+    def fuse(self) -> None:
+        """Fold the BatchNorm, with the statistics that it has now, into the convolution."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.conv = fuse_conv_bn_eval(self.conv, self.norm)
+            self.norm = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -92,20 +99,31 @@ class Downsample(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise 3x3 convolution of tokens (B, H, W, C), zero padding."""
+    """Weights of a depthwise 3x3 convolution of tokens (B, H, W, C), zero padding; forward adds it to its input."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return depthwise_conv(x, self.weight, self.bias, epilogue="residual")
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last dimension, computed in the dtype of its input whatever that of its weights."""
+class ResidualSum(nn.Module):
+    """``x + branch``; in training, the branches of whole samples are dropped at random and the others scaled up."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x + branch
+        keep_prob = 1.0 - self.drop_prob
+        scale = branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep_prob).div_(keep_prob)
+        return torch.addcmul(x, branch, scale)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
 
 
 class StateFusion(nn.Module):
@@ -128,8 +146,8 @@ class StructureAwareSSM(nn.Module):
     """Selective scan over the raster of tokens whose states are fused in 2-D before they are read out.
 
     ``h_t = exp(delta_t a) h_(t-1) + delta_t B_t u_t``, ``y = C SASF(h) + D u`` (paper, section 4.1), with a
-    gate as in Mamba. Everything from the step size to the normalised output is float32 under autocast: with
-    fusion kernels that start at 1 the states grow 27-fold, more than half precision can hold.
+    gate as in Mamba. Everything from the step size to the gated output is float32 under autocast: with fusion
+    kernels that start at 1 the states grow 27-fold, more than half precision can hold.
     """
 
     def __init__(self, dim: int) -> None:
@@ -145,7 +163,7 @@ class StructureAwareSSM(nn.Module):
         self.A_logs = nn.Parameter(torch.zeros(inner_dim, 1))
         self.Ds = nn.Parameter(torch.ones(inner_dim))
         self.state_fusion = StateFusion(inner_dim)
-        self.out_norm = LayerNorm(inner_dim, eps=LAYER_NORM_EPS)
+        self.out_norm = nn.LayerNorm(inner_dim, eps=LAYER_NORM_EPS)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False)
         self.reset_scan_parameters()
 
@@ -159,23 +177,23 @@ class StructureAwareSSM(nn.Module):
             self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, D) each
-        u = F.silu(self.conv2d(x))
-        y = structure_aware_scan(
-            u,
-            F.linear(u, self.x_proj_weight),  # (B, H, W, R + 2)
+        y = spatial_mixer(
+            self.in_proj(x),  # (B, H, W, 2 D): tokens and gate
+            self.conv2d.weight,
+            self.conv2d.bias,
+            self.x_proj_weight,
             self.dt_projs_weight,
             self.dt_projs_bias,
             self.A_logs.squeeze(1),
             self.Ds,
             self.state_fusion.kernels,
             self.state_fusion.alpha,
+            self.out_norm.weight,
+            self.out_norm.bias,
             FUSION_DILATIONS,
-            out_dtype=torch.promote_types(u.dtype, torch.float32),
+            self.out_norm.eps,
         )
-        with torch.autocast(device_type=y.device.type, enabled=False):
-            y = self.out_norm(y)
-        return self.out_proj(y.to(gate.dtype) * F.silu(gate))
+        return self.out_proj(y)
 
 
 class Block(nn.Module):
@@ -189,13 +207,13 @@ class Block(nn.Module):
         self.cpe2 = DepthwiseConv(dim)
         self.ln_2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.residual_sum = ResidualSum(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.cpe1(x)
-        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
-        x = x + self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.ln_2(x)))
+        x = self.cpe1(x)
+        x = self.residual_sum(x, self.self_attention(self.ln_1(x)))
+        x = self.cpe2(x)
+        return self.residual_sum(x, self.mlp(self.ln_2(x)))
 
 
 class Stage(nn.Module):
@@ -264,8 +282,44 @@ class SpatialMambaEncoder(nn.Module):
         self.feature_info = [
             dict(num_chs=width, reduction=4 * 2**i, module=f"layers.{i}") for i, width in enumerate(widths)
         ]
+        self.fused = False
         self.set_grad_checkpointing(use_checkpoint)
         self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def fuse(self) -> "SpatialMambaEncoder":
+        """Turn the model into its inference form, in place and for good: see `fused`. Move and cast it before or after.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        if self.training:
+            raise RuntimeError("only a model in evaluation mode can be fused: call eval() first")
+        if not self.fused:
+            for module in self.modules():
+                if isinstance(module, ConvLayer):
+                    module.fuse()
+            for stage in self.layers:
+                stage.blocks = nn.ModuleList(FusedBlock(block, FUSION_DILATIONS) for block in stage.blocks)
+                if isinstance(stage.downsample, Downsample):
+                    stage.downsample = FusedDownsample(*(layer.conv for layer in stage.downsample.conv))
+            self.requires_grad_(False)
+            self.register_load_state_dict_pre_hook(refuse_to_load)
+            self.fused = True
+        return self
+
+    def train(self, mode: bool = True) -> "SpatialMambaEncoder":
+        """Set training or evaluation mode.
+
+        Raises:
+            RuntimeError: if a fused model is to be trained.
+        """
+        if mode and self.__dict__.get("fused"):
+            raise RuntimeError(f"a fused {type(self).__name__} cannot be trained: make it anew and load its weights")
+        return super().train(mode)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -394,6 +448,7 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         for i, stage in enumerate(self.layers):
             features, x = stage(x)
             if i in self.out_indices:
+                # Copied into the usual layout: operators downstream (RoIAlign among them) read memory as if it had it.
                 maps.append(getattr(self, f"outnorm{i}")(features).permute(0, 3, 1, 2).contiguous())
         return tuple(maps)
 

@@ -1,0 +1,338 @@
+"""The inference form: the same numbers in every form, never stale, never trained; no copies between operators."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
+from spatial_mamba.classification.models import fused
+from spatial_mamba.kernels import use_backend
+from spatial_mamba.kernels.backends import definition_serves
+from spatial_mamba.kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp
+from spatial_mamba.kernels.packing import unpack_weight
+
+from .test_models import GOLDEN, assert_near, filled_classifier, golden_fill, images, micro_backbone
+
+packing = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="needs the cpu back end's matrix products")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "tiny.npz") as values:
+        return dict(values)
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Evaluation mode, with statistics in the BatchNorms that matter."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+    return model.eval()
+
+
+def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+# --- the same numbers
+
+
+FORMS: dict[str, Callable[[nn.Module], Callable[[Tensor], Any]]] = {
+    "fused": lambda model: model.fuse(),
+    "fused, moved to channels_last": lambda model: model.fuse().to(memory_format=torch.channels_last),
+    "channels_last, fused": lambda model: model.to(memory_format=torch.channels_last).fuse(),
+    "fused, compiled": lambda model: compiled(model.fuse()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_golden_logits_and_features(form: str, golden: dict[str, np.ndarray]) -> None:
+    model = FORMS[form](golden_fill.fill_(spatial_mamba_tiny()).eval())
+    backbone = FORMS[form](golden_fill.fill_(SpatialMambaBackbone()).eval())
+    with torch.inference_mode():
+        assert_near(model(golden_fill.image("a", (2, 3, 224, 224))), torch.tensor(golden["tiny_logits_224"]), 1e-4)
+        maps = backbone(golden_fill.image("b", (1, 3, 128, 96)))
+    for i, feature in enumerate(maps):
+        assert_near(feature, torch.tensor(golden[f"tiny_feature{i}_128x96"]), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("order", ["cast, fused", "fused, cast"])
+def test_golden_logits_with_other_weights(dtype: torch.dtype, order: str, golden: dict[str, np.ndarray]) -> None:
+    model = golden_fill.fill_(spatial_mamba_tiny()).eval()
+    model = model.to(dtype).fuse() if order == "cast, fused" else model.fuse().to(dtype)
+    with torch.inference_mode():
+        logits = model(golden_fill.image("a", (2, 3, 224, 224)).to(dtype))
+    assert logits.dtype == dtype
+    tolerance = {torch.float64: 1e-5, torch.bfloat16: 3e-2}[dtype]  # the golden residuals are too large for float16
+    assert_near(logits, torch.tensor(golden["tiny_logits_224"]), tolerance)
+
+
+@pytest.mark.parametrize("order", ["cast, fused", "fused, cast"])
+def test_float16_weights(order: str) -> None:
+    model = with_statistics(filled_classifier())
+    expected = model(images())
+    model = model.half().fuse() if order == "cast, fused" else model.fuse().half()
+    assert_near(model(images().half()), expected, 1e-2)
+
+
+def test_batch_norms_are_folded_with_their_statistics() -> None:
+    model = with_statistics(filled_classifier())
+    x = images(3, 3, 96, 64)
+    expected = model(x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.fuse().modules())
+    assert_near(model(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 75), (100, 36)])
+@pytest.mark.parametrize("limit", [1, 3000, 40_000])
+def test_hidden_activations_in_parts_change_nothing(
+    size: tuple[int, int], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_statistics(filled_classifier())
+    x = images(2, 3, *size)
+    expected = model(x)
+    monkeypatch.setattr(fused, "HIDDEN_BYTES", {"cpu": limit, "cuda": limit})
+    assert_near(model.fuse()(x), expected, 1e-5)
+
+
+def test_parts_of_an_mlp_that_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_statistics(filled_classifier()).double().fuse()
+    x = images(2, 3, 64, 64).double()
+    expected = model(x)
+    monkeypatch.setattr(fused, "HIDDEN_BYTES", {"cpu": 5000, "cuda": 5000})
+    assert_near(model(x), expected, 1e-12)
+
+
+def test_backbone_fuses() -> None:
+    backbone = with_statistics(golden_fill.fill_(micro_backbone()))
+    expected = backbone(images())
+    for feature, reference in zip(backbone.fuse()(images()), expected, strict=True):
+        assert_near(feature, reference, 1e-5)
+
+
+# --- what it refuses
+
+
+def test_training_mode_is_refused() -> None:
+    model = filled_classifier().train()
+    with pytest.raises(RuntimeError, match="evaluation mode can be fused: call eval"):
+        model.fuse()
+    assert isinstance(model.patch_embed.conv1.norm, nn.BatchNorm2d)
+    model.eval().fuse()
+    for whole in (model, nn.Sequential(model)):
+        with pytest.raises(RuntimeError, match="a fused SpatialMamba cannot be trained"):
+            whole.train()
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_weights_are_not_loaded_into_a_fused_model() -> None:
+    model = filled_classifier().eval()
+    weights = model.state_dict()
+    model.fuse()
+    with pytest.raises(RuntimeError, match="a fused SpatialMamba loads no weights: load them before fuse"):
+        model.load_state_dict(weights)
+
+
+def test_autocast_is_refused() -> None:
+    model = filled_classifier().eval().fuse()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"\.to\(torch\.bfloat16\)"):
+        model(images())
+
+
+def test_fusing_again_and_copying_change_nothing() -> None:
+    model = filled_classifier().eval().fuse()
+    expected = model(images())
+    assert model.fuse() is model
+    assert torch.equal(model(images()), expected)
+    assert torch.equal(deepcopy(model)(images()), expected)
+
+
+# --- memory
+
+
+class RecordCopies(TorchDispatchMode):
+    """Collects operators that only move activations or set them: all of more elements than any weight has."""
+
+    MOVES = ("copy", "clone", "contiguous", "cat", "stack", "index_select", "zeros", "zero", "fill")
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.found: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::").strip("_")
+        if isinstance(result, Tensor) and result.numel() > self.elements and name in (*self.MOVES, "to_copy"):
+            self.found.append((name, tuple(result.shape)))
+        return result
+
+
+@pytest.mark.skipif(definition_serves(torch.zeros(())), reason="the definition permutes and copies")
+@pytest.mark.parametrize(
+    ("mode", "autocast"),
+    [("inference", False), ("inference", True), ("training", False), ("training", True), ("fused", False)],
+)
+def test_nothing_is_copied_between_operators(mode: str, autocast: bool) -> None:
+    model = filled_classifier(dims=16, depths=(2, 1), drop_path_rate=0.3).train(mode == "training")
+    if mode == "fused":
+        model.fuse()
+    largest_weight = max(p.numel() for p in model.parameters())
+    x = images(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    smallest_map = 16 * 8 * 8 * 32  # tokens of the last stage
+    assert largest_weight < smallest_map
+    with RecordCopies(largest_weight) as record, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(x)
+        if mode == "training":
+            F.cross_entropy(logits.float(), torch.arange(16) % 5).backward()
+    expected = [("to_copy", (16, 3, 64, 64))] if autocast else []  # of the images
+    assert record.found == expected
+
+
+def test_peak_memory_is_linear_in_pixels() -> None:
+    from spatial_mamba.kernels.benchmark.measure import peak_memory
+
+    model = SpatialMamba(dims=8, depths=(1, 1), num_classes=2).eval().fuse()
+
+    def peak(size: int) -> int:
+        x = torch.zeros(1, 3, size, size)
+        with torch.inference_mode():
+            return peak_memory(lambda: model(x), torch.device("cpu"))
+
+    small, large = peak(256), peak(512)
+    assert 3.5 < large / small < 4.1
+
+
+# --- packed layers, against the plain ones
+
+
+@packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 16, 64), (7, 34, 5), (501, 48, 130), (0, 16, 64)])
+def test_packed_layers_are_those_of_the_library(dtype: torch.dtype, tokens: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
+    if not can_pack(weight):
+        pytest.skip(f"this processor has no matrix products of {dtype}")
+    x, residual = torch.randn(1, tokens, 1, inputs).to(dtype), torch.randn(1, tokens, 1, outputs).to(dtype)
+    bias, scale, shift = (torch.randn(size).to(dtype) for size in (outputs, inputs, inputs))
+    exact = [t.double() for t in (x, weight, bias, scale, shift, residual)]
+    normed = F.layer_norm(exact[0], (inputs,), exact[3], exact[4])
+    packed = pack_weight(weight)
+    assert torch.equal(unpack_weight(packed, outputs), weight)
+    tolerance = 16 * torch.finfo(dtype).eps
+    results = {
+        "plain": (packed_linear(x, packed, outputs), F.linear(exact[0], exact[1])),
+        "bias, relu": (
+            packed_linear(x, packed, outputs, bias, relu=True),
+            F.linear(exact[0], exact[1], exact[2]).relu(),
+        ),
+        "all": (
+            packed_linear(x, packed, outputs, bias, scale, shift, residual=residual),
+            exact[5] + F.linear(normed, exact[1], exact[2]),
+        ),
+    }
+    for actual, expected in results.values():
+        assert actual.dtype == dtype and actual.shape == expected.shape
+        if tokens:
+            assert_near(actual, expected, tolerance)
+
+
+@packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("tokens", "dim"), [(3, 8), (450, 48)])
+def test_packed_mlp_is_that_of_the_library(dtype: torch.dtype, backend: str, tokens: int, dim: int) -> None:
+    torch.manual_seed(0)
+    shapes = [(tokens, dim), (dim,), (dim,), (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
+    x, scale, shift, w1, b1, w2, b2 = (torch.randn(shape).to(dtype) / shape[-1] ** 0.25 for shape in shapes)
+    if not can_pack(w1):
+        pytest.skip(f"this processor has no matrix products of {dtype}")
+    with use_backend(backend):
+        actual = packed_mlp(x, scale, shift, 1e-5, *(pack(w1), b1, pack(w2), b2))
+    exact = [t.double() for t in (x, scale, shift, w1, b1, w2, b2)]
+    normed = F.layer_norm(exact[0], (dim,), exact[1], exact[2])
+    expected = exact[0] + F.linear(F.gelu(F.linear(normed, *exact[3:5])), *exact[5:7])
+    assert_near(actual, expected, 16 * torch.finfo(dtype).eps)
+
+
+def pack(weight: Tensor) -> Tensor:
+    with use_backend("cpu"):
+        return pack_weight(weight)
+
+
+@packing
+def test_packed_gelu_is_exact_to_rounding_over_its_whole_range() -> None:
+    values = torch.linspace(-12, 12, 40 * 64).view(40, 64)
+    nothing, identity = pack_weight(torch.zeros(64, 64)), pack_weight(torch.eye(64))
+    x, ones, zeros = torch.zeros(1, 64), torch.ones(64), torch.zeros(64)
+    # The values come in as the biases of the hidden layer.
+    actual = [packed_mlp(x, ones, zeros, 1e-5, nothing, row.contiguous(), identity, zeros) for row in values]
+    assert (torch.cat(actual).double() - F.gelu(values.double())).abs().max() < 1e-6
+
+
+@packing
+def test_packed_layers_name_what_is_wrong() -> None:
+    x, packed = torch.zeros(3, 8), pack_weight(torch.zeros(4, 8))
+    with pytest.raises(ValueError, match=r"packed must be \(1, 6, 64\) for x of \(3, 6\), got \(1, 8, 64\)"):
+        packed_linear(torch.zeros(3, 6), packed, 4)
+    with pytest.raises(ValueError, match=r"residual must be \(3, 4\)"):
+        packed_linear(x, packed, 4, residual=torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="both norm_weight and norm_bias"):
+        packed_linear(x, packed, 4, norm_weight=torch.ones(8))
+    with pytest.raises(ValueError, match="relu or a residual, not both"):
+        packed_linear(x, packed, 4, relu=True, residual=torch.zeros(3, 4))
+    with pytest.raises(TypeError, match=r"packed must be of x's dtype, torch\.bfloat16"):
+        packed_linear(x.bfloat16(), packed, 4)
+    with pytest.raises(ValueError, match=r"\(4, 8\), torch\.float64, on cpu cannot be packed"):
+        pack_weight(torch.zeros(4, 8).double())
+
+
+# --- on a GPU
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_golden_logits_on_a_gpu_and_in_a_cuda_graph(dtype: torch.dtype, golden: dict[str, np.ndarray]) -> None:
+    model = golden_fill.fill_(spatial_mamba_tiny()).eval().to("cuda", dtype).fuse()
+    x = golden_fill.image("a", (2, 3, 224, 224)).to("cuda", dtype)
+    tolerance = {torch.float32: 2e-3, torch.bfloat16: 5e-2}[dtype]  # TF32 in the convolutions
+    expected = torch.tensor(golden["tiny_logits_224"])
+    with torch.inference_mode():
+        assert_near(model(x).cpu(), expected, tolerance)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                model(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_near(logits.cpu(), expected, tolerance)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_golden_logits_under_the_compiler_on_a_gpu(golden: dict[str, np.ndarray]) -> None:
+    model = golden_fill.fill_(spatial_mamba_tiny()).eval().cuda().fuse()
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        logits = torch.compile(model, mode="reduce-overhead")(golden_fill.image("a", (2, 3, 224, 224)).cuda())
+    assert_near(logits.cpu(), torch.tensor(golden["tiny_logits_224"]), 2e-3)
