@@ -1,14 +1,16 @@
 """Data sets, transforms, samplers and loaders of the ImageNet recipe."""
 
 import io
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from yacs.config import CfgNode
@@ -135,7 +137,7 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
     policy = aug.AUTO_AUGMENT
     if policy not in ("", "none") and not policy.startswith(("rand", "augmix", "3a", "original", "v0")):
         raise InputError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm's, such as rand-m9")
-    return create_transform(
+    transform = create_transform(
         **common,
         is_training=True,
         scale=tuple(aug.SCALE),
@@ -147,6 +149,11 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
         re_mode=aug.REMODE,
         re_count=aug.RECOUNT,
     )
+    for step in transform.transforms:
+        for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+    return transform
 
 
 def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
@@ -236,6 +243,13 @@ def _build_loader(
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else it draws from the global one, but only when its workers first start
     )
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:
+    """timm's at its strongest keeps no bit, which leaves a black image, but is an error from Pillow 13 on."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from yacs.config import CfgNode
 from .config import uses_mixup
 from .errors import InputError
 
+FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "nesterov", "momentum")  # PyTorch's own that update in one kernel
+
 
 def learning_rate_scale(config: CfgNode, world_size: int) -> float:
     """Images per update, over the 512 that the configured learning rates are meant for."""
@@ -20,6 +22,8 @@ def learning_rate_scale(config: CfgNode, world_size: int) -> float:
 def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch.optim.Optimizer:
     """Weight decay spares 1-D parameters, names ending in ``.bias`` and what the model itself exempts.
 
+    PyTorch's own optimisers run fused: a pass over each parameter and its state instead of one per operation.
+
     Raises:
         InputError: for an optimiser that timm does not know.
     """
@@ -28,6 +32,8 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
     arguments = dict(eps=optimizer.EPS, betas=tuple(optimizer.BETAS))
     if name in ("sgd", "nesterov", "momentum"):
         arguments = dict(momentum=optimizer.MOMENTUM)
+    if name in FUSED_OPTIMIZERS:
+        arguments["fused"] = True
     try:
         return create_optimizer_v2(
             model,

@@ -29,8 +29,8 @@ LAST_LINES = 12  # of a step's output that the terminal shows; the log has all
 class Step:
     """A command, and the seconds after which it is ended.
 
-    In the command ``{out}`` stands for the folder of the results and ``{seconds}`` for the time that it may plan with.
-    An optional step is no failure when no time is left to start it.
+    In the command ``{out}`` stands for the folder of the results and ``{seconds}`` for the time that it may plan with,
+    wherever they occur. An optional step is no failure when no time is left to start it.
     """
 
     name: str
@@ -59,6 +59,9 @@ def steps() -> list[Step]:
     on_cuda = (*exercise, "cuda")
     on_triton = (*exercise, "triton", "--dtype", "float32", "bfloat16")  # each dtype is compiled anew
     benchmark = (python, "-m", "spatial_mamba.kernels.benchmark", "--device", "cuda", "--dtype", "float32", "bfloat16")
+    models = (python, "-m", "spatial_mamba.classification.benchmark", "--device", "cuda", "--dtype", "bfloat16")
+    tiny = ("--batch", "128", "--models", "spatial_mamba_tiny", "swin_tiny*", "published/spatial_mamba_tiny")
+    timed = ("--seconds", "5", "--limit", "{seconds}", "--out")
     briefly = ("--seconds", "0.3", "--compile", "core/tiny/stage1/224x224", "--limit", "{seconds}", "--out", "{out}")
     # A memory block for each tensor, else overruns stay inside PyTorch's pool, unseen.
     unpooled = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -71,6 +74,22 @@ def steps() -> list[Step]:
         Step("memcheck, triton", _sanitize("memcheck", on_triton), 90, unpooled),
         Step("racecheck, cuda", _sanitize("racecheck", on_cuda), 60),
         Step("racecheck, triton", _sanitize("racecheck", on_triton), 60),
+        Step(
+            "models, inference",
+            (
+                *models,
+                *tiny,
+                "convnext_tiny",
+                "--form",
+                "eager",
+                "fused",
+                "fused+compile",
+                *timed,
+                "{out}/models/inference",
+            ),
+            160,
+        ),
+        Step("models, training", (*models, *tiny, "--mode", "train", *timed, "{out}/models/training"), 70),
         Step("benchmark", (*benchmark, *briefly), 200),
         Step("synccheck, cuda", _sanitize("synccheck", on_cuda), 40, optional=True),
         Step("initcheck, cuda", _sanitize("initcheck", on_cuda), 40, unpooled, optional=True),
@@ -94,7 +113,9 @@ def run(todo: Sequence[Step], out: Path, total_seconds: float = TOTAL_SECONDS) -
 
 def _run_step(step: Step, out: Path, log: IO[str], environment: Mapping[str, str], seconds: float) -> Outcome:
     places = {"{out}": str(out.resolve()), "{seconds}": str(max(1, round(PLANNED_SHARE * seconds)))}
-    command = [places.get(part, part) for part in step.command]
+    command = list(step.command)
+    for place, value in places.items():
+        command = [part.replace(place, value) for part in command]
     shown = shlex.join([*(f"{name}={value}" for name, value in step.environment.items()), *command])
     if seconds <= 0:
         return Outcome(step.name, shown, "no time left", 0.0, passed=step.optional)

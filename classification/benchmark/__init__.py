@@ -1,0 +1,1 @@
+"""Whole-model measurements: speed beside other models, where the time goes, memory, data loading and scale."""

@@ -1,0 +1,77 @@
+"""The published formulation of Spatial-Mamba: the same weights, each step an operation of PyTorch's on its own.
+
+What is written here is what the paper's code does, in the order and the layouts it does it in: nothing is fused, maps
+are (B, C, H, W) from the convolution to the read-out, the step is expanded by a matrix product, and the states are
+fused by three dilated convolutions of padded copies in training, by one dense 11x11 convolution with a kernel merged
+once and for all in inference. The published code has a native scan: here it is the fastest one that is at hand.
+States pass between operations in the dtype of the activations.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import drop_path
+from torch import Tensor, nn
+
+from ...kernels import selective_scan
+from ...kernels.benchmark.competitors import convolve_dense, merge_dense, three_convolutions
+from ..models.spatial_mamba import Block, SpatialMamba, StructureAwareSSM
+
+
+def as_published(model: SpatialMamba) -> SpatialMamba:
+    """Give the blocks of a model the published formulation, in place; the weights stay what they are.
+
+    The merged kernels are made of the weights that the model has now, as those of the published code are made of the
+    weights at their first use: load weights before, and do not evaluate after training.
+    """
+    for module in model.modules():
+        if isinstance(module, StructureAwareSSM):
+            module.__class__ = PublishedSSM
+            fusion = module.state_fusion
+            with torch.no_grad():
+                module.register_buffer("dense", merge_dense(fusion.kernels, fusion.alpha), persistent=False)
+        elif isinstance(module, Block):
+            module.__class__ = PublishedBlock
+    return model
+
+
+class PublishedBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + _convolve(x.permute(0, 3, 1, 2), self.cpe1).permute(0, 2, 3, 1)
+        x = x + self._drop_path(self.self_attention(_normalise(x, self.ln_1)))
+        x = x + _convolve(x.permute(0, 3, 1, 2), self.cpe2).permute(0, 2, 3, 1)
+        hidden = F.gelu(F.linear(_normalise(x, self.ln_2), self.mlp.fc1.weight, self.mlp.fc1.bias))
+        return x + self._drop_path(F.linear(hidden, self.mlp.fc2.weight, self.mlp.fc2.bias))
+
+    def _drop_path(self, branch: Tensor) -> Tensor:
+        return drop_path(branch, self.residual_sum.drop_prob, self.training)
+
+
+class PublishedSSM(StructureAwareSSM):
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = F.linear(x, self.in_proj.weight).chunk(2, dim=-1)
+        maps = F.silu(_convolve(x.permute(0, 3, 1, 2).contiguous(), self.conv2d))  # (B, D, H, W)
+        y = self._core(maps).permute(0, 2, 3, 1)
+        return F.linear(_normalise(y, self.out_norm) * F.silu(gate), self.out_proj.weight)
+
+    def _core(self, maps: Tensor) -> Tensor:
+        tokens = maps.flatten(2)  # (B, D, L)
+        projected = torch.matmul(self.x_proj_weight, tokens)
+        r, B, C = projected.split([self.dt_rank, 1, 1], dim=1)
+        delta = torch.matmul(self.dt_projs_weight, r)
+        states = selective_scan(
+            tokens, delta, -torch.exp(self.A_logs), B, delta_bias=self.dt_projs_bias, delta_softplus=True
+        )
+        h = states.to(maps.dtype).reshape(maps.shape)
+        if self.training:
+            fused = three_convolutions(h, self.state_fusion.kernels, self.state_fusion.alpha)
+        else:
+            fused = convolve_dense(h, self.dense)
+        return (fused.flatten(2) * C + self.Ds[:, None] * tokens).reshape(maps.shape)
+
+
+def _convolve(maps: Tensor, conv: nn.Conv2d) -> Tensor:
+    return F.conv2d(maps, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
+
+
+def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
