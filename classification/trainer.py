@@ -284,8 +284,8 @@ class TrainingJob:
 def _parallel(model: nn.Module, process: Process) -> nn.Module:
     if process.world_size == 1:
         return model
-    # Gradients of depthwise weights (C, 1, 3, 3) differ from the weights in the stride of the dimension of size 1
-    # alone, which costs nothing.
+    # Gradients of 1x1 and depthwise convolutions in channels-last memory differ from the weights in the strides of
+    # dimensions of size 1 alone, which costs nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,

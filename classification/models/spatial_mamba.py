@@ -33,6 +33,19 @@ LAYER_NORM_EPS = 1e-5
 FUSION_DILATIONS = (1, 3, 5)
 
 
+class StridedDepthwiseConv(nn.Conv2d):
+    """Depthwise convolution (B, C, H, W) that trains in float32 on CPUs, whatever the dtype of its input.
+
+    There, PyTorch's backward pass in half precision takes several times as long.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype.itemsize > 2 or not torch.is_grad_enabled():
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return self._conv_forward(x.float(), self.weight.float(), self.bias.float()).to(x.dtype)
+
+
 class ConvLayer(nn.Module):
     """Convolution with the same padding on all sides, then optional BatchNorm and ReLU; (B, C, H, W)."""
 
@@ -48,7 +61,8 @@ class ConvLayer(nn.Module):
         act: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
+        conv_class = nn.Conv2d if groups == 1 else StridedDepthwiseConv
+        self.conv = conv_class(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
