@@ -103,7 +103,7 @@ def serving(
     best = next(name for name in usable if why_not(name, device_type, dtype, capability) is None)
     if best != usable[0] and dtype in DTYPES[usable[0]]:  # otherwise there is nothing that the user could build
         reason = why_not(usable[0], device_type, dtype, capability)
-        if _required and _forced is None:
+        if _required:
             raise RuntimeError(f"{REQUIRE_VARIABLE}=1, but the {usable[0]} back end cannot be used: {reason}")
         if not torch.compiler.is_compiling():
             _hint(usable[0], best, device_type, reason)

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go: build, report, tests, compute-sanitizer, benchmark (``make gpu``).
+"""Everything that needs a GPU, in one go: build, report, tests, benchmarks, compute-sanitizer (``make gpu``).
 
 Started by its path with any Python that has PyTorch; nothing is installed or downloaded. To add a check, add a `Step`.
 """
@@ -60,8 +60,11 @@ def steps() -> list[Step]:
     on_triton = (*exercise, "triton", "--dtype", "float32", "bfloat16")  # each dtype is compiled anew
     benchmark = (python, "-m", "spatial_mamba.kernels.benchmark", "--device", "cuda", "--dtype", "float32", "bfloat16")
     models = (python, "-m", "spatial_mamba.classification.benchmark", "--device", "cuda", "--dtype", "bfloat16")
-    tiny = ("--batch", "128", "--models", "spatial_mamba_tiny", "swin_tiny*", "published/spatial_mamba_tiny")
+    budget = (python, "-m", "spatial_mamba.classification.benchmark.budget", "--device", "cuda", "--dtype", "bfloat16")
+    tiny = ("--batch", "128", "--models", "spatial_mamba_tiny", "swin_tiny*")
+    published, convnext = "published/spatial_mamba_tiny", "convnext_tiny"
     timed = ("--seconds", "5", "--limit", "{seconds}", "--out")
+    parts = ("--mode", "fused", "forward+backward", "--batch", "128", "--seconds", "0.5", "--out", "{out}/models")
     briefly = ("--seconds", "0.3", "--compile", "core/tiny/stage1/224x224", "--limit", "{seconds}", "--out", "{out}")
     # A memory block for each tensor, else overruns stay inside PyTorch's pool, unseen.
     unpooled = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -70,27 +73,23 @@ def steps() -> list[Step]:
         Step("build", (python, "-m", "spatial_mamba.kernels", "build", "cpu", "cuda"), 180),
         Step("report", (python, "-m", "spatial_mamba.kernels"), 40),
         Step("tests", (python, "-m", "pytest", "-m", "gpu", *_files_with_gpu_tests()), 150),
-        Step("memcheck, cuda", _sanitize("memcheck", on_cuda), 60, unpooled),
-        Step("memcheck, triton", _sanitize("memcheck", on_triton), 90, unpooled),
-        Step("racecheck, cuda", _sanitize("racecheck", on_cuda), 60),
-        Step("racecheck, triton", _sanitize("racecheck", on_triton), 60),
         Step(
             "models, inference",
-            (
-                *models,
-                *tiny,
-                "convnext_tiny",
-                "--form",
-                "eager",
-                "fused",
-                "fused+compile",
-                *timed,
-                "{out}/models/inference",
-            ),
-            160,
+            (*models, *tiny, convnext, published, "--form", "eager", "fused", *timed, "{out}/models/inference"),
+            60,
         ),
-        Step("models, training", (*models, *tiny, "--mode", "train", *timed, "{out}/models/training"), 70),
-        Step("benchmark", (*benchmark, *briefly), 200),
+        Step(
+            "models, compiled",
+            (*models, *tiny, convnext, "--form", "fused+compile", *timed, "{out}/models/compiled"),
+            110,
+        ),
+        Step("models, training", (*models, *tiny, published, "--mode", "train", *timed, "{out}/models/training"), 50),
+        Step("models, parts", (*budget, *parts), 40),
+        Step("memcheck, cuda", _sanitize("memcheck", on_cuda), 60, unpooled),
+        Step("memcheck, triton", _sanitize("memcheck", on_triton), 90, unpooled),
+        Step("benchmark", (*benchmark, *briefly), 100),
+        Step("racecheck, cuda", _sanitize("racecheck", on_cuda), 60, optional=True),
+        Step("racecheck, triton", _sanitize("racecheck", on_triton), 60, optional=True),
         Step("synccheck, cuda", _sanitize("synccheck", on_cuda), 40, optional=True),
         Step("initcheck, cuda", _sanitize("initcheck", on_cuda), 40, unpooled, optional=True),
     ]

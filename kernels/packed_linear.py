@@ -15,10 +15,12 @@ __all__ = ["can_pack", "pack_weight", "packed_linear", "packed_mlp"]
 
 def can_pack(weight: Tensor) -> bool:
     """Whether a weight (outputs, inputs) can be packed here: on this device, for its dtype and its number of inputs."""
-    dtype = weight.dtype
-    if weight.device.type != "cpu" or weight.shape[1] % inputs_per_row(dtype):
-        return False
-    return backends.serving("cpu", dtype) == "cpu" and torch.ops.spatial_mamba_cpu.can_pack(dtype)
+    return (
+        weight.device.type == "cpu"
+        and weight.shape[1] % inputs_per_row(weight.dtype) == 0
+        and backends.why_not("cpu", "cpu", weight.dtype) is None
+        and torch.ops.spatial_mamba_cpu.can_pack(weight.dtype)
+    )
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -83,9 +85,11 @@ def packed_linear(
         raise ValueError("give both norm_weight and norm_bias, or none of them")
     if relu and residual is not None:
         raise ValueError("give relu or a residual, not both")
-    residual = None if residual is None else residual.contiguous()
+    bias, norm_weight, norm_bias, residual = (
+        None if tensor is None else tensor.contiguous() for tensor in (bias, norm_weight, norm_bias, residual)
+    )
     return torch.ops.spatial_mamba.packed_linear(
-        x.contiguous(), packed, outputs, bias, norm_weight, norm_bias, eps, relu, residual
+        x.contiguous(), packed.contiguous(), outputs, bias, norm_weight, norm_bias, eps, relu, residual
     )
 
 
@@ -133,9 +137,9 @@ def packed_mlp(
         project_bias=project_bias,
     )
     _check(x, given, expected)
-    return torch.ops.spatial_mamba.packed_mlp(
-        x.contiguous(), norm_weight, norm_bias, eps, expand, expand_bias, project, project_bias
-    )
+    norm = (norm_weight.contiguous(), norm_bias.contiguous(), eps)
+    layers = (tensor.contiguous() for tensor in (expand, expand_bias, project, project_bias))
+    return torch.ops.spatial_mamba.packed_mlp(x.contiguous(), *norm, *layers)
 
 
 def _check(x: Tensor, given: dict[str, Tensor | None], expected: dict[str, tuple[int, ...]]) -> None:

@@ -858,6 +858,12 @@ def test_what_cuda_lacks_is_served_by_triton(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(backends, "_required", True)
     with pytest.raises(RuntimeError, match="REQUIRE_NATIVE=1, but the triton back end cannot be used: Triton is not"):
         serving("gated_norm")
+    with (
+        use_backend("cuda"),
+        pytest.raises(RuntimeError, match="REQUIRE_NATIVE=1, but the triton back end cannot be used"),
+    ):
+        serving("gated_norm")
+    monkeypatch.setattr(backends, "_required", False)
     with use_backend("cuda"), pytest.warns(UserWarning, match="run on 'torch'; faster is 'triton'"):
         monkeypatch.setattr(backends, "_hinted", set())
         assert serving("gated_norm") == "torch"

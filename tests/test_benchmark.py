@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from spatial_mamba.kernels import gpu_check
-from spatial_mamba.kernels.benchmark import competitors, measure, report, trial
+from spatial_mamba.kernels.benchmark import competitors, measure, options, report, trial
 from spatial_mamba.kernels.benchmark.__main__ import main
 from spatial_mamba.kernels.benchmark.cases import Case, all_cases
 from spatial_mamba.kernels.taps import merge_taps, tap_offsets
@@ -248,6 +248,34 @@ def test_wrong_options_are_one_line(options: list[str], message: str, capsys: py
     assert error.count("\n") == 1
 
 
+def refuse_to_write(dir: Path) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(options.tempfile, "TemporaryFile", refuse_to_write)  # else root may write everywhere
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--no-keep-freed-memory", "--out", str(tmp_path)])
+    assert capsys.readouterr().err == f"error: --out {tmp_path}: cannot be written: Permission denied\n"
+
+
+def test_roofline_leaves_out_what_was_not_timed(tmp_path: Path) -> None:
+    row = {"competitor": "torch", "median": 1.0}
+    result = {
+        "case": {"name": "core/tiny/stage1/224x224"},
+        "dtype": "float32",
+        "mode": "forward+backward",
+        "bytes": 10,
+        "operations": 100,
+        "copies": {trial.MEMORY_COPY: {"bandwidth": 1e9}},
+        "rows": [row, {"competitor": "cuda", "failure": "out of order"}],
+    }
+    report.roofline(tmp_path / "roofline.png", [result], peak=1e12)
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
 # --- make gpu ---------------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +329,8 @@ def test_gpu_check_starts_by_its_path() -> None:
 
 
 def test_gpu_check_covers_every_kind_of_check() -> None:
-    commands = [" ".join(step.command) for step in gpu_check.steps()]
+    steps = gpu_check.steps()
+    commands = [" ".join(step.command) for step in steps]
     for part in (
         "kernels build",
         "pytest -m gpu",
@@ -309,5 +338,20 @@ def test_gpu_check_covers_every_kind_of_check() -> None:
         "racecheck",
         "kernels.benchmark --device cuda",
         "classification.benchmark --device cuda",
+        "classification.benchmark.budget --device cuda",
     ):
         assert any(part in command for command in commands), part
+    assert not any(step.optional for step in steps if "pytest" in step.command or step.name.startswith("models"))
+
+
+def test_gpu_tests_are_found_without_the_trainers_packages() -> None:
+    """A file that needs them is left out as a whole, where the machine has PyTorch, timm and little else."""
+    files = gpu_check._files_with_gpu_tests()
+    code = (
+        "import sys, pytest; sys.modules.update(dict.fromkeys(('yacs', 'fvcore', 'mmengine')));"
+        "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', *sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", code, *files]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=gpu_check.ROOT)
+    assert found.returncode == 0, found.stdout
+    assert "test_gpu_runs_the_forms" in found.stdout

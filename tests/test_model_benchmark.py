@@ -23,6 +23,7 @@ from spatial_mamba.kernels.benchmark import measure
 CPU = torch.device("cpu")
 # Not in the process of the other tests: it would change how they get their memory.
 QUICK = ["--device", "cpu", "--no-keep-freed-memory", "--seconds", "0.001"]
+TIMING = measure.Timing(lower=1, median=2, upper=3, launch=0, rounds=3)
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +47,7 @@ def create_small(model: roster.Model, resolution: int) -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000)
         )
-    small = SpatialMamba(dims=16, depths=(1, 1))
-    return as_published(small) if model.as_written else small
+    return SpatialMamba(dims=16, depths=(1, 1))
 
 
 # --- who takes part ---------------------------------------------------------------------------------------------------
@@ -171,8 +171,12 @@ def test_energy_of_the_processor_survives_an_overflow(tmp_path: Path) -> None:
     for i in range(2):
         package = tmp_path / f"intel-rapl:{i}"
         package.mkdir()
+        (package / "name").write_text(f"package-{i}\n")
         (package / "max_energy_range_uj").write_text("1000000\n")
         (package / "energy_uj").write_text("900000\n")
+    for domain, name in (("intel-rapl:0:0", "core"), ("intel-rapl:2", "psys")):  # would count twice
+        (tmp_path / domain).mkdir()
+        (tmp_path / domain / "name").write_text(f"{name}\n")
     counter = energy.CpuCounter(tmp_path)
     assert counter.joules() == 0
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("950000\n")
@@ -210,6 +214,19 @@ def test_a_model_that_cannot_take_the_size_says_so(monkeypatch: pytest.MonkeyPat
     row = run_one(monkeypatch, create)
     assert row["not_run"] == "cannot run 32x32 images: AssertionError: no 32"
     assert "failure" not in row
+    monkeypatch.setattr(competitors, "BASE_RESOLUTION", 32)  # which all can take
+    row = run_one(monkeypatch, create)
+    assert row["failure"] == "AssertionError: no 32" and "not_run" not in row
+
+
+def test_our_own_model_takes_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(*_: object) -> nn.Module:
+        raise ValueError("no")
+
+    monkeypatch.setattr(roster.Model, "create", create)
+    models = roster.choose(["spatial_mamba_tiny"], peers=True)
+    [result] = trial.Bench(trial.Choices(CPU, models, seconds=0.001)).run("inference", "float32", 32, [1])
+    assert result["rows"][0]["failure"] == "ValueError: no"
 
 
 class TooLarge(nn.Sequential):
@@ -239,6 +256,29 @@ class OutOfOrder(NotANumber):
         if len(x) == 3:
             raise RuntimeError("out of order\nand more")
         return super().forward(x)
+
+
+class Tiring(NotANumber):
+    """Works until it is timed."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 3:
+            self.passes += 1
+            if self.passes > 2:  # warming up, and measuring memory
+                raise RuntimeError("tired")
+        return self.layer(x).flatten(1)
+
+
+@pytest.mark.parametrize("first_failure", ["timing", "energy"])
+def test_one_that_fails_late_leaves_the_others(monkeypatch: pytest.MonkeyPatch, first_failure: str) -> None:
+    if first_failure == "energy":
+        monkeypatch.setattr(trial.measure, "interleave", lambda calls, *_: dict.fromkeys(calls, TIMING))
+    monkeypatch.setattr(trial, "counter_for", lambda _: FakeCounter())
+    row = run_one(monkeypatch, lambda _: Tiring())
+    assert row["failure"] == "RuntimeError: tired"
+    assert ("median" in row) == (first_failure == "energy")
 
 
 @pytest.mark.parametrize("mode", competitors.MODES)
@@ -345,6 +385,8 @@ def test_command_times_training_steps(
     record = json.loads((tmp_path / "benchmark.json").read_text())
     two, one = record["results"]
     assert (two["images"], one["images"]) == (2, 1)
+    flops = {row["model"]: row["flops_per_image"] for row in two["rows"]}
+    assert flops["published/spatial_mamba_tiny"] == flops["spatial_mamba_tiny"] > 0  # the same work, done otherwise
     for row in two["rows"]:
         assert row["optimizer_bytes"] >= 1.9 * (row["weight_bytes"] - 40_000)  # the dense kernels are not learned
         assert row["peak_bytes"] > 0
@@ -367,7 +409,9 @@ def test_command_stops_in_time(
 ) -> None:
     monkeypatch.setattr(roster.Model, "create", create_small)
     assert main([*QUICK, "--models", "resnet50", "--limit", "0.000001", "--out", str(tmp_path)]) == 0
-    assert "out of time: inference float32 224x224 batch 8\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "out of time: inference float32 224x224 batch 8\n" in printed
+    assert printed.endswith("\ncompetitors not measured: 0; cases out of time: 1\n")
     assert json.loads((tmp_path / "benchmark.json").read_text())["results"] == []
 
 
@@ -395,7 +439,7 @@ def test_command_fails_with_a_competitor(tmp_path: Path, monkeypatch: pytest.Mon
         (["--batch", "0"], "argument --batch: must be a whole number of at least 1, got '0'"),
         (["--resolution", "16"], "argument --resolution: must be at least 32 pixels, got 16"),
         (["--limit", "soon"], "argument --limit: must be a number of seconds above 0, got 'soon'"),
-        (["--out", __file__], f"--out {__file__}: cannot be made: File exists"),
+        (["--out", __file__], f"--out {__file__}: cannot be written: File exists"),
     ],
 )
 def test_wrong_options_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

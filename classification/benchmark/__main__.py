@@ -16,21 +16,12 @@ import torch
 
 from ...kernels.benchmark import measure
 from ...kernels.benchmark import report as files
-from ...kernels.benchmark.options import DTYPES, OneLineParser, seconds, whole_number
+from ...kernels.benchmark.options import BATCHES, DTYPES, OneLineParser, image_size, seconds, whole_number
 from . import plots, report, roster
 from .competitors import CUDAGRAPH, EAGER, FORMS, INFERENCE, MODES
 from .trial import Bench, Choices
 
 PROGRAM = "python -m spatial_mamba.classification.benchmark"
-BATCHES = {"cpu": 8, "cuda": 128}
-SMALLEST = 32  # pixels, the stride of all these models
-
-
-def _side(text: str) -> int:
-    side = whole_number(text)
-    if side < SMALLEST:
-        raise argparse.ArgumentTypeError(f"must be at least {SMALLEST} pixels, got {side}")
-    return side
 
 
 def _parser() -> OneLineParser:
@@ -43,7 +34,13 @@ def _parser() -> OneLineParser:
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of weights; in training, of autocast")
     add("--form", nargs="+", choices=FORMS, default=[EAGER], help="peers have no fuse(): they are run without it")
     add("--batch", nargs="+", type=whole_number, help="images: by default 8 on a CPU, 128 on a GPU")
-    add("--resolution", nargs="+", type=_side, default=[roster.BASE_RESOLUTION], help="sides of the images, in pixels")
+    add(
+        "--resolution",
+        nargs="+",
+        type=image_size,
+        default=[roster.BASE_RESOLUTION],
+        help="sides of the images, in pixels",
+    )
     add(
         "--same-pixels",
         action="store_true",
@@ -53,7 +50,7 @@ def _parser() -> OneLineParser:
     add("--threads", type=whole_number, help="of PyTorch on the CPU")
     add("--seconds", type=seconds, default=10.0, help="of timing per case, all competitors together (default 10)")
     add("--limit", type=seconds, metavar="SECONDS", help="start nothing more after that time")
-    add("--out", type=Path, default=Path("output/benchmark"), help="folder for the results")
+    add("--out", type=Path, default=Path("output/model_benchmark"), help="folder for the results")
     add(
         "--keep-freed-memory",
         action=argparse.BooleanOptionalAction,
@@ -85,10 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     choices = _choices(args, parser, start)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {args.out}: cannot be made: {error.strerror}")
+    parser.folder(args.out)
     device = choices.device
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -138,7 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     files.write(args.out, record, "\n".join(lines))
     _draw(args.out, record["results"])
     print(f"written to {args.out}")
-    return int(any("failure" in row for result in record["results"] for row in result["rows"]))
+    rows = [row for result in record["results"] for row in result["rows"]]
+    if len(report.timed(rows)) < len(rows) or record["skipped"]:  # the last line, which `make gpu` shows
+        missing = len(rows) - len(report.timed(rows))
+        print(f"competitors not measured: {missing}; cases out of time: {len(record['skipped'])}")
+    return int(any("failure" in row for row in rows))
 
 
 def _draw(folder: Path, results: Sequence[dict[str, Any]]) -> None:

@@ -4,25 +4,23 @@ The floor of a part is the longer of the time its compulsory bytes take at the b
 its multiply-adds take at the speed of a large matrix product; both are measured in the same run.
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from ...kernels.benchmark import measure, options
 from ...kernels.benchmark.trial import MEMORY_COPY_BYTES
-from ..errors import InputError
 from ..models.spatial_mamba import SpatialMamba
-from ..trainer import build_model
-from .command import VARIANTS, Parser, Report, Table, image_size, prepare_threads, timing_record, variant_config
+from .command import VARIANTS, Parser, Report, Table, prepare, timing_record
 from .parts import Part, parts_of
+from .roster import DROP_PATH_RATE
 
 INFERENCE, FUSED, TRAINING = MODES = ("inference", "fused", "forward+backward")
-BATCHES = {"cpu": 8, "cuda": 128}
 COLUMNS = ("part", "times", "MB", "GMAC", "floor ms", "set by", "ms", "gap", "of the time")
 
 
@@ -150,6 +148,11 @@ class Budget:
         return measure.interleave(calls, self.clock, self.seconds)
 
 
+def build(variant: str) -> SpatialMamba:
+    """The classifier with random weights, and in training with the stochastic depth of the other benchmarks."""
+    return timm.create_model(f"spatial_mamba_{variant}", drop_path_rate=DROP_PATH_RATE)
+
+
 def table(title: str, found: Mapping[str, Any]) -> Table:
     """Rows of all stages with their sums, times in milliseconds for all occurrences of a part."""
     total = found["sum"]["seconds"]
@@ -199,7 +202,7 @@ def _parser() -> Parser:
         "--mode", nargs="+", choices=MODES, default=list(MODES), help="fused: inference after model.fuse()"
     )
     parser.add_argument("--batch", type=options.whole_number, help="images: by default 8 on a CPU, 128 on a GPU")
-    parser.add_argument("--size", type=image_size, default=224, help="side of the images")
+    parser.add_argument("--size", type=options.image_size, default=224, help="side of the images")
     parser.add_argument("--seconds", type=options.seconds, default=3.0, help="of timing per stage")
     return parser
 
@@ -209,23 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     device = parser.device(args.device)
-    try:
-        _run(parser, args, device)
-    except InputError as error:
-        parser.error(str(error))
-    return 0
-
-
-def _run(parser: Parser, args: argparse.Namespace, device: torch.device) -> None:
-    kept = prepare_threads(args, device)
+    kept = prepare(device, args.threads)
     report = Report(parser, args, device)
     report.record |= {"freed_memory_kept": kept, "results": []}
-    batch = args.batch or BATCHES[device.type]
+    batch = args.batch or options.BATCHES[device.type]
     for variant in args.variant:
-        config = variant_config(variant)
         for dtype in args.dtype:
             for mode in args.mode:
-                model = build_model(config, config.MODEL.NUM_CLASSES).to(device)
+                model = build(variant).to(device)
                 budget = Budget(model, device, getattr(torch, dtype), mode, args.seconds)
                 found = budget.run(batch, args.size)
                 setting = {"variant": variant, "dtype": dtype, "mode": mode, "batch": batch, "size": args.size}
@@ -238,6 +232,7 @@ def _run(parser: Parser, args: argparse.Namespace, device: torch.device) -> None
                 report.table(table(title, found))
                 report.say(blocks_line(found))
     report.write()
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ...kernels.benchmark import measure
 from .flops import forward_flops
-from .roster import Model
+from .published import as_published
+from .roster import BASE_RESOLUTION, Model
 
 INFERENCE, TRAIN = "inference", "train"
 MODES = (INFERENCE, TRAIN)
@@ -49,7 +50,7 @@ class Competitor:
     Attributes:
         forward: the model as it is called.
         weights: bytes of its parameters and buffers.
-        flops: of the forward pass of one image.
+        flops: of the forward pass of one image; of the published formulation those of ours, whose work it does.
     """
 
     model: Model
@@ -127,7 +128,9 @@ class Competitor:
 
 
 def build(model: Model, form: str, trial: Case, device: torch.device, clock: measure.Clock) -> Competitor:
-    """A model in its mode, dtype, memory format and form; or, if it objects to the size, the reason.
+    """A model in its mode, dtype, memory format and form; or, if a peer objects to the size, the reason.
+
+    Whatever else goes wrong comes up as a failure at the first call, and is no reason to stop the others.
 
     Args:
         trial: what memory formats are compared on, with ``clock``; mode, dtype and resolution are for good.
@@ -135,13 +138,19 @@ def build(model: Model, form: str, trial: Case, device: torch.device, clock: mea
     competitor = Competitor(model, form, device)
     try:
         module = model.create(trial.resolution)
-        competitor.flops = forward_flops(module, trial.resolution)
     except Exception as reason:  # each model has its own way to object to an image
-        competitor.refusal = f"cannot run {trial.resolution}x{trial.resolution} images: {message(reason)}"
+        if model.is_peer and trial.resolution != BASE_RESOLUTION:
+            size = f"{trial.resolution}x{trial.resolution}"
+            competitor.refusal = f"cannot run {size} images: {measure.failure_text(reason)}"
+        else:
+            competitor.forward = _raiser(reason)
         return competitor
     try:
+        competitor.flops = forward_flops(module, trial.resolution)
+        if model.as_written:
+            as_published(module)
         _furnish(competitor, module, trial, clock)
-    except Exception as reason:  # is a failure at the first call, but no reason to stop the others
+    except Exception as reason:
         competitor.forward = _raiser(reason)
     return competitor
 
@@ -151,12 +160,6 @@ def form_of(model: Model, form: str, mode: str) -> str:
     if model.as_written:
         return EAGER
     return form if model.fuses and mode == INFERENCE else UNFUSED.get(form, form)
-
-
-def message(failure: Exception) -> str:
-    """The type and the first line of an exception."""
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
 
 
 def _furnish(competitor: Competitor, module: nn.Module, trial: Case, clock: measure.Clock) -> None:

@@ -60,24 +60,25 @@ class CpuCounter:
     source, shortest = "RAPL, all processor packages, whatever else runs on them", 0.1
 
     def __init__(self, folder: Path = POWERCAP) -> None:
-        self._packages = sorted(folder.glob("intel-rapl:[0-9]")) + sorted(folder.glob("intel-rapl:[0-9][0-9]"))
+        domains = sorted(folder.glob("intel-rapl:*"))  # others are parts of a package, or the whole machine
+        self._packages = [domain for domain in domains if self._read(domain, "name").startswith("package")]
         if not self._packages:
             raise NoCounterError("this system offers no RAPL counters of processor energy")
-        self._ranges = [self._read(package, "max_energy_range_uj") for package in self._packages]
-        self._last = [self._read(package, "energy_uj") for package in self._packages]
+        self._ranges = [int(self._read(package, "max_energy_range_uj")) for package in self._packages]
+        self._last = [int(self._read(package, "energy_uj")) for package in self._packages]
         self._microjoules = 0
 
     def joules(self) -> float:
         for i, package in enumerate(self._packages):
-            now = self._read(package, "energy_uj")
+            now = int(self._read(package, "energy_uj"))
             passed = now - self._last[i]
             self._microjoules += passed if passed >= 0 else passed + self._ranges[i]  # the counter starts over
             self._last[i] = now
         return self._microjoules / 1e6
 
-    def _read(self, package: Path, name: str) -> int:
+    def _read(self, domain: Path, name: str) -> str:
         try:
-            return int((package / name).read_text())
+            return (domain / name).read_text()
         except OSError as error:
             raise NoCounterError(f"RAPL's {name} cannot be read: {error.strerror}") from error
 

@@ -11,8 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...kernels import use_backend
 from ...kernels.operators import SCAN_FLOPS
 
-TRAINING_PASSES = 3  # a backward pass counts as two forward passes, as is customary; nothing for what is recomputed
-
 
 def forward_flops(model: nn.Module, resolution: int) -> int:
     """FLOPs of one image (3, resolution, resolution): convolutions, matrix products and the scan.

@@ -28,11 +28,12 @@ from ..config import load_config
 from ..data import build_mixup, build_train_loader, build_val_loader
 from ..distributed import Process
 from ..errors import InputError
-from .command import Parser, Report, Table, positive, prepare_threads
+from .command import Parser, Report, Table
 
 PHOTO_SIZE, PHOTO_QUALITY = (500, 375), 96  # width and height; of ImageNet's usual photograph, of about 110 kB
 MANY = 100_000  # images dealt out per pass; a small data set starts over
-PIPELINES = ("decode", "train", "train + Mixup", "evaluation")
+TRAINING = ("train", "train + Mixup")
+PIPELINES = ("decode", *TRAINING, "evaluation")
 
 
 def write_photos(folder: Path, count: int) -> None:
@@ -75,9 +76,9 @@ def step_rates(config: CfgNode, device: torch.device, seconds: float) -> dict[st
 
     calls: dict[str, tuple[Callable[[int], Any], int]] = {
         "read": (lambda i: reader.read(i % len(train)), 1),
-        "decode": (lambda i: Image.open(io.BytesIO(reader.read(i % len(train)))).convert("RGB"), 1),
-        "decode + augment": (lambda i: train[i % len(train), i], 1),
-        "decode + evaluation transform": (lambda i: val[i % len(val), 0], 1),
+        "read + decode": (lambda i: Image.open(io.BytesIO(reader.read(i % len(train)))).convert("RGB"), 1),
+        "read + decode + augment": (lambda i: train[i % len(train), i], 1),
+        "read + decode + evaluation transform": (lambda i: val[i % len(val), 0], 1),
         "collate": (lambda i: default_collate(batch), batch_size),
     }
     if mixup:
@@ -128,7 +129,7 @@ def processes_needed(rates: dict[int, float], target: float) -> tuple[int, bool]
     if enough:
         return min(enough), True
     best = max(rates, key=lambda count: rates[count])
-    return math.ceil(target / (rates[best] / max(best, 1))), False
+    return math.ceil(target / (rates[best] / best)), False
 
 
 def _arrivals_per_second(loader: DataLoader, mixup: Mixup | None, device: torch.device, seconds: float) -> float:
@@ -142,7 +143,7 @@ def _arrivals_per_second(loader: DataLoader, mixup: Mixup | None, device: torch.
             torch.cuda.synchronize(device)
         return len(classes)
 
-    for _ in range(2 * max(loader.num_workers, 1)):
+    for _ in range(2 * loader.num_workers):
         take()
     count, start = 0, time.perf_counter()
     while not count or time.perf_counter() - start < seconds:
@@ -213,7 +214,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--workers", nargs="+", type=options.whole_number, help="loader processes: by default 1, 2, 4, ..."
     )
-    parser.add_argument("--images-per-second", type=positive, metavar="SPEED", help="of the training to keep up with")
+    parser.add_argument(
+        "--images-per-second", type=options.positive, metavar="SPEED", help="of the training to keep up with"
+    )
     parser.add_argument("--seconds", type=options.seconds, default=5.0, help="of timing per figure")
     return parser
 
@@ -240,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(parser: Parser, args: argparse.Namespace, device: torch.device, config: CfgNode) -> None:
-    prepare_threads(args, device)
+    if args.threads:  # nothing else is prepared: the trainer does not keep freed memory either
+        torch.set_num_threads(args.threads)
     photos = build_train_loader(config, Process(0, 1, device)).dataset.reader
     report = Report(parser, args, device)
     sizes = [len(photos.read(i)) for i in range(min(len(photos), 256))]
@@ -259,15 +263,16 @@ def _run(parser: Parser, args: argparse.Namespace, device: torch.device, config:
     cores = os.cpu_count() or 1
     counts = args.workers or sorted({*(2**i for i in range(cores.bit_length()) if 2**i <= cores), cores})
     arrivals: dict[str, dict[int, float]] = {name: {} for name in PIPELINES}
+    report.record["loaders"] = arrivals
     for count in sorted(set(counts)):
         config.defrost()
         config.DATA.NUM_WORKERS = count
         for name in PIPELINES:
             arrivals[name][count] = loader_rate(config, name, device, args.seconds)
-    report.record["loaders"] = arrivals
+        report.write()
     report.table(_loaders_table(arrivals))
     if args.images_per_second:
-        for name in PIPELINES[1:]:
+        for name in TRAINING:
             report.say(_keeps_up(name, arrivals[name], args.images_per_second))
     report.write()
 

@@ -4,30 +4,23 @@ A step is the trainer's: forward pass, soft cross entropy, backward pass, clippi
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from yacs.config import CfgNode
 
 from ...kernels.benchmark import measure, options
+from ..config import load_config
 from ..errors import InputError
 from ..models.spatial_mamba import SpatialMamba
 from ..optim import autocast_dtype
 from ..trainer import build_model
-from .command import (
-    VARIANTS,
-    Parser,
-    Report,
-    Table,
-    failure_text,
-    image_size,
-    prepare_threads,
-    timing_record,
-    variant_config,
-)
-from .parts import BACKWARD_OPERATIONS, macs_per_image
+from .command import VARIANTS, Parser, Report, Table, prepare, timing_record
+from .parts import macs_per_image
 from .training_step import TrainingStep
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -48,6 +41,11 @@ INFERENCE_COLUMNS = (
 )  # fmt: skip
 
 
+def variant_config(variant: str, overrides: Sequence[tuple[str, Any]] = ()) -> CfgNode:
+    """The trainer's config of a variant."""
+    return load_config(f"spatialmamba_{variant}", overrides)[0]
+
+
 def training_step(variant: str, form: str, batch: int, size: int, device: torch.device, precision: str) -> TrainingStep:
     """The training step of one form of a variant; ``precision`` is one of ``PRECISIONS``."""
     checkpointing, compiled = FORMS[form]
@@ -64,14 +62,15 @@ def training_rows(
     """Measure the forms of a variant, timed in turn; a form that cannot be run says why.
 
     Returns:
-        One row per form: seconds per step, bytes of state and, beyond it, at the peak of a step.
+        One row per form: seconds per step, bytes of state and, beyond it, at the peak of a step; or ``not_run`` if it
+        does not fit into memory or is refused, which is a result, or else a ``failure``.
     """
     rows, steps = [], {}
     for form in forms:
         row: dict[str, Any] = {"variant": variant, "form": form, "batch": batch, "size": size}
         rows.append(row)
         if form == "checkpoint+compile" and device.type == "cpu":
-            row["failure"] = REFUSED
+            row["not_run"] = REFUSED
             continue
         try:
             step = training_step(variant, form, batch, size, device, precision)
@@ -79,11 +78,14 @@ def training_rows(
             step()
             row["dtype"] = _name(step.dtype)
             row["peak_bytes"] = measure.peak_memory(step, device)
-        except Exception as failure:  # a form that does not fit into memory is a result
-            row["failure"] = failure_text(failure)
+        except Exception as failure:  # is no reason to stop the others
+            row |= _outcome(failure)
+            step = None
+        if step is None:
+            _release(device)
             continue
         row["state_bytes"] = step.state_bytes()
-        row["operations"] = 2 * (1 + BACKWARD_OPERATIONS) * batch * macs_per_image(step.model, size, size)
+        row["operations"] = 2 * measure.TRAINING_PASSES * batch * macs_per_image(step.model, size, size)
         steps[form] = step
     timings = measure.interleave(steps, measure.clock_for(device), seconds) if steps else {}
     for row in rows:
@@ -101,7 +103,7 @@ def training_table(rows: Sequence[Mapping[str, Any]], peaks: Mapping[str, float]
     first = next((row for row in rows if "seconds" in row), None)
     lines = []
     for row in rows:
-        if "failure" in row:
+        if "seconds" not in row:
             lines.append((row["form"], *["-"] * (len(TRAINING_COLUMNS) - 1)))
             continue
         speed = row["operations"] / row["seconds"]
@@ -118,7 +120,7 @@ def training_table(rows: Sequence[Mapping[str, Any]], peaks: Mapping[str, float]
                 f"{speed / peaks[row['dtype']]:.1%}",
             )
         )
-    notes = [f"{row['form']}: {row['failure']}" for row in rows if "failure" in row]
+    notes = [f"{row['form']}: {_reason(row)}" for row in rows if "seconds" not in row]
     return Table(title, TRAINING_COLUMNS, lines, notes)
 
 
@@ -137,16 +139,19 @@ def inference_rows(
     for size in sizes:
         row: dict[str, Any] = {"size": size, "timed_images": max(1, round(1024**2 / size**2))}
         rows.append(row)
-        one, many = (
-            torch.randn(count, model.in_chans, size, size, device=device).to(dtype)
-            for count in (1, row["timed_images"])
-        )
         try:
+            one, many = (
+                torch.randn(count, model.in_chans, size, size, device=device).to(dtype)
+                for count in (1, row["timed_images"])
+            )
             model(one)
             row["peak_bytes"] = measure.peak_memory(lambda x=one: model(x), device)
             model(many)
-        except Exception as failure:  # an image that does not fit into memory is a result
-            row["failure"] = failure_text(failure)
+        except Exception as failure:  # is no reason to stop the others
+            row |= _outcome(failure)
+            one = many = None
+        if many is None:
+            _release(device)
             continue
         calls[size] = lambda x=many: model(x)
     timings = measure.interleave(calls, measure.clock_for(device), seconds) if calls else {}
@@ -180,7 +185,7 @@ def inference_table(rows: Sequence[dict[str, Any]], title: str) -> tuple[Table, 
     lines = []
     for row in rows:
         name = f"{row['size']}x{row['size']}"
-        if "failure" in row:
+        if "seconds" not in row:
             lines.append((name, *["-"] * (len(INFERENCE_COLUMNS) - 1)))
             continue
         lines.append(
@@ -194,8 +199,25 @@ def inference_table(rows: Sequence[dict[str, Any]], title: str) -> tuple[Table, 
                 f"{row['seconds_per_pixel'] / measured[0]['seconds_per_pixel']:.3f}",
             )
         )
-    notes = [f"{row['size']}x{row['size']}: {row['failure']}" for row in rows if "failure" in row]
+    notes = [f"{row['size']}x{row['size']}: {_reason(row)}" for row in rows if "seconds" not in row]
     return Table(title, INFERENCE_COLUMNS, lines, notes), fit
+
+
+def _outcome(failure: Exception) -> dict[str, str]:
+    # PyTorch has an exception of its own for GPUs alone.
+    if isinstance(failure, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(failure):
+        return {"not_run": "out of memory"}
+    return {"failure": measure.failure_text(failure)}
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    return row["not_run"] if "not_run" in row else f"failed: {row['failure']}"
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -210,8 +232,10 @@ def _parser() -> Parser:
     parser.add_argument(
         "--batch", type=options.whole_number, help="images per training step: by default 4 on a CPU, 128 on a GPU"
     )
-    parser.add_argument("--size", type=image_size, default=224, help="of the training images")
-    parser.add_argument("--sizes", nargs="+", type=image_size, default=list(SIZES), help="of the inference images")
+    parser.add_argument("--size", type=options.image_size, default=224, help="of the training images")
+    parser.add_argument(
+        "--sizes", nargs="+", type=options.image_size, default=list(SIZES), help="of the inference images"
+    )
     parser.add_argument(
         "--fuse", action=argparse.BooleanOptionalAction, default=True, help="inference after model.fuse()"
     )
@@ -223,19 +247,20 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 2 for options that cannot be."""
+    """Run the command; 0, or 1 if a measurement failed other than for memory, or 2 for options that cannot be."""
     parser = _parser()
     args = parser.parse_args(argv)
     device = parser.device(args.device)
     try:
-        _run(parser, args, device)
+        record = _run(parser, args, device)
     except InputError as error:
         parser.error(str(error))
-    return 0
+    rows = record["training"] + [row for found in record["inference"] for row in found["rows"]]
+    return int(any("failure" in row for row in rows))
 
 
-def _run(parser: Parser, args: argparse.Namespace, device: torch.device) -> None:
-    kept = prepare_threads(args, device)
+def _run(parser: Parser, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    kept = prepare(device, args.threads)
     report = Report(parser, args, device)
     report.record |= {"freed_memory_kept": kept, "peaks": {}, "training": [], "inference": []}
     batch, peaks = args.batch or BATCHES[device.type], report.record["peaks"]
@@ -269,6 +294,7 @@ def _run(parser: Parser, args: argparse.Namespace, device: torch.device) -> None
                     f"; no image is further than {fit['largest_deviation']:.1%} off that line"
                 )
     report.write()
+    return report.record
 
 
 if __name__ == "__main__":

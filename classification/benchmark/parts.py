@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.benchmark.cases import Case
+from ...kernels.benchmark.measure import TRAINING_PASSES
 from ..models.fused import FusedBlock
 from ..models.spatial_mamba import Block, SpatialMamba, StructureAwareSSM
 
 Shape = tuple[int, ...]
-BACKWARD_OPERATIONS = 2  # of a backward pass over those of its forward pass, as is customary
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Part:
 
     def operations(self, backward: bool) -> int:
         """Floating-point operations, two per multiply-add."""
-        return 2 * self.macs * (1 + BACKWARD_OPERATIONS if backward else 1)
+        return 2 * self.macs * (TRAINING_PASSES if backward else 1)
 
 
 def parts_of(model: SpatialMamba, batch: int, height: int, width: int) -> list[Part]:

@@ -7,8 +7,6 @@ from fnmatch import fnmatchcase
 import timm
 from torch import nn
 
-from .published import as_published
-
 BASE_RESOLUTION = 224  # of the published accuracies, and what costs per pixel are relative to
 DROP_PATH_RATE = 0.2  # the same for all, so that training does the same kind of work in all
 OURS, PUBLISHED = "Spatial-Mamba", "Spatial-Mamba as published"
@@ -51,14 +49,13 @@ class Model:
         return fixed.get(self.family, (True, False))
 
     def create(self, resolution: int) -> nn.Module:
-        """The model with random weights, in training mode, for images of that side.
+        """The model with random weights, in training mode, for images of that side; the published one in our form.
 
         Raises:
             Exception: whatever the model objects to the resolution with.
         """
         size = {"img_size": resolution} if self.family == "Swin" else {}
-        model = timm.create_model(self.name.removeprefix("published/"), drop_path_rate=DROP_PATH_RATE, **size)
-        return as_published(model) if self.family == PUBLISHED else model
+        return timm.create_model(self.name.removeprefix("published/"), drop_path_rate=DROP_PATH_RATE, **size)
 
 
 # Where the accuracies below come from. A1 is timm's recipe (resnet50.a1_in1k); the original one reaches 76.1.

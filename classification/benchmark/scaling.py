@@ -1,7 +1,8 @@
 """Data-parallel scaling: measured over the processes of this machine, and computed for many GPUs.
 
 Measured are the trainer's steps on random images with a fixed batch per process, synchronised and not. Computed are the
-bytes that a step sends, and from them, a step time and the bandwidths of the links how speed grows with the GPUs.
+bytes that a step sends, and from them, a step time and the bandwidths of the links how speed grows with the GPUs: on a
+GPU, or from a given --step-seconds. Each process has one thread.
 """
 
 import argparse
@@ -23,14 +24,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from ...kernels.benchmark import options
+from ...kernels.benchmark.measure import TRAINING_PASSES
+from ...kernels.benchmark.options import image_size, positive, seconds, whole_number
 from ..config import load_config
 from ..errors import InputError
 from ..models.complexity import count_parameters
 from ..trainer import build_model
-from .command import Parser, Report, Table, image_size, positive, prepare_threads
-from .parts import BACKWARD_OPERATIONS
-from .training_step import TrainingStep
+from .command import Parser, Report, Table, prepare
+from .training_step import TrainingStep, class_count
 
 GPUS = (1, 8, 16, 32, 64)
 BUCKET_BYTES = 25 * 2**20  # PyTorch's default: what DDP sends at once
@@ -79,7 +80,7 @@ def overlapped_seconds(step_seconds: float, reduce_seconds: float, gradient_byte
 
     What does not fit behind it is visible, and in any case the last bucket, which is complete only at its end.
     """
-    backward = step_seconds * BACKWARD_OPERATIONS / (1 + BACKWARD_OPERATIONS)
+    backward = step_seconds * (TRAINING_PASSES - 1) / TRAINING_PASSES
     last_bucket = reduce_seconds * min(1.0, BUCKET_BYTES / gradient_bytes)
     return step_seconds + max(reduce_seconds - backward, last_bucket)
 
@@ -125,8 +126,8 @@ def measure(work: Workload, processes: int, device: str) -> dict[str, Any]:
 
 
 def _process(rank: int, processes: int, work: Workload, device_name: str, folder: str) -> None:
-    torch.set_num_threads(1)
     device = torch.device(device_name, rank) if device_name == "cuda" else torch.device("cpu")
+    prepare(device, threads=1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -184,9 +185,14 @@ def _largest(value: float, device: torch.device) -> float:
     return tensor.item()
 
 
+def single_step(rows: Sequence[dict[str, Any]]) -> float:
+    """Seconds of a step of one process; where none ran alone, of the fewest, each going by its own gradients."""
+    return rows[0].get("unsynchronised", rows[0]["step"])
+
+
 def measured_table(rows: Sequence[dict[str, Any]], batch: int, title: str) -> Table:
-    """Speed and efficiency relative to the first row, per process."""
-    lines = []
+    """Speed and efficiency relative to ``single_step``, per process."""
+    lines, single = [], single_step(rows)
     for row in rows:
         has_peers = "unsynchronised" in row
         lines.append(
@@ -194,7 +200,7 @@ def measured_table(rows: Sequence[dict[str, Any]], batch: int, title: str) -> Ta
                 str(row["processes"]),
                 f"{1e3 * row['step']:.1f}",
                 f"{row['processes'] * batch / row['step']:.2f}",
-                f"{rows[0]['step'] / row['step']:.1%}",
+                f"{single / row['step']:.1%}",
                 f"{1e3 * row['unsynchronised']:.1f}" if has_peers else "-",
                 f"{1e3 * (row['step'] - row['unsynchronised']):.1f}" if has_peers else "-",
                 f"{1e3 * row['all_reduce']:.1f}" if has_peers else "-",
@@ -222,25 +228,25 @@ def expected_table(rows: Sequence[dict[str, float]], title: str) -> Table:
 
 
 def _parser() -> Parser:
-    parser = Parser("scaling", __doc__)
+    parser = Parser("scaling", __doc__, takes_threads=False)
     add = parser.add_argument
     add("--cfg", default="spatialmamba_tiny", metavar="FILE", help="the trainer's config")
     add(
         "--processes",
         nargs="*",
-        type=options.whole_number,
+        type=whole_number,
         help="to measure with: by default 1, 2, 4 to all cores or GPUs",
     )
     add(
         "--batch-size",
-        type=options.whole_number,
+        type=whole_number,
         help="images per process: by default 2 on a CPU, the config's on a GPU",
     )
     add("--size", type=image_size, help="of the images: by default the config's")
-    add("--seconds", type=options.seconds, default=10.0, help="of timing per number of processes")
-    add("--gpus", nargs="+", type=options.whole_number, default=list(GPUS), help="to compute the scaling for")
-    add("--step-seconds", type=options.seconds, help="of one GPU with --batch-size images: by default as measured here")
-    add("--gpus-per-node", type=options.whole_number, default=8)
+    add("--seconds", type=seconds, default=10.0, help="of timing per number of processes")
+    add("--gpus", nargs="+", type=whole_number, default=list(GPUS), help="to compute the scaling for")
+    add("--step-seconds", type=seconds, help="of one GPU with --batch-size images: by default as measured")
+    add("--gpus-per-node", type=whole_number, default=8)
     add("--within-node", type=positive, default=450.0, metavar="GB/S", help="per GPU and direction (NVLink 4: 450)")
     add("--between-nodes", type=positive, default=50.0, metavar="GB/S", help="per GPU and direction (400 Gb/s: 50)")
     return parser
@@ -259,7 +265,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(parser: Parser, args: argparse.Namespace, device: torch.device) -> None:
-    prepare_threads(args, device)
     config, _ = load_config(args.cfg)
     on_gpu = device.type == "cuda"
     most = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
@@ -288,11 +293,16 @@ def _run(parser: Parser, args: argparse.Namespace, device: torch.device) -> None
             f"{len(unlike)} gradients in other strides than their parameters{': ' if unlike else ''}"
             f"{', '.join(patterns)}; DDP {'warns' if warned else 'does not warn'} of bucket strides"
         )
-    gradient_bytes = 4 * count_parameters(build_model(config, config.MODEL.NUM_CLASSES))
-    step_seconds = args.step_seconds or rows[0]["step"]
+    gradient_bytes = 4 * count_parameters(build_model(config, class_count(config)))
+    report.record["gradient_bytes"] = gradient_bytes
+    if not args.step_seconds and not on_gpu:
+        report.say("Nothing is computed for GPUs from the step of a CPU: give a --step-seconds to compute from")
+        report.write()
+        return
+    step_seconds = args.step_seconds or single_step(rows)
     links = Links(1e9 * args.within_node, 1e9 * args.between_nodes, args.gpus_per_node)
     expected = expectation(args.gpus, step_seconds, batch, gradient_bytes, links)
-    report.record |= {"gradient_bytes": gradient_bytes, "step_seconds": step_seconds, "expected": expected}
+    report.record |= {"step_seconds": step_seconds, "expected": expected}
     source = "given" if args.step_seconds else f"measured on {device.type}"
     title = (
         f"Computed: {setting}, {1e3 * step_seconds:.1f} ms per step ({source}), {gradient_bytes / 1e6:.1f} MB of "

@@ -12,11 +12,16 @@ from ..optim import autocast_dtype, build_criterion, build_optimizer
 from ..trainer import build_model
 
 
+def class_count(config: CfgNode) -> int:
+    """The config's number of classes, or ImageNet-1K's where it leaves that to the data set."""
+    return config.MODEL.NUM_CLASSES or 1000
+
+
 class TrainingStep:
     """A call is one step: forward pass, loss, backward pass, clipping, update; without EMA.
 
     Args:
-        config: the trainer's, with a number of classes.
+        config: the trainer's.
         batch: random images per step.
         size: their side in pixels.
         device: where the step runs.
@@ -34,7 +39,7 @@ class TrainingStep:
         device: torch.device,
         wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     ) -> None:
-        classes = config.MODEL.NUM_CLASSES
+        classes = class_count(config)
         self.device, self.dtype = device, autocast_dtype(config, device)
         self.model = build_model(config, classes).to(device).train()
         self.wrapped = wrap(self.model)

@@ -2,11 +2,12 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...kernels.benchmark import measure
 from .competitors import (
@@ -20,10 +21,8 @@ from .competitors import (
     Competitor,
     build,
     form_of,
-    message,
 )
 from .energy import Counter, NoCounterError, counter_for, joules_per_call
-from .flops import TRAINING_PASSES
 from .roster import BASE_RESOLUTION, Model
 
 WARM_UP = {"cpu": 1, "cuda": 3}  # calls; on a GPU libraries choose algorithms, and CUDA graphs are recorded
@@ -126,25 +125,57 @@ class Bench:
                 calls[competitor.name] = call
             except torch.OutOfMemoryError:
                 row["not_run"] = "out of memory"
-                competitor.module.zero_grad()
+                if competitor.module is not None:
+                    competitor.module.zero_grad()
             except Exception as failure:
-                row["failure"] = message(failure)
+                row["failure"] = measure.failure_text(failure)
             self._release()
 
         calls = {name: calls[name] for name in rows if name in calls}  # in turns, in the order of the table
         try:
-            timings = measure.interleave(calls, self.clock, self.choices.seconds)
+            timings = self._time(calls, rows)
         except torch.OutOfMemoryError:  # each has run alone, but not beside what the others keep
             for name in calls:
                 rows[name]["not_run"] = "out of memory beside the others: choose fewer --models"
             return list(rows.values())
         by_name = {competitor.name: competitor for competitor in competitors}
-        for name, call in calls.items():
-            rows[name] |= self._row(case, by_name[name], timings[name], peak)
-            rows[name]["joules_per_image"] = self._joules(call, case, len(calls))
-            if not call().isfinite().all():
-                rows[name]["failure"] = NOT_FINITE
+        for name, timing in timings.items():
+            row = rows[name]
+            row |= self._row(case, by_name[name], timing, peak)
+            try:
+                row["joules_per_image"] = self._joules(calls[name], case, len(timings))
+                if not calls[name]().isfinite().all():
+                    row["failure"] = NOT_FINITE
+            except Exception as failure:
+                row["failure"] = measure.failure_text(failure)
         return list(rows.values())
+
+    def _time(self, calls: Mapping[str, Call], rows: Mapping[str, dict[str, Any]]) -> dict[str, measure.Timing]:
+        """Timings of the calls in turn. If one raises, its row says so, and the others are timed without it.
+
+        Raises:
+            torch.OutOfMemoryError: from any of the calls.
+        """
+        current = ""
+
+        def watched(name: str, call: Call) -> Call:
+            def run() -> Tensor:
+                nonlocal current
+                current = name
+                return call()
+
+            return run
+
+        left = {name: watched(name, call) for name, call in calls.items()}
+        while left:
+            try:
+                return measure.interleave(left, self.clock, self.choices.seconds)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as failure:  # the clock's own come right after the call, as when a GPU reports late
+                rows[current]["failure"] = measure.failure_text(failure)
+                del left[current]
+        return {}
 
     def _prepare(self, call: Call, competitor: Competitor) -> dict[str, Any]:
         """Compile, warm up, look at the output, and measure memory, in bytes."""
@@ -173,7 +204,7 @@ class Bench:
     @staticmethod
     def _row(case: Case, competitor: Competitor, timing: measure.Timing, peak: float) -> dict[str, Any]:
         """Times in seconds, of one call; ``flops_per_image`` and ``mfu`` count what the model asks for."""
-        flops = competitor.flops * (TRAINING_PASSES if case.mode == TRAIN else 1)
+        flops = competitor.flops * (measure.TRAINING_PASSES if case.mode == TRAIN else 1)
         return timing._asdict() | {
             "seconds_per_image": timing.median / case.images,
             "images_per_second": case.images / timing.median,

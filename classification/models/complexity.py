@@ -23,7 +23,12 @@ def count_flops(model: nn.Module, *inputs: Tensor) -> int:
 
     Raises:
         ImportError: if fvcore is missing, with the command that installs it.
+        ValueError: for a fused model, whose packed layers fvcore does not know.
     """
+    if getattr(model, "fused", False):
+        raise ValueError(
+            "count the FLOPs of a model before fuse(): afterwards its layers are no longer those of PyTorch"
+        )
     try:
         from fvcore.nn import FlopCountAnalysis
     except ImportError as error:

@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if self.packed:  # packing depends on the device and the dtype, which are what changes here
-            self.weight = unpack_weight(self.weight, self.outputs)
+            self.weight, self.packed = unpack_weight(self.weight, self.outputs), False
         super()._apply(fn, recurse)
         self._keep(self.weight)
         return self
@@ -107,9 +107,9 @@ class FusedDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
         rows = _how_many(x, width * self.expand.outputs)
-        if rows >= height:
+        if rows >= height or batch == 0:
             images = rows // height
-            return torch.cat([self._all(part) for part in x.split(images)]) if images < batch else self._all(x)
+            return torch.cat([self._all(part) for part in x.split(images)]) if 0 < images < batch else self._all(x)
         # Rows of outputs at a time. The two rows of inputs in front make one more output, of the wrong neighbours.
         step = max(1, rows // 2 - 1)
         bands = []
@@ -194,3 +194,13 @@ def refuse_to_load(model: nn.Module, *_: Any) -> None:
         RuntimeError: always.
     """
     raise RuntimeError(f"a fused {type(model).__name__} loads no weights: load them before fuse()")
+
+
+def refuse_gradients(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Hook in front of ``forward``.
+
+    Raises:
+        RuntimeError: if the gradient of an image is asked for.
+    """
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        raise RuntimeError(f"a fused {type(model).__name__} has no gradients: take the model as it was before fuse()")

@@ -6,6 +6,7 @@ so nothing is copied to change the layout. `fused` has the inference form.
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from os import PathLike
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import depthwise_conv, spatial_mixer
-from .fused import FusedBlock, FusedDownsample, refuse_to_load
+from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
 from .weights import load_backbone_weights
 
 __all__ = [
@@ -66,11 +67,20 @@ class ConvLayer(nn.Module):
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
-    def fuse(self) -> None:
-        """Fold the BatchNorm, with the statistics that it has now, into the convolution."""
-        if isinstance(self.norm, nn.BatchNorm2d):
-            self.conv = fuse_conv_bn_eval(self.conv, self.norm)
-            self.norm = nn.Identity()
+    def folded(self) -> nn.Conv2d:
+        """The convolution with the BatchNorm, as its statistics are now, in its weights; folded in float32 at least.
+
+        Raises:
+            RuntimeError: for a norm that is no BatchNorm.
+        """
+        if isinstance(self.norm, nn.Identity):
+            return self.conv
+        if not isinstance(self.norm, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm is one, too
+            raise RuntimeError(f"only BatchNorms can be folded into convolutions, not {type(self.norm).__name__}")
+        dtype = self.conv.weight.dtype
+        compute_dtype = torch.promote_types(dtype, torch.float32)
+        conv, norm = (deepcopy(module).to(compute_dtype) for module in (self.conv, self.norm))
+        return fuse_conv_bn_eval(conv, norm).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -133,7 +143,9 @@ class ResidualSum(nn.Module):
         if self.drop_prob == 0.0 or not self.training:
             return x + branch
         keep_prob = 1.0 - self.drop_prob
-        scale = branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep_prob).div_(keep_prob)
+        scale = branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep_prob)
+        if keep_prob > 0.0:
+            scale.div_(keep_prob)
         return torch.addcmul(x, branch, scale)
 
     def extra_repr(self) -> str:
@@ -308,20 +320,24 @@ class SpatialMambaEncoder(nn.Module):
             The model itself.
 
         Raises:
-            RuntimeError: in training mode.
+            RuntimeError: in training mode, and for norms in place of the BatchNorms that cannot be folded.
         """
         if self.training:
             raise RuntimeError("only a model in evaluation mode can be fused: call eval() first")
         if not self.fused:
-            for module in self.modules():
-                if isinstance(module, ConvLayer):
-                    module.fuse()
-            for stage in self.layers:
-                stage.blocks = nn.ModuleList(FusedBlock(block, FUSION_DILATIONS) for block in stage.blocks)
+            # All that may fail comes before the first change.
+            layers = [module for module in self.modules() if isinstance(module, ConvLayer)]
+            folded = [layer.folded() for layer in layers]
+            blocks = [[FusedBlock(block, FUSION_DILATIONS) for block in stage.blocks] for stage in self.layers]
+            for layer, conv in zip(layers, folded, strict=True):
+                layer.conv, layer.norm = conv, nn.Identity()
+            for stage, fused_blocks in zip(self.layers, blocks, strict=True):
+                stage.blocks = nn.ModuleList(fused_blocks)
                 if isinstance(stage.downsample, Downsample):
                     stage.downsample = FusedDownsample(*(layer.conv for layer in stage.downsample.conv))
             self.requires_grad_(False)
             self.register_load_state_dict_pre_hook(refuse_to_load)
+            self.register_forward_pre_hook(refuse_gradients)
             self.fused = True
         return self
 

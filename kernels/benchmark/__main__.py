@@ -17,10 +17,9 @@ from .. import backends
 from . import measure, report
 from .cases import Case, all_cases
 from .competitors import DEFINITION
-from .options import DTYPES, OneLineParser, seconds, whole_number
+from .options import BATCHES, DTYPES, OneLineParser, seconds, whole_number
 from .trial import Bench, Choices
 
-BATCHES = {"cpu": 8, "cuda": 128}
 QUICK_CASES, QUICK_SECONDS = ["*/tiny/stage1/224x224"], 0.5
 
 
@@ -95,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.backends or ():
             if name in reasons:
                 parser.error(f"--backends: {name} cannot be timed in {dtype}: {reasons[name]}")
+
+    parser.folder(args.out)
 
     bench = Bench(choices)
     record: dict[str, Any] = {

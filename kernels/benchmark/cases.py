@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..operators import CONV_FLOPS, SCAN_FLOPS
 from ..taps import tap_offsets
+from .measure import TRAINING_PASSES
 
 DILATIONS = (1, 3, 5)
 TAPS = len(tap_offsets([3] * len(DILATIONS), DILATIONS)) // 2
@@ -109,7 +110,7 @@ class Case:
     def operations(self, backward: bool) -> int:
         """Floating-point operations, a multiply-add counted as two; see the FLOP formulas in ``operators/``.
 
-        A backward pass counts twice its forward pass, as is customary, and nothing for what it recomputes.
+        A backward pass counts as in ``TRAINING_PASSES``.
         """
         core = 2 * self.rank + SCAN_FLOPS + 2 * TAPS
         per_channel = {
@@ -123,7 +124,7 @@ class Case:
             "scan": SCAN_FLOPS * self.d_state,
         }
         forward = self.tokens * self.dim * per_channel[self.operator]
-        return 3 * forward if backward else forward
+        return TRAINING_PASSES * forward if backward else forward
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Random inputs, the same at every call, spread like those of a model at the start of its training."""

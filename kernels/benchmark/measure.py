@@ -19,6 +19,7 @@ FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU holds
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
 LONG_CALL = 0.1  # seconds; what takes longer has a working set that no cache keeps
 PEAK_SIZES = {"cpu": 2048, "cuda": 8192}  # of the square matrices that measure the compute roof
+TRAINING_PASSES = 3  # a backward pass counts as two forward passes, as is customary; nothing for what is recomputed
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in glibc's malloc.h
 
 Call = Callable[[], object]
@@ -161,6 +162,12 @@ def worst_error(names: Iterable[str], actual: Iterable[Tensor], expected: Iterab
         errors[name] = error.item() if error.isfinite() else math.inf
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
+
+
+def failure_text(failure: Exception) -> str:
+    """The type and the first line of an exception."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
 
 
 def keep_freed_memory() -> bool:

@@ -2,11 +2,15 @@
 
 import argparse
 import math
+import tempfile
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+BATCHES = {"cpu": 8, "cuda": 128}  # images, unless the user chooses
+SMALLEST = 32  # pixels, the stride of the models
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -21,6 +25,15 @@ class OneLineParser(argparse.ArgumentParser):
             self.error("--device cuda: PyTorch finds no usable GPU here")
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
+    def folder(self, path: Path) -> None:
+        """Make the folder for ``--out``. It is an error if nothing can be written there, found before any work."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            self.error(f"--out {path}: cannot be written: {error.strerror}")
+
 
 def whole_number(text: str) -> int:
     """A whole number of at least 1."""
@@ -29,12 +42,25 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> float:
-    """A finite time above 0."""
+def image_size(text: str) -> int:
+    """A side of at least 32 pixels."""
+    size = whole_number(text)
+    if size < SMALLEST:
+        raise argparse.ArgumentTypeError(f"must be at least {SMALLEST} pixels, got {size}")
+    return size
+
+
+def positive(text: str, kind: str = "number") -> float:
+    """A finite number above 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a {kind} above 0, got {text!r}")
     return value
+
+
+def seconds(text: str) -> float:
+    """A finite time above 0."""
+    return positive(text, "number of seconds")

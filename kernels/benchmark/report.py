@@ -153,14 +153,16 @@ def roofline(path: Path, results: Sequence[Mapping[str, Any]], peak: float) -> N
     for i, dtype in enumerate(dtypes):
         for panel, mode in zip(panels[i], MODES, strict=True):
             chosen = [result for result in results if (result["dtype"], result["mode"]) == (dtype, mode)]
-            _panel(panel, chosen, names, peak)
+            if chosen:
+                _panel(panel, chosen, names, peak)
             panel.set_title(f"{dtype}, {mode}")
     for panel in panels[-1]:
         panel.set_xlabel("FLOP per compulsory byte")
     for panel in panels[:, 0]:
         panel.set_ylabel("FLOP/s")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    # No panel need have them all.
+    keys = {label: key for panel in panels.flat for key, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -182,7 +184,8 @@ def _panel(panel: "Axes", results: Sequence[Mapping[str, Any]], names: Sequence[
             for row in result["rows"]
             if row["competitor"] == name and "median" in row
         ]
-        panel.scatter(*zip(*points, strict=True), marker=marker, s=28, alpha=0.8, label=name)
+        if points:
+            panel.scatter(*zip(*points, strict=True), marker=marker, s=28, alpha=0.8, label=name)
     labels = {result["case"]["name"].rsplit("/", 1)[0]: x for x, result in zip(intensities, results, strict=True)}
     for label, intensity in labels.items():  # images of all sizes have nearly the same intensity
         foot = panel.get_xaxis_transform()

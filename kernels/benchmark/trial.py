@@ -89,7 +89,7 @@ class Bench:
                     for mode, count in zip(MODES, (1, len(names)), strict=True)
                 }
             except Exception as failure:  # whatever goes wrong in one is no reason to stop the others
-                errors[entrant.name] = _message(failure)
+                errors[entrant.name] = measure.failure_text(failure)
         return errors
 
     def _time(
@@ -114,7 +114,7 @@ class Bench:
                 row["peak_bytes"] = measure.peak_memory(call, self.device)
                 calls[entrant.name] = call
             except Exception as failure:
-                row["failure"] = _message(failure)
+                row["failure"] = measure.failure_text(failure)
 
         own_size = dtype.itemsize * next(iter(inputs.values())).numel()
         copies = {MEMORY_COPY: MEMORY_COPY_BYTES, OWN_COPY: own_size}
@@ -155,8 +155,3 @@ def _result(
         "copies": yardsticks,
         "rows": list(rows.values()),
     }
-
-
-def _message(failure: Exception) -> str:
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0] if lines else ''}"

@@ -13,7 +13,7 @@
 #include "moments.h"
 #include "vec.h"
 
-// Matrix products of tiles by oneDNN's microkernels, which PyTorch exports under this macro since 2.6.
+// Matrix products of tiles by oneDNN's microkernels: PyTorch defines this macro where it exports them.
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
 #define SPATIAL_MAMBA_TILE_PRODUCTS 1
 #endif
@@ -23,8 +23,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kColumns = 64;     // outputs per block of packed weights
-constexpr int64_t kTileTokens = 200; // the hidden activations of so many tokens fit into the second-level cache
+constexpr int64_t kColumns = 64;      // outputs per block of packed weights
+constexpr int64_t kRound = 8;         // of the tokens of a tile: every number of them is one more generated product
+constexpr int64_t kTileTokens = 200;  // their hidden activations stay in the cache, but in the widest layers
 
 // --- packed weights: (blocks, K, 64), inputs in pairs for the half-precision types, as matrix units read them ---------
 
@@ -56,7 +57,8 @@ Tensor pack_weight(const Tensor& weight) {
 
 bool can_pack(at::ScalarType dtype) {
 #if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-  return dtype == at::kFloat || ((dtype == at::kBFloat16 || dtype == at::kHalf) && at::native::cpublas::could_pack(dtype));
+  if (dtype == at::kFloat) return true;
+  return (dtype == at::kBFloat16 || dtype == at::kHalf) && at::native::cpublas::could_pack(dtype);
 #else
   return false;
 #endif
@@ -70,6 +72,7 @@ struct Tiling {
     const int64_t wanted = std::max<int64_t>((tokens + kTileTokens - 1) / kTileTokens, 1);
     tiles = (wanted + threads - 1) / threads * threads;  // as much work for every thread
     size = std::max<int64_t>((tokens + tiles - 1) / tiles, 1);
+    size = (size + kRound - 1) / kRound * kRound;
     tiles = (tokens + size - 1) / size;
   }
   // Calls visit(first token, number of tokens) for every tile of a thread's range, between set-up and release.
@@ -250,6 +253,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t outputs, con
   auto sizes = x.sizes().vec();
   sizes.back() = outputs;
   Tensor out = at::empty(sizes, x.options());
+  TORCH_CHECK(can_pack(x.scalar_type()), "packed layers of ", x.scalar_type(), " cannot run here");
   DISPATCH(x.scalar_type(), "packed_linear", [&] {
     linear<scalar_t>({packed, outputs, bias}, make_norm<scalar_t>(norm_weight, norm_bias, eps),
                      x.const_data_ptr<scalar_t>(), relu, residual ? residual->const_data_ptr<scalar_t>() : nullptr,
@@ -262,6 +266,7 @@ Tensor packed_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& norm
                   const Tensor& expand, const Tensor& expand_bias, const Tensor& project, const Tensor& project_bias) {
   const int64_t dim = x.size(-1), hidden = project.size(1);
   Tensor out = at::empty(x.sizes(), x.options());
+  TORCH_CHECK(can_pack(x.scalar_type()), "packed layers of ", x.scalar_type(), " cannot run here");
   DISPATCH(x.scalar_type(), "packed_mlp", [&] {
     mlp<scalar_t>(make_norm<scalar_t>(norm_weight, norm_bias, eps), {expand, hidden, expand_bias},
                   {project, dim, project_bias}, x.const_data_ptr<scalar_t>(), x.numel() / dim,
