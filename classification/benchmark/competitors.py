@@ -19,7 +19,7 @@ FORMS = (EAGER, FUSED, COMPILE, FUSED_COMPILE, CUDAGRAPH)
 COMPILED = (COMPILE, FUSED_COMPILE, CUDAGRAPH)
 UNFUSED = {FUSED: EAGER, FUSED_COMPILE: COMPILE}
 # Of the trial between memory formats: images at most, and rounds, of which the best counts.
-LAYOUT_IMAGES, LAYOUT_ROUNDS = {"cpu": 2, "cuda": 64}, 2
+LAYOUT_IMAGES, TRIAL_ROUNDS = {"cpu": 2, "cuda": 64}, 2
 LAYOUT_MARGIN = 1.03  # what contiguous memory has to be faster by, lest noise decides
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05
 LOSS_SCALE = 1024.0  # for float16: low enough that no step is skipped
@@ -176,9 +176,11 @@ def _furnish(competitor: Competitor, module: nn.Module, trial: Case, clock: meas
     competitor.forward = module
     competitor.channels_last = _faster_layout(competitor, trial, clock)
     module.to(memory_format=_layout(competitor.channels_last))
+    competitor.notes.append("channels-last" if competitor.channels_last else "contiguous")
+    if attentions := [part for part in module.modules() if hasattr(part, "fused_attn")]:
+        competitor.notes.append(_faster_attention(attentions, competitor, trial, clock))
     if trial.mode == INFERENCE and competitor.model.fuses and competitor.form in (FUSED, FUSED_COMPILE, CUDAGRAPH):
         module.fuse()
-    competitor.notes.append("channels-last" if competitor.channels_last else "contiguous")
     if competitor.form in COMPILED:
         competitor.forward = torch.compile(
             module, fullgraph=True, dynamic=False, mode="reduce-overhead" if competitor.form == CUDAGRAPH else None
@@ -193,11 +195,32 @@ def _faster_layout(competitor: Competitor, case: Case, clock: measure.Clock) -> 
     for channels_last in competitor.model.layouts:
         competitor.channels_last = channels_last
         competitor.module.to(memory_format=_layout(channels_last))
-        call = competitor.one_pass(case, scaler_for(case, competitor.device))
-        call()
-        best[channels_last] = min(clock(call, 0.0)[0] for _ in range(LAYOUT_ROUNDS))
-        competitor.module.zero_grad()
+        best[channels_last] = _shortest(competitor, case, clock)
     return best[True] < LAYOUT_MARGIN * best[False]
+
+
+def _faster_attention(attentions: list[nn.Module], competitor: Competitor, case: Case, clock: measure.Clock) -> str:
+    """Give timm's attention layers PyTorch's fused attention if that is faster in a short trial; what it has come to.
+
+    For Swin timm leaves it off, whatever the device.
+    """
+    best: dict[bool, float] = {}
+    for fused in (False, True):
+        for attention in attentions:
+            attention.fused_attn = fused
+        best[fused] = _shortest(competitor, case, clock)
+    for attention in attentions:
+        attention.fused_attn = best[True] < best[False]
+    return "fused attention" if best[True] < best[False] else "attention written out"
+
+
+def _shortest(competitor: Competitor, case: Case, clock: measure.Clock) -> float:
+    """Seconds of the shortest of a few passes, without the weights' update."""
+    call = competitor.one_pass(case, scaler_for(case, competitor.device))
+    call()
+    seconds = min(clock(call, 0.0)[0] for _ in range(TRIAL_ROUNDS))
+    competitor.module.zero_grad()
+    return seconds
 
 
 def scaler_for(case: Case, device: torch.device) -> torch.amp.GradScaler:
