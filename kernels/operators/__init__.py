@@ -1,4 +1,6 @@
-"""The operators of `torch.library`: schemas, shapes (fake forms), gradients and FLOPs, whichever back end runs them.
+"""The operators of `torch.library`: schemas, shapes (fake forms), FLOPs and gradients, whichever back end runs them.
+
+Packed linear layers have no gradients.
 
 Activations are of one dtype (float32, bfloat16, float16 or float64); weights, states and gradients of weights are of
 the compute dtype, float32 (float64 for float64 activations). Each module has the shapes of its operator; maps of tokens
