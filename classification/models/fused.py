@@ -170,7 +170,7 @@ class FusedMixer(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A block, of five operators: tokens (B, H, W, C) to the same."""
+    """A block, of six operators: tokens (B, H, W, C) to the same."""
 
     def __init__(self, block: nn.Module, dilations: tuple[int, ...]) -> None:
         super().__init__()
