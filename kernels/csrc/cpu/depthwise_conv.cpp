@@ -26,20 +26,6 @@ Epilogue parse_epilogue(c10::string_view name) {
   return Epilogue::kResidual;
 }
 
-struct Shape {
-  template <typename T>
-  int64_t chunks() const {  // vectors of channels
-    return (dim + kLanes<T> - 1) / kLanes<T>;
-  }
-  template <typename T>
-  int lanes(int64_t chunk) const {  // how many channels vector `chunk` has
-    return static_cast<int>(std::min<int64_t>(kLanes<T>, dim - chunk * kLanes<T>));
-  }
-  int64_t token(int64_t b, int64_t i) const { return (b * height + i) * width; }  // the first token of row i
-
-  int64_t batch, height, width, dim;
-};
-
 Shape shape_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
 
 // Weights by vector of channels: the nine taps, row by row, and the bias.
@@ -50,7 +36,7 @@ class Weights {
     for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
       Vec<T>* out = vectors_.data() + chunk * (kTaps + 1);
       std::fill_n(out, kTaps + 1, Vec<T>{});
-      for (int lane = 0; lane < shape.lanes<T>(chunk); ++lane) {
+      for (int lane = 0; lane < shape.lanes<T>(chunk * kLanes<T>); ++lane) {
         const int64_t channel = chunk * kLanes<T> + lane;
         for (int t = 0; t < kTaps; ++t) out[t][lane] = weight[channel * kTaps + t];
         out[kTaps][lane] = bias[channel];
@@ -121,7 +107,7 @@ void forward(const Shape& shape, const Tokens<const io>& x, const Weights<Comput
         const Neighbours<io, n> around(shape, i, j, zeros.data(),
                                        [&](int64_t row, int64_t column) { return x[shape.token(b, row) + column]; });
         for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
-          const int lanes = shape.lanes<T>(chunk);
+          const int lanes = shape.lanes<T>(chunk * kLanes<T>);
           const Vec<T>* taps = weights[chunk];
           Vec<T> near[3][n + 2], sums[n];
           around.load_at(chunk * kLanes<T>, lanes, near);
@@ -178,7 +164,7 @@ class BackwardTile {
   void write_sums(T* grad_weight, T* grad_bias) const {
     for (int64_t c = 0; c < count_; ++c) {
       const Vec<T>* sums = sums_.data() + c * (kTaps + 1);
-      for (int lane = 0; lane < shape_.lanes<T>(first_ + c); ++lane) {
+      for (int lane = 0; lane < shape_.lanes<T>((first_ + c) * kLanes<T>); ++lane) {
         const int64_t channel = (first_ + c) * kLanes<T> + lane;
         for (int t = 0; t < kTaps; ++t) grad_weight[channel * kTaps + t] = sums[t][lane];
         grad_bias[channel] = sums[kTaps][lane];
@@ -196,7 +182,7 @@ class BackwardTile {
     });
     for (int64_t c = 0; c < count_; ++c) {
       const int64_t channel = (first_ + c) * kLanes<T>;
-      const int lanes = shape_.lanes<T>(first_ + c);
+      const int lanes = shape_.lanes<T>((first_ + c) * kLanes<T>);
       const Vec<T>* taps = weights_[first_ + c];
       Vec<T> near[3][n + 2], grad[n];
       around.load_at(channel, lanes, near);
@@ -240,7 +226,7 @@ class BackwardTile {
     }
     for (int64_t c = 0; c < count_; ++c) {
       const int64_t channel = (first_ + c) * kLanes<T>;
-      const int lanes = shape_.lanes<T>(first_ + c);
+      const int lanes = shape_.lanes<T>((first_ + c) * kLanes<T>);
       const Vec<T>* taps = weights_[first_ + c];
       Vec<T> near[3][n + 2], sums[n];
 #pragma GCC unroll 3

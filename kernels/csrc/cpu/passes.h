@@ -7,23 +7,13 @@
 #include <vector>
 
 #include "fusion.h"
+#include "tokens.h"
 #include "vec.h"
 
 namespace spatial_mamba {
 
-// A batch of maps, channels last, and the neighbours that fusion reads in them.
-struct Map {
-  template <typename T>
-  int64_t chunks() const {  // vectors of channels
-    return (dim + kLanes<T> - 1) / kLanes<T>;
-  }
-  template <typename T>
-  int lanes(int64_t channel) const {  // how many channels the vector from `channel` on has
-    return static_cast<int>(std::min<int64_t>(kLanes<T>, dim - channel));
-  }
-  int64_t token(int64_t b, int64_t i) const { return (b * height + i) * width; }  // the first token of row i
-
-  int64_t batch, height, width, dim;
+// A batch of maps, and the neighbours that fusion reads in them.
+struct Map : Shape {
   Neighbourhood around;
 };
 

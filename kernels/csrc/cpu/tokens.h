@@ -11,6 +11,21 @@
 
 namespace spatial_mamba {
 
+// A batch of maps, channels last.
+struct Shape {
+  template <typename T>
+  int64_t chunks() const {  // vectors of channels
+    return (dim + kLanes<T> - 1) / kLanes<T>;
+  }
+  template <typename T>
+  int lanes(int64_t channel) const {  // how many channels the vector from `channel` on has
+    return static_cast<int>(std::min<int64_t>(kLanes<T>, dim - channel));
+  }
+  int64_t token(int64_t b, int64_t i) const { return (b * height + i) * width; }  // the first token of row i
+
+  int64_t batch, height, width, dim;
+};
+
 template <typename io>
 struct Tokens {
   io* data;
