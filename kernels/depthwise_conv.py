@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import backends
 from .arguments import require_float, require_same_device
+from .precision import without_autocast
 
 EPILOGUES = ("none", "silu", "residual")
 
@@ -32,7 +33,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "non
     _check_arguments(x, weight, bias, epilogue)
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
 
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with without_autocast(x):
         weight, bias = weight.to(compute_dtype), bias.to(compute_dtype)
         if backends.definition_serves(x, "depthwise_conv"):
             return depthwise_conv_definition(x, weight, bias, epilogue)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import backends
 from .arguments import require_float, require_same_device
+from .precision import without_autocast
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -31,7 +32,7 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
     _check_arguments(y, gate, weight, bias)
     compute_dtype = torch.promote_types(gate.dtype, torch.float32)
 
-    with torch.autocast(device_type=gate.device.type, enabled=False):
+    with without_autocast(gate):
         weight, bias = weight.to(compute_dtype), bias.to(compute_dtype)
         if backends.definition_serves(gate, "gated_norm"):
             return gated_norm_definition(y, gate, weight, bias, eps)

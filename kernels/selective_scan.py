@@ -9,6 +9,7 @@ from torch import Tensor
 from . import backends
 from .arguments import require_float, require_same_device
 from .linear_recurrence import linear_recurrence
+from .precision import without_autocast
 
 
 def selective_scan(
@@ -52,7 +53,7 @@ def selective_scan(
     _check_arguments(u, delta, A, B, C, D, z, delta_bias)
     compute_dtype = torch.promote_types(u.dtype, torch.float32)
 
-    with torch.autocast(device_type=u.device.type, enabled=False):
+    with without_autocast(u):
         if backends.definition_serves(u):
             return selective_scan_definition(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 

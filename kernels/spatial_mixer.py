@@ -10,11 +10,10 @@ from . import backends
 from .arguments import require_float, require_same_device
 from .depthwise_conv import depthwise_conv_definition
 from .gated_norm import gated_norm_definition
+from .precision import without_autocast
 from .state_fusion import check_branches, check_dilations
 from .structure_aware_scan import structure_aware_scan_definition
 from .taps import merge_taps, split_taps, tap_offsets
-
-MERGED_KERNEL_SIZE = 3  # of the kernels that ``taps`` were merged from
 
 
 def spatial_mixer(
@@ -34,6 +33,7 @@ def spatial_mixer(
     eps: float = 1e-5,
     *,
     taps: Tensor | None = None,
+    kernel_sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """Convolve, project, scan, fuse and read out, normalise and gate.
 
@@ -58,8 +58,9 @@ def spatial_mixer(
         norm_bias: (dim,).
         dilations: K positive integers.
         eps: added to the variance.
-        taps: (T, dim), what ``merge_taps`` makes of K kernels of 3x3, in place of ``kernels`` and ``alpha``: saves
-            merging weights that no longer change.
+        taps: (T, dim), what ``merge_taps`` makes of K kernels, in place of ``kernels`` and ``alpha``: saves merging
+            weights that no longer change.
+        kernel_sizes: of these K kernels; 3 each unless given.
 
     Returns:
         The result, (batch, H, W, dim), contiguous and in the dtype of ``xz``.
@@ -80,18 +81,21 @@ def spatial_mixer(
         norm_weight=norm_weight,
         norm_bias=norm_bias,
     )
-    _check_arguments(xz, weights, kernels, alpha, taps, dilations)
+    if kernels is not None:
+        kernel_sizes = [kernel.shape[-1] for kernel in kernels]
+    elif kernel_sizes is None:
+        kernel_sizes = [3] * len(dilations)
+    _check_arguments(xz, weights, kernels, alpha, taps, dilations, kernel_sizes)
     compute_dtype = torch.promote_types(xz.dtype, torch.float32)
 
-    with torch.autocast(device_type=xz.device.type, enabled=False):
+    with without_autocast(xz):
         dtypes = {"projection_weight": xz.dtype}  # of a matrix product, which half-precision units are for
         weights = {name: weight.to(dtypes.get(name, compute_dtype)) for name, weight in weights.items()}
         if backends.definition_serves(xz):
             if taps is not None:
-                kernels, alpha = split_taps(taps, MERGED_KERNEL_SIZE, dilations), taps.new_ones(len(dilations))
+                kernels, alpha = split_taps(taps, kernel_sizes, dilations), taps.new_ones(len(dilations))
             return _definition(xz, **weights, kernels=kernels, alpha=alpha, dilations=dilations, eps=eps)
 
-        sizes = [MERGED_KERNEL_SIZE] * len(dilations) if kernels is None else [kernel.shape[-1] for kernel in kernels]
         if taps is None:
             taps = merge_taps(kernels, alpha.to(compute_dtype), dilations)
         weights["conv_weight"] = weights["conv_weight"].flatten(1)
@@ -99,7 +103,7 @@ def spatial_mixer(
             xz,
             **{name: weight.contiguous() for name, weight in weights.items()},
             taps=taps.to(compute_dtype).contiguous(),
-            offsets=tap_offsets(sizes, dilations),
+            offsets=tap_offsets(kernel_sizes, dilations),
             eps=eps,
         )
         return out
@@ -138,6 +142,7 @@ def _check_arguments(
     alpha: Tensor | None,
     taps: Tensor | None,
     dilations: Sequence[int],
+    kernel_sizes: Sequence[int],
 ) -> None:
     if xz.ndim != 4 or 0 in xz.shape[1:] or xz.shape[-1] % 2:
         raise ValueError(f"xz must be (batch, H, W, 2 dim), none but batch zero, got {tuple(xz.shape)}")
@@ -164,10 +169,14 @@ def _check_arguments(
         tensors |= {"alpha": alpha} | {f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}
     else:
         check_dilations(dilations)
-        expected = (len(tap_offsets([MERGED_KERNEL_SIZE] * len(dilations), dilations)) // 2, dim)
+        if len(kernel_sizes) != len(dilations) or any(size < 1 or size % 2 == 0 for size in kernel_sizes):
+            raise ValueError(
+                f"kernel_sizes must be odd, one per dilation of {tuple(dilations)}, got {tuple(kernel_sizes)}"
+            )
+        expected = (len(tap_offsets(kernel_sizes, dilations)) // 2, dim)
         if tuple(taps.shape) != expected:
             raise ValueError(
-                f"taps must be (T, dim) = {expected} for kernels of {MERGED_KERNEL_SIZE}x{MERGED_KERNEL_SIZE} with "
+                f"taps must be (T, dim) = {expected} for kernels of sizes {tuple(kernel_sizes)} with "
                 f"dilations {tuple(dilations)}, got {tuple(taps.shape)}"
             )
         tensors |= {"taps": taps}

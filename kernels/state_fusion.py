@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import backends
 from .arguments import require_float, require_same_device
+from .precision import without_autocast
 from .taps import merge_taps, tap_offsets
 
 
@@ -40,7 +41,7 @@ def state_fusion(
     _check_arguments(h, kernels, alpha, dilations)
     compute_dtype = torch.promote_types(h.dtype, torch.float32)
 
-    with torch.autocast(device_type=h.device.type, enabled=False):
+    with without_autocast(h):
         if backends.definition_serves(h):
             return state_fusion_definition(h, kernels, alpha, dilations)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import backends
 from .arguments import require_float, require_same_device
+from .precision import without_autocast
 from .selective_scan import selective_scan_definition
 from .state_fusion import check_branches, state_fusion_definition
 from .taps import merge_taps, tap_offsets
@@ -57,7 +58,7 @@ def structure_aware_scan(
     compute_dtype = torch.promote_types(u.dtype, torch.float32)
     out_dtype = u.dtype if out_dtype is None else out_dtype
 
-    with torch.autocast(device_type=u.device.type, enabled=False):
+    with without_autocast(u):
         weights = [weight.to(compute_dtype) for weight in (step_weight, step_bias, A_log, D)]
         if backends.definition_serves(u):
             return structure_aware_scan_definition(

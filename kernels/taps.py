@@ -34,18 +34,18 @@ def merge_taps(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int
     return torch.stack([merged[offset] for offset in _distinct(sizes, dilations)])
 
 
-def split_taps(taps: Tensor, size: int, dilations: Sequence[int]) -> list[Tensor]:
+def split_taps(taps: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
     """Kernels (dim, 1, size, size) that ``merge_taps`` makes ``taps``, (T, dim), of with weights of 1, differentiably.
 
     A tap that several kernels share goes to the first; the others are zero there.
     """
-    left = dict(zip(_distinct([size] * len(dilations), dilations), taps.unbind(), strict=True))
+    left = dict(zip(_distinct(sizes, dilations), taps.unbind(), strict=True))
     none = torch.zeros_like(taps[0])
     return [
         torch.stack([left.pop(offset, none) for offset in _offsets(size, dilation)], dim=1).unflatten(
             1, (1, size, size)
         )
-        for dilation in dilations
+        for size, dilation in zip(sizes, dilations, strict=True)
     ]
 
 

@@ -618,12 +618,14 @@ def test_mixer_is_its_parts_in_a_row(merged: bool) -> None:
     assert_near(spatial_mixer(**mixer_inputs(merged)), expected, 1e-5)
 
 
-@pytest.mark.parametrize(("size", "dilations"), [(3, (1, 3, 5)), (3, (2,)), (5, (1, 2)), (1, (1, 4))])
-def test_split_taps_merge_again(size: int, dilations: tuple[int, ...]) -> None:
-    count = len(tap_offsets([size] * len(dilations), dilations)) // 2
+@pytest.mark.parametrize(
+    ("sizes", "dilations"), [((3, 3, 3), (1, 3, 5)), ((3,), (2,)), ((5, 3), (1, 2)), ((1, 1), (1, 4))]
+)
+def test_split_taps_merge_again(sizes: tuple[int, ...], dilations: tuple[int, ...]) -> None:
+    count = len(tap_offsets(sizes, dilations)) // 2
     taps = torch.randn(count, DIM, generator=generator())
-    kernels = split_taps(taps, size, dilations)
-    assert [kernel.shape for kernel in kernels] == [(DIM, 1, size, size)] * len(dilations)
+    kernels = split_taps(taps, sizes, dilations)
+    assert [kernel.shape for kernel in kernels] == [(DIM, 1, size, size) for size in sizes]
     assert torch.equal(merge_taps(kernels, torch.ones(len(dilations)), dilations), taps)
 
 
@@ -650,7 +652,11 @@ def test_split_taps_merge_again(size: int, dilations: tuple[int, ...]) -> None:
         ({"taps": torch.ones(25, DIM)}, "^give either kernels and alpha, or taps; got kernels, alpha, taps$"),
         (
             {"kernels": None, "alpha": None, "taps": torch.ones(27, DIM)},
-            r"^taps must be \(T, dim\) = \(25, 4\) for kernels of 3x3 with dilations \(1, 3, 5\), got \(27, 4\)",
+            r"^taps must be .* = \(25, 4\) for kernels of sizes \(3, 3, 3\) with dilations \(1, 3, 5\), got \(27, 4\)",
+        ),
+        (
+            {"kernels": None, "alpha": None, "taps": torch.ones(25, DIM), "kernel_sizes": (3, 4, 3)},
+            r"^kernel_sizes must be odd, one per dilation of \(1, 3, 5\), got \(3, 4, 3\)",
         ),
         (
             {"kernels": None, "alpha": None, "taps": torch.ones(25, DIM), "dilations": (1, 0, 5)},

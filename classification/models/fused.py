@@ -127,9 +127,8 @@ class FusedDownsample(nn.Module):
 class FusedMixer(nn.Module):
     """What lies between the projections of a block, its kernels merged: (B, H, W, 2 D) to (B, H, W, D)."""
 
-    def __init__(self, ssm: nn.Module, dilations: tuple[int, ...]) -> None:
+    def __init__(self, ssm: nn.Module) -> None:
         super().__init__()
-        self.dilations = dilations
         self.eps = ssm.out_norm.eps
         # In the dtype that kernels take them in, which spares conversions in half-precision models.
         compute_dtype = torch.promote_types(ssm.conv2d.weight.dtype, torch.float32)
@@ -146,8 +145,9 @@ class FusedMixer(nn.Module):
         for name, weight in weights.items():
             self.register_buffer(name, weight.detach().to(compute_dtype))
         self.register_buffer("projection_weight", ssm.x_proj_weight.detach())
-        fusion = ssm.state_fusion
-        self.register_buffer("taps", merge_taps(fusion.kernels, fusion.alpha.to(compute_dtype), dilations).detach())
+        kernels, alpha, self.dilations = ssm.state_fusion.branches(ssm.Ds)
+        self.kernel_sizes = tuple(kernel.shape[-1] for kernel in kernels)
+        self.register_buffer("taps", merge_taps(kernels, alpha.to(compute_dtype), self.dilations).detach())
 
     def forward(self, xz: Tensor) -> Tensor:
         return spatial_mixer(
@@ -166,18 +166,19 @@ class FusedMixer(nn.Module):
             self.dilations,
             self.eps,
             taps=self.taps,
+            kernel_sizes=self.kernel_sizes,
         )
 
 
 class FusedBlock(nn.Module):
     """A block, of six operators: tokens (B, H, W, C) to the same."""
 
-    def __init__(self, block: nn.Module, dilations: tuple[int, ...]) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.cpe1, self.cpe2 = block.cpe1, block.cpe2
         self.ln_1 = block.ln_1
         self.in_proj = PackedLinear(block.self_attention.in_proj.weight, None)
-        self.mixer = FusedMixer(block.self_attention, dilations)
+        self.mixer = FusedMixer(block.self_attention)
         self.out_proj = PackedLinear(block.self_attention.out_proj.weight, None)
         self.mlp = FusedMlp(block.ln_2, block.mlp)
 

@@ -55,11 +55,10 @@ def _scalar(dtype: _Dtype, content: bytes) -> np.generic:
     return np.frombuffer(content, dtype.numpy, count=1)[0]
 
 
-def safe_numpy_types(arrays: bool) -> list[tuple[Any, str]]:
-    """For ``torch.serialization.safe_globals``: NumPy's scalars and, if wanted, arrays, by the names in pickles."""
-    admitted: list[tuple[Any, str]] = [(_Dtype, "numpy.dtype")]
-    for core in ("core", "_core"):  # NumPy 1 and 2
+def safe_numpy_types() -> list[tuple[Any, str]]:
+    """NumPy's scalars and arrays, by the names that the pickles of NumPy 1 and 2 know them by."""
+    admitted: list[tuple[Any, str]] = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray")]
+    for core in ("core", "_core"):
         admitted.append((_scalar, f"numpy.{core}.multiarray.scalar"))
-        if arrays:
-            admitted.append((_reconstruct, f"numpy.{core}.multiarray._reconstruct"))
-    return [*admitted, (_Array, "numpy.ndarray")] if arrays else admitted
+        admitted.append((_reconstruct, f"numpy.{core}.multiarray._reconstruct"))
+    return admitted

@@ -5,22 +5,33 @@ so nothing is copied to change the layout. `fused` has the inference form.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from os import PathLike
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import depthwise_conv, spatial_mixer
+from .architecture import PUBLISHED_KERNELS
 from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
-from .weights import load_backbone_weights
+from .hub import HubMixin
+from .preprocessing import CROP_SHARE, NORMALISATION
+from .safe_types import admit_for_good, safe_types
+from .weights import encoder_weights, load_backbone_weights, state_dict_of
 
 __all__ = [
     "SpatialMamba",
@@ -32,8 +43,14 @@ __all__ = [
 
 LAYER_NORM_EPS = 1e-5
 FUSION_DILATIONS = (1, 3, 5)
+FUSION_KERNEL_SIZE = 3
+
+# Operators are no business of torch.fx, which timm's graph features trace with: their checks look at shapes.
+register_notrace_function(depthwise_conv)
+register_notrace_function(spatial_mixer)
 
 
+@register_notrace_module
 class StridedDepthwiseConv(nn.Conv2d):
     """Depthwise convolution (B, C, H, W) that trains in float32 on CPUs, whatever the dtype of its input.
 
@@ -153,19 +170,48 @@ class ResidualSum(nn.Module):
 
 
 class StateFusion(nn.Module):
-    """Weights of structure-aware state fusion: one depthwise 3x3 kernel per dilation, and their mixture."""
+    """Weights of structure-aware state fusion: one depthwise kernel per dilation, and their mixture.
 
-    def __init__(self, dim: int) -> None:
+    The names of the kernels tell their sizes and dilations, so that weights of another fusion never fit by accident;
+    3x3 kernels with dilations 1, 3 and 5 have the published names. Without dilations there are no weights.
+
+    Args:
+        dim: channels of the states.
+        dilations: of the kernels, ascending.
+        kernel_sizes: one per kernel.
+    """
+
+    def __init__(self, dim: int, dilations: Sequence[int], kernel_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.kernel_3 = nn.Parameter(torch.ones(dim, 1, 3, 3))
-        self.kernel_3_1 = nn.Parameter(torch.ones(dim, 1, 3, 3))
-        self.kernel_3_2 = nn.Parameter(torch.ones(dim, 1, 3, 3))
-        self.alpha = nn.Parameter(torch.ones(len(FUSION_DILATIONS)))
+        self.dim = dim
+        self.dilations = tuple(dilations)
+        self.kernel_names = _fusion_kernel_names(dilations, kernel_sizes)
+        for name, size in zip(self.kernel_names, kernel_sizes, strict=True):
+            self.register_parameter(name, nn.Parameter(torch.ones(dim, 1, size, size)))
+        self.alpha = nn.Parameter(torch.ones(len(self.dilations))) if self.dilations else None
 
     @property
     def kernels(self) -> tuple[Tensor, ...]:
-        """The kernels, in the order of ``FUSION_DILATIONS``."""
-        return self.kernel_3, self.kernel_3_1, self.kernel_3_2
+        """The kernels (dim, 1, k, k), in the order of the dilations."""
+        return tuple(getattr(self, name) for name in self.kernel_names)
+
+    def branches(self, like: Tensor) -> tuple[tuple[Tensor, ...], Tensor, tuple[int, ...]]:
+        """Kernels, alpha and dilations as operators take them; without fusion one 1x1 kernel that changes nothing.
+
+        ``like`` has the device and the dtype of that kernel.
+        """
+        if self.dilations:
+            return self.kernels, self.alpha, self.dilations
+        return (like.new_ones(self.dim, 1, 1, 1),), like.new_ones(1), (1,)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, dilations={self.dilations}"
+
+
+def _fusion_kernel_names(dilations: Sequence[int], kernel_sizes: Sequence[int]) -> tuple[str, ...]:
+    if (tuple(dilations), set(kernel_sizes)) == (FUSION_DILATIONS, {FUSION_KERNEL_SIZE}):
+        return tuple(PUBLISHED_KERNELS)
+    return tuple(f"kernel_{size}_dilation_{d}" for size, d in zip(kernel_sizes, dilations, strict=True))
 
 
 class StructureAwareSSM(nn.Module):
@@ -176,7 +222,7 @@ class StructureAwareSSM(nn.Module):
     kernels that start at 1 the states grow 27-fold, more than half precision can hold.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, fusion_dilations: Sequence[int], fusion_kernel_sizes: Sequence[int]) -> None:
         super().__init__()
         self.inner_dim = inner_dim = 2 * dim
         self.dt_rank = dt_rank = math.ceil(dim / 16)
@@ -188,7 +234,7 @@ class StructureAwareSSM(nn.Module):
         self.dt_projs_bias = nn.Parameter(torch.empty(inner_dim))
         self.A_logs = nn.Parameter(torch.zeros(inner_dim, 1))
         self.Ds = nn.Parameter(torch.ones(inner_dim))
-        self.state_fusion = StateFusion(inner_dim)
+        self.state_fusion = StateFusion(inner_dim, fusion_dilations, fusion_kernel_sizes)
         self.out_norm = nn.LayerNorm(inner_dim, eps=LAYER_NORM_EPS)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False)
         self.reset_scan_parameters()
@@ -203,6 +249,7 @@ class StructureAwareSSM(nn.Module):
             self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse softplus
 
     def forward(self, x: Tensor) -> Tensor:
+        kernels, alpha, dilations = self.state_fusion.branches(self.Ds)
         y = spatial_mixer(
             self.in_proj(x),  # (B, H, W, 2 D): tokens and gate
             self.conv2d.weight,
@@ -212,11 +259,11 @@ class StructureAwareSSM(nn.Module):
             self.dt_projs_bias,
             self.A_logs.squeeze(1),
             self.Ds,
-            self.state_fusion.kernels,
-            self.state_fusion.alpha,
+            kernels,
+            alpha,
             self.out_norm.weight,
             self.out_norm.bias,
-            FUSION_DILATIONS,
+            dilations,
             self.out_norm.eps,
         )
         return self.out_proj(y)
@@ -225,11 +272,18 @@ class StructureAwareSSM(nn.Module):
 class Block(nn.Module):
     """Position encoding, state-space mixer, position encoding, MLP; all residual, tokens (B, H, W, C)."""
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        drop_path: float,
+        fusion_dilations: Sequence[int],
+        fusion_kernel_sizes: Sequence[int],
+    ) -> None:
         super().__init__()
         self.cpe1 = DepthwiseConv(dim)
         self.ln_1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.self_attention = StructureAwareSSM(dim)
+        self.self_attention = StructureAwareSSM(dim, fusion_dilations, fusion_kernel_sizes)
         self.cpe2 = DepthwiseConv(dim)
         self.ln_2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
@@ -243,11 +297,11 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width and the downsampling that follows them, if any."""
+    """Blocks of one width and the downsampling that follows them, if any; ``block_options`` are those of ``Block``."""
 
-    def __init__(self, dim: int, drop_paths: Sequence[float], mlp_ratio: float, downsample: bool) -> None:
+    def __init__(self, dim: int, drop_paths: Sequence[float], downsample: bool, **block_options: Any) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, mlp_ratio, drop_path) for drop_path in drop_paths)
+        self.blocks = nn.ModuleList(Block(dim, drop_path=drop_path, **block_options) for drop_path in drop_paths)
         self.downsample = Downsample(dim) if downsample else nn.Identity()
         self.grad_checkpointing = False
 
@@ -261,7 +315,7 @@ class Stage(nn.Module):
         return x, self.downsample(x)
 
 
-class SpatialMambaEncoder(nn.Module):
+class SpatialMambaEncoder(nn.Module, HubMixin):
     """Stem and stages: what the classifier and the backbone have in common.
 
     Args:
@@ -272,9 +326,12 @@ class SpatialMambaEncoder(nn.Module):
         mlp_ratio: hidden width of the MLPs, in widths.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         use_checkpoint: recompute the blocks' activations in the backward pass instead of storing them.
+        fusion_dilations: of the kernels that fuse the states, in any order; the model is published with (1, 3, 5),
+            and without any it is a plain scan.
+        fusion_kernel_sizes: of these kernels, odd numbers: one for all, or one per dilation.
 
     Raises:
-        ValueError: for a ``d_state`` other than 1, an odd width or a stage without blocks.
+        ValueError: for a ``d_state`` other than 1, an odd width, a stage without blocks, or a fusion that cannot be.
     """
 
     def __init__(
@@ -286,6 +343,8 @@ class SpatialMambaEncoder(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.2,
         use_checkpoint: bool = False,
+        fusion_dilations: Sequence[int] = FUSION_DILATIONS,
+        fusion_kernel_sizes: int | Sequence[int] = FUSION_KERNEL_SIZE,
     ) -> None:
         super().__init__()
         if d_state != 1:
@@ -294,11 +353,12 @@ class SpatialMambaEncoder(nn.Module):
             raise ValueError(f"dims, the width of the first stage, must be a positive even number, got {dims}")
         if not depths or min(depths) < 1:
             raise ValueError(f"depths must name at least one block for every stage, got {tuple(depths)}")
+        block_options = dict(mlp_ratio=mlp_ratio) | _fusion_options(fusion_dilations, fusion_kernel_sizes)
 
         widths = [dims * 2**i for i in range(len(depths))]
         self.patch_embed = Stem(in_chans, dims)
         self.layers = nn.ModuleList(
-            Stage(width, drop_paths, mlp_ratio, downsample=i < len(depths) - 1)
+            Stage(width, drop_paths, downsample=i < len(depths) - 1, **block_options)
             for i, (width, drop_paths) in enumerate(
                 zip(widths, calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True), strict=True)
             )
@@ -328,7 +388,7 @@ class SpatialMambaEncoder(nn.Module):
             # All that may fail comes before the first change.
             layers = [module for module in self.modules() if isinstance(module, ConvLayer)]
             folded = [layer.folded() for layer in layers]
-            blocks = [[FusedBlock(block, FUSION_DILATIONS) for block in stage.blocks] for stage in self.layers]
+            blocks = [[FusedBlock(block) for block in stage.blocks] for stage in self.layers]
             for layer, conv in zip(layers, folded, strict=True):
                 layer.conv, layer.norm = conv, nn.Identity()
             for stage, fused_blocks in zip(self.layers, blocks, strict=True):
@@ -362,6 +422,18 @@ class SpatialMambaEncoder(nn.Module):
         """Names exempt from weight decay beyond biases and 1-D parameters, which timm exempts itself: none."""
         return set()
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong together, from the images to the logits, for timm's layer-wise learning rates.
+
+        A group is a block, with the downsampling or the last norm that follows it; or, if ``coarse``, a stage.
+        """
+        follows = (99999,)  # timm's number for "in the group before"
+        stages = [(r"^layers\.(\d+)", None)]
+        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", follows)]
+        norms = [(r"^outnorm(\d+)", follows), (r"^norm", follows)]
+        return dict(stem=r"^patch_embed", blocks=[*(stages if coarse else blocks), *norms])
+
 
 class SpatialMamba(SpatialMambaEncoder):
     """Spatial-Mamba classifier: images (B, in_chans, H, W), of any H and W of at least 32, to logits (B, num_classes).
@@ -370,7 +442,11 @@ class SpatialMamba(SpatialMambaEncoder):
         num_classes: size of the logits; 0 returns the pooled features instead.
         drop_rate: dropout in front of the classifier.
         global_pool: ``"avg"``, or ``""`` to classify every token.
-        in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, use_checkpoint: see ``SpatialMambaEncoder``.
+        in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, use_checkpoint, fusion_dilations,
+            fusion_kernel_sizes: see ``SpatialMambaEncoder``.
+
+    Raises:
+        ValueError: as ``SpatialMambaEncoder``, and for another pooling.
     """
 
     def __init__(
@@ -385,8 +461,20 @@ class SpatialMamba(SpatialMambaEncoder):
         drop_path_rate: float = 0.2,
         use_checkpoint: bool = False,
         global_pool: str = "avg",
+        fusion_dilations: Sequence[int] = FUSION_DILATIONS,
+        fusion_kernel_sizes: int | Sequence[int] = FUSION_KERNEL_SIZE,
     ) -> None:
-        super().__init__(in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, use_checkpoint)
+        super().__init__(
+            in_chans,
+            dims,
+            depths,
+            d_state,
+            mlp_ratio,
+            drop_path_rate,
+            use_checkpoint,
+            fusion_dilations,
+            fusion_kernel_sizes,
+        )
         self.head_hidden_size = self.num_features
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
@@ -413,9 +501,77 @@ class SpatialMamba(SpatialMambaEncoder):
         if num_classes > 0:
             head = nn.Linear(self.num_features, num_classes)
             _init_weights(head)
-            self.head = head.to(device=self.norm.weight.device, dtype=self.norm.weight.dtype)
+            like = next(self.parameters())
+            self.head = head.to(device=like.device, dtype=like.dtype)
         else:
             self.head = nn.Identity()
+        self.head.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The features of some stages, in front of their downsampling, and those of ``forward_features``.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: of the stages, negative ones from the last; a number for that many last ones; None for all.
+            norm: apply the final norm to the features of the last stage, the only ones that it fits.
+            stop_early: end after the last stage asked for; the first result is then that of this stage.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``, of the intermediate features alone.
+            intermediates_only: return only those.
+
+        Returns:
+            The features of ``forward_features``, and a list of maps (B, C_i, H_i, W_i) or (B, H_i, W_i, C_i).
+
+        Raises:
+            ValueError: for another format.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')
+        last = len(self.layers) - 1
+        taken, end = feature_take_indices(len(self.layers), indices)
+        intermediates = []
+        x = self.patch_embed(x)
+        for i, stage in enumerate(self.layers[: end + 1] if stop_early else self.layers):
+            features, x = stage(x)
+            if i in taken:
+                intermediates.append(self.norm(features) if norm and i == last else features)
+        if output_fmt == "NCHW":
+            intermediates = [features.permute(0, 3, 1, 2).contiguous() for features in intermediates]
+        if intermediates_only:
+            return intermediates
+        return (features if stop_early and end < last else self.norm(x)), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop, in place, what the features of some stages do not need.
+
+        Args:
+            indices: see ``forward_intermediates``.
+            prune_norm: drop the final norm, too.
+            prune_head: drop the classifier and the pooling, too. Both go in any case if the last stage does.
+
+        Returns:
+            The indices of the stages, none of them negative.
+        """
+        taken, end = feature_take_indices(len(self.layers), indices)
+        ends_early = end < len(self.layers) - 1
+        self.layers = self.layers[: end + 1]
+        self.layers[-1].downsample = nn.Identity()
+        if ends_early:
+            self.num_features = self.head_hidden_size = self.feature_info[end]["num_chs"]
+        if ends_early or prune_norm:
+            self.norm = nn.Identity()
+        if ends_early or prune_head:
+            self.reset_classifier(0, "")
+        return taken
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to normalised tokens (B, ceil(H / 32), ceil(W / 32), num_features)."""
@@ -462,8 +618,20 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         use_checkpoint: bool = False,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         pretrained: str | PathLike[str] | None = None,
+        fusion_dilations: Sequence[int] = FUSION_DILATIONS,
+        fusion_kernel_sizes: int | Sequence[int] = FUSION_KERNEL_SIZE,
     ) -> None:
-        super().__init__(in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, use_checkpoint)
+        super().__init__(
+            in_chans,
+            dims,
+            depths,
+            d_state,
+            mlp_ratio,
+            drop_path_rate,
+            use_checkpoint,
+            fusion_dilations,
+            fusion_kernel_sizes,
+        )
         self.out_indices = tuple(out_indices)
         if sorted(set(self.out_indices) & set(range(len(depths)))) != list(self.out_indices):
             raise ValueError(f"out_indices must be ascending stages of 0 to {len(depths) - 1}, got {self.out_indices}")
@@ -490,36 +658,83 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def _fusion_options(dilations: Sequence[int], kernel_sizes: int | Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The options of ``Block`` that describe the fusion, in ascending order of the dilations.
+
+    Raises:
+        ValueError: naming the option that is wrong.
+    """
+    dilations = tuple(dilations)
+    sizes = (kernel_sizes,) * len(dilations) if isinstance(kernel_sizes, int) else tuple(kernel_sizes)
+    if any(not isinstance(dilation, int) or dilation < 1 for dilation in dilations):
+        raise ValueError(f"fusion_dilations must be positive whole numbers (none: no fusion), got {dilations}")
+    if len(sizes) != len(dilations):
+        raise ValueError(f"fusion_kernel_sizes must be one number, or one per dilation of {dilations}, got {sizes}")
+    if any(not isinstance(size, int) or size < 1 or size % 2 == 0 for size in sizes):
+        raise ValueError(f"fusion_kernel_sizes must be odd positive numbers, got {kernel_sizes}")
+    branches = sorted(zip(dilations, sizes, strict=True))
+    if len(set(branches)) < len(branches):
+        raise ValueError(f"fusion_dilations {dilations} and fusion_kernel_sizes {sizes} name the same kernel twice")
+    return dict(
+        fusion_dilations=tuple(dilation for dilation, _ in branches),
+        fusion_kernel_sizes=tuple(size for _, size in branches),
+    )
+
+
+def _cfg(accuracy: float, **kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "min_input_size": (3, 32, 32),
         "pool_size": (7, 7),
-        "crop_pct": 224 / 256,
+        "crop_pct": CROP_SHARE,
+        "crop_mode": "center",
         "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+        **NORMALISATION,
         "first_conv": "patch_embed.conv1.conv",
         "classifier": "head",
+        "license": "apache-2.0",
+        "description": f"published ImageNet-1K top-1 at 224x224: {accuracy}%",
+        "paper_name": "Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion",
         "paper_ids": "arXiv:2410.15091",
+        "notes": (f"published_top1={accuracy}", "trained on ImageNet-1K, 300 epochs at 224x224"),
         **kwargs,
     }
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "spatial_mamba_tiny.in1k": _cfg(),
-        "spatial_mamba_small.in1k": _cfg(),
-        "spatial_mamba_base.in1k": _cfg(),
+        "spatial_mamba_tiny.in1k": _cfg(accuracy=83.5),
+        "spatial_mamba_small.in1k": _cfg(accuracy=84.6),
+        "spatial_mamba_base.in1k": _cfg(accuracy=85.3),
     }
 )
 
 
-def _create_spatial_mamba(variant: str, pretrained: bool, **kwargs: Any) -> SpatialMamba:
-    if kwargs.get("features_only"):
-        raise ValueError(f"{variant}: features_only is not supported; use spatial_mamba.SpatialMambaBackbone")
-    return build_model_with_cfg(SpatialMamba, variant, pretrained, **kwargs)
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The weights in a checkpoint of any layout that is known, under the names of ``model``; for timm."""
+    return encoder_weights(state_dict_of(state_dict, type(model).__name__))
+
+
+def _create_spatial_mamba(
+    variant: str,
+    pretrained: bool,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A classifier, or with ``features_only`` its feature maps, on a device and in a dtype."""
+    admit_for_good(safe_types())  # for timm, which reads the file of checkpoint_path once the model is there
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            SpatialMamba,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+            **kwargs,
+        )
+    return model if dtype is None else model.to(dtype)
 
 
 @register_model

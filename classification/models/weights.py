@@ -2,16 +2,18 @@
 
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .safe_numpy import safe_numpy_types
+from .architecture import architecture_of
+from .safe_types import only_safe_types
 
 # What the readers of PyTorch's two file formats raise on other files and on damaged ones.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError)
@@ -24,8 +26,9 @@ class WeightsError(ValueError):
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """Load a checkpoint onto the CPU without executing anything it contains.
 
-    Beside tensors and plain containers only yacs configs and NumPy scalars are admitted, which the published
-    checkpoints hold; a pickle that names any other type is refused.
+    A file that ends in ``.safetensors`` holds tensors alone. In PyTorch's own formats, beside tensors and plain
+    containers, yacs configs, NumPy's numbers and arrays and mmengine's histories (which are left out) are admitted: the
+    published checkpoints hold them. A pickle that names any other type is refused.
 
     Raises:
         WeightsError: naming the file and what to do about it.
@@ -38,10 +41,12 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise WeightsError(f"{path}: the file is empty; download or save it again")
     try:
-        # The context takes away on leaving what it was given, even what this process admits for good.
-        admitted = torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([kind for kind in safe_types() if kind not in admitted]):
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with only_safe_types():
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a safetensors file, or a truncated one; download or save it again") from error
     except (pickle.UnpicklingError, *_DAMAGED) as error:
         foreign = re.search(r"(?:Unsupported global:|unsupported) GLOBAL ([\w.]+)", str(error))
         if foreign:
@@ -60,6 +65,8 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key: str = "model") -> dict[str, Tensor]:
     """The state dict a checkpoint stores under ``key``, or the checkpoint itself if it is a bare state dict.
 
+    Names lose the prefixes that DDP and ``torch.compile`` put before them.
+
     Raises:
         WeightsError: if there are no weights to be found.
     """
@@ -71,18 +78,37 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key:
         state = checkpoint
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f'{path}: found no model weights; expected them under "{key}" or at the top level')
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+
+
+def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Tensor]:
+    """The EMA weights of a checkpoint of this trainer or the published one.
+
+    Raises:
+        WeightsError: if it holds none.
+    """
+    if not checkpoint.get("model_ema"):
+        raise WeightsError(f"{path}: holds no EMA weights; take those of the model, without --ema")
+    return state_dict_of(checkpoint, path, key="model_ema")
+
+
+def encoder_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a classifier or backbone by its own names: those of a detector or segmentor have a prefix."""
+    prefix = "backbone."
+    inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return inner or dict(state)
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
     """``load_state_dict`` that checks every name and shape before it changes anything.
 
     Raises:
-        WeightsError: naming the first differences.
+        WeightsError: naming the variants or the numbers of classes, where these differ, or else the first differences.
     """
-    problems = describe_differences(model.state_dict(), state)
+    own = model.state_dict()
+    problems = describe_differences(own, state)
     if problems:
-        raise WeightsError(f"{path}: {problems}")
+        raise WeightsError(f"{path}: {_other_architecture(own, state) or problems}")
     model.load_state_dict(state, strict=True)
 
 
@@ -101,20 +127,36 @@ def describe_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor])
     return f"does not fit this model in {len(problems)} entries: {shown}"
 
 
+def _other_architecture(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """How the architectures of a model and a file differ, with the remedy; None if they do not, or cannot be told."""
+    model, file = architecture_of(own), architecture_of(state)
+    if model is None or file is None or model == file:
+        return None
+    if model.encoder != file.encoder:
+        return f"holds another model, {file}, than the one that is to take it, {model}; choose that model or config"
+    if model.num_classes is not None and file.num_classes is not None:
+        return (
+            f"its classifier has {file.num_classes} classes, the model has {model.num_classes}; "
+            f"make the model with num_classes={file.num_classes}, or replace its classifier after loading"
+        )
+    return None
+
+
 def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Start a backbone from a classification checkpoint; its own ``outnorm`` layers keep their values.
+    """Start a backbone from the checkpoint of a classifier, or of a detector, segmentor or backbone.
+
+    From the first it takes all but the final norm and the classifier, and its own ``outnorm`` layers keep their values.
+    From the others it takes those of its output norms, too.
 
     Raises:
         WeightsError: as ``read_checkpoint`` and ``load_strictly``.
     """
-    state = state_dict_of(read_checkpoint(path), path)
+    state = encoder_weights(state_dict_of(read_checkpoint(path), path))
+    own_norms = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("outnorm")}
     classifier_only = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
-    state = {name: tensor for name, tensor in state.items() if name not in classifier_only}
-    output_norms = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("outnorm")}
-    load_strictly(model, {**output_norms, **state}, path)
-
-
-def safe_types() -> list[Any]:
-    """Types beyond PyTorch's own that published checkpoints hold and that execute no code; for ``safe_globals``."""
-    # The reader fills no subclass of dict, so configs come back as plain ordered dictionaries; yacs is not needed.
-    return [*safe_numpy_types(arrays=False), (OrderedDict, "yacs.config.CfgNode")]
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in classifier_only and (name in own_norms or not name.startswith("outnorm"))
+    }
+    load_strictly(model, own_norms | state, path)

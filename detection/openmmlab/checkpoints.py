@@ -1,9 +1,7 @@
 """OpenMMLab's checkpoints: read with PyTorch's weights_only left on, and loaded strictly."""
 
-import pickle
 from typing import Any
 
-import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -11,25 +9,17 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from ...classification.models.safe_numpy import safe_numpy_types
-from ...classification.models.weights import WeightsError, describe_differences, safe_types
+from ...classification.models.safe_types import admit_for_good, history_types, safe_types
+from ...classification.models.weights import WeightsError, describe_differences
 
 
 def admit_safe_types() -> None:
     """Let PyTorch's safe reader, in this process, take what mmengine's checkpoints hold beside tensors.
 
     That is the history of logged values and NumPy arrays and scalars, under the names of NumPy 1 and 2; each is read
-    by a stand-in that takes numbers only. Everything else is refused by the reader, with its name. The histories name
-    their methods by ``getattr``, which could reach anything: in its place comes a function that reaches nothing.
+    by a stand-in that takes numbers only. Everything else is refused by the reader, with its name.
     """
-    torch.serialization.add_safe_globals(
-        [
-            *safe_types(),
-            *safe_numpy_types(arrays=True),
-            (_History, "mmengine.logging.history_buffer.HistoryBuffer"),
-            (_history_method, "builtins.getattr"),
-        ]
-    )
+    admit_for_good([*safe_types(), *history_types(_History)])
 
 
 class _History(HistoryBuffer):
@@ -38,11 +28,6 @@ class _History(HistoryBuffer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__class__ = HistoryBuffer
         self.__init__(state["_log_history"], state["_count_history"], int(state["max_length"]))
-
-
-def _history_method(owner: object, name: str) -> None:
-    if owner is not _History or name not in ("min", "max", "current", "mean"):
-        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {owner!r}, {name!r}")
 
 
 @HOOKS.register_module()

@@ -13,6 +13,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import definitions
+from ..precision import without_autocast
 from .depthwise_conv import CONV_FLOPS
 from .dispatch import at_token_stride, backend_of
 from .selective_scan import SCAN_FLOPS
@@ -50,7 +51,7 @@ def spatial_mixer(
     """
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
     u = backend_of(xz, "depthwise_conv").depthwise_conv(x, conv_weight, conv_bias, "silu")
-    with torch.autocast(xz.device.type, enabled=False):
+    with without_autocast(xz):
         projection = u @ projection_weight.t()
     core = (u, projection, step_weight, step_bias, A_log, D, taps, offsets, taps.dtype)
     y, row_states = backend_of(xz, "structure_aware_scan").structure_aware_scan(*core)
@@ -99,7 +100,7 @@ def spatial_mixer_backward(
         xz, "structure_aware_scan"
     ).structure_aware_scan_backward(grad_y, *core)
     del grad_y
-    with torch.autocast(xz.device.type, enabled=False):
+    with without_autocast(xz):
         flat = grad_projection.flatten(0, 2)
         grad_u.flatten(0, 2).addmm_(flat, projection_weight)
         grad_projection_weight = flat.t() @ u.flatten(0, 2)

@@ -1,0 +1,104 @@
+"""Reads off the names and shapes of weights which Spatial-Mamba they belong to."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+VARIANTS = {"tiny": (64, (2, 4, 8, 4)), "small": (64, (2, 4, 21, 5)), "base": (96, (2, 4, 21, 5))}
+PUBLISHED_KERNELS = {"kernel_3": (1, 3), "kernel_3_1": (3, 3), "kernel_3_2": (5, 3)}  # dilation and size
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The options of the encoder that weights tell, and what stands on it.
+
+    Attributes:
+        num_classes: of a classifier, 0 for one without its last layer; None for a backbone.
+        out_indices: the stages of a backbone that have an output norm; empty for a classifier.
+        others: see ``SpatialMambaEncoder``.
+    """
+
+    in_chans: int
+    dims: int
+    depths: tuple[int, ...]
+    mlp_ratio: float
+    fusion_dilations: tuple[int, ...]
+    fusion_kernel_sizes: tuple[int, ...]
+    num_classes: int | None = None
+    out_indices: tuple[int, ...] = ()
+
+    @property
+    def encoder(self) -> "Architecture":
+        """The same without what stands on the encoder."""
+        return replace(self, num_classes=None, out_indices=())
+
+    @property
+    def variant(self) -> str:
+        """``"tiny"``, ``"small"``, ``"base"``, or ``"custom"``."""
+        widths = (self.dims, self.depths)
+        regular = self.mlp_ratio == 4 and self.fusion_dilations == (1, 3, 5) and set(self.fusion_kernel_sizes) == {3}
+        return next((name for name, shape in VARIANTS.items() if regular and shape == widths), "custom")
+
+    @property
+    def fusion(self) -> str:
+        """The fusion in words."""
+        branches = zip(self.fusion_kernel_sizes, self.fusion_dilations, strict=True)
+        return ", ".join(f"{size}x{size} dilation {d}" for size, d in branches) or "none"
+
+    def options(self) -> dict[str, Any]:
+        """Arguments for ``SpatialMamba``, or for ``SpatialMambaBackbone`` if there is no classifier."""
+        options = asdict(self)
+        del options["num_classes" if self.num_classes is None else "out_indices"]
+        return options
+
+    def __str__(self) -> str:
+        what = "backbone" if self.num_classes is None else f"{self.num_classes} classes"
+        depths = "-".join(map(str, self.depths))
+        return f"{self.variant} (dims {self.dims}, depths {depths}, fusion {self.fusion}; {what})"
+
+
+def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
+    """The architecture that weights belong to, or None if they are none of a whole Spatial-Mamba.
+
+    Args:
+        state: the state dict of a classifier or backbone; parameters of other models among them do not matter.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    blocks = [match for name in shapes if (match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.ln_1\.weight$", name))]
+    depths: dict[int, int] = {}
+    for match in blocks:
+        stage, block = map(int, match.groups())
+        depths[stage] = max(depths.get(stage, 0), block + 1)
+    try:
+        dims, in_chans = shapes["layers.0.blocks.0.ln_1.weight"][0], shapes["patch_embed.conv1.conv.weight"][1]
+        mlp_ratio = shapes["layers.0.blocks.0.mlp.fc1.weight"][0] / dims
+    except (KeyError, IndexError, ZeroDivisionError):
+        return None
+    fusion = _fusion_kernels(shapes)
+    is_backbone = any(name.startswith("outnorm") for name in shapes) or "norm.weight" not in shapes
+    return Architecture(
+        in_chans=in_chans,
+        dims=dims,
+        depths=tuple(depths[stage] for stage in sorted(depths)),
+        mlp_ratio=mlp_ratio,
+        fusion_dilations=tuple(dilation for dilation, _ in fusion),
+        fusion_kernel_sizes=tuple(size for _, size in fusion),
+        num_classes=None if is_backbone else shapes.get("head.weight", (0,))[0],
+        out_indices=tuple(i for i in sorted(depths) if f"outnorm{i}.weight" in shapes) if is_backbone else (),
+    )
+
+
+def _fusion_kernels(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Dilation and size of each fusion kernel of the first block, in the order that models keep them in."""
+    prefix = "layers.0.blocks.0.self_attention.state_fusion."
+    found = []
+    for name in (name.removeprefix(prefix) for name in shapes if name.startswith(f"{prefix}kernel_")):
+        if name in PUBLISHED_KERNELS:
+            found.append(PUBLISHED_KERNELS[name])
+        elif match := re.fullmatch(r"kernel_(\d+)_dilation_(\d+)", name):
+            size, dilation = map(int, match.groups())
+            found.append((dilation, size))
+    return sorted(found)

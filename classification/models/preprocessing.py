@@ -1,0 +1,36 @@
+"""From image files to what a classifier is evaluated on; training augments in `classification.data`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch import Tensor
+
+CROP_SHARE = 224 / 256  # of the short side that the crop keeps
+NORMALISATION = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are brought to the size of a model's evaluation.
+
+    Attributes:
+        image_size: height and width in pixels of the result.
+        crop: resize the short side to 256/224 of the size and crop the centre, else squash the image to the size.
+        interpolation: ``"bicubic"``, ``"bilinear"``, ``"nearest"`` or ``"lanczos"``.
+    """
+
+    image_size: int = 224
+    crop: bool = True
+    interpolation: str = "bicubic"
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """timm's transform of RGB images to normalised tensors (3, image_size, image_size)."""
+        return create_transform(
+            input_size=self.image_size,
+            interpolation=self.interpolation,
+            crop_pct=CROP_SHARE if self.crop else 1.0,
+            crop_mode="center" if self.crop else "squash",
+            **NORMALISATION,
+        )
