@@ -1,7 +1,6 @@
 """Training checkpoints: what a run is made of, saved atomically and restored strictly."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from yacs.config import CfgNode
 from .config import leaves, to_plain
 from .errors import InputError
 from .models.weights import WeightsError, load_strictly, read_checkpoint, state_dict_of
+from .whole_files import whole_file
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 
@@ -36,6 +36,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
+    classes: list[str]  # names, in the order of the logits
     epoch: int = -1  # the last finished epoch
     updates: int = 0
     skipped_in_a_row: int = 0
@@ -60,17 +61,13 @@ def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
         "skipped_in_a_row": state.skipped_in_a_row,
         "max_accuracy": state.max_accuracy,
         "max_accuracy_ema": state.max_accuracy_ema,
+        "classes": state.classes,
         "config": to_plain(config),
     }
-    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with unfinished.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with whole_file(path) as unfinished:
+            torch.save(content, unfinished)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
-        unfinished.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error}); the checkpoint before it is kept") from error
 
 

@@ -42,6 +42,8 @@ _C.MODEL.SPATIAL_MAMBA.EMBED_DIM = 64
 _C.MODEL.SPATIAL_MAMBA.DEPTHS = [2, 4, 8, 4]
 _C.MODEL.SPATIAL_MAMBA.D_STATE = 1
 _C.MODEL.SPATIAL_MAMBA.MLP_RATIO = 4.0
+_C.MODEL.SPATIAL_MAMBA.FUSION_DILATIONS = [1, 3, 5]  # empty: no fusion, a plain scan
+_C.MODEL.SPATIAL_MAMBA.FUSION_KERNEL_SIZES = [3]  # one for all dilations, or one each
 
 _C.TRAIN = CfgNode()
 _C.TRAIN.EPOCHS = 300
@@ -199,6 +201,9 @@ def check_config(config: CfgNode) -> None:
     require("MODEL.SPATIAL_MAMBA.IN_CHANS", network.IN_CHANS >= 1, "at least 1")
     depths = network.DEPTHS
     require("MODEL.SPATIAL_MAMBA.DEPTHS", are_numbers(depths, int) and len(depths) > 0, "a list of whole numbers")
+    for key in ("FUSION_DILATIONS", "FUSION_KERNEL_SIZES"):
+        require(f"MODEL.SPATIAL_MAMBA.{key}", are_numbers(network[key], int), "a list of whole numbers")
+    require("MODEL.SPATIAL_MAMBA.FUSION_KERNEL_SIZES", len(network.FUSION_KERNEL_SIZES) > 0, "a list of at least one")
     require("MODEL.SPATIAL_MAMBA.MLP_RATIO", network.MLP_RATIO * network.EMBED_DIM >= 1, "a positive number")
     require("MODEL.NUM_CLASSES", model.NUM_CLASSES >= 0, "0 (as the data set) or a number of classes")
     require("MODEL.DROP_RATE", 0 <= model.DROP_RATE < 1, "in [0, 1)")

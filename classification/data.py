@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
+from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from yacs.config import CfgNode
@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 from .config import uses_mixup
 from .distributed import Process
 from .errors import InputError
+from .models.preprocessing import NORMALISATION, preprocessing_of
 from .readers import READ_ERRORS, CachedReader, Reader, open_split
 
 # What readers and Pillow raise on damaged files; a decompression bomb counts as damage.
@@ -122,24 +123,17 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
     Raises:
         InputError: for an augmentation policy that timm does not know.
     """
-    size, aug = config.DATA.IMG_SIZE, config.AUG
-    common = dict(
-        input_size=size,
-        interpolation=config.DATA.INTERPOLATION,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-    )
     if not is_training:
-        if common["interpolation"] == "random":
-            common["interpolation"] = "bicubic"
-        cropping = dict(crop_pct=224 / 256, crop_mode="center") if config.TEST.CROP else dict(crop_mode="squash")
-        return create_transform(**common, **({"crop_pct": 1.0} | cropping))
+        return preprocessing_of(config).transform()
+    aug = config.AUG
     policy = aug.AUTO_AUGMENT
     if policy not in ("", "none") and not policy.startswith(("rand", "augmix", "3a", "original", "v0")):
         raise InputError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm's, such as rand-m9")
     transform = create_transform(
-        **common,
+        input_size=config.DATA.IMG_SIZE,
         is_training=True,
+        interpolation=config.DATA.INTERPOLATION,
+        **NORMALISATION,
         scale=tuple(aug.SCALE),
         ratio=tuple(aug.RATIO),
         hflip=aug.HFLIP,

@@ -4,8 +4,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from spatial_mamba.classification.command_line import Parser
 from spatial_mamba.classification.config import load_config
 from spatial_mamba.classification.distributed import launched_rank
 from spatial_mamba.classification.engine import DivergenceError
@@ -14,13 +15,6 @@ from spatial_mamba.classification.models import WeightsError
 from spatial_mamba.classification.trainer import prepare
 
 USER_ERRORS = (InputError, WeightsError, DivergenceError)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, as every other wrong input is."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (--help lists the options)")
 
 
 def build_parser() -> Parser:

@@ -78,6 +78,7 @@ def build_model(config: CfgNode, num_classes: int) -> SpatialMamba:
         InputError: naming the config key whose value the model refuses.
     """
     model = config.MODEL.SPATIAL_MAMBA
+    sizes = model.FUSION_KERNEL_SIZES
     try:
         return SpatialMamba(
             in_chans=model.IN_CHANS,
@@ -89,6 +90,8 @@ def build_model(config: CfgNode, num_classes: int) -> SpatialMamba:
             drop_rate=config.MODEL.DROP_RATE,
             drop_path_rate=config.MODEL.DROP_PATH_RATE,
             use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+            fusion_dilations=tuple(model.FUSION_DILATIONS),
+            fusion_kernel_sizes=sizes[0] if len(sizes) == 1 else tuple(sizes),
         )
     except ValueError as error:
         raise InputError(f"MODEL.SPATIAL_MAMBA: {error}") from error
@@ -145,7 +148,8 @@ class TrainingJob:
         self.folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
         train_loader = build_train_loader(config, process)
         self.val_loader = build_val_loader(config, process)
-        num_classes = check_classes(config, train_loader.dataset.reader.classes, self.val_loader.dataset.reader.classes)
+        classes = train_loader.dataset.reader.classes
+        num_classes = check_classes(config, classes, self.val_loader.dataset.reader.classes)
 
         model = build_model(config, num_classes).to(process.device)
         ema = ModelEmaV3(model, decay=config.TRAIN.MODEL_EMA_DECAY) if config.TRAIN.MODEL_EMA else None
@@ -158,6 +162,7 @@ class TrainingJob:
             optimizer,
             build_scheduler(config, optimizer, updates_per_epoch, process.world_size),
             torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16),
+            classes,
         )
         self.resumed_from = self._resume(updates_per_epoch)
         if config.MODEL.PRETRAINED and not self.resumed_from:

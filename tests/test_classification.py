@@ -2,7 +2,6 @@
 
 import fcntl
 import functools
-import io
 import itertools
 import json
 import os
@@ -551,11 +550,11 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: 
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     state = engine.TrainingState(
-        model, None, optimizer, build_scheduler(config, optimizer, 1, 1), torch.amp.GradScaler(enabled=False)
+        model, None, optimizer, build_scheduler(config, optimizer, 1, 1), torch.amp.GradScaler(enabled=False), ["a"]
     )
 
-    def torn(content: Any, file: io.BufferedWriter) -> None:
-        file.write(b"half a checkpoint")
+    def torn(content: Any, path: Path) -> None:
+        path.write_bytes(b"half a checkpoint")
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:

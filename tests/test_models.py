@@ -16,12 +16,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models._manipulate import group_parameters
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
 from spatial_mamba.classification.models import WeightsError
+from spatial_mamba.kernels import selective_scan, state_fusion, use_backend
 from spatial_mamba.kernels.backends import definition_serves
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -377,6 +379,152 @@ def test_reset_classifier() -> None:
 def test_timm_pretrained_is_an_error_while_no_weights_are_hosted() -> None:
     with pytest.raises(RuntimeError, match="spatial_mamba_tiny"):
         timm.create_model("spatial_mamba_tiny", pretrained=True)
+
+
+@torch.no_grad()
+def test_forward_intermediates_are_the_features_in_front_of_downsampling() -> None:
+    model, x = filled_classifier().eval(), images(2, 3, 64, 96)
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    assert [tuple(m.shape) for m in maps] == [(2, 8 * 2**i, 16 // 2**i, 24 // 2**i) for i in range(4)]
+    torch.testing.assert_close(model.norm(maps[3].permute(0, 2, 3, 1)), final)
+
+    last, chosen = model.forward_intermediates(x, indices=[-2, 1], norm=True, stop_early=True, output_fmt="NHWC")
+    torch.testing.assert_close(chosen, [m.permute(0, 2, 3, 1) for m in maps[1:3]])
+    torch.testing.assert_close(last, chosen[-1])
+    [normed] = model.forward_intermediates(x, indices=1, norm=True, output_fmt="NHWC", intermediates_only=True)
+    torch.testing.assert_close(normed, final)
+    with pytest.raises(ValueError, match=r"output_fmt .* 'NLC'"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@torch.no_grad()
+def test_features_only_gives_the_maps_asked_for_of_the_same_network() -> None:
+    x = images(1, 3, 64, 64)
+    classifier = filled_classifier().eval()
+    expected = classifier.forward_intermediates(x, intermediates_only=True)
+    options = MICRO | dict(features_only=True, out_indices=(0, 2))
+    features = timm.create_model("spatial_mamba_tiny", **options).eval()
+    assert features.feature_info.channels() == [8, 32]
+    assert features.feature_info.reduction() == [4, 16]
+    assert not any("layers.3" in name or "head" in name for name, _ in features.named_parameters())
+    own = features.model.state_dict()
+    features.model.load_state_dict({k: v for k, v in classifier.state_dict().items() if k in own})
+    torch.testing.assert_close(features(x), [expected[0], expected[2]])
+
+
+def test_layer_groups_run_from_the_stem_to_the_head() -> None:
+    model = micro_classifier(depths=(1, 2))
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    names = [
+        "patch_embed.conv1.conv.weight",
+        *(f"layers.{b}.ln_1.weight" for b in ("0.blocks.0", "1.blocks.0", "1.blocks.1")),
+    ]
+    assert [layers[name] for name in [*names, "head.weight"]] == [0, 1, 2, 3, 4]
+    assert layers["layers.0.downsample.conv.0.conv.weight"] == 1
+    assert layers["norm.weight"] == 3
+    stages = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert sorted(set(stages.values())) == [0, 1, 2, 3]
+    backbone = micro_backbone(depths=(1, 1), out_indices=(0, 1))
+    layers = group_parameters(backbone, backbone.group_matcher(), reverse=True)
+    assert (layers["outnorm0.weight"], layers["outnorm1.weight"]) == (1, 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_timm_makes_models_on_a_device_in_a_dtype(device: str) -> None:
+    model = timm.create_model("spatial_mamba_tiny", **MICRO, device=device, dtype=torch.bfloat16)
+    tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
+    assert {t.device.type for t in tensors} == {device}
+    assert {t.dtype for t in tensors} == {torch.bfloat16}
+    x = images(1, 3, 32, 32).to(device, torch.bfloat16)
+    assert model.eval()(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", PARAMETERS)
+def test_metadata_names_the_published_accuracy(variant: str) -> None:
+    cfg = timm.get_pretrained_cfg(f"spatial_mamba_{variant}")
+    assert f"published_top1={ {'tiny': 83.5, 'small': 84.6, 'base': 85.3}[variant] }" in cfg.notes
+    assert (cfg.crop_pct, cfg.interpolation, cfg.license) == (0.875, "bicubic", "apache-2.0")
+
+
+# --- ablations of the fusion
+
+
+def fused_by_hand(model: SpatialMamba, x: Tensor) -> Tensor:
+    """The core of the first block in the operators' own terms, for the tokens that it gets."""
+    ssm = model.layers[0].blocks[0].self_attention
+    kernels, alpha, dilations = ssm.state_fusion.branches(ssm.Ds)
+    u = F.silu(F.conv2d(x.permute(0, 3, 1, 2), ssm.conv2d.weight, ssm.conv2d.bias, padding=1, groups=ssm.inner_dim))
+    r, B, C = torch.einsum("kd,bdhw->bkhw", ssm.x_proj_weight, u).split([ssm.dt_rank, 1, 1], dim=1)
+    delta = torch.einsum("dr,brhw->bdhw", ssm.dt_projs_weight, r)
+    states = selective_scan(
+        u.flatten(2),
+        delta.flatten(2),
+        -ssm.A_logs.exp(),
+        B.flatten(2),
+        delta_bias=ssm.dt_projs_bias,
+        delta_softplus=True,
+    )
+    states = states.view(u.shape)
+    if ssm.state_fusion.dilations:
+        states = state_fusion(states, kernels, alpha, dilations)
+    return (C * states + ssm.Ds[:, None, None] * u).permute(0, 2, 3, 1)
+
+
+@needs_native_mixer
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        {"fusion_dilations": ()},
+        {"fusion_dilations": (2,)},
+        {"fusion_dilations": (7, 1), "fusion_kernel_sizes": (3, 5)},
+        {"fusion_kernel_sizes": 1},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_any_fusion_computes_what_its_options_say(fusion: dict[str, Any]) -> None:
+    model = micro_classifier(**fusion).eval()
+    for name, parameter in model.named_parameters():
+        if "state_fusion" in name:
+            parameter.uniform_(-1, 1)
+    inputs = []
+    hook = model.layers[0].blocks[0].self_attention.in_proj.register_forward_hook(lambda *a: inputs.append(a[2]))
+    with RecordMixers() as record:
+        logits = model(images())
+    hook.remove()
+    tokens, _ = inputs[0].chunk(2, dim=-1)
+    assert_near(record.outputs[0], fused_by_hand(model, tokens), 1e-5)
+    with use_backend("torch"):
+        assert_near(model(images()), logits, 1e-5)
+    assert_near(model.fuse()(images()), logits, 1e-5)
+
+
+def test_the_order_of_dilations_is_of_no_account() -> None:
+    names = list(micro_classifier().state_dict())
+    assert list(micro_classifier(fusion_dilations=(5, 1, 3), fusion_kernel_sizes=(3, 3, 3)).state_dict()) == names
+    assert not any("state_fusion" in name for name in micro_classifier(fusion_dilations=()).state_dict())
+
+
+def test_weights_of_another_fusion_are_refused() -> None:
+    state = micro_classifier(fusion_dilations=(1, 3, 7)).state_dict()
+    with pytest.raises(RuntimeError, match="kernel_3_dilation_7"):
+        micro_classifier(fusion_dilations=(1, 3, 6)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "message"),
+    [
+        ({"fusion_dilations": (1, 0)}, r"fusion_dilations must be positive .* \(1, 0\)"),
+        ({"fusion_dilations": (1.5,)}, r"fusion_dilations must be positive .* \(1.5,\)"),
+        ({"fusion_dilations": (1, 3, 1)}, "name the same kernel twice"),
+        ({"fusion_kernel_sizes": 4}, "fusion_kernel_sizes must be odd .* 4"),
+        ({"fusion_kernel_sizes": (3, 3)}, r"one per dilation of \(1, 3, 5\), got \(3, 3\)"),
+    ],
+)
+def test_impossible_fusions_are_refused(fusion: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        micro_classifier(**fusion)
 
 
 # --- nothing stale: what eval mode computes follows every change of the weights

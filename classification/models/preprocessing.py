@@ -1,7 +1,8 @@
 """From image files to what a classifier is evaluated on; training augments in `classification.data`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
@@ -34,3 +35,16 @@ class Preprocessing:
             crop_mode="center" if self.crop else "squash",
             **NORMALISATION,
         )
+
+
+def preprocessing_of(config: Any) -> Preprocessing:
+    """What a config, as checkpoints hold it, says of evaluation; the ImageNet recipe where it says nothing."""
+    sections = config if isinstance(config, Mapping) else {}
+    data, test = (sections.get(name) if isinstance(sections.get(name), Mapping) else {} for name in ("DATA", "TEST"))
+    default = Preprocessing()
+    interpolation = data.get("INTERPOLATION", default.interpolation)
+    return Preprocessing(
+        image_size=int(data.get("IMG_SIZE", default.image_size)),
+        crop=bool(test.get("CROP", default.crop)),
+        interpolation=default.interpolation if interpolation == "random" else str(interpolation),
+    )

@@ -743,7 +743,7 @@ def spatial_mamba_tiny(
 ) -> SpatialMamba:
     """Spatial-Mamba-T: 27M parameters, 4.5 GFLOPs at 224x224."""
     config = dict(dims=64, depths=(2, 4, 8, 4), num_classes=num_classes, drop_path_rate=drop_path_rate)
-    return _create_spatial_mamba("spatial_mamba_tiny", pretrained, **config, **kwargs)
+    return _create_spatial_mamba("spatial_mamba_tiny", pretrained, **config | kwargs)
 
 
 @register_model
@@ -752,7 +752,7 @@ def spatial_mamba_small(
 ) -> SpatialMamba:
     """Spatial-Mamba-S: 43M parameters, 7.1 GFLOPs at 224x224."""
     config = dict(dims=64, depths=(2, 4, 21, 5), num_classes=num_classes, drop_path_rate=drop_path_rate)
-    return _create_spatial_mamba("spatial_mamba_small", pretrained, **config, **kwargs)
+    return _create_spatial_mamba("spatial_mamba_small", pretrained, **config | kwargs)
 
 
 @register_model
@@ -761,4 +761,4 @@ def spatial_mamba_base(
 ) -> SpatialMamba:
     """Spatial-Mamba-B: 96M parameters, 15.8 GFLOPs at 224x224."""
     config = dict(dims=96, depths=(2, 4, 21, 5), num_classes=num_classes, drop_path_rate=drop_path_rate)
-    return _create_spatial_mamba("spatial_mamba_base", pretrained, **config, **kwargs)
+    return _create_spatial_mamba("spatial_mamba_base", pretrained, **config | kwargs)

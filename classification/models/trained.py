@@ -6,7 +6,7 @@ from os import PathLike
 from typing import Any
 
 from .architecture import architecture_of
-from .preprocessing import Preprocessing
+from .preprocessing import Preprocessing, preprocessing_of
 from .spatial_mamba import SpatialMamba
 from .weights import WeightsError, ema_state_dict_of, load_strictly, read_checkpoint, state_dict_of
 
@@ -46,19 +46,6 @@ def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClas
     model = SpatialMamba(**architecture.options())
     load_strictly(model, state, path)
     return TrainedClassifier(model.eval(), preprocessing_of(checkpoint.get("config")), _class_names(checkpoint, model))
-
-
-def preprocessing_of(config: Any) -> Preprocessing:
-    """What a config, as checkpoints hold it, says of evaluation; the ImageNet recipe where it says nothing."""
-    sections = config if isinstance(config, Mapping) else {}
-    data, test = (sections.get(name) if isinstance(sections.get(name), Mapping) else {} for name in ("DATA", "TEST"))
-    default = Preprocessing()
-    interpolation = data.get("INTERPOLATION", default.interpolation)
-    return Preprocessing(
-        image_size=int(data.get("IMG_SIZE", default.image_size)),
-        crop=bool(test.get("CROP", default.crop)),
-        interpolation=default.interpolation if interpolation == "random" else str(interpolation),
-    )
 
 
 def _class_names(checkpoint: Mapping[str, Any], model: SpatialMamba) -> tuple[str, ...] | None:

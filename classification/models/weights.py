@@ -1,5 +1,6 @@
 """Reads checkpoint files safely and loads them strictly, with one clear error for everything that can be wrong."""
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from .architecture import architecture_of
 from .safe_types import only_safe_types
 
+METADATA_KEY = "spatial_mamba"  # of what a safetensors file of this project tells in JSON beside its weights
+CLASSIFIER_ONLY = ("norm.weight", "norm.bias", "head.weight", "head.bias")  # what backbones leave out
 # What the readers of PyTorch's two file formats raise on other files and on damaged ones.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError)
 
@@ -42,10 +45,10 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         raise WeightsError(f"{path}: the file is empty; download or save it again")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return _read_safetensors(path)
         with only_safe_types():
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path}: not a safetensors file, or a truncated one; download or save it again") from error
     except (pickle.UnpicklingError, *_DAMAGED) as error:
         foreign = re.search(r"(?:Unsupported global:|unsupported) GLOBAL ([\w.]+)", str(error))
@@ -60,6 +63,14 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint dictionary")
     return checkpoint
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors, bare; or, in files of this project, as the entry "model" beside what is known of them."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    return {**about, "model": tensors} if about else tensors
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key: str = "model") -> dict[str, Tensor]:
@@ -153,10 +164,9 @@ def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
     """
     state = encoder_weights(state_dict_of(read_checkpoint(path), path))
     own_norms = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("outnorm")}
-    classifier_only = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
     state = {
         name: tensor
         for name, tensor in state.items()
-        if name not in classifier_only and (name in own_norms or not name.startswith("outnorm"))
+        if name not in CLASSIFIER_ONLY and (name in own_norms or not name.startswith("outnorm"))
     }
     load_strictly(model, own_norms | state, path)

@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...classification.models.spatial_mamba import SpatialMambaBackbone
+from ...classification.models.spatial_mamba import FUSION_DILATIONS, FUSION_KERNEL_SIZE, SpatialMambaBackbone
 from ...classification.models.weights import load_backbone_weights
 from .packages import SetupError
 
@@ -30,7 +30,8 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         with_cp: recompute the blocks' activations in the backward pass instead of storing them.
         pretrained: a classification checkpoint, of this project or a published one; short for ``init_cfg``.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``.
-        in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, out_indices: see ``SpatialMambaBackbone``.
+        in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, out_indices, fusion_dilations, fusion_kernel_sizes:
+            see ``SpatialMambaBackbone``.
 
     Raises:
         SetupError: for another ``init_cfg``, one beside ``pretrained``, or another option out of range.
@@ -50,6 +51,8 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         with_cp: bool = False,
         pretrained: str | PathLike[str] | None = None,
         init_cfg: Mapping[str, Any] | None = None,
+        fusion_dilations: Sequence[int] = FUSION_DILATIONS,
+        fusion_kernel_sizes: int | Sequence[int] = FUSION_KERNEL_SIZE,
     ) -> None:
         if pretrained is not None and init_cfg is not None:
             raise SetupError("pretrained and init_cfg both name weights to start from; give one of them")
@@ -58,7 +61,18 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         if not -1 <= frozen_stages <= len(depths):
             raise SetupError(f"frozen_stages must be -1 (none) to {len(depths)} (all), got {frozen_stages}")
         try:
-            super().__init__(in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, with_cp, out_indices)
+            super().__init__(
+                in_chans,
+                dims,
+                depths,
+                d_state,
+                mlp_ratio,
+                drop_path_rate,
+                with_cp,
+                out_indices,
+                fusion_dilations=fusion_dilations,
+                fusion_kernel_sizes=fusion_kernel_sizes,
+            )
         except ValueError as error:
             raise SetupError(f"MM_SpatialMamba: {error}") from error
         self.init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained)} if pretrained is not None else init_cfg

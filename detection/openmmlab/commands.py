@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from ...classification.models.image_files import ImageFileError
 from ...classification.models.weights import WeightsError
 from .packages import SetupError, check_packages
 
-_USER_ERRORS = (SetupError, WeightsError, OSError)
+_USER_ERRORS = (SetupError, WeightsError, ImageFileError, OSError)
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,15 +12,14 @@ import cv2
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
-from PIL import Image, UnidentifiedImageError
 from torch import nn
 
+from ...classification.models import image_files
+from ...classification.models.image_files import ImageFileError
 from ...classification.models.weights import load_strictly, read_checkpoint, state_dict_of
 from .commands import Parser
 from .packages import SetupError
 from .tools import load_config
-
-_IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class Predictor(ABC):
@@ -56,7 +55,7 @@ class Predictor(ABC):
 def common_parser(description: str, room: str) -> Parser:
     """The options of both rooms."""
     parser = Parser(f"python -m spatial_mamba.{room}", description=description)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of image files")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, folder, or pattern")
     parser.add_argument("--config", required=True, help="config file, or the name of one that comes with the package")
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="trained weights")
     parser.add_argument(
@@ -67,32 +66,16 @@ def common_parser(description: str, room: str) -> Parser:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Image files among ``paths`` and directly in the folders among them, each readable to its end.
+    """Image files that ``paths`` name, see ``image_files.find_images``, each readable to its end.
 
     Raises:
-        SetupError: naming a path that is missing, no image, damaged, or a folder without images.
+        ImageFileError: naming a path that is missing, no image or damaged, a folder or a pattern without images.
     """
-    images = []
-    for path in paths:
-        found = [path]
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGE_ENDINGS and p.is_file())
-            if not found:
-                raise SetupError(f"{path}: no images in this folder ({', '.join(sorted(_IMAGE_ENDINGS))})")
-        images += found
+    images = image_files.find_images(paths)
     for image in images:
-        if not image.is_file():
-            raise SetupError(f"{image}: no such image or folder")
-        if image.suffix.lower() not in _IMAGE_ENDINGS:
-            raise SetupError(f"{image}: not an image file ({', '.join(sorted(_IMAGE_ENDINGS))})")
-        try:
-            with Image.open(image) as opened:
-                opened.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            raise SetupError(f"{image}: cannot be read as an image ({reason})") from error
+        image_files.read_image(image)
         if cv2.imread(str(image)) is None:  # what the models' pipelines read with
-            raise SetupError(f"{image}: cannot be read by OpenCV; save it with 8 bits per colour")
+            raise ImageFileError(f"{image}: cannot be read by OpenCV; save it with 8 bits per colour")
     return images
 
 
@@ -158,7 +141,7 @@ def predict(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -
     """Predict on the images that the command line names.
 
     Raises:
-        SetupError, WeightsError: naming what is wrong, before the first image.
+        SetupError, WeightsError, ImageFileError: naming what is wrong, before the first image.
     """
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="mm(cv|engine|det|seg)")  # notes to the developers of these packages

@@ -1,0 +1,125 @@
+"""Tells what a checkpoint file holds, executing nothing of it."""
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..models.architecture import architecture_of
+from ..models.weights import encoder_weights, read_checkpoint, state_dict_of
+
+TRAINER, PUBLISHED, OPENMMLAB, WEIGHTS = "trainer", "published", "openmmlab", "weights"
+_RECORDS = ("epoch", "steps", "max_accuracy", "max_accuracy_ema", "max_accuray_ema")  # the last as published
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint, in values that JSON takes; entries that do not apply are left out.
+
+    Raises:
+        WeightsError: if the file is missing, unsafe or damaged, or holds no weights.
+    """
+    checkpoint = read_checkpoint(path)
+    state = state_dict_of(checkpoint, path)
+    found: dict[str, Any] = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": _sha256(path),
+        "format": file_format(path),
+        "layout": layout_of(checkpoint),
+        "holds": _holds(state),
+    }
+    architecture = architecture_of(encoder_weights(state))
+    if architecture is not None:
+        found |= {"variant": architecture.variant, "architecture": str(architecture), "options": architecture.options()}
+    found["parameters"] = sum(tensor.numel() for name, tensor in state.items() if not _is_statistic(name))
+    found["dtypes"] = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
+    if found["holds"] == "detector or segmentor":
+        found["parts"] = _sizes_of_parts(state)
+    if checkpoint.get("model_ema"):
+        found["ema"] = _compare(state, state_dict_of(checkpoint, path, key="model_ema"))
+    found |= {name: _number(checkpoint[name]) for name in _RECORDS if name in checkpoint}
+    if isinstance(checkpoint.get("classes"), list):
+        found["classes"] = list(map(str, checkpoint["classes"]))
+    found["training state"] = [key for key in ("optimizer", "lr_scheduler", "scaler") if checkpoint.get(key)]
+    return {key: value for key, value in found.items() if value not in ([], {})}
+
+
+def layout_of(checkpoint: Mapping[str, Any]) -> str:
+    """``TRAINER``, ``PUBLISHED``, ``OPENMMLAB``, or else ``WEIGHTS``, which may lie in one entry."""
+    if "state_dict" in checkpoint and "meta" in checkpoint:
+        return OPENMMLAB
+    if "model" in checkpoint and "max_accuray_ema" in checkpoint:
+        return PUBLISHED
+    if "model" in checkpoint and "max_accuracy" in checkpoint:
+        return TRAINER
+    return WEIGHTS
+
+
+def file_format(path: Path) -> str:
+    """What the file is written in."""
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    return "PyTorch (zip)" if zipfile.is_zipfile(path) else "PyTorch (before 1.6)"
+
+
+def text_of(found: Mapping[str, Any]) -> str:
+    """The inspection for people, a line per entry."""
+    lines = []
+    for key, value in found.items():
+        if key == "options":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {entry}" for name, entry in value.items())
+        elif isinstance(value, list):
+            shown = ", ".join(value[:5])
+            value = f"{shown}, ... ({len(value)})" if len(value) > 5 else shown
+        elif isinstance(value, int) and key in ("bytes", "parameters"):
+            value = f"{value:,}"
+        lines.append(f"{key + ':':<18}{value}")
+    return "\n".join(lines)
+
+
+def _holds(state: Mapping[str, Tensor]) -> str:
+    architecture = architecture_of(state)
+    if architecture is not None:
+        return "backbone" if architecture.num_classes is None else "classifier"
+    if architecture_of(encoder_weights(state)) is None:
+        return "weights of another model"
+    return "backbone" if all(name.startswith("backbone.") for name in state) else "detector or segmentor"
+
+
+def _is_statistic(name: str) -> bool:
+    """Whether an entry of a state dict is one of BatchNorm's running statistics, and no parameter."""
+    return name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
+
+
+def _sizes_of_parts(state: Mapping[str, Tensor]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for name, tensor in state.items():
+        if not _is_statistic(name):
+            part = name.partition(".")[0]
+            sizes[part] = sizes.get(part, 0) + tensor.numel()
+    return sizes
+
+
+def _compare(state: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> str:
+    if state.keys() != ema.keys() or any(state[name].shape != ema[name].shape for name in state):
+        return "yes, of another architecture than the model's"
+    changed = sum(not state[name].equal(ema[name]) for name in state)
+    return f"yes, {changed} of {len(state)} entries differ from the model's"
+
+
+def _number(value: Any) -> float | int | str:
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int | float) else str(value)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

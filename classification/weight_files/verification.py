@@ -1,0 +1,93 @@
+"""Digests that tell whether two files hold the same weights, and whether two machines compute the same with them."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...kernels import use_backend
+from ..models.architecture import Architecture, architecture_of
+from ..models.spatial_mamba import SpatialMamba, SpatialMambaBackbone
+from ..models.weights import (
+    WeightsError,
+    ema_state_dict_of,
+    encoder_weights,
+    load_strictly,
+    read_checkpoint,
+    state_dict_of,
+)
+
+IMAGE_SIZE = 224
+_STEPS = 10**6  # of the largest logit: far coarser than the roundings of float64, far finer than any change of a weight
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a file was found to hold.
+
+    Attributes:
+        architecture: read off the weights.
+        weights: digest of names, dtypes, shapes and values.
+        outputs: digest of the logits, or the feature maps of a backbone, for ``fixed_image``.
+        top5: the classes with the largest logits, for a classifier.
+    """
+
+    architecture: Architecture
+    weights: str
+    outputs: str
+    top5: tuple[int, ...]
+
+
+def verify_file(path: Path, ema: bool = False) -> Verification:
+    """Load a file strictly into the model it belongs to, and compute with it.
+
+    Of a detector or segmentor that is the backbone. The outputs are computed in float64 by the definitions of the
+    operators, and rounded, so that every machine finds the same digest.
+
+    Raises:
+        WeightsError: if the file cannot be read, holds no Spatial-Mamba, or does not fit one strictly.
+    """
+    checkpoint = read_checkpoint(path)
+    state = encoder_weights(ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path))
+    architecture = architecture_of(state)
+    if architecture is None:
+        raise WeightsError(f"{path}: holds no weights of Spatial-Mamba")
+    kind = SpatialMambaBackbone if architecture.num_classes is None else SpatialMamba
+    model = kind(**architecture.options())
+    load_strictly(model, state, path)
+    image = fixed_image(architecture.in_chans)
+    with torch.inference_mode(), use_backend("torch"):
+        outputs = model.double().eval()(image)
+    is_classifier = architecture.num_classes is not None
+    maps = (outputs,) if is_classifier else outputs
+    top5 = outputs[0].topk(min(5, outputs.shape[1])).indices.tolist() if is_classifier else ()
+    return Verification(architecture, weights_digest(state), outputs_digest(maps), tuple(top5))
+
+
+def fixed_image(channels: int) -> Tensor:
+    """The image (1, channels, 224, 224) in float64 that files are verified with: whole numbers, computed exactly."""
+    row, column = torch.arange(IMAGE_SIZE)[:, None], torch.arange(IMAGE_SIZE)
+    planes = [(row * row * (3 + c) + column * (7 + 2 * c) + row * column) % 251 for c in range(channels)]
+    return torch.stack(planes)[None].double() / 125 - 1
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights in the order of their names, whatever file they lie in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def outputs_digest(outputs: tuple[Tensor, ...]) -> str:
+    """SHA-256 of tensors in float64, each rounded to a millionth of its largest magnitude."""
+    digest = hashlib.sha256()
+    for output in outputs:
+        scale = output.abs().max().clamp(min=torch.finfo(output.dtype).tiny)
+        digest.update((output / scale * _STEPS).round().long().contiguous().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,438 @@
+"""Checkpoint files for people: inspection, conversion, verification, the Hub's folders, classifying images."""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+from yacs.config import CfgNode
+
+from spatial_mamba import SpatialMamba, SpatialMambaBackbone
+from spatial_mamba.classification import prediction
+from spatial_mamba.classification.models import WeightsError
+from spatial_mamba.classification.models.architecture import architecture_of
+from spatial_mamba.classification.models.trained import load_classifier
+from spatial_mamba.classification.models.weights import read_checkpoint, state_dict_of
+from spatial_mamba.classification.weight_files import command
+from spatial_mamba.classification.weight_files.verification import fixed_image, outputs_digest, weights_digest
+
+MICRO = dict(dims=8, depths=(1, 1, 1, 1), num_classes=5)
+Capture = pytest.CaptureFixture[str]
+
+
+def classifier(seed: int = 0, **changes: Any) -> SpatialMamba:
+    torch.manual_seed(seed)
+    return SpatialMamba(**MICRO | changes).eval()
+
+
+def published(model: SpatialMamba, ema: SpatialMamba) -> dict[str, Any]:
+    """A training checkpoint laid out as the published ones are."""
+    config = CfgNode({"MODEL": {"TYPE": "spatial_mamba"}, "DATA": {"IMG_SIZE": 48}, "TEST": {"CROP": False}})
+    return dict(
+        model=model.state_dict(),
+        model_ema=ema.state_dict(),
+        optimizer={"state": {}, "param_groups": []},
+        lr_scheduler={"base": 1.0},
+        scaler={},
+        epoch=299,
+        max_accuracy=np.float64(83.4),
+        max_accuray_ema=np.float64(83.5),
+        steps=375_000,
+        config=config,
+    )
+
+
+def detector(state: dict[str, Tensor]) -> dict[str, Any]:
+    """A checkpoint laid out as mmengine writes a detector's, with NumPy's numbers and arrays in it."""
+    weights = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    weights["bbox_head.weight"] = torch.ones(3)
+    log = {"scalar": np.float64(0.5), "array": np.arange(3.0)}
+    return {"meta": {"epoch": 12}, "state_dict": weights, "message_hub": log}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file of every kind."""
+    folder = tmp_path_factory.mktemp("files")
+    model, ema = classifier(0), classifier(1)
+    torch.save(published(model, ema), folder / "published.pth")
+    torch.save({"model": model.state_dict(), "classes": list("abcde")}, folder / "ours.pth")
+    torch.save(model.state_dict(), folder / "bare.pth")
+    torch.manual_seed(0)
+    backbone = SpatialMambaBackbone(dims=8, depths=(1, 1, 1, 1), out_indices=(1, 3))
+    torch.save(detector(backbone.state_dict()), folder / "detector.pth")
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return command.main([str(argument) for argument in arguments])
+
+
+def inspect(path: Path, capsys: Capture) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run("inspect", path, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# --- inspection
+
+
+@pytest.mark.parametrize(
+    ("options", "fusion"),
+    [
+        ({}, ((1, 3, 5), (3, 3, 3))),
+        ({"fusion_dilations": ()}, ((), ())),
+        ({"fusion_dilations": (11, 2, 3), "fusion_kernel_sizes": (3, 5, 1)}, ((2, 3, 11), (5, 1, 3))),
+        ({"fusion_dilations": (1, 1), "fusion_kernel_sizes": (5, 3)}, ((1, 1), (3, 5))),
+        ({"mlp_ratio": 2.0, "in_chans": 1, "num_classes": 0, "depths": (1, 2)}, ((1, 3, 5), (3, 3, 3))),
+    ],
+)
+def test_the_architecture_is_read_off_the_weights(options: dict[str, Any], fusion: tuple[Any, Any]) -> None:
+    model = classifier(**options)
+    state = dict(sorted(model.state_dict().items()))  # as safetensors orders them
+    architecture = architecture_of(state)
+    assert (architecture.fusion_dilations, architecture.fusion_kernel_sizes) == fusion
+    again = SpatialMamba(**architecture.options()).eval()
+    again.load_state_dict(state, strict=True)
+    x = torch.randn(1, model.in_chans, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_the_published_variants_are_known_by_their_weights() -> None:
+    with torch.device("meta"):
+        found = {
+            variant: architecture_of(timm.create_model(f"spatial_mamba_{variant}").state_dict()).variant
+            for variant in ("tiny", "small", "base")
+        }
+    assert all(variant == name for variant, name in found.items())
+    assert architecture_of(classifier().state_dict()).variant == "custom"
+    assert architecture_of({"layers.0.weight": torch.ones(1)}) is None
+
+
+def test_inspection_tells_what_is_in_a_file(files: Path, capsys: Capture) -> None:
+    found = inspect(files / "published.pth", capsys)
+    assert found["layout"] == "published"
+    assert found["holds"] == "classifier"
+    assert found["parameters"] == sum(p.numel() for p in classifier().parameters())
+    assert found["epoch"] == 299 and found["max_accuray_ema"] == 83.5
+    assert found["ema"].startswith("yes, ")
+    assert found["training state"] == ["optimizer", "lr_scheduler"]
+    assert found["bytes"] == (files / "published.pth").stat().st_size
+
+    assert inspect(files / "ours.pth", capsys)["classes"] == list("abcde")
+    found = inspect(files / "detector.pth", capsys)
+    assert (found["layout"], found["holds"]) == ("openmmlab", "detector or segmentor")
+    assert found["parts"]["bbox_head"] == 3
+    assert found["options"]["out_indices"] == [1, 3]
+
+    assert run("inspect", files / "bare.pth") == 0
+    text = capsys.readouterr().out
+    assert "layout:           weights" in text and "5 classes" in text
+
+
+def test_a_checkpoint_of_another_model_is_told_apart(tmp_path: Path, capsys: Capture) -> None:
+    torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "other.pth")
+    assert inspect(tmp_path / "other.pth", capsys)["holds"] == "weights of another model"
+    for arguments in (("verify",), ("convert", tmp_path / "out.pth")):
+        assert run(arguments[0], tmp_path / "other.pth", *arguments[1:]) == 2
+        assert capsys.readouterr().err == f"error: {tmp_path / 'other.pth'}: holds no weights of Spatial-Mamba\n"
+
+
+# --- conversion
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_a_published_checkpoint_becomes_a_classifier(files: Path, tmp_path: Path, ema: bool, ending: str) -> None:
+    target = tmp_path / f"classifier{ending}"
+    assert run("convert", files / "published.pth", target, *(["--ema"] if ema else [])) == 0
+    loaded = load_classifier(target)
+    assert weights_digest(loaded.model.state_dict()) == weights_digest(classifier(int(ema)).state_dict())
+    assert (loaded.preprocessing.image_size, loaded.preprocessing.crop) == (48, False)
+    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+
+
+@pytest.mark.parametrize("source", ["published.pth", "ours.pth", "bare.pth", "detector.pth"])
+@pytest.mark.parametrize("layout", ["backbone", "openmmlab"])
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_backbones_take_every_layout(files: Path, tmp_path: Path, source: str, layout: str, ending: str) -> None:
+    target = tmp_path / f"backbone{ending}"
+    assert run("convert", files / source, target, "--to", layout) == 0
+    options = dict(dims=8, depths=(1, 1, 1, 1), out_indices=(1, 3))
+    taken = SpatialMambaBackbone(**options, pretrained=target).state_dict()
+    directly = SpatialMambaBackbone(**options, pretrained=files / source).state_dict()
+    assert weights_digest(taken) == weights_digest(directly)
+    expected = state_dict_of(read_checkpoint(files / source), source)
+    name = "layers.2.blocks.0.self_attention.Ds"
+    assert torch.equal(taken[name], expected.get(name, expected.get(f"backbone.{name}")))
+
+
+def test_training_checkpoints_go_to_the_published_layout_and_back(files: Path, tmp_path: Path, capsys: Capture) -> None:
+    ours, back = tmp_path / "ours.pth", tmp_path / "back.pth"
+    assert run("convert", files / "published.pth", ours, "--to", "trainer") == 0
+    assert run("convert", ours, back, "--to", "published") == 0
+    assert inspect(ours, capsys)["layout"] == "trainer"
+    before, after = read_checkpoint(files / "published.pth"), read_checkpoint(back)
+    assert before.keys() - after.keys() == set()
+    for key in ("model", "model_ema"):
+        assert weights_digest(before[key]) == weights_digest(after[key])
+    for key in ("epoch", "steps", "max_accuracy", "max_accuray_ema", "optimizer", "lr_scheduler", "config"):
+        assert before[key] == after[key]
+    with zipfile.ZipFile(back) as archive:
+        [pickled] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        assert b"yacs.config\nCfgNode" in archive.read(pickled)  # the published code reads its attributes
+
+
+def test_conversion_refuses_what_cannot_be(files: Path, tmp_path: Path, capsys: Capture) -> None:
+    def refused(*arguments: object) -> str:
+        capsys.readouterr()
+        assert run("convert", *arguments) == 2
+        output = capsys.readouterr().err
+        assert output.count("\n") == 1
+        return output
+
+    published_file, target = files / "published.pth", tmp_path / "out.safetensors"
+    assert "must end in .safetensors, .pth" in refused(published_file, tmp_path / "out.onnx")
+    assert "holds weights alone; a trainer checkpoint" in refused(published_file, target, "--to", "trainer")
+    assert "is the file to convert" in refused(published_file, published_file)
+    assert "holds no EMA weights" in refused(files / "ours.pth", target, "--ema")
+    assert "holds a backbone without a classifier" in refused(files / "detector.pth", target)
+    assert "cannot be written" in refused(published_file, tmp_path / "absent" / "out.pth")
+    assert not target.exists()
+
+
+# --- verification
+
+
+def test_verification_knows_weights_whatever_file_they_lie_in(files: Path, tmp_path: Path, capsys: Capture) -> None:
+    run("convert", files / "published.pth", tmp_path / "model.safetensors")
+    digests = []
+    for path in (files / "published.pth", files / "bare.pth", tmp_path / "model.safetensors"):
+        capsys.readouterr()
+        assert run("verify", path) == 0
+        digests.append([line.split()[2] for line in capsys.readouterr().out.splitlines() if "sha256" in line])
+    assert digests[0] == digests[1] == digests[2]
+    with torch.no_grad():
+        logits = classifier().double()(fixed_image(3))
+    assert digests[0][1] == outputs_digest((logits,)) == outputs_digest((logits * (1 + 1e-12),))
+
+    capsys.readouterr()
+    assert run("verify", files / "published.pth", "--ema", "--expect", digests[0][1]) == 2
+    assert "the digest of its outputs is" in capsys.readouterr().err
+    assert run("verify", files / "published.pth", "--expect", digests[0][1][:12].upper()) == 0
+    assert run("verify", files / "detector.pth") == 0  # its backbone
+    assert run("verify", files / "published.pth", "--variant", "tiny") == 2
+    assert "holds custom (dims 8" in capsys.readouterr().err
+
+
+# --- unusable files
+
+
+class LeavesATrace:
+    """Unpickled carelessly, it runs a function of its writer's choice: here one that makes a folder."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda source, path: None, "no such checkpoint file"),
+        (lambda source, path: path.touch(), "the file is empty"),
+        (lambda source, path: path.write_bytes(source.read_bytes()[:-9000]), "truncated"),
+        (lambda source, path: path.write_text("no weights"), "not a PyTorch checkpoint"),
+        (
+            lambda source, path: torch.save({"config": LeavesATrace(path.parent / "trace")}, path),
+            "refused, because it asks to load posix.mkdir",
+        ),
+    ],
+    ids=["missing", "empty", "truncated", "text", "malicious"],
+)
+@pytest.mark.parametrize("use", ["inspect", "verify", "convert", "classify"])
+def test_an_unusable_file_gets_one_line(
+    files: Path, tmp_path: Path, capsys: Capture, write: Callable[[Path, Path], None], message: str, use: str
+) -> None:
+    path = tmp_path / "weights.pth"
+    write(files / "bare.pth", path)
+    if use == "classify":
+        Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+        status = prediction.main([str(tmp_path / "image.png"), "--checkpoint", str(path)])
+    else:
+        status = run(use, path, *([tmp_path / "out.pth"] if use == "convert" else []))
+    output = capsys.readouterr().err
+    assert status == 2
+    assert output.startswith(f"error: {path}: ") and message in output and output.count("\n") == 1
+    assert not (tmp_path / "trace").exists() and not (tmp_path / "out.pth").exists()
+
+
+def test_a_damaged_safetensors_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(WeightsError, match=r"model\.safetensors: not a safetensors file, or a truncated one"):
+        read_checkpoint(path)
+
+
+# --- folders of the Hub, and timm's
+
+
+@pytest.mark.parametrize("options", [{}, {"fusion_dilations": (2,), "num_classes": 7}], ids=["default", "changed"])
+def test_a_saved_folder_gives_the_same_model(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = classifier(**options)
+    model.reset_classifier(3)
+    model.save_pretrained(tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    again = SpatialMamba.from_pretrained(tmp_path / "model")
+    assert again.num_classes == 3 and not again.training
+    assert weights_digest(again.state_dict()) == weights_digest(model.state_dict())
+
+
+def test_a_backbone_is_saved_without_the_path_it_came_from(files: Path, tmp_path: Path) -> None:
+    model = SpatialMambaBackbone(dims=8, depths=(1, 1, 1, 1), pretrained=str(files / "bare.pth"))
+    model.save_pretrained(tmp_path / "model")
+    assert "pretrained" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    again = SpatialMambaBackbone.from_pretrained(tmp_path / "model")
+    assert weights_digest(again.state_dict()) == weights_digest(model.state_dict())
+
+
+def test_the_hub_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded = {}
+
+    class Api:
+        """Takes a folder as the Hub does."""
+
+        def __init__(self, **_: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: object) -> Any:
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id: str, folder_path: Path, **_: object) -> str:
+            shutil.copytree(folder_path, tmp_path / "hub")
+            uploaded["to"] = repo_id
+            return "commit"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    model = classifier()
+    model.push_to_hub("someone/spatial-mamba-micro")
+    assert uploaded == {"to": "someone/spatial-mamba-micro"}
+    again = SpatialMamba.from_pretrained(tmp_path / "hub")
+    assert weights_digest(again.state_dict()) == weights_digest(model.state_dict())
+
+
+def test_a_folder_whose_weights_do_not_fit_its_config_is_refused(tmp_path: Path) -> None:
+    classifier().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dims": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"model\.safetensors: holds another model, custom \(dims 8"):
+        SpatialMamba.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="a fused model cannot be saved"):
+        classifier().fuse().save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["checkpoint_path", "pretrained file", "local-dir"])
+def test_timm_loads_our_files(files: Path, tmp_path: Path, how: str) -> None:
+    model = timm.create_model("spatial_mamba_tiny", **MICRO)
+    if how == "local-dir":
+        timm.models.save_for_hf(model, tmp_path, model_args=MICRO)
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        expected = model
+    elif how == "checkpoint_path":  # timm takes the EMA weights, where there are any
+        loaded = timm.create_model("spatial_mamba_tiny", **MICRO, checkpoint_path=files / "published.pth")
+        expected = classifier(1)
+    else:
+        source = dict(file=str(files / "bare.pth"), num_classes=5)
+        loaded = timm.create_model(
+            "spatial_mamba_tiny", pretrained=True, pretrained_cfg_overlay=source, **MICRO | {"num_classes": 9}
+        )
+        assert loaded.num_classes == 9
+        loaded.reset_classifier(0)
+        expected = classifier()
+        expected.reset_classifier(0)
+    assert weights_digest(loaded.state_dict()) == weights_digest(expected.state_dict())
+
+
+# --- classifying images
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg", "c.PNG"):
+        Image.fromarray(generator.integers(0, 255, (40, 56, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def classify(*arguments: object) -> int:
+    return prediction.main([str(argument) for argument in arguments])
+
+
+def test_images_are_classified(files: Path, images: Path, capsys: Capture) -> None:
+    ours = ("--checkpoint", files / "ours.pth")
+    assert classify(images, images / "*.png", images / "a.png", *ours, "--json", "--top-k", "9") == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(result["image"]).name for result in results] == ["a.png", "b.jpg", "c.PNG", "a.png", "a.png"]
+    assert results[0] == results[3] == results[4]
+
+    loaded = load_classifier(files / "ours.pth")
+    with Image.open(images / "b.jpg") as image, torch.no_grad():
+        shares = loaded.model(loaded.preprocessing.transform()(image.convert("RGB"))[None])[0].softmax(0)
+    for entry in results[1]["classes"]:
+        assert entry["probability"] == pytest.approx(shares[entry["index"]].item(), rel=1e-4)
+        assert entry["name"] == "abcde"[entry["index"]]
+    order = [entry["probability"] for entry in results[1]["classes"]]
+    assert order == sorted(order, reverse=True) and len(order) == 5
+
+    assert classify(images / "a.png", "--checkpoint", files / "published.pth", "--ema", "--top-k", "2") == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"{images / 'a.png'}: class ") and line.count("%") == 2
+
+
+def test_class_names_come_from_a_file_the_checkpoint_or_imagenet(files: Path, tmp_path: Path) -> None:
+    names = prediction.class_names
+    listed = tmp_path / "names.txt"
+    listed.write_text("v\nw\nx\ny\nz\n")
+    assert names(load_classifier(files / "ours.pth"), listed) == list("vwxyz")
+    imagenet = prediction.TrainedClassifier(classifier(num_classes=1000))
+    assert names(imagenet)[207] == "golden retriever"
+    synsets = prediction.TrainedClassifier(classifier(num_classes=2), class_names=("n02099601", "mine"))
+    assert names(synsets) == ["golden retriever", "mine"]
+
+
+def test_wrong_images_and_names_get_one_line(files: Path, images: Path, tmp_path: Path, capsys: Capture) -> None:
+    ours = ("--checkpoint", files / "ours.pth")
+    empty, listed, damaged = tmp_path / "empty", tmp_path / "names.txt", images / "damaged.png"
+    empty.mkdir()
+    listed.write_text("one\ntwo\n")
+    damaged.write_bytes((images / "a.png").read_bytes()[:300])
+    for arguments, message in (
+        ((images / "absent.png",), "no such image or folder"),
+        ((images / "notes.txt",), "not an image file"),
+        ((empty,), "no images in this folder"),
+        ((images / "x*.png",), "no image matches this pattern"),
+        ((images / "a.png", "--classes", listed), "has 2 lines, the model 5 classes"),
+        ((images / "a.png", "--top-k", "0"), "must be a whole number of at least 1"),
+    ):
+        assert classify(*arguments, *ours) == 2
+        output = capsys.readouterr()
+        assert message in output.err and output.err.count("\n") == 1 and not output.out
+
+    assert classify(damaged, images / "a.png", *ours) == 2  # the others are classified all the same
+    output = capsys.readouterr()
+    assert f"{images / 'a.png'}: " in output.out
+    assert "damaged.png: cannot be read as an image" in output.err and "1 of 2 images could not be read" in output.err
