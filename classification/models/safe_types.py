@@ -43,23 +43,22 @@ def safe_types() -> list[Admitted]:
 
 
 @contextmanager
-def only_safe_types() -> Iterator[None]:
-    """Let ``torch.load`` take safe types and the histories of mmengine, and nothing else that the process admits.
-
-    Of two stand-ins under one name PyTorch would take any.
-    """
-    admitted = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([*safe_types(), *history_types(ForgottenHistory)])
+def safe_types_admitted() -> Iterator[None]:
+    """Let ``torch.load`` take safe types, and histories of mmengine, of which nothing is kept unless it is at work."""
+    before = torch.serialization.get_safe_globals()
+    admit_for_good([*safe_types(), *history_types(ForgottenHistory)])
     try:
         yield
     finally:
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(admitted)
+        torch.serialization.add_safe_globals(before)
 
 
 def admit_for_good(types: list[Admitted]) -> None:
-    """Let ``torch.load`` take types in this process, from now on; what it takes already under their names it keeps."""
+    """Let ``torch.load`` take types in this process, from now on, but for names that it takes already.
+
+    Of two stand-ins under one name PyTorch would take any.
+    """
     known = {
         kind[1] if isinstance(kind, tuple) else f"{kind.__module__}.{kind.__qualname__}"
         for kind in torch.serialization.get_safe_globals()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .architecture import architecture_of
-from .safe_types import only_safe_types
+from .safe_types import safe_types_admitted
 
 METADATA_KEY = "spatial_mamba"  # of what a safetensors file of this project tells in JSON beside its weights
 CLASSIFIER_ONLY = ("norm.weight", "norm.bias", "head.weight", "head.bias")  # what backbones leave out
@@ -46,7 +46,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        with only_safe_types():
+        with safe_types_admitted():
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path}: not a safetensors file, or a truncated one; download or save it again") from error
