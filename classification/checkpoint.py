@@ -161,7 +161,7 @@ def _ema_state(checkpoint: dict[str, Any], path: Path) -> dict[str, torch.Tensor
 
 def _fit_head(model: nn.Module, state: dict[str, torch.Tensor], path: Path, finetune: bool) -> dict[str, torch.Tensor]:
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
-    if "head.weight" not in state or state["head.weight"].shape == own["head.weight"].shape:
+    if "head.weight" not in state or len(state["head.weight"]) == len(own["head.weight"]):
         return state
     if not finetune:
         raise InputError(

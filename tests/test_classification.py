@@ -24,9 +24,10 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
+from spatial_mamba import SpatialMamba
 from spatial_mamba.classification import complexity, engine, trainer
 from spatial_mamba.classification.checkpoint import BEST, BEST_EMA, LATEST, save_checkpoint
-from spatial_mamba.classification.config import load_config
+from spatial_mamba.classification.config import CONFIG_FOLDER, load_config
 from spatial_mamba.classification.data import (
     EvalSampler,
     ImageData,
@@ -40,6 +41,7 @@ from spatial_mamba.classification.digits import write_digits
 from spatial_mamba.classification.distributed import Process
 from spatial_mamba.classification.errors import InputError
 from spatial_mamba.classification.main import main
+from spatial_mamba.classification.models.architecture import architecture_of
 from spatial_mamba.classification.models.weights import read_checkpoint
 from spatial_mamba.classification.optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
 from spatial_mamba.classification.readers import CachedReader, open_split
@@ -768,6 +770,12 @@ def truncate_checkpoint(folder: Path) -> list[str]:
     return ["--pretrained", str(folder / "torn.pth")]
 
 
+def other_variant(folder: Path) -> list[str]:
+    state = SpatialMamba(dims=8, depths=(1,), num_classes=3, fusion_dilations=()).state_dict()
+    torch.save({"model": state}, folder / "other.pth")
+    return ["--pretrained", str(folder / "other.pth")]
+
+
 WRONG = {
     # options
     "unknown option": (add("--batchsize", "4"), "unrecognized arguments: --batchsize 4"),
@@ -843,6 +851,10 @@ WRONG = {
     "list as checkpoint": (damage_checkpoint([1]), "holds a list, not a checkpoint dictionary"),
     "no weights": (damage_checkpoint({"epoch": 3}), "found no model weights"),
     "other weights": (damage_checkpoint({"model": {"x": torch.zeros(1)}}), "does not fit this model"),
+    "other variant": (
+        other_variant,
+        "other.pth: holds another model, custom (dims 8, depths 1, fusion none; 3 classes), than the one that is to",
+    ),
     "other classifier": (rewrap_checkpoint, "its classifier has 7 classes, this run has 3; to train a new classifier"),
     "resume without optimiser": (drop_optimizer, "cannot resume, it holds no optimizer"),
 }
@@ -951,3 +963,28 @@ def test_wheel_works_on_its_own(tmp_path: Path) -> None:
         check=True,
     )
     assert "552,337" in result.stdout
+
+
+ABLATIONS = {
+    "no_fusion": "none",
+    "dilations_1": "3x3 dilation 1",
+    "dilations_1_3": "3x3 dilation 1, 3x3 dilation 3",
+    "dilations_1_3_5_7": "3x3 dilation 1, 3x3 dilation 3, 3x3 dilation 5, 3x3 dilation 7",
+    "kernel_5": "5x5 dilation 1",
+    "kernel_7": "7x7 dilation 1",
+}
+
+
+def test_ablations_are_configs() -> None:
+    folder = CONFIG_FOLDER / "ablations"
+    assert {path.stem.removeprefix("spatialmamba_tiny_") for path in folder.iterdir()} == set(ABLATIONS)
+    for name, fusion in ABLATIONS.items():
+        config, _ = load_config(f"ablations/spatialmamba_tiny_{name}")
+        with torch.device("meta"):
+            architecture = architecture_of(build_model(config, 1000).state_dict())
+        assert (architecture.fusion, architecture.depths) == (fusion, (2, 4, 8, 4))
+        assert f"spatialmamba_tiny_{name}" == config.MODEL.NAME and config.AUG.MESA == 1.0
+    for value, message in (("[0]", "fusion_dilations must be positive"), ("['a']", "must be a list of whole numbers")):
+        with pytest.raises(InputError, match=message):
+            config, _ = load_config("spatialmamba_tiny", [("MODEL.SPATIAL_MAMBA.FUSION_DILATIONS", value)])
+            build_model(config, 10)

@@ -447,6 +447,35 @@ def test_metadata_names_the_published_accuracy(variant: str) -> None:
     assert (cfg.crop_pct, cfg.interpolation, cfg.license) == (0.875, "bicubic", "apache-2.0")
 
 
+def test_timms_training_and_validation_take_the_model(tmp_path: Path) -> None:
+    """The calls that timm's train.py and validate.py make, in their order."""
+    options = dict(num_classes=4, in_chans=3, drop_rate=0.0, drop_path_rate=0.1, global_pool=None, bn_momentum=None)
+    model = timm.create_model("spatial_mamba_tiny", pretrained=False, **MICRO | options, checkpoint_path="")
+    model.set_grad_checkpointing(enable=True)
+    data = timm.data.resolve_data_config({"img_size": 32}, model=model)
+    assert (data["input_size"], data["crop_pct"], data["mean"]) == ((3, 32, 32), 0.875, (0.485, 0.456, 0.406))
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.5)
+    scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
+    assert scales == [0.5**n for n in range(5, -1, -1)]  # the stem, four blocks, the head
+    ema = ModelEmaV3(model, decay=0.5)
+    saver = timm.utils.CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+    x, target = images(4, 3, 32, 32), torch.arange(4)
+    losses = []
+    for epoch in range(3):
+        loss = F.cross_entropy(model.train()(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(model)
+        losses.append(loss.item())
+        saver.save_checkpoint(epoch, metric=-loss.item())
+    assert losses[-1] < losses[0]
+    best = tmp_path / "model_best.pth.tar"
+    validated = timm.create_model("spatial_mamba_tiny", **MICRO | options, checkpoint_path=best)  # of its EMA
+    with torch.no_grad():
+        torch.testing.assert_close(validated.eval()(x), ema.module.eval()(x))
+
+
 # --- ablations of the fusion
 
 
