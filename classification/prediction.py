@@ -1,6 +1,5 @@
 """Classifies images, a line each: ``python -m spatial_mamba IMAGE ... --checkpoint FILE``."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+from ..kernels.benchmark.options import whole_number
 from .command_line import Parser, chosen_device, run_command
 from .errors import InputError
 from .models.image_files import ImageFileError, find_images, read_image
@@ -126,13 +126,7 @@ def _parser() -> Parser:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights; they tell the variant")
     parser.add_argument("--ema", action="store_true", help="take the EMA weights of the checkpoint")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, a line each")
-    parser.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes per image (default: 5)")
+    parser.add_argument("--top-k", type=whole_number, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object per image")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)

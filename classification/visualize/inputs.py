@@ -1,0 +1,57 @@
+"""The images that pictures are made of: as the model gets them, and as people see them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.image_files import find_images, read_image
+from ..models.preprocessing import NORMALISATION, Preprocessing
+from ..models.trained import TrainedClassifier
+
+
+def preprocessing_at(classifier: TrainedClassifier, size: int | None) -> Preprocessing:
+    """How images are brought to the model; ``size`` in pixels replaces that of its evaluation."""
+    return classifier.preprocessing if size is None else replace(classifier.preprocessing, image_size=size)
+
+
+def single_image(path: Path) -> Path:
+    """The one image that a path or pattern names.
+
+    Raises:
+        ImageFileError: if there is none.
+        InputError: if there are several.
+    """
+    found = find_images([path])
+    if len(found) > 1:
+        raise InputError(f"{path}: {len(found)} images; name one of them, such as {found[0]}")
+    return found[0]
+
+
+def model_input(classifier: TrainedClassifier, paths: Sequence[Path], size: int | None = None) -> Tensor:
+    """Image files as a batch (B, 3, size, size), normalised, on the model's device.
+
+    Raises:
+        ImageFileError: for a file that cannot be read.
+        InputError: for a model of other images than RGB.
+    """
+    require_rgb(classifier)
+    transform = preprocessing_at(classifier, size).transform()
+    batch = torch.stack([transform(read_image(path)) for path in paths])
+    return batch.to(next(classifier.model.parameters()).device)
+
+
+def require_rgb(classifier: TrainedClassifier) -> None:
+    """Raise InputError for a model of other images than RGB."""
+    if classifier.model.in_chans != 3:
+        raise InputError(f"the model takes images of {classifier.model.in_chans} channels; RGB is needed")
+
+
+def visible_image(normalised: Tensor) -> np.ndarray:
+    """A normalised image (3, H, W) as RGB (H, W, 3) from 0 to 1."""
+    mean, std = (torch.tensor(NORMALISATION[name])[:, None, None] for name in ("mean", "std"))
+    return (normalised.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()

@@ -1,0 +1,158 @@
+"""Looks into one state-space layer: what its scan gets for an image, and its states before and after fusion."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels import depthwise_conv, selective_scan, state_fusion
+from ..errors import InputError
+from ..models import SpatialMamba
+
+
+@dataclass(frozen=True)
+class ScanLayer:
+    """What the scan of one layer gets for one image of H x W = L tokens, row by row; all in float64, on the CPU.
+
+    ``h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t``, ``y = C SASF(h) + skip u`` (arXiv 2410.15091, section 4.1),
+    for D channels with one state each.
+
+    Attributes:
+        u: (D, L), the tokens.
+        delta: (D, L), the steps, positive.
+        A: (D,), negative.
+        B: (L,), the same for all channels.
+        C: (L,), likewise.
+        skip: (D,), called D in the equation.
+        kernels: of the fusion, each (D, 1, k, k); one 1x1 kernel of ones where the model fuses nothing.
+        alpha: one weight per kernel.
+        dilations: one per kernel.
+        height: H.
+        width: W.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    skip: Tensor
+    kernels: tuple[Tensor, ...]
+    alpha: Tensor
+    dilations: tuple[int, ...]
+    height: int
+    width: int
+
+    @property
+    def channels(self) -> int:
+        """D."""
+        return len(self.A)
+
+    def states(self) -> Tensor:
+        """The states h that the scan makes, (D, H, W)."""
+        h = selective_scan(self.u[None], self.delta[None], self.A[:, None], self.B[None, None])  # (1, D, 1, L)
+        return h[0, :, 0].unflatten(1, (self.height, self.width))
+
+    def fused_states(self) -> Tensor:
+        """The states h' that the output is read from, (D, H, W)."""
+        return state_fusion(self.states()[None], self.kernels, self.alpha, self.dilations)[0]
+
+
+def parse_layer(text: str | None, model: SpatialMamba, default_stage: int) -> tuple[int, int]:
+    """Stage and block that ``"STAGE.BLOCK"`` names, both from 0; for None the last block of a default stage.
+
+    Raises:
+        InputError: for a layer that the model does not have.
+    """
+    depths = [len(stage.blocks) for stage in model.layers]
+    if text is None:
+        stage = min(default_stage, len(depths) - 1)
+        return stage, depths[stage] - 1
+    if match := re.fullmatch(r"(\d+)\.(\d+)", text):
+        stage, block = map(int, match.groups())
+        if stage < len(depths) and block < depths[stage]:
+            return stage, block
+    last = ", ".join(f"{stage}.{depth - 1}" for stage, depth in enumerate(depths))
+    raise InputError(f"--layer {text}: must be STAGE.BLOCK, both from 0; the last blocks of the stages are {last}")
+
+
+def read_layer(model: SpatialMamba, image: Tensor, stage: int, block: int) -> ScanLayer:
+    """Run the model on an image and take down what the scan of one layer gets.
+
+    Args:
+        model: in evaluation mode, not fused.
+        image: (1, 3, height, width), normalised.
+        stage: from 0.
+        block: of the stage, from 0.
+    """
+    ssm = model.layers[stage].blocks[block].self_attention
+    received: list[Tensor] = []
+    hook = ssm.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        hook.remove()
+    (tokens,) = received  # (1, H, W, C)
+
+    # The definition of kernels.spatial_mixer, up to the scan.
+    with torch.no_grad():
+        x, _ = ssm.in_proj(tokens).chunk(2, dim=-1)  # (1, H, W, D)
+        u = depthwise_conv(x, ssm.conv2d.weight, ssm.conv2d.bias, "silu")
+        r, B, C = _exact(F.linear(u, ssm.x_proj_weight)).split([ssm.dt_rank, 1, 1], dim=-1)
+        step_weight, step_bias, A_log, skip = map(_exact, (ssm.dt_projs_weight, ssm.dt_projs_bias, ssm.A_logs, ssm.Ds))
+        delta = F.softplus(F.linear(r, step_weight, step_bias))  # (1, H, W, D)
+        kernels, alpha, dilations = ssm.state_fusion.branches(ssm.Ds)
+        return ScanLayer(
+            u=_exact(u).flatten(0, 2).T.contiguous(),
+            delta=delta.flatten(0, 2).T.contiguous(),
+            A=-torch.exp(A_log.squeeze(1)),
+            B=B.flatten(),
+            C=C.flatten(),
+            skip=skip,
+            kernels=tuple(map(_exact, kernels)),
+            alpha=_exact(alpha),
+            dilations=tuple(dilations),
+            height=tokens.shape[1],
+            width=tokens.shape[2],
+        )
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().cpu()
+
+
+def fusion_change(before: Tensor, after: Tensor) -> Tensor:
+    """How much fusion changes the pattern of each channel: 1 minus the correlation over the map of h and h'.
+
+    It is 0 where fusion only scales and shifts, as it does to a map of one value.
+
+    Args:
+        before: (D, H, W).
+        after: (D, H, W).
+
+    Returns:
+        (D,), from 0 to 2.
+    """
+    correlation = (standardised(before) * standardised(after)).mean(dim=(1, 2))
+    constant = (_spread(before) == 0) | (_spread(after) == 0)
+    return torch.where(constant, 0.0, 1 - correlation)
+
+
+def most_changed(change: Tensor, count: int) -> Sequence[int]:
+    """The channels that change most, from the first on; all of them if there are fewer than ``count``."""
+    return change.topk(min(count, len(change))).indices.tolist()
+
+
+def standardised(maps: Tensor) -> Tensor:
+    """Maps (D, H, W) less their means, over their standard deviations; 0 where a map has one value."""
+    spread = _spread(maps)
+    spread = torch.where(spread == 0, 1.0, spread)
+    return (maps - maps.mean(dim=(1, 2), keepdim=True)) / spread[:, None, None]
+
+
+def _spread(maps: Tensor) -> Tensor:
+    return maps.flatten(1).std(dim=1, correction=0)
