@@ -9,7 +9,7 @@ RUN := output/spatialmamba_digits/demo
 # On the CPU everywhere: two processes would need two GPUs.
 MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
-.PHONY: demo demo-detection demo-segmentation test lint gpu figure clean
+.PHONY: demo demo-detection demo-segmentation test test-timm lint gpu docs figure clean
 
 # Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
 demo: .venv/ready $(LIBRARIES)
@@ -29,6 +29,10 @@ demo-segmentation: .venv/openmmlab $(LIBRARIES)
 test: .venv/openmmlab $(LIBRARIES) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# timm's own model tests, from its source distribution, on the models of this project.
+test-timm: .venv/ready $(LIBRARIES)
+	$(BIN)/python tests/timm_suite.py
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,6 +41,10 @@ lint: .venv/ready
 # are: no environment is made, nothing is downloaded.
 gpu:
 	$(PYTHON) kernels/gpu_check.py $(OUT)
+
+# Write the API pages anew, from the docstrings.
+docs: .venv/ready
+	$(BIN)/python tests/api_pages.py
 
 # Redraw the README's figure.
 figure: .venv/ready

@@ -941,7 +941,7 @@ def test_complexity_command(variant: str, parameters: int, gflops: float, capsys
 
 
 def test_wheel_works_on_its_own(tmp_path: Path) -> None:
-    """Configs are inside, tests are not, and a shipped config is found by its name from an installed wheel."""
+    """Configs are inside, tests are not, and commands and shipped configs are found by name in an installed wheel."""
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".git", ".venv", "tests", "build", "output", "data", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=ignored)
@@ -952,17 +952,24 @@ def test_wheel_works_on_its_own(tmp_path: Path) -> None:
     assert {f"spatial_mamba/configs/classification/spatialmamba_{v}.yaml" for v in ("tiny", "small", "base")} < set(
         names
     )
+    commands = {path.name for path in (ROOT / "classification" / "commands").glob("*.py")}
+    assert {f"spatial_mamba/classification/commands/{name}" for name in commands} < set(names)
     assert not [name for name in names if "tests" in name]
     subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
-    result = subprocess.run(
-        [sys.executable, "-m", "spatial_mamba.classification.complexity", "--cfg", "spatialmamba_digits"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "552,337" in result.stdout
+    for arguments, expected in (
+        (["spatial_mamba.classification.complexity", "--cfg", "spatialmamba_digits"], "552,337"),
+        (["spatial_mamba", "--help"], "usage: python -m spatial_mamba "),
+        (["spatial_mamba.checkpoint", "--help"], "usage: python -m spatial_mamba.checkpoint "),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert expected in result.stdout
 
 
 ABLATIONS = {

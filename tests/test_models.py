@@ -17,6 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models._manipulate import group_parameters
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -454,7 +455,7 @@ def test_timms_training_and_validation_take_the_model(tmp_path: Path) -> None:
     model.set_grad_checkpointing(enable=True)
     data = timm.data.resolve_data_config({"img_size": 32}, model=model)
     assert (data["input_size"], data["crop_pct"], data["mean"]) == ((3, 32, 32), 0.875, (0.485, 0.456, 0.406))
-    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.5)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.5)
     scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
     assert scales == [0.5**n for n in range(5, -1, -1)]  # the stem, four blocks, the head
     ema = ModelEmaV3(model, decay=0.5)
@@ -537,8 +538,15 @@ def test_the_order_of_dilations_is_of_no_account() -> None:
 
 def test_weights_of_another_fusion_are_refused() -> None:
     state = micro_classifier(fusion_dilations=(1, 3, 7)).state_dict()
-    with pytest.raises(RuntimeError, match="kernel_3_dilation_7"):
+    with pytest.raises(
+        RuntimeError, match=r"^state_dict: holds another model, .* 3x3 dilation 7; 5 classes\), than .*$"
+    ):
         micro_classifier(fusion_dilations=(1, 3, 6)).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"^state_dict: its classifier has 5 classes, the model has 6; .*$"):
+        micro_classifier(fusion_dilations=(1, 3, 7), num_classes=6).load_state_dict(state)
+    del state["layers.0.blocks.0.ln_1.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"layers\.0\.blocks\.0\.ln_1\.bias"'):
+        micro_classifier(fusion_dilations=(1, 3, 7)).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,21 @@ def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
     )
 
 
+def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """How the architectures of a model and a file differ, with the remedy; None if they do not, or cannot be told."""
+    model, file = architecture_of(own), architecture_of(state)
+    if model is None or file is None or model == file:
+        return None
+    if model.encoder != file.encoder:
+        return f"holds another model, {file}, than the one that is to take it, {model}; choose that model or config"
+    if model.num_classes is not None and file.num_classes is not None:
+        return (
+            f"its classifier has {file.num_classes} classes, the model has {model.num_classes}; "
+            f"make the model with num_classes={file.num_classes}, or replace its classifier after loading"
+        )
+    return None
+
+
 def _fusion_kernels(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, int]]:
     """Dilation and size of each fusion kernel of the first block, in the order that models keep them in."""
     prefix = "layers.0.blocks.0.self_attention.state_fusion."

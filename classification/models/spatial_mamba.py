@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import depthwise_conv, spatial_mixer
-from .architecture import PUBLISHED_KERNELS
+from .architecture import PUBLISHED_KERNELS, describe_other_architecture
 from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubMixin
 from .preprocessing import CROP_SHARE, NORMALISATION
@@ -410,6 +410,16 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
         if mode and self.__dict__.get("fused"):
             raise RuntimeError(f"a fused {type(self).__name__} cannot be trained: make it anew and load its weights")
         return super().train(mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, as every module does.
+
+        Raises:
+            RuntimeError: for names or shapes that do not fit; in one line, if they are those of another Spatial-Mamba.
+        """
+        if strict and not self.fused and (problem := describe_other_architecture(self.state_dict(), state_dict)):
+            raise RuntimeError(f"state_dict: {problem}")
+        return super().load_state_dict(state_dict, strict, assign)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .architecture import architecture_of
+from .architecture import describe_other_architecture
 from .safe_types import safe_types_admitted
 
 METADATA_KEY = "spatial_mamba"  # of what a safetensors file of this project tells in JSON beside its weights
@@ -119,7 +119,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     own = model.state_dict()
     problems = describe_differences(own, state)
     if problems:
-        raise WeightsError(f"{path}: {_other_architecture(own, state) or problems}")
+        raise WeightsError(f"{path}: {describe_other_architecture(own, state) or problems}")
     model.load_state_dict(state, strict=True)
 
 
@@ -136,21 +136,6 @@ def describe_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor])
         return None
     shown = "; ".join(sorted(problems)[:3]) + ("; ..." if len(problems) > 3 else "")
     return f"does not fit this model in {len(problems)} entries: {shown}"
-
-
-def _other_architecture(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """How the architectures of a model and a file differ, with the remedy; None if they do not, or cannot be told."""
-    model, file = architecture_of(own), architecture_of(state)
-    if model is None or file is None or model == file:
-        return None
-    if model.encoder != file.encoder:
-        return f"holds another model, {file}, than the one that is to take it, {model}; choose that model or config"
-    if model.num_classes is not None and file.num_classes is not None:
-        return (
-            f"its classifier has {file.num_classes} classes, the model has {model.num_classes}; "
-            f"make the model with num_classes={file.num_classes}, or replace its classifier after loading"
-        )
-    return None
 
 
 def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
