@@ -1,9 +1,15 @@
-"""First-order linear recurrence along the last dimension, as a work-efficient parallel scan."""
+"""First-order linear recurrence as a work-efficient parallel scan: an operator, and a form for exported graphs."""
 
+import math
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+LARGEST_BLOCK = 8  # tokens that ``scan_in_blocks`` goes through one after the other
 
 
 @torch.library.custom_op("spatial_mamba::linear_recurrence", mutates_args=())
@@ -63,3 +69,57 @@ def _scan_pairwise(decays: Tensor, inputs: Tensor) -> Tensor:
     states[..., 1::2] = odd_states
     states[..., 2::2] = torch.addcmul(inputs[..., 2::2], into_even, odd_states[..., : into_even.shape[-1]])
     return states
+
+
+def scan_in_blocks(decays: Tensor, inputs: Tensor) -> Tensor:
+    """Solve ``h[0] = inputs[0]``, ``h[t] = decays[t] * h[t - 1] + inputs[t]`` in few, large, out-of-place operations.
+
+    For exported graphs, whose runtimes pay per operation and per copy: the tokens are cut into blocks, all blocks are
+    passed through side by side, token by token; the recurrence of their last states, shorter by the length of a
+    block, is solved by the same means and gives the states in front of the blocks, with which they are passed through
+    again. The work is linear in L; the number of operations is proportional to log L.
+    Decays are only multiplied, as in ``linear_recurrence``.
+
+    Args:
+        decays: (batch, L, dim), finite, the factors that carry step t - 1 into step t; the first does not matter.
+        inputs: (batch, L, dim) with L >= 1, of the same dtype.
+
+    Returns:
+        The states, (batch, L, dim).
+    """
+    length = inputs.shape[1]
+    sizes = _block_sizes(length)
+    missing = math.prod(sizes) - length
+    if missing:
+        decays, inputs = (F.pad(x, (0, 0, 0, missing)) for x in (decays, inputs))
+    states = _scan_blocks(decays, inputs, sizes)
+    return states[:, :length] if missing else states
+
+
+def _scan_blocks(decays: Tensor, inputs: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The states (batch, L, dim) of L tokens, L being the product of the sizes of blocks, from the innermost on."""
+    size, *outer_sizes = sizes
+    blocks = (inputs.shape[1] // size, size)
+    # One (batch, blocks, 1, dim) per position in a block.
+    a, x = (tokens.unflatten(1, blocks).split(1, dim=2) for tokens in (decays, inputs))
+    first = x[0]
+    if outer_sizes:
+        last, passed = x[0], a[0]
+        for k in range(1, size):
+            last, passed = x[k] + a[k] * last, a[k] * passed
+        lasts = _scan_blocks(passed.flatten(1, 2), last.flatten(1, 2), outer_sizes)
+        before = F.pad(lasts[:, :-1], (0, 0, 1, 0)).unflatten(1, (-1, 1))
+        first = x[0] + a[0] * before
+    states = [first]
+    for k in range(1, size):
+        states.append(x[k] + a[k] * states[-1])
+    return torch.cat(states, dim=2).flatten(1, 2)
+
+
+@cache
+def _block_sizes(length: int) -> tuple[int, ...]:
+    """Sizes of nested blocks that hold ``length`` tokens with the least left over, and of these the fewest."""
+    if length <= LARGEST_BLOCK:
+        return (length,)
+    plans = [(size, *_block_sizes(math.ceil(length / size))) for size in range(LARGEST_BLOCK, 1, -1)]
+    return min(plans, key=lambda sizes: (math.prod(sizes), len(sizes)))

@@ -456,7 +456,7 @@ class SpatialMamba(SpatialMambaEncoder):
             fusion_kernel_sizes: see ``SpatialMambaEncoder``.
 
     Raises:
-        ValueError: as ``SpatialMambaEncoder``, and for another pooling.
+        ValueError: for another pooling.
     """
 
     def __init__(
@@ -751,7 +751,18 @@ def _create_spatial_mamba(
 def spatial_mamba_tiny(
     num_classes: int = 1000, drop_path_rate: float = 0.2, *, pretrained: bool = False, **kwargs: Any
 ) -> SpatialMamba:
-    """Spatial-Mamba-T: 27M parameters, 4.5 GFLOPs at 224x224."""
+    """Spatial-Mamba-T: 27M parameters, 4.5 GFLOPs at 224x224.
+
+    Args:
+        num_classes: size of the logits.
+        drop_path_rate: stochastic depth of the last block.
+        pretrained: refused unless timm is told of a file: ``pretrained_cfg_overlay=dict(file=FILE)``.
+        **kwargs: of ``SpatialMamba``, and of timm's ``create_model``: ``features_only``, ``out_indices``, ``device``,
+            ``dtype``, ``pretrained_cfg_overlay``, ...
+
+    Returns:
+        The classifier; with ``features_only`` a module that returns feature maps (B, C_i, H_i, W_i).
+    """
     config = dict(dims=64, depths=(2, 4, 8, 4), num_classes=num_classes, drop_path_rate=drop_path_rate)
     return _create_spatial_mamba("spatial_mamba_tiny", pretrained, **config | kwargs)
 
@@ -760,7 +771,7 @@ def spatial_mamba_tiny(
 def spatial_mamba_small(
     num_classes: int = 1000, drop_path_rate: float = 0.3, *, pretrained: bool = False, **kwargs: Any
 ) -> SpatialMamba:
-    """Spatial-Mamba-S: 43M parameters, 7.1 GFLOPs at 224x224."""
+    """Spatial-Mamba-S: 43M parameters, 7.1 GFLOPs at 224x224; arguments and result as for ``spatial_mamba_tiny``."""
     config = dict(dims=64, depths=(2, 4, 21, 5), num_classes=num_classes, drop_path_rate=drop_path_rate)
     return _create_spatial_mamba("spatial_mamba_small", pretrained, **config | kwargs)
 
@@ -769,6 +780,6 @@ def spatial_mamba_small(
 def spatial_mamba_base(
     num_classes: int = 1000, drop_path_rate: float = 0.5, *, pretrained: bool = False, **kwargs: Any
 ) -> SpatialMamba:
-    """Spatial-Mamba-B: 96M parameters, 15.8 GFLOPs at 224x224."""
+    """Spatial-Mamba-B: 96M parameters, 15.8 GFLOPs at 224x224; arguments and result as for ``spatial_mamba_tiny``."""
     config = dict(dims=96, depths=(2, 4, 21, 5), num_classes=num_classes, drop_path_rate=drop_path_rate)
     return _create_spatial_mamba("spatial_mamba_base", pretrained, **config | kwargs)
