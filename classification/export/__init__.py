@@ -1,0 +1,6 @@
+"""Models as files that run without this package: ONNX, programs of `torch.export`, AOTInductor packages."""
+
+from .onnx_file import export_onnx
+from .programs import export_aoti, export_program
+
+__all__ = ["export_aoti", "export_onnx", "export_program"]

@@ -1,0 +1,97 @@
+"""Programs of `torch.export`, and AOTInductor packages made of them."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+
+import torch
+import torch._inductor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.export import Dim, ExportedProgram
+
+from ..errors import InputError
+from ..models.spatial_mamba import SpatialMambaEncoder
+from .form import export_form
+
+SMALLEST_SIZE = 32  # pixels, the stride of the models
+Size = int | tuple[int, int]
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Height and width, of which a single number means both.
+
+    Raises:
+        InputError: for less than 32 pixels.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < SMALLEST_SIZE:
+        raise InputError(f"an image size of {height}x{width} is too small; height and width must be at least 32 pixels")
+    return height, width
+
+
+def export_program(model: SpatialMambaEncoder, size: Size = 224) -> ExportedProgram:
+    """A program of ATen operations alone, for any batch size and one image size; save it with ``torch.export.save``.
+
+    Args:
+        model: a classifier or backbone in evaluation mode, not fused; it is left as it is. The program is in float32
+            and on the model's device.
+        size: height and width of the images, or one number for both.
+
+    Returns:
+        The program, from images (batch, in_chans, height, width) to what the model returns.
+
+    Raises:
+        InputError: for too small a size.
+        RuntimeError: for a fused model, or one in training mode.
+    """
+    height, width = height_and_width(size)
+    form = export_form(model)
+    device = next(form.parameters()).device
+    # A batch of 1 would be taken for a constant.
+    images = torch.zeros(2, form.in_chans, height, width, device=device)
+    with torch.no_grad(), quiet():
+        return torch.export.export(form, (images,), dynamic_shapes=({0: Dim("batch")},))
+
+
+def export_aoti(
+    model: SpatialMambaEncoder,
+    path: str | PathLike[str],
+    size: Size = 224,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Compile the model for its device, and write an AOTInductor package: native code and weights, run from C++ too.
+
+    Args:
+        model: see ``export_program``.
+        path: of the file, which ends in ``.pt2``.
+        size: height and width of the images, or one number for both.
+        metadata: kept in the package.
+
+    Raises:
+        InputError: for too small a size, or without a C++ compiler.
+        RuntimeError: for a fused model, or one in training mode.
+    """
+    require_compiler()
+    program = export_program(model, size)
+    with quiet():
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": dict(metadata or {})}
+        )
+
+
+def require_compiler() -> None:
+    """Raise InputError unless there is a C++ compiler for AOTInductor."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise InputError("AOTInductor needs a C++ compiler: install g++, or name one in the variable CXX") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what PyTorch warns its own developers of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
