@@ -34,6 +34,9 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        sys.stdout = None  # else Python would fail to flush it on leaving
+        return 141
     return 0
 
 

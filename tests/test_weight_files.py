@@ -1,8 +1,12 @@
 """Checkpoint files for people: inspection, conversion, verification, the Hub's folders, classifying images."""
 
+import argparse
 import json
+import math
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +17,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -40,12 +46,12 @@ def published(model: SpatialMamba, ema: SpatialMamba) -> dict[str, Any]:
     return dict(
         model=model.state_dict(),
         model_ema=ema.state_dict(),
-        optimizer={"state": {}, "param_groups": []},
+        optimizer=create_optimizer_v2(model, opt="adamw", weight_decay=0.05).state_dict(),
         lr_scheduler={"base": 1.0},
         scaler={},
         epoch=299,
-        max_accuracy=np.float64(83.4),
-        max_accuray_ema=np.float64(83.5),
+        max_accuracy=83.4,
+        max_accuray_ema=83.5,
         steps=375_000,
         config=config,
     )
@@ -93,6 +99,8 @@ def inspect(path: Path, capsys: Capture) -> dict[str, Any]:
         ({"fusion_dilations": ()}, ((), ())),
         ({"fusion_dilations": (11, 2, 3), "fusion_kernel_sizes": (3, 5, 1)}, ((2, 3, 11), (5, 1, 3))),
         ({"fusion_dilations": (1, 1), "fusion_kernel_sizes": (5, 3)}, ((1, 1), (3, 5))),
+        ({"mlp_ratio": 3.3, "dims": 64, "depths": (1, 1, 1)}, ((1, 3, 5), (3, 3, 3))),
+        ({"mlp_ratio": 8 / 3}, ((1, 3, 5), (3, 3, 3))),
         ({"mlp_ratio": 2.0, "in_chans": 1, "num_classes": 0, "depths": (1, 2)}, ((1, 3, 5), (3, 3, 3))),
     ],
 )
@@ -106,6 +114,75 @@ def test_the_architecture_is_read_off_the_weights(options: dict[str, Any], fusio
     x = torch.randn(1, model.in_chans, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+def test_weights_that_contradict_themselves_take_no_memory(tmp_path: Path) -> None:
+    state = classifier().state_dict()
+    kernel = "layers.0.blocks.0.self_attention.state_fusion.kernel_99999_dilation_1"
+    for forged, message in (
+        ({"layers.0.blocks.999999999.ln_1.weight": torch.ones(8)}, "holds no Spatial-Mamba classifier"),
+        ({kernel: torch.ones(16, 1, 3, 3)}, "holds no Spatial-Mamba classifier"),
+        ({"head.weight": torch.tensor(1.0)}, "holds no Spatial-Mamba classifier"),
+        ({"layers.0.blocks.0.ln_1.weight": torch.ones(10**6)}, "does not fit this model"),
+        ({"layers.0.blocks.0.ln_1.weight": torch.ones(7)}, "holds weights of an impossible model: dims"),
+    ):
+        torch.save(state | forged, tmp_path / "forged.pth")
+        with pytest.raises(WeightsError, match=rf"forged\.pth: {message}"):
+            load_classifier(tmp_path / "forged.pth")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        classifier().load_state_dict({"model": state, "epoch": 3})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"DATA": {"IMG_SIZE": [224, 224]}}, r"DATA\.IMG_SIZE is \[224, 224\], not a size of 32 to"),
+        ({"DATA": {"IMG_SIZE": 0}}, r"DATA\.IMG_SIZE is 0"),
+        ({"TEST": {"CROP": "False"}}, r"TEST\.CROP is 'False'"),
+        ({"DATA": {"INTERPOLATION": "cubic"}}, r"DATA\.INTERPOLATION is 'cubic', not one of bicubic"),
+    ],
+)
+def test_a_config_that_means_nothing_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    torch.save({"model": classifier().state_dict(), "config": config}, tmp_path / "model.pth")
+    with pytest.raises(WeightsError, match=rf"model\.pth: config key {message}"):
+        load_classifier(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("others", [[], [np.dtype, np._core.multiarray.scalar]], ids=["none", "NumPy's own"])
+def test_reading_neither_minds_nor_changes_what_the_process_admits(tmp_path: Path, others: list[Any]) -> None:
+    content = {"model": classifier().state_dict(), "max_accuracy": np.float64(83.4), "history": np.arange(3.0)}
+    torch.save(content, tmp_path / "model.pth")
+    with torch.serialization.safe_globals(others):
+        before = torch.serialization.get_safe_globals()
+        assert read_checkpoint(tmp_path / "model.pth")["max_accuracy"] == 83.4
+        assert set(map(id, torch.serialization.get_safe_globals())) == set(map(id, before))
+
+
+def test_a_model_of_timms_leaves_other_files_readable(tmp_path: Path) -> None:
+    torch.save(np.arange(3.0), tmp_path / "array.pth")
+    script = """if True:
+        import numpy as np, timm, torch, spatial_mamba
+        timm.create_model("spatial_mamba_tiny", device="meta")
+        admitted = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+        with torch.serialization.safe_globals(admitted):
+            print(type(torch.load("array.pth", weights_only=True)).__name__)
+    """
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == "ndarray\n"
+
+
+def test_a_checkpoint_of_timms_script_is_read(tmp_path: Path) -> None:
+    model, ema = classifier(0), classifier(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    average = ModelEmaV3(ema)
+    arguments = argparse.Namespace(model="spatial_mamba_tiny", lr=0.1)
+    saver = CheckpointSaver(model, optimizer, arguments, average, checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+    saver.save_checkpoint(0, metric=1.0)
+    path = tmp_path / "model_best.pth.tar"
+    for take_ema, expected in ((False, model), (True, ema)):
+        loaded = load_classifier(path, ema=take_ema).model
+        assert weights_digest(loaded.state_dict()) == weights_digest(expected.state_dict())
 
 
 def test_the_published_variants_are_known_by_their_weights() -> None:
@@ -183,11 +260,13 @@ def test_training_checkpoints_go_to_the_published_layout_and_back(files: Path, t
     assert run("convert", ours, back, "--to", "published") == 0
     assert inspect(ours, capsys)["layout"] == "trainer"
     before, after = read_checkpoint(files / "published.pth"), read_checkpoint(back)
-    assert before.keys() - after.keys() == set()
+    assert before.keys() - after.keys() == {"scaler"}  # an empty one, which no scaler takes
     for key in ("model", "model_ema"):
         assert weights_digest(before[key]) == weights_digest(after[key])
-    for key in ("epoch", "steps", "max_accuracy", "max_accuray_ema", "optimizer", "lr_scheduler", "config"):
+    for key in ("epoch", "steps", "max_accuracy", "max_accuray_ema", "lr_scheduler", "config"):
         assert before[key] == after[key]
+    decays = [group["weight_decay"] for group in read_checkpoint(back)["optimizer"]["param_groups"]]
+    assert decays == [0.05, 0.0]  # in the order of the published trainer, which is not timm's
     with zipfile.ZipFile(back) as archive:
         [pickled] = [name for name in archive.namelist() if name.endswith("data.pkl")]
         assert b"yacs.config\nCfgNode" in archive.read(pickled)  # the published code reads its attributes
@@ -208,6 +287,11 @@ def test_conversion_refuses_what_cannot_be(files: Path, tmp_path: Path, capsys: 
     assert "holds no EMA weights" in refused(files / "ours.pth", target, "--ema")
     assert "holds a backbone without a classifier" in refused(files / "detector.pth", target)
     assert "cannot be written" in refused(published_file, tmp_path / "absent" / "out.pth")
+    torch.save({"model": classifier(fusion_dilations=(1, 2)).state_dict()}, tmp_path / "ablated.pth")
+    ablated = refused(tmp_path / "ablated.pth", tmp_path / "out.pth", "--to", "published")
+    assert "fuses by 3x3 dilation 1, 3x3 dilation 2, for which the published code has no model" in ablated
+    torch.save({"model": classifier().state_dict(), "config": {"x": torch.ones(1)}}, tmp_path / "odd.pth")
+    assert "holds more than text and numbers" in refused(tmp_path / "odd.pth", target)
     assert not target.exists()
 
 
@@ -231,6 +315,14 @@ def test_verification_knows_weights_whatever_file_they_lie_in(files: Path, tmp_p
     assert "the digest of its outputs is" in capsys.readouterr().err
     assert run("verify", files / "published.pth", "--expect", digests[0][1][:12].upper()) == 0
     assert run("verify", files / "detector.pth") == 0  # its backbone
+    capsys.readouterr()
+    torch.save(classifier(num_classes=0).state_dict(), tmp_path / "headless.pth")
+    assert run("verify", tmp_path / "headless.pth") == 0
+    assert "top-5" not in capsys.readouterr().out
+    diverged = {name: t * math.nan if t.is_floating_point() else t for name, t in classifier().state_dict().items()}
+    torch.save(diverged, tmp_path / "diverged.pth")
+    assert run("verify", tmp_path / "diverged.pth") == 2
+    assert "computes infinite values" in capsys.readouterr().err
     assert run("verify", files / "published.pth", "--variant", "tiny") == 2
     assert "holds custom (dims 8" in capsys.readouterr().err
 
@@ -340,6 +432,26 @@ def test_a_folder_whose_weights_do_not_fit_its_config_is_refused(tmp_path: Path)
         SpatialMamba.from_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="a fused model cannot be saved"):
         classifier().fuse().save_pretrained(tmp_path)
+    pruned = classifier()
+    pruned.prune_intermediate_layers([1])
+    with pytest.raises(RuntimeError, match=r"cannot be saved, for it has been changed since it was made: it does not"):
+        pruned.save_pretrained(tmp_path)
+
+
+def test_pickled_weights_in_a_folder_of_the_hub_are_loaded_strictly(tmp_path: Path) -> None:
+    model = SpatialMamba(**MICRO)
+    torch.save({f"x.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: does not fit this model"):
+        SpatialMamba._load_as_pickle(model, str(tmp_path / "pytorch_model.bin"), "cpu", False)
+
+
+def test_timms_features_take_the_weights_of_a_file(files: Path) -> None:
+    source = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(files / "bare.pth")))
+    features = timm.create_model("spatial_mamba_tiny", **MICRO | source, features_only=True, out_indices=(0, 3))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = classifier().forward_intermediates(x, indices=[0, 3], intermediates_only=True)
+        torch.testing.assert_close(features.eval()(x), expected)
 
 
 @pytest.mark.parametrize("how", ["checkpoint_path", "pretrained file", "local-dir"])

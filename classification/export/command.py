@@ -46,7 +46,9 @@ def _command(argv: Sequence[str] | None) -> None:
         args.size = (classifier.preprocessing.image_size,)
     args.size = height_and_width(args.size[0] if len(args.size) == 1 else tuple(args.size))
     if args.output is None:
-        args.output = Path(f"{args.checkpoint.stem if args.checkpoint else args.model}{FORMATS[args.format].ending}")
+        kind = "_int8" if args.int8 else "_aoti" if args.format == "aoti" else ""
+        name = args.checkpoint.stem if args.checkpoint else args.model
+        args.output = Path(f"{name}{kind}{FORMATS[args.format].ending}")
     _check_output(args.output)
 
     start = time.perf_counter()

@@ -1,7 +1,8 @@
 """Reads off the names and shapes of weights which Spatial-Mamba they belong to."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 VARIANTS = {"tiny": (64, (2, 4, 8, 4)), "small": (64, (2, 4, 21, 5)), "base": (96, (2, 4, 21, 5))}
 PUBLISHED_KERNELS = {"kernel_3": (1, 3), "kernel_3_1": (3, 3), "kernel_3_2": (5, 3)}  # dilation and size
+
+PUBLISHED_FUSION = "3x3 dilation 1, 3x3 dilation 3, 3x3 dilation 5"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Architecture:
     def variant(self) -> str:
         """``"tiny"``, ``"small"``, ``"base"``, or ``"custom"``."""
         widths = (self.dims, self.depths)
-        regular = self.mlp_ratio == 4 and self.fusion_dilations == (1, 3, 5) and set(self.fusion_kernel_sizes) == {3}
+        regular = self.mlp_ratio == 4 and self.fusion == PUBLISHED_FUSION
         return next((name for name, shape in VARIANTS.items() if regular and shape == widths), "custom")
 
     @property
@@ -66,28 +69,25 @@ def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
     Args:
         state: the state dict of a classifier or backbone; parameters of other models among them do not matter.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    blocks = [match for name in shapes if (match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.ln_1\.weight$", name))]
-    depths: dict[int, int] = {}
-    for match in blocks:
-        stage, block = map(int, match.groups())
-        depths[stage] = max(depths.get(stage, 0), block + 1)
+    shapes = {name: tuple(entry.shape) for name, entry in state.items() if isinstance(entry, Tensor)}
     try:
+        depths = _depths(shapes)
         dims, in_chans = shapes["layers.0.blocks.0.ln_1.weight"][0], shapes["patch_embed.conv1.conv.weight"][1]
-        mlp_ratio = shapes["layers.0.blocks.0.mlp.fc1.weight"][0] / dims
+        mlp_ratio = _mlp_ratio([shapes[f"layers.{i}.blocks.0.mlp.fc1.weight"][0] for i in range(len(depths))], dims)
+        fusion = _fusion_kernels(shapes)
+        num_classes = shapes["head.weight"][0] if "head.weight" in shapes else 0
     except (KeyError, IndexError, ZeroDivisionError):
         return None
-    fusion = _fusion_kernels(shapes)
     is_backbone = any(name.startswith("outnorm") for name in shapes) or "norm.weight" not in shapes
     return Architecture(
         in_chans=in_chans,
         dims=dims,
-        depths=tuple(depths[stage] for stage in sorted(depths)),
+        depths=depths,
         mlp_ratio=mlp_ratio,
         fusion_dilations=tuple(dilation for dilation, _ in fusion),
         fusion_kernel_sizes=tuple(size for _, size in fusion),
-        num_classes=None if is_backbone else shapes.get("head.weight", (0,))[0],
-        out_indices=tuple(i for i in sorted(depths) if f"outnorm{i}.weight" in shapes) if is_backbone else (),
+        num_classes=None if is_backbone else num_classes,
+        out_indices=tuple(i for i in range(len(depths)) if f"outnorm{i}.weight" in shapes) if is_backbone else (),
     )
 
 
@@ -106,14 +106,34 @@ def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, T
     return None
 
 
+def _depths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Number of blocks of each stage; KeyError if one in between is missing, or there is none."""
+    found = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.ln_1\.weight$", name) for name in shapes]
+    blocks = {(int(match[1]), int(match[2])) for match in found if match}
+    counts = Counter(stage for stage, _ in blocks)
+    depths = tuple(counts[stage] for stage in range(len(counts)))
+    if not depths or blocks != {(stage, block) for stage, depth in enumerate(depths) for block in range(depth)}:
+        raise KeyError("blocks")
+    return depths
+
+
+def _mlp_ratio(hidden: Sequence[int], dims: int) -> float:
+    """The ratio that makes MLPs of these hidden widths, one per stage, out of widths that double from ``dims`` on."""
+    width = dims * 2 ** (len(hidden) - 1)
+    ratio = hidden[-1] / width
+    # Hidden widths are rounded down: a ratio in the middle of those that give the last one gives the others, too.
+    fits = all(int(ratio * dims * 2**i) == size for i, size in enumerate(hidden))
+    return ratio if fits else (hidden[-1] + 0.5) / width
+
+
 def _fusion_kernels(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Dilation and size of each fusion kernel of the first block, in the order that models keep them in."""
+    """Dilation and size of each fusion kernel of the first block, in order; KeyError for a size that is none."""
     prefix = "layers.0.blocks.0.self_attention.state_fusion."
     found = []
     for name in (name.removeprefix(prefix) for name in shapes if name.startswith(f"{prefix}kernel_")):
-        if name in PUBLISHED_KERNELS:
-            found.append(PUBLISHED_KERNELS[name])
-        elif match := re.fullmatch(r"kernel_(\d+)_dilation_(\d+)", name):
-            size, dilation = map(int, match.groups())
-            found.append((dilation, size))
+        match = re.fullmatch(r"kernel_(\d+)_dilation_(\d+)", name)
+        dilation, size = (int(match[2]), int(match[1])) if match else PUBLISHED_KERNELS[name]
+        if shapes[f"{prefix}{name}"][-1] != size:
+            raise KeyError(name)
+        found.append((dilation, size))
     return sorted(found)

@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 
-from .weights import load_strictly, read_checkpoint
+from .weights import describe_differences, load_strictly, read_checkpoint, state_dict_of
 
 
 class HubMixin(
     PyTorchModelHubMixin,
     library_name="spatial-mamba",
     license="apache-2.0",
-    pipeline_tag="image-classification",
     paper_url="https://arxiv.org/abs/2410.15091",
     tags=["spatial-mamba", "state-space-model"],
 ):
@@ -26,13 +26,18 @@ class HubMixin(
         """Write the weights.
 
         Raises:
-            RuntimeError: for a fused model, whose weights cannot be loaded again.
+            RuntimeError: for a fused or pruned model, whose weights could not be loaded again.
         """
         if self.fused:
             raise RuntimeError("a fused model cannot be saved: save the model as it was before fuse()")
-        self._hub_mixin_config.pop("pretrained", None)  # a file of the machine that the model was made on
+        for file_of_this_machine in ("pretrained", "init_cfg"):
+            self._hub_mixin_config.pop(file_of_this_machine, None)
         if hasattr(self, "num_classes"):
             self._hub_mixin_config |= dict(num_classes=self.num_classes, global_pool=self.global_pool)
+        with torch.device("meta"):
+            again = type(self)(**self._hub_mixin_config)
+        if problems := describe_differences(again.state_dict(), self.state_dict()):
+            raise RuntimeError(f"the model cannot be saved, for it has been changed since it was made: it {problems}")
         super()._save_pretrained(save_directory)
 
     @classmethod
@@ -42,5 +47,7 @@ class HubMixin(
         Raises:
             WeightsError: if the file is missing or damaged, or does not fit the config beside it.
         """
-        load_strictly(model, read_checkpoint(model_file), model_file)
+        load_strictly(model, state_dict_of(read_checkpoint(model_file), model_file), model_file)
         return model.to(map_location).eval()
+
+    _load_as_pickle = _load_as_safetensor

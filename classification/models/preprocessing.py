@@ -9,6 +9,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import Tensor
 
 CROP_SHARE = 224 / 256  # of the short side that the crop keeps
+SMALLEST_SIZE, LARGEST_SIZE = 32, 16384  # pixels
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 NORMALISATION = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 
 
@@ -38,13 +40,26 @@ class Preprocessing:
 
 
 def preprocessing_of(config: Any) -> Preprocessing:
-    """What a config, as checkpoints hold it, says of evaluation; the ImageNet recipe where it says nothing."""
-    sections = config if isinstance(config, Mapping) else {}
-    data, test = (sections.get(name) if isinstance(sections.get(name), Mapping) else {} for name in ("DATA", "TEST"))
+    """What a config, as checkpoints hold it, says of evaluation; the ImageNet recipe where it says nothing.
+
+    Raises:
+        ValueError: naming the key, for a value that means nothing.
+    """
     default = Preprocessing()
-    interpolation = data.get("INTERPOLATION", default.interpolation)
-    return Preprocessing(
-        image_size=int(data.get("IMG_SIZE", default.image_size)),
-        crop=bool(test.get("CROP", default.crop)),
-        interpolation=default.interpolation if interpolation == "random" else str(interpolation),
-    )
+    size = _setting(config, "DATA", "IMG_SIZE", default.image_size)
+    if not isinstance(size, int) or not SMALLEST_SIZE <= size <= LARGEST_SIZE:
+        raise ValueError(
+            f"config key DATA.IMG_SIZE is {size!r}, not a size of {SMALLEST_SIZE} to {LARGEST_SIZE} pixels"
+        )
+    crop = _setting(config, "TEST", "CROP", default.crop)
+    if not isinstance(crop, bool):
+        raise ValueError(f"config key TEST.CROP is {crop!r}, not true or false")
+    interpolation = _setting(config, "DATA", "INTERPOLATION", default.interpolation)
+    if interpolation not in (*INTERPOLATIONS, "random"):
+        raise ValueError(f"config key DATA.INTERPOLATION is {interpolation!r}, not one of {', '.join(INTERPOLATIONS)}")
+    return Preprocessing(size, crop, default.interpolation if interpolation == "random" else interpolation)
+
+
+def _setting(config: Any, section: str, key: str, default: Any) -> Any:
+    entries = config.get(section) if isinstance(config, Mapping) else None
+    return entries.get(key, default) if isinstance(entries, Mapping) else default

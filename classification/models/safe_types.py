@@ -15,8 +15,8 @@ Admitted = tuple[Any, str]  # a stand-in, and the name of what it stands for
 HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 
 
-class ForgottenHistory:
-    """In place of mmengine's histories of logged values, where nobody asks for them."""
+class Forgotten:
+    """In place of objects that nobody asks for, such as mmengine's histories of logged values."""
 
     def __setstate__(self, state: object) -> None:
         """Keep nothing."""
@@ -36,17 +36,29 @@ def history_types(kind: type) -> list[Admitted]:
     return [(kind, HISTORY), (method, "builtins.getattr")]
 
 
-def safe_types() -> list[Admitted]:
-    """What the published classification checkpoints hold: configs of yacs, and NumPy's scalars and arrays."""
+def config_types() -> list[Admitted]:
+    """What reads the configs in checkpoints: yacs's, and the options of timm's scripts, of which nothing is kept."""
     # The reader fills no subclass of dict, so configs come back as plain ordered dictionaries; yacs is not needed.
-    return [*safe_numpy_types(), (OrderedDict, "yacs.config.CfgNode")]
+    return [(OrderedDict, "yacs.config.CfgNode"), (Forgotten, "argparse.Namespace")]
+
+
+def safe_types() -> list[Admitted]:
+    """What the published classification checkpoints hold: configs, and NumPy's scalars and arrays."""
+    return [*safe_numpy_types(), *config_types()]
 
 
 @contextmanager
 def safe_types_admitted() -> Iterator[None]:
-    """Let ``torch.load`` take safe types, and histories of mmengine, of which nothing is kept unless it is at work."""
+    """Let ``torch.load`` take safe types, and histories of mmengine, of which nothing is kept unless it is at work.
+
+    What the process admits under the same names is set aside meanwhile: of two stand-ins PyTorch would take any.
+    """
     before = torch.serialization.get_safe_globals()
-    admit_for_good([*safe_types(), *history_types(ForgottenHistory)])
+    mmengine_is_at_work = any(isinstance(kind, tuple) and kind[1] == HISTORY for kind in before)
+    own = [*safe_types(), *([] if mmengine_is_at_work else history_types(Forgotten))]
+    names = {name for _, name in own}
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*(kind for kind in before if _name(kind) not in names), *own])
     try:
         yield
     finally:
@@ -55,12 +67,11 @@ def safe_types_admitted() -> Iterator[None]:
 
 
 def admit_for_good(types: list[Admitted]) -> None:
-    """Let ``torch.load`` take types in this process, from now on, but for names that it takes already.
-
-    Of two stand-ins under one name PyTorch would take any.
-    """
-    known = {
-        kind[1] if isinstance(kind, tuple) else f"{kind.__module__}.{kind.__qualname__}"
-        for kind in torch.serialization.get_safe_globals()
-    }
+    """Let ``torch.load`` take types in this process, from now on, but for names that it takes already."""
+    known = set(map(_name, torch.serialization.get_safe_globals()))
     torch.serialization.add_safe_globals([kind for kind in types if kind[1] not in known])
+
+
+def _name(kind: Any) -> str:
+    """By which pickles know an entry of PyTorch's list."""
+    return kind[1] if isinstance(kind, tuple) else f"{kind.__module__}.{kind.__qualname__}"

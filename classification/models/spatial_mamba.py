@@ -30,7 +30,7 @@ from .architecture import PUBLISHED_KERNELS, describe_other_architecture
 from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubMixin
 from .preprocessing import CROP_SHARE, NORMALISATION
-from .safe_types import admit_for_good, safe_types
+from .safe_types import admit_for_good, config_types
 from .weights import encoder_weights, load_backbone_weights, state_dict_of
 
 __all__ = [
@@ -734,7 +734,7 @@ def _create_spatial_mamba(
     **kwargs: Any,
 ) -> nn.Module:
     """A classifier, or with ``features_only`` its feature maps, on a device and in a dtype."""
-    admit_for_good(safe_types())  # for timm, which reads the file of checkpoint_path once the model is there
+    admit_for_good(config_types())  # for timm, which reads the file of checkpoint_path once the model is there
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
             SpatialMamba,

@@ -5,10 +5,20 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-from .architecture import architecture_of
+import torch
+from torch import Tensor
+
+from .architecture import Architecture, architecture_of
 from .preprocessing import Preprocessing, preprocessing_of
-from .spatial_mamba import SpatialMamba
-from .weights import WeightsError, ema_state_dict_of, load_strictly, read_checkpoint, state_dict_of
+from .spatial_mamba import SpatialMamba, SpatialMambaBackbone
+from .weights import (
+    WeightsError,
+    describe_differences,
+    ema_state_dict_of,
+    load_strictly,
+    read_checkpoint,
+    state_dict_of,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClas
         ema: take the EMA weights.
 
     Raises:
-        WeightsError: if the file is missing, unsafe or damaged, holds no classifier, or no EMA weights.
+        WeightsError: if the file is missing, unsafe or damaged, holds no classifier or no EMA weights, or a config that
+            means nothing.
     """
     checkpoint = read_checkpoint(path)
     state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
@@ -43,9 +54,38 @@ def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClas
         raise WeightsError(f"{path}: holds no Spatial-Mamba classifier (python -m spatial_mamba.checkpoint inspect)")
     if architecture.num_classes is None:
         raise WeightsError(f"{path}: holds a backbone without a classifier; name a classification checkpoint")
-    model = SpatialMamba(**architecture.options())
+    try:
+        preprocessing = preprocessing_of(checkpoint.get("config"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    model = model_of(architecture, state, path)
+    return TrainedClassifier(model, preprocessing, _class_names(checkpoint, model))
+
+
+def model_of(
+    architecture: Architecture, state: Mapping[str, Tensor], path: str | PathLike[str]
+) -> SpatialMamba | SpatialMambaBackbone:
+    """The classifier or backbone of an architecture, in evaluation mode, with all its weights, strictly.
+
+    Args:
+        architecture: read off the weights.
+        state: the weights.
+        path: of the file that they are from, for messages.
+
+    Raises:
+        WeightsError: if the weights are none of such a model, which is found before memory is taken for one.
+    """
+    kind = SpatialMambaBackbone if architecture.num_classes is None else SpatialMamba
+    try:
+        with torch.device("meta"):
+            skeleton = kind(**architecture.options())
+    except ValueError as error:
+        raise WeightsError(f"{path}: holds weights of an impossible model: {error}") from error
+    if problems := describe_differences(skeleton.state_dict(), state):
+        raise WeightsError(f"{path}: {problems}")
+    model = kind(**architecture.options())
     load_strictly(model, state, path)
-    return TrainedClassifier(model.eval(), preprocessing_of(checkpoint.get("config")), _class_names(checkpoint, model))
+    return model.eval()
 
 
 def _class_names(checkpoint: Mapping[str, Any], model: SpatialMamba) -> tuple[str, ...] | None:

@@ -17,6 +17,7 @@ from .architecture import describe_other_architecture
 from .safe_types import safe_types_admitted
 
 METADATA_KEY = "spatial_mamba"  # of what a safetensors file of this project tells in JSON beside its weights
+EMA_KEYS = ("model_ema", "state_dict_ema")  # the second is timm's
 CLASSIFIER_ONLY = ("norm.weight", "norm.bias", "head.weight", "head.bias")  # what backbones leave out
 # What the readers of PyTorch's two file formats raise on other files and on damaged ones.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError)
@@ -93,14 +94,15 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key:
 
 
 def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Tensor]:
-    """The EMA weights of a checkpoint of this trainer or the published one.
+    """The EMA weights of a checkpoint of this trainer, the published one or timm's.
 
     Raises:
         WeightsError: if it holds none.
     """
-    if not checkpoint.get("model_ema"):
-        raise WeightsError(f"{path}: holds no EMA weights; take those of the model, without --ema")
-    return state_dict_of(checkpoint, path, key="model_ema")
+    for key in EMA_KEYS:
+        if checkpoint.get(key):
+            return state_dict_of(checkpoint, path, key)
+    raise WeightsError(f"{path}: holds no EMA weights; take those of the model, without --ema")
 
 
 def encoder_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

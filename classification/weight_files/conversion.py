@@ -10,9 +10,10 @@ import torch
 from yacs.config import CfgNode
 
 from ..errors import InputError
-from ..models.architecture import architecture_of
+from ..models.architecture import PUBLISHED_FUSION, architecture_of
 from ..models.weights import (
     CLASSIFIER_ONLY,
+    EMA_KEYS,
     METADATA_KEY,
     WeightsError,
     ema_state_dict_of,
@@ -58,6 +59,8 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False) -> 
                 safetensors.torch.save_file(state, unfinished, metadata)
             else:
                 torch.save(content, unfinished)
+    except TypeError as error:
+        raise InputError(f"{target}: the file's config holds more than text and numbers; write to a .pth") from error
     except (OSError, RuntimeError) as error:
         raise InputError(f"{target}: cannot be written ({error})") from error
 
@@ -83,12 +86,21 @@ def converted(checkpoint: Mapping[str, Any], path: Path, layout: str, ema: bool 
         raise WeightsError(f"{path}: holds a backbone without a classifier, of which no {layout} layout can be made")
     if layout == "classifier":
         return {"model": encoder} | about
+    if layout == "published" and architecture.fusion != PUBLISHED_FUSION:
+        raise WeightsError(f"{path}: fuses by {architecture.fusion}, for which the published code has no model")
 
-    content: dict[str, Any] = {"model": encoder} | {key: checkpoint[key] for key in _TRAINING if key in checkpoint}
+    # Without loss scaling there is nothing in a scaler's state, which one at work would not take.
+    content: dict[str, Any] = {"model": encoder} | {
+        key: checkpoint[key] for key in _TRAINING if checkpoint.get(key) is not None and checkpoint[key] != {}
+    }
+    if layout == "published" and isinstance(content.get("optimizer"), dict):
+        # There the group without weight decay comes last.
+        groups = sorted(content["optimizer"]["param_groups"], key=lambda group: group["weight_decay"] == 0)
+        content["optimizer"] = content["optimizer"] | {"param_groups": groups}
     if ema:
         # The state of the optimiser belongs to the weights that are left out.
         content = {key: value for key, value in content.items() if key not in ("optimizer", "lr_scheduler", "scaler")}
-    elif checkpoint.get("model_ema"):
+    elif any(checkpoint.get(key) for key in EMA_KEYS):
         content["model_ema"] = ema_state_dict_of(checkpoint, path)
     record = checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema"))
     if record is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.architecture import architecture_of
-from ..models.weights import encoder_weights, read_checkpoint, state_dict_of
+from ..models.weights import EMA_KEYS, ema_state_dict_of, encoder_weights, read_checkpoint, state_dict_of
 
 TRAINER, PUBLISHED, OPENMMLAB, WEIGHTS = "trainer", "published", "openmmlab", "weights"
 _RECORDS = ("epoch", "steps", "max_accuracy", "max_accuracy_ema", "max_accuray_ema")  # the last as published
@@ -38,8 +38,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
     found["dtypes"] = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     if found["holds"] == "detector or segmentor":
         found["parts"] = _sizes_of_parts(state)
-    if checkpoint.get("model_ema"):
-        found["ema"] = _compare(state, state_dict_of(checkpoint, path, key="model_ema"))
+    if any(checkpoint.get(key) for key in EMA_KEYS):
+        found["ema"] = _compare(state, ema_state_dict_of(checkpoint, path))
     found |= {name: _number(checkpoint[name]) for name in _RECORDS if name in checkpoint}
     if isinstance(checkpoint.get("classes"), list):
         found["classes"] = list(map(str, checkpoint["classes"]))

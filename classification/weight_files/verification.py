@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ...kernels import use_backend
 from ..models.architecture import Architecture, architecture_of
-from ..models.spatial_mamba import SpatialMamba, SpatialMambaBackbone
+from ..models.trained import model_of
 from ..models.weights import (
     WeightsError,
     ema_state_dict_of,
     encoder_weights,
-    load_strictly,
     read_checkpoint,
     state_dict_of,
 )
@@ -45,25 +44,24 @@ def verify_file(path: Path, ema: bool = False) -> Verification:
     """Load a file strictly into the model it belongs to, and compute with it.
 
     Of a detector or segmentor that is the backbone. The outputs are computed in float64 by the definitions of the
-    operators, and rounded, so that every machine finds the same digest.
+    operators, and rounded: machines find the same digest, unless a value happens to lie on the edge of a rounding.
 
     Raises:
-        WeightsError: if the file cannot be read, holds no Spatial-Mamba, or does not fit one strictly.
+        WeightsError: if the file cannot be read, holds no Spatial-Mamba, does not fit one strictly, or does not compute
+            finite numbers.
     """
     checkpoint = read_checkpoint(path)
     state = encoder_weights(ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path))
     architecture = architecture_of(state)
     if architecture is None:
         raise WeightsError(f"{path}: holds no weights of Spatial-Mamba")
-    kind = SpatialMambaBackbone if architecture.num_classes is None else SpatialMamba
-    model = kind(**architecture.options())
-    load_strictly(model, state, path)
-    image = fixed_image(architecture.in_chans)
+    model = model_of(architecture, state, path)
     with torch.inference_mode(), use_backend("torch"):
-        outputs = model.double().eval()(image)
-    is_classifier = architecture.num_classes is not None
-    maps = (outputs,) if is_classifier else outputs
-    top5 = outputs[0].topk(min(5, outputs.shape[1])).indices.tolist() if is_classifier else ()
+        outputs = model.double()(fixed_image(architecture.in_chans))
+    maps = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not all(output.isfinite().all() for output in maps):
+        raise WeightsError(f"{path}: computes infinite values: its training has diverged, or the file is damaged")
+    top5 = outputs[0].topk(min(5, architecture.num_classes)).indices.tolist() if architecture.num_classes else ()
     return Verification(architecture, weights_digest(state), outputs_digest(maps), tuple(top5))
 
 
