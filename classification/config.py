@@ -10,6 +10,7 @@ import yaml
 from yacs.config import CfgNode
 
 from .errors import InputError
+from .models.preprocessing import INTERPOLATIONS, SMALLEST_SIZE
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs" / "classification"
 
@@ -192,10 +193,10 @@ def check_config(config: CfgNode) -> None:
     network, trains = model.SPATIAL_MAMBA, not (config.EVAL_MODE or config.THROUGHPUT_MODE)
     require("MODEL.TYPE", model.TYPE.lower() in MODEL_TYPES, f"one of {', '.join(MODEL_TYPES)}")
     require("DATA.BATCH_SIZE", data.BATCH_SIZE >= 1, "at least 1")
-    require("DATA.IMG_SIZE", data.IMG_SIZE >= 32, "at least 32")
+    require("DATA.IMG_SIZE", data.IMG_SIZE >= SMALLEST_SIZE, f"at least {SMALLEST_SIZE}")
     require("DATA.NUM_WORKERS", data.NUM_WORKERS >= 0, "at least 0")
     require("DATA.CACHE_MODE", data.CACHE_MODE in ("no", "full", "part"), "no, full or part")
-    interpolations = ("bicubic", "bilinear", "nearest", "lanczos", "random")
+    interpolations = (*INTERPOLATIONS, "random")
     require("DATA.INTERPOLATION", data.INTERPOLATION in interpolations, f"one of {', '.join(interpolations)}")
     require("MODEL.SPATIAL_MAMBA.IN_CHANS", network.IN_CHANS == 3 or config.THROUGHPUT_MODE, "3, for RGB images")
     require("MODEL.SPATIAL_MAMBA.IN_CHANS", network.IN_CHANS >= 1, "at least 1")

@@ -12,10 +12,10 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
 from ..errors import InputError
+from ..models.preprocessing import SMALLEST_SIZE
 from ..models.spatial_mamba import SpatialMambaEncoder
 from .form import export_form
 
-SMALLEST_SIZE = 32  # pixels, the stride of the models
 Size = int | tuple[int, int]
 
 
