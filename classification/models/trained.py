@@ -15,7 +15,6 @@ from .weights import (
     WeightsError,
     describe_differences,
     ema_state_dict_of,
-    load_strictly,
     read_checkpoint,
     state_dict_of,
 )
@@ -84,7 +83,7 @@ def model_of(
     if problems := describe_differences(skeleton.state_dict(), state):
         raise WeightsError(f"{path}: {problems}")
     model = kind(**architecture.options())
-    load_strictly(model, state, path)
+    model.load_state_dict(state)
     return model.eval()
 
 

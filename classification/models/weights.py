@@ -31,8 +31,9 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """Load a checkpoint onto the CPU without executing anything it contains.
 
     A file that ends in ``.safetensors`` holds tensors alone. In PyTorch's own formats, beside tensors and plain
-    containers, yacs configs, NumPy's numbers and arrays and mmengine's histories (which are left out) are admitted: the
-    published checkpoints hold them. A pickle that names any other type is refused.
+    containers, yacs configs, NumPy's numbers and arrays, mmengine's histories and the options of timm's scripts are
+    admitted; of the last two nothing is kept, but for histories where mmengine is at work. A pickle that names any
+    other type is refused.
 
     Raises:
         WeightsError: naming the file and what to do about it.
