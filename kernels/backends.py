@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import sysconfig
 import warnings
@@ -23,20 +24,32 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
+OLDEST_TRITON = (3, 4)  # that of PyTorch 2.8; older compilers lack what the kernels are written with
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 FORCE_VARIABLE = "SPATIAL_MAMBA_BACKEND"
 REQUIRE_VARIABLE = "SPATIAL_MAMBA_REQUIRE_NATIVE"
 
 
 def _why_no_triton() -> str | None:
-    if not importlib.util.find_spec("triton"):
+    spec = importlib.util.find_spec("triton")
+    if not spec:
         return "Triton is not installed: pip install triton"
+    if (version := _version_in(Path(spec.origin))) < OLDEST_TRITON:
+        return "Triton {}.{} is too old, {}.{} is needed: upgrade PyTorch, which brings it".format(
+            *version, *OLDEST_TRITON
+        )
     # Triton compiles a small C program at its first call, which launches the kernels.
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     if not _interpreted and not (any(map(shutil.which, compilers)) and headers.exists()):
         return "Triton needs a C compiler and Python's headers: apt install gcc python3-dev"
     return None
+
+
+def _version_in(module: Path) -> tuple[int, int]:
+    """Major and minor version that a module states, read without importing it: that takes most of a second."""
+    major, minor = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", module.read_text(), re.MULTILINE).groups()
+    return int(major), int(minor)
 
 
 def _read_force_variable() -> str | None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -31,9 +32,9 @@ FOLDER_VARIABLE = "SPATIAL_MAMBA_LIB"
 SUFFIXES = {"cpu": (".cpp",), "cuda": (".cpp", ".cu")}
 # OpenMP is how ATen's header-only at::parallel_for reaches PyTorch's own thread pool.
 FLAGS = {
-    ("cpu", ".cpp"): ("-O3", "-std=c++17", "-fPIC", "-march=native", "-fopenmp"),
-    ("cuda", ".cpp"): ("-O3", "-std=c++17", "-fPIC"),
-    ("cuda", ".cu"): ("-O3", "-std=c++17", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"),
+    ("cpu", ".cpp"): ("-O3", "-fPIC", "-march=native", "-fopenmp"),
+    ("cuda", ".cpp"): ("-O3", "-fPIC"),
+    ("cuda", ".cu"): ("-O3", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"),
 }
 # For a build on a machine without a GPU: Ampere, Ada, Hopper, Blackwell.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
@@ -108,6 +109,17 @@ def cpu_features() -> set[str]:
     except OSError:
         pass
     return set()
+
+
+def cxx_standard() -> str:
+    """The C++ standard that the headers of the installed PyTorch need: ``"17"``, or ``"20"`` for newer releases.
+
+    No header states it, so it is the one that PyTorch's own build of extensions passes to compilers. That module is
+    read rather than imported, since importing it looks for compilers and GPUs.
+    """
+    source = (_torch_folder() / "utils/cpp_extension.py").read_text(encoding="utf-8")
+    passed = Counter(re.findall(r"'-std=c\+\+(\d+)'", source))
+    return passed.most_common(1)[0][0] if passed else "20"
 
 
 def source_hash(name: str, sources: Path = SOURCES) -> str:
@@ -235,7 +247,7 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
     compiler = find_compiler()
     facts = environment()
     torch_folder = _torch_folder()
-    shared = [f"-D_GLIBCXX_USE_CXX11_ABI={int(facts['C++ ABI'] == 'cxx11')}", f"-I{sources}"]
+    shared = [f"-std=c++{cxx_standard()}", f"-D_GLIBCXX_USE_CXX11_ABI={int(facts['C++ ABI'] == 'cxx11')}", f"-I{sources}"]
     shared += _system_includes([torch_folder / "include", torch_folder / "include/torch/csrc/api/include"])
     # An undefined symbol is an error now, not when the library is loaded.
     link_flags = ["-Wl,-z,defs", f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]

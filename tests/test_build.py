@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,22 @@ def test_features_are_those_that_the_compiler_uses_on_this_processor() -> None:
     expected = {"x86_64": "sse2", "aarch64": "atomics"}.get(build.platform.machine())
     assert expected is None or expected not in build.cpu_features() or expected in used
     assert "hypervisor" not in used  # a flag of Linux that is no instruction
+
+
+@needs_compiler
+def test_the_standard_is_the_one_that_pytorch_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles the header that the sources include; what PyTorch 2.13 passes is text of its own, as is 2.6's."""
+    build.build(["cpu"], out=tmp_path / "lib", sources=write_sources(tmp_path / "csrc", "#include <torch/library.h>\n"))
+    monkeypatch.setattr(build, "_torch_folder", lambda: tmp_path)
+    (tmp_path / "utils").mkdir()
+    source = tmp_path / "utils/cpp_extension.py"
+    for text, standard in (
+        ("x = ['-g', '-std=c++20']\ncflags += ['-fPIC', '-std=c++17']\ncuda += ['-std=c++17']\n", "17"),
+        ("cflags += ['-fPIC', '-std=c++20']\n", "20"),
+        ("cflags += elsewhere\n", "20"),
+    ):
+        source.write_text(text)
+        assert build.cxx_standard() == standard
 
 
 @needs_compiler
@@ -374,10 +391,16 @@ def test_a_forced_back_end_that_cannot_serve_is_an_error(monkeypatch: pytest.Mon
         backends._read_force_variable()
 
 
-def test_triton_needs_a_compiler_unless_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_needs_a_recent_version_and_a_compiler_unless_interpreted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in backends._why_no_triton()
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    module = tmp_path / "__init__.py"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(module)))
+    module.write_text('"""isort"""\n__version__ = "3.3.1"\n')
+    assert backends._why_no_triton().startswith("Triton 3.3 is too old, 3.4 is needed")
+    module.write_text("__version__ = '3.10.0+git'\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     assert "needs a C compiler" in backends._why_no_triton()

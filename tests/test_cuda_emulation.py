@@ -41,7 +41,7 @@ def compiler() -> str:
 
 
 def compile_with(flags: Sequence[str | Path]) -> None:
-    command = [compiler(), "-std=c++17", f"-I{EMULATOR}", *map(str, flags)]
+    command = [compiler(), f"-std=c++{build.cxx_standard()}", f"-I{EMULATOR}", *map(str, flags)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
