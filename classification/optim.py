@@ -8,6 +8,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from yacs.config import CfgNode
 
+from ..kernels.build import cpu_features
 from .config import uses_mixup
 from .errors import InputError
 
@@ -82,7 +83,7 @@ def build_criterion(config: CfgNode) -> nn.Module:
 def autocast_dtype(config: CfgNode, device: torch.device) -> torch.dtype:
     """Precision of the training step: bfloat16 where the device computes in it, else float16; float32 without AMP.
 
-    A CPU without bfloat16 units trains in float32: half precision would only be slower there.
+    A CPU without instructions for bfloat16 trains in float32: half precision would only be slower there.
     """
     if not config.AMP_ENABLE:
         return torch.float32
@@ -90,5 +91,9 @@ def autocast_dtype(config: CfgNode, device: torch.device) -> torch.dtype:
         return getattr(torch, config.AMP_DTYPE)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    takes_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # oneDNN takes it on all processors with AVX-512. On those without instructions for it, it converts to float32 and
+    # back: a step takes twice as long.
+    features = cpu_features()
+    converts = "avx512f" in features and "avx512_bf16" not in features
+    return torch.bfloat16 if takes_bfloat16 and not converts else torch.float32

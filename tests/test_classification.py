@@ -25,7 +25,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from spatial_mamba import SpatialMamba
-from spatial_mamba.classification import complexity, engine, trainer
+from spatial_mamba.classification import complexity, engine, optim, trainer
 from spatial_mamba.classification.checkpoint import BEST, BEST_EMA, LATEST, save_checkpoint
 from spatial_mamba.classification.config import CONFIG_FOLDER, load_config
 from spatial_mamba.classification.data import (
@@ -254,10 +254,21 @@ def test_precision_follows_device_and_config(micro: Path, monkeypatch: pytest.Mo
     on, _ = load_config(micro, [("AMP_ENABLE", True)])
     off, _ = load_config(micro)
     forced, _ = load_config(micro, [("AMP_ENABLE", True), ("AMP_DTYPE", "float16")])
-    for has_bfloat16, on_gpu, on_cpu in ((True, torch.bfloat16, torch.bfloat16), (False, torch.float16, torch.float32)):
+    for has_bfloat16, on_gpu in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bfloat16: has)
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has_bfloat16: has)
-        assert (autocast_dtype(on, cuda), autocast_dtype(on, cpu)) == (on_gpu, on_cpu)
+        assert autocast_dtype(on, cuda) == on_gpu
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for processor, takes_bfloat16, features, on_cpu in (
+        ("AVX2 alone", False, "avx2", torch.float32),
+        ("AVX-512 without bfloat16", True, "avx2 avx512f", torch.float32),
+        ("AVX-512 with bfloat16", True, "avx2 avx512f avx512_bf16", torch.bfloat16),
+        ("Arm without bfloat16", False, "asimd", torch.float32),
+        ("Arm with bfloat16", True, "asimd bf16", torch.bfloat16),
+        ("unknown to this system", True, "", torch.bfloat16),
+    ):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda takes=takes_bfloat16: takes)
+        monkeypatch.setattr(optim, "cpu_features", lambda features=features: set(features.split()))
+        assert autocast_dtype(on, cpu) == on_cpu, processor
     assert autocast_dtype(forced, cuda) == torch.float16
     assert autocast_dtype(off, cuda) == torch.float32
 

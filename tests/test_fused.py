@@ -1,8 +1,13 @@
 """The inference form: the same numbers in every form, never stale, never trained; no copies between operators."""
 
 import math
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,17 +217,25 @@ def test_fusing_again_and_copying_change_nothing() -> None:
 def copies(profile: torch.profiler.profile, elements: int) -> list[tuple[str, int]]:
     """What only moves or sets tensors of at least so many elements, also inside operators: names and elements.
 
+    Of `cat` the profiler records no sizes, so the bytes of its output count, halved: elements of half precision.
     Left out is how PyTorch's linear layers on CPUs add their bias: by starting from it.
     """
-    moves = ("aten::copy_", "aten::cat", "aten::stack", "aten::fill_", "aten::zero_", "aten::index_select")
     found = []
     for event in profile.events():
         in_linear = event.cpu_parent is not None and event.cpu_parent.name == "aten::addmm"
-        if event.name in moves and event.input_shapes and not in_linear:
-            shape = event.input_shapes[0]
-            tensors = shape if shape and isinstance(shape[0], list) else [shape]
-            found.append((event.name, sum(math.prod(tensor) for tensor in tensors)))
+        if event.name == "aten::cat":  # `stack`, too, calls it
+            found.append((event.name, event.cpu_memory_usage // 2))
+        elif event.name in ("aten::copy_", "aten::fill_", "aten::zero_", "aten::index_select") and not in_linear:
+            found.append((event.name, math.prod(event.input_shapes[0])))
     return [(name, size) for name, size in found if size >= elements]
+
+
+def convolves_in_bfloat16() -> bool:
+    """Whether PyTorch leaves convolutions in bfloat16 to oneDNN, by the query that it makes itself.
+
+    True on x86 from AVX-512 on and on Arm with bfloat16 instructions, not with AVX2 alone.
+    """
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.skipif(definition_serves(torch.zeros(())), reason="the definition permutes and copies")
@@ -236,19 +249,30 @@ def test_nothing_is_copied_between_operators(mode: str, autocast: bool) -> None:
         model.fuse()
     x = images(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     smallest_map = 16 * 8 * 8 * 32  # the tokens of the last stage
+    wide, narrow = 16 * 128 * 16 * 16, 16 * 128 * 8 * 8  # in front of and behind the strided depthwise convolution
     assert max(p.numel() for p in model.parameters()) < smallest_map
     with (
-        torch.profiler.profile(record_shapes=True, acc_events=True) as profile,
+        torch.profiler.profile(record_shapes=True, profile_memory=True, acc_events=True) as profile,
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         torch.set_grad_enabled(mode == "training"),
     ):
         logits = model(x)
         if mode == "training":
             F.cross_entropy(logits.float(), torch.arange(16) % 5).backward()
-    expected = [16 * 3 * 64 * 64, smallest_map] if autocast else []  # the images; and the mean sums in float32
-    if autocast and mode == "training":  # into the strided depthwise convolution, which trains in float32, and back
-        expected += 2 * [16 * 128 * 16 * 16, 16 * 128 * 8 * 8]
-    assert sorted(copies(profile, smallest_map)) == [("aten::copy_", size) for size in sorted(expected)]
+    expected = []
+    if autocast:
+        sizes = [16 * 3 * 64 * 64, smallest_map]  # the images; and the mean sums in float32
+        if mode == "training":  # into the strided depthwise convolution, which trains in float32, and back
+            sizes += 2 * [wide, narrow]
+        if not convolves_in_bfloat16():  # PyTorch's own convolution starts from the bias, here in the downsampling
+            sizes += [wide, smallest_map]
+            if mode == "training":  # and the gradient of its input from zero: four in the stem, two in the downsampling
+                gradients = 3 * [16 * 8 * 32 * 32] + [16 * 64 * 16 * 16, 16 * 16 * 16 * 16, narrow]
+                expected += [(name, size) for name in ("aten::zero_", "aten::fill_") for size in gradients]
+            else:  # and a depthwise convolution takes its channels one by one
+                expected.append(("aten::cat", narrow))
+        expected += [("aten::copy_", size) for size in sizes]
+    assert sorted(copies(profile, smallest_map)) == sorted(expected)
 
 
 def test_peak_memory_is_linear_in_pixels() -> None:
@@ -268,19 +292,38 @@ def test_peak_memory_is_linear_in_pixels() -> None:
 # --- packed layers, against the plain ones
 
 
+def pack(weight: Tensor) -> Tensor:
+    """Packed as on a machine with matrix products of this dtype, whether or not this is one."""
+    return torch.ops.spatial_mamba_cpu.pack_weight(weight)
+
+
+@packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_packed_only_where_the_processor_has_matrix_products(dtype: torch.dtype) -> None:
+    weight = torch.randn(64, 8).to(dtype)
+    assert can_pack(weight) == torch.ops.spatial_mamba_cpu.can_pack(dtype)
+    assert can_pack(weight) or dtype != torch.float32  # which every processor has
+    if can_pack(weight):
+        assert torch.equal(pack_weight(weight), pack(weight))
+    else:
+        with pytest.raises(ValueError, match=rf"\(64, 8\), {dtype}, on cpu cannot be packed"):
+            pack_weight(weight)
+    layer = fused.PackedLinear(weight, None)
+    assert layer.packed == can_pack(weight)
+    assert torch.equal(layer.weight, pack(weight) if layer.packed else weight)
+
+
 @packing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 16, 64), (7, 34, 5), (501, 48, 130), (0, 16, 64)])
 def test_packed_layers_are_those_of_the_library(dtype: torch.dtype, tokens: int, inputs: int, outputs: int) -> None:
     torch.manual_seed(0)
     weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
-    if not can_pack(weight):
-        pytest.skip(f"this processor has no matrix products of {dtype}")
     x, residual = torch.randn(1, tokens, 1, inputs).to(dtype), torch.randn(1, tokens, 1, outputs).to(dtype)
     bias, scale, shift = (torch.randn(size).to(dtype) for size in (outputs, inputs, inputs))
     exact = [t.double() for t in (x, weight, bias, scale, shift, residual)]
     normed = F.layer_norm(exact[0], (inputs,), exact[3], exact[4])
-    packed = pack_weight(weight)
+    packed = pack(weight)
     assert torch.equal(unpack_weight(packed, outputs), weight)
     tolerance = 16 * torch.finfo(dtype).eps
     results = {
@@ -308,19 +351,12 @@ def test_packed_mlp_is_that_of_the_library(dtype: torch.dtype, backend: str, tok
     torch.manual_seed(0)
     shapes = [(tokens, dim), (dim,), (dim,), (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
     x, scale, shift, w1, b1, w2, b2 = (torch.randn(shape).to(dtype) / shape[-1] ** 0.25 for shape in shapes)
-    if not can_pack(w1):
-        pytest.skip(f"this processor has no matrix products of {dtype}")
     with use_backend(backend):
         actual = packed_mlp(x, scale, shift, 1e-5, *(pack(w1), b1, pack(w2), b2))
     exact = [t.double() for t in (x, scale, shift, w1, b1, w2, b2)]
     normed = F.layer_norm(exact[0], (dim,), exact[1], exact[2])
     expected = exact[0] + F.linear(F.gelu(F.linear(normed, *exact[3:5])), *exact[5:7])
     assert_near(actual, expected, 16 * torch.finfo(dtype).eps)
-
-
-def pack(weight: Tensor) -> Tensor:
-    with use_backend("cpu"):
-        return pack_weight(weight)
 
 
 @packing
@@ -334,11 +370,9 @@ def test_weights_may_lie_anywhere_in_memory() -> None:
 @packing
 def test_packed_weights_that_come_to_a_machine_without_matrix_products_are_unpacked() -> None:
     x, weight = torch.randn(3, 8).bfloat16(), torch.randn(64, 8).bfloat16()
-    if not can_pack(weight):
-        pytest.skip("this processor has no matrix products of bfloat16")
-    packed = pack_weight(weight)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert_near(packed_linear(x, packed, 64), F.linear(x, weight), 2e-2)
+        assert not can_pack(weight)
+        assert_near(packed_linear(x, pack(weight), 64), F.linear(x, weight), 2e-2)
 
 
 @packing
@@ -386,6 +420,28 @@ def test_packed_layers_name_what_is_wrong() -> None:
         packed_linear(x.bfloat16(), packed, 4)
     with pytest.raises(ValueError, match=r"\(4, 8\), torch\.float64, on cpu cannot be packed"):
         pack_weight(torch.zeros(4, 8).double())
+
+
+# --- on other processors
+
+
+def test_what_depends_on_the_processor_holds_with_avx2_alone() -> None:
+    """PyTorch and oneDNN choose their instructions once per process, so the tests run again in another.
+
+    On Arm the variables mean nothing, and the tests only run twice.
+    """
+    capabilities = "torch.backends.cpu.get_cpu_capability(), torch.ops.mkldnn._is_mkldnn_bf16_supported()"
+    script = f"import pytest, sys, torch; print({capabilities}); sys.exit(pytest.main())"
+    tests = "copied and True or packed_layers_are or packed_mlp_is"
+    result = subprocess.run(
+        [sys.executable, "-c", script, "-q", "-p", "no:cacheprovider", "-k", tests, "tests/test_fused.py"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("AVX2 False\n") or platform.machine() != "x86_64"
 
 
 # --- on a GPU
