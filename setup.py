@@ -2,7 +2,8 @@
 
 pip builds in an isolated environment, without PyTorch: the package is then pure Python, and
 ``python -m spatial_mamba.kernels build`` adds the libraries. ``pip install --no-build-isolation`` sees the installed
-PyTorch and packs libraries for it.
+PyTorch and packs libraries for it. The variable ``SPATIAL_MAMBA_PORTABLE`` names a folder of portable libraries to pack
+instead, which ``kernels/wheel.py`` makes.
 """
 
 import importlib.util
@@ -10,25 +11,32 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:
-    raise SystemExit("--no-build-isolation needs a newer setuptools: pip install 'setuptools>=70.1'") from None
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit("--no-build-isolation needs a newer setuptools: pip install 'setuptools>=77'")
+
+from setuptools.command.bdist_wheel import bdist_wheel  # after the check: older releases lack it
 
 
 class BuildWithLibraries(build_py):
     """Build the libraries into the wheel, where that is possible; an editable install has ``kernels/lib`` for that."""
 
     def run(self) -> None:
+        package = Path(self.build_lib, "spatial_mamba")
+        shutil.rmtree(package, ignore_errors=True)  # of an earlier build, perhaps for another PyTorch
         super().run()
         if self.editable_mode:
             return
-        self.libraries = Path(self.build_lib, "spatial_mamba/kernels/lib")
-        shutil.rmtree(self.libraries, ignore_errors=True)  # of an earlier build, perhaps for another PyTorch
+        (package / "py.typed").touch()  # PEP 561; in the tree it would lie at the top, where type checkers never look
+        self.libraries = package / "kernels/lib"
+        if portable := os.environ.get("SPATIAL_MAMBA_PORTABLE"):
+            shutil.copytree(portable, self.libraries)
+            return
         obstacle = self._build()
         if obstacle and os.environ.get("SPATIAL_MAMBA_REQUIRE_NATIVE") == "1":
             raise SystemExit(f"SPATIAL_MAMBA_REQUIRE_NATIVE=1, but native libraries cannot be built: {obstacle}")
@@ -43,9 +51,7 @@ class BuildWithLibraries(build_py):
         """Build what can be built; None, or the reason why that is nothing."""
         if importlib.util.find_spec("torch") is None:
             return "no PyTorch to build for (pip hides it unless called with --no-build-isolation)"
-        spec = importlib.util.spec_from_file_location("kernels_build", Path(__file__).parent / "kernels/build.py")
-        build = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(build)
+        build = _build_module()
         try:
             build.build(out=self.libraries)
         except build.BuildError as error:
@@ -56,11 +62,35 @@ class BuildWithLibraries(build_py):
 class PlatformWheel(bdist_wheel):
     """Name the platform in a wheel with libraries; the Python version stays open, for they know nothing of it."""
 
+    def run(self) -> None:
+        self.run_command("build_py")
+        libraries = list(Path(self.get_finalized_command("build_py").build_lib).rglob("*.so"))
+        self.system = None
+        if libraries:
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True  # or the files would be installed as pure Python
+            self.system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            if os.environ.get("SPATIAL_MAMBA_PORTABLE"):
+                self.system = self.system.replace("linux", _build_module().PORTABLE_TAG)
+        super().run()
+
     def get_tag(self) -> tuple[str, str, str]:
-        python, abi, system = super().get_tag()
-        if any(Path(self.get_finalized_command("build_py").build_lib).rglob("*.so")):
-            system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        return python, abi, system
+        return ("py3", "none", self.system) if self.system else super().get_tag()
 
 
-setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel})
+class SourceDistribution(sdist):
+    """Without tests: setuptools would add some of their files, not those that they need."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, [name for name in files if not name.startswith("tests/")])
+
+
+def _build_module() -> ModuleType:
+    """``kernels/build.py``, which imports nothing of its package."""
+    spec = importlib.util.spec_from_file_location("kernels_build", Path(__file__).parent / "kernels/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+setuptools.setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel, "sdist": SourceDistribution})
