@@ -9,7 +9,7 @@ RUN := output/spatialmamba_digits/demo
 # On the CPU everywhere: two processes would need two GPUs.
 MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
-.PHONY: demo demo-detection demo-segmentation test test-timm lint gpu docs figure clean
+.PHONY: demo demo-detection demo-segmentation test test-timm test-versions lint gpu docs figure clean
 
 # Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
 demo: .venv/ready $(LIBRARIES)
@@ -33,6 +33,10 @@ test: .venv/openmmlab $(LIBRARIES) lint
 test-timm: .venv/ready $(LIBRARIES)
 	$(BIN)/python tests/timm_suite.py
 
+# The fast tests with the oldest, pinned and newest packages: make test-versions, or make test-versions VERSIONS=newest.
+test-versions:
+	$(PYTHON) tests/versions.py $(VERSIONS)
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,17 +59,15 @@ clean:
 	rm -rf detection/data/digits_coco detection/work_dirs segmentation/data/digits_ade segmentation/work_dirs
 
 .venv/ready: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
-	  "Python 3.10, 3.11 or 3.12 is needed, this is %d.%d; name one: make PYTHON=python3.12" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 14) else \
+	  "Python 3.10 to 3.14 is needed, this is %d.%d; name one: make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-# mmcv compiles its operators for the installed PyTorch, in about ten minutes, unless pip has kept the wheel.
 .venv/openmmlab: .venv/ready detection/requirements.txt
-	$(BIN)/python -m pip install --quiet wheel ninja psutil
-	$(BIN)/python -m pip install --quiet --no-build-isolation -r detection/requirements.txt
+	$(BIN)/python -m pip install --quiet -r detection/requirements.txt
 	touch $@
 
 # $(call OPENMMLAB_DEMO,room,config,data set): what is there already is not made again, and a broken-off run resumes.

@@ -152,25 +152,29 @@ def test_complexity_refuses(arguments: list[str], message: str, capsys: pytest.C
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("boxes", [0, 2], ids=["no boxes", "two boxes"])
-def test_training_on_one_image_of_odd_size(micro: nn.Module, boxes: int) -> None:
-    """Batch 1, 75x101 pixels, unpadded; without boxes the loss is finite too and reaches what looks for objects."""
+def sample_batch(boxes: int) -> dict[str, list]:
+    """One unpadded image of 75x101 pixels, with up to two objects, as a data loader gives it."""
     height, width = 75, 101
     corners = torch.tensor([[3.0, 5.0, 60.0, 70.0], [40.0, 8.0, 99.0, 33.0]])[:boxes]
     masks = np.zeros((boxes, height, width), np.uint8)
     for mask, (left, top, right, bottom) in zip(masks, corners.int().tolist(), strict=True):
         mask[top:bottom, left:right] = 1
     shape = dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width))
-    sample = DetDataSample(metainfo=shape)
+    sample = DetDataSample(metainfo={**shape, "scale_factor": (1.0, 1.0)})
     sample.gt_instances = InstanceData(
         bboxes=HorizontalBoxes(corners), labels=torch.arange(boxes), masks=BitmapMasks(masks, height, width)
     )
     image = torch.randint(0, 256, (3, height, width), generator=torch.manual_seed(1), dtype=torch.uint8)
+    return {"inputs": [image], "data_samples": [sample]}
 
+
+@pytest.mark.parametrize("boxes", [0, 2], ids=["no boxes", "two boxes"])
+def test_training_on_one_image_of_odd_size(micro: nn.Module, boxes: int) -> None:
+    """Batch 1, unpadded; without boxes the loss is finite too and reaches what looks for objects."""
     model = micro.train()
     model.zero_grad()
-    batch = model.data_preprocessor({"inputs": [image], "data_samples": [sample]}, training=True)
-    assert batch["inputs"].shape == (1, 3, height, width)
+    batch = model.data_preprocessor(sample_batch(boxes), training=True)
+    assert batch["inputs"].shape == (1, 3, 75, 101)
     loss, logged = model.parse_losses(model(**batch, mode="loss"))
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
@@ -180,6 +184,32 @@ def test_training_on_one_image_of_odd_size(micro: nn.Module, boxes: int) -> None
     reached = {name.split(".")[0] for name, gradient in gradients.items() if gradient.any()}
     assert {"backbone", "neck", "rpn_head", "roi_head"} == reached
     assert gradients["roi_head.mask_head.conv_logits.weight"].any().item() == (boxes > 0)
+
+
+FURTHER = {  # one config each, thin enough for tests
+    "cascade_mask_rcnn_spatialmamba_fpn_coco_tiny": {
+        **{key: value for key, value in MICRO.items() if key != "model.roi_head.bbox_head"},
+        **{f"model.roi_head.bbox_head.{i}": MICRO["model.roi_head.bbox_head"] for i in range(3)},
+    },
+    "retinanet_spatialmamba_fpn_coco_tiny": {
+        "model.backbone": MICRO["model.backbone"],
+        "model.neck": dict(in_channels=[16, 32, 64], out_channels=16),
+        "model.bbox_head": dict(in_channels=16, feat_channels=16, num_classes=2),
+    },
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_detectors_learn(name: str) -> None:
+    torch.manual_seed(0)
+    config = load_config("mmdet", name, {**copy.deepcopy(FURTHER[name]), "optim_wrapper.optimizer.lr": 1e-3})
+    model, batch = build_model(config).train(), sample_batch(boxes=2)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper)
+    losses = [model.train_step(batch, optimizer)["loss"].item() for _ in range(10)]
+    assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0]
+    with torch.no_grad():
+        [result] = model.eval().test_step(batch)
+    assert result.pred_instances.bboxes.shape[1] == 4
 
 
 def predict(files: Path, *more: str | Path) -> int:

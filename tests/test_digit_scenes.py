@@ -182,7 +182,6 @@ def test_missing_scikit_learn_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_mmdet_reads_the_digits(coco_folder: Path, made: dict[str, list[Scene]]) -> None:
-    pytest.importorskip("mmcv._ext")
     pytest.importorskip("mmdet")
     from mmdet.registry import DATASETS
     from mmdet.utils import register_all_modules
@@ -206,7 +205,6 @@ def test_mmdet_reads_the_digits(coco_folder: Path, made: dict[str, list[Scene]])
 
 
 def test_mmseg_reads_the_digits(ade_folder: Path, made: dict[str, list[Scene]]) -> None:
-    pytest.importorskip("mmcv._ext")
     pytest.importorskip("mmseg")
     from mmseg.registry import DATASETS
     from mmseg.utils import register_all_modules

@@ -356,11 +356,12 @@ def test_a_resumed_loop_goes_on_with_the_same_images_and_augmentation(group: typ
     ("change", "message"),
     [
         ({"missing": "mmdet"}, r"mmdet, which this command needs, is missing: pip install mmdet==3\.3\.0"),
-        ({"missing": "mmcv"}, r"mmcv, .* is missing: .*--no-build-isolation .*mmcv==2\.1\.0"),
-        ({"versions": {"mmcv": "2.2.0"}}, r"mmcv 2\.2\.0 does not fit, 2\.0\.0 <= version < 2\.2\.0 does: "),
+        ({"missing": "mmcv"}, r"mmcv-lite, .* is missing: pip install mmcv-lite==2\.1\.0"),
+        ({"versions": {"mmcv-lite": "2.2.0"}}, r"mmcv 2\.2\.0 does not fit, 2\.0\.0 <= version < 2\.2\.0 does: "),
+        ({"versions": {"mmcv": "1.7.0"}}, r"mmcv 1\.7\.0 does not fit"),  # the compiled one is what is imported
         ({"versions": {"mmengine": "0.7.1"}}, r"mmengine 0\.7\.1 does not fit.*pip install mmengine==0\.10\.7"),
-        ({"import": ModuleNotFoundError("mmcv._ext")}, "mmcv was built without its operators .*--force-reinstall"),
-        ({"import": ImportError("undefined symbol: x")}, r"do not fit this PyTorch \(undefined symbol: x\): "),
+        ({"missing": "pkg_resources"}, r"mmengine imports pkg_resources, .*: pip install 'setuptools<82'"),
+        ({"import": ImportError("undefined symbol: x")}, r"PyTorch \(undefined symbol: x\): pip uninstall -y mmcv && "),
     ],
 )
 def test_faulty_packages_get_a_line_with_the_remedy(
@@ -615,6 +616,8 @@ def test_wrong_input_gets_one_line(room: Room) -> None:
     if room.name == "detection":
         cases.append(("test", ["small.py", checkpoint, "--out", "a.json"], r"--out: a\.json must end in \.pkl"))
         cases.append(("test", ["small.py", checkpoint, "--tta"], r"--tta: small\.py has no tta_model"))
+        pool = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
+        cases.append(("train", ["small.py", "--cfg-options", pool], r"pool_mode='max' needs mmcv's compiled operators"))
     # All in one process, for each takes seconds to import the packages.
     calls = [(tool, [*arguments, "--work-dir", "wrong"]) for tool, arguments, _ in cases]
     code = "from spatial_mamba.detection.openmmlab.commands import run_command as run\n"

@@ -10,11 +10,13 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from spatial_mamba_mmcv import MissingOperatorError
+
 from ...classification.models.image_files import ImageFileError
 from ...classification.models.weights import WeightsError
 from .packages import SetupError, check_packages
 
-_USER_ERRORS = (SetupError, WeightsError, ImageFileError, OSError)
+_USER_ERRORS = (SetupError, WeightsError, ImageFileError, MissingOperatorError, OSError)
 
 
 class Parser(argparse.ArgumentParser):

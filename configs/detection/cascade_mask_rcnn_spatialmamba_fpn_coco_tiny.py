@@ -1,0 +1,22 @@
+"""Cascade Mask R-CNN with FPN on Spatial-Mamba-T, COCO, 1x (12 epochs): mmdet's for ResNet-50, with AdamW."""
+
+_base_ = "mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"
+custom_imports = dict(imports=["spatial_mamba.detection"])
+custom_hooks = [dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook")]
+
+pretrained = "data/pretrained/spatialmamba_tiny.pth"  # another: --cfg-options model.backbone.pretrained=FILE
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="MM_SpatialMamba",
+        dims=64,
+        depths=(2, 4, 8, 4),
+        drop_path_rate=0.2,
+        pretrained=pretrained,
+    ),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
+)

@@ -1,0 +1,80 @@
+"""Run the fast tests with the oldest, the pinned and the newest packages: ``python tests/versions.py [NAME ...]``.
+
+Each combination gets an environment and a CPU library of its own in ``output/versions``, made once. Interpreters are
+taken from PATH (``python3.10``). The last lines are the table of the README.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "output" / "versions"
+EXTRAS = ["-e", ".[dev,openmmlab]"]
+COMBINATIONS = {  # name: (Python, calls of pip install)
+    "oldest": ("3.10", [["torch==2.6.0", "torchvision==0.21.0", "numpy==1.26.*", "timm==1.0.31"], EXTRAS]),
+    "pinned": ("3.11", [["-r", "requirements.txt"], ["-r", "detection/requirements.txt"], ["--no-deps", "-e", "."]]),
+    "newest": ("3.13", [["torch", "torchvision"], EXTRAS]),
+}
+TESTS = ("models", "kernels", "fused", "weight_files", "visualize", "build", "mmcv_operators", "detection")
+SHOWN = ("torch", "torchvision", "triton", "timm", "numpy", "mmcv-lite")
+
+
+def prepare(name: str) -> Path:
+    """The interpreter of the environment of a combination, with all packages and a CPU library."""
+    version, installs = COMBINATIONS[name]
+    folder = FOLDER / name
+    python = folder / "bin" / "python"
+    if (folder / "ready").exists():
+        return python
+    base = shutil.which(f"python{version}")
+    if base is None:
+        sys.exit(f"error: python{version} is not on PATH; {name} needs it")
+    subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
+    for packages in installs:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True, cwd=ROOT)
+    subprocess.run([python, "-m", "spatial_mamba.kernels", "build", "cpu"], check=True, env=environment(name))
+    (folder / "ready").touch()
+    return python
+
+
+def environment(name: str) -> dict[str, str]:
+    return {**os.environ, "SPATIAL_MAMBA_LIB": str(FOLDER / name / "native"), "OMP_NUM_THREADS": "1"}
+
+
+def run(name: str) -> str:
+    """Run the tests; returns the row of the table."""
+    python = prepare(name)
+    versions = "import sys, importlib.metadata as m; print(sys.version.split()[0])\n"
+    versions += f"for name in {SHOWN}:\n try: print(m.version(name))\n except m.PackageNotFoundError: print('none')"
+    cells = subprocess.run([python, "-c", versions], check=True, capture_output=True, text=True).stdout.split()
+    start = time.monotonic()
+    tests = [f"tests/test_{test}.py" for test in TESTS]
+    with subprocess.Popen(
+        [python, "-m", "pytest", "-q", *tests], cwd=ROOT, env=environment(name), stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    minutes = (time.monotonic() - start) / 60
+    counts = dict(reversed(pair) for pair in re.findall(r"(\d+) (passed|failed|skipped|errors?)", line))
+    outcome = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    return f"| {name} | {' | '.join(cells)} | {outcome} | {minutes:.1f} min |"
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(COMBINATIONS)
+    if unknown := set(names) - set(COMBINATIONS):
+        sys.exit(f"error: {', '.join(sorted(unknown))}: choose from {', '.join(COMBINATIONS)}")
+    rows = [run(name) for name in names]
+    print(f"| | Python | {' | '.join(SHOWN)} | fast tests | time |")
+    print("| --- " * (len(SHOWN) + 4) + "|")
+    print("\n".join(rows))
+    return int(any(re.search("failed|error|\\|  \\|", row) for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
