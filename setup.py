@@ -62,10 +62,11 @@ class BuildWithLibraries(build_py):
 class PlatformWheel(bdist_wheel):
     """Name the platform in a wheel with libraries; the Python version stays open, for they know nothing of it."""
 
+    system: str | None = None  # an editable install asks for the tag without a run
+
     def run(self) -> None:
         self.run_command("build_py")
         libraries = list(Path(self.get_finalized_command("build_py").build_lib).rglob("*.so"))
-        self.system = None
         if libraries:
             self.root_is_pure = False
             self.distribution.has_ext_modules = lambda: True  # or the files would be installed as pure Python
