@@ -38,10 +38,10 @@ NMS = {
 ALIGN = [(aligned, ratio, dtype) for aligned in (True, False) for ratio in (0, 2) for dtype in DTYPES]
 
 
-def boxes_and_scores() -> tuple[Tensor, Tensor]:
-    """Boxes whose IoUs are not all near 0 or 1, some of them empty."""
+def boxes_and_scores(shortest: int = 0) -> tuple[Tensor, Tensor]:
+    """Boxes of integer corners, with IoUs of 0, of 1, of just a threshold, and all between."""
     rng = np.random.default_rng(0)
-    corners, sides = rng.integers(0, 30, (60, 2)), rng.integers(0, 25, (60, 2))
+    corners, sides = rng.integers(0, 30, (60, 2)), rng.integers(shortest, 25, (60, 2))
     boxes = np.concatenate([corners, corners + sides], axis=1)
     return torch.from_numpy(boxes).float(), torch.from_numpy(rng.permutation(60) / 60 + 0.001).float()
 
@@ -60,7 +60,9 @@ def pooled(aligned: bool, ratio: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def compute() -> dict[str, Tensor]:
     results = {}
     for name, operator in NMS.items():
-        results[f"{name}/dets"], results[f"{name}/indices"] = operator(*boxes_and_scores())
+        results[f"{name}/dets"], results[f"{name}/indices"] = operator(
+            *boxes_and_scores(shortest="soft" in name)  # between empty boxes the compiled one makes NaN
+        )
     for aligned, ratio, dtype in ALIGN:
         output, gradient = pooled(aligned, ratio, DTYPES[dtype])
         results[f"{aligned} {ratio} {dtype}/output"] = output.detach()
@@ -78,6 +80,12 @@ def test_results_are_those_of_the_compiled_operators() -> None:
             torch.testing.assert_close(
                 result, expected, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def test_empty_boxes_leave_soft_nms_finite() -> None:
+    boxes, scores = torch.tensor([[3.0, 3, 3, 3], [3, 3, 3, 3], [0, 0, 2, 2]]), torch.tensor([0.9, 0.8, 0.7])
+    dets, indices = ops.soft_nms(boxes, scores, method="gaussian")
+    assert torch.equal(dets, torch.cat([boxes, scores[:, None]], dim=1)) and indices.tolist() == [0, 1, 2]
 
 
 def test_no_boxes() -> None:

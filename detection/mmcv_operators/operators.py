@@ -45,7 +45,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         offset: added to widths and heights: 1 where x2 and y2 name the last pixel inside.
     """
     dtype = torch.promote_types(boxes.dtype, torch.float32)
-    return torchvision.ops.nms(_with_offset(boxes.to(dtype), offset), scores.to(dtype), iou_threshold)
+    # mmcv compares in float32, torchvision with a double: an IoU of just 0.4 would be above a threshold of 0.4.
+    threshold = torch.tensor(iou_threshold, dtype=dtype).item()
+    return torchvision.ops.nms(_with_offset(boxes.to(dtype), offset), scores.to(dtype), threshold)
 
 
 def softnms(
@@ -70,7 +72,7 @@ def softnms(
     Returns:
         Indices of the kept boxes in the order of ``dets``.
     """
-    overlaps = torchvision.ops.box_iou(*[_with_offset(boxes, offset)] * 2)
+    overlaps = torchvision.ops.box_iou(*[_with_offset(boxes, offset)] * 2).nan_to_num(0)  # of two empty boxes
     scores, left, kept = scores.clone(), torch.ones_like(scores, dtype=torch.bool), []
     while left.any():
         best = int(scores.masked_fill(~left, -torch.inf).argmax())
