@@ -63,6 +63,8 @@ def export_aoti(
 ) -> None:
     """Compile the model for its device, and write an AOTInductor package: native code and weights, run from C++ too.
 
+    On a CPU the code is for the processor of this machine. One that lacks some of its instructions cannot run it.
+
     Args:
         model: see ``export_program``.
         path: of the file, which ends in ``.pt2``.
