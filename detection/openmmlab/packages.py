@@ -15,7 +15,7 @@ _PACKAGES = {
     "mmdet": ("mmdet", "3.3.0", "4.0.0", "3.3.0"),
     "mmsegmentation": ("mmseg", "1.2.2", "2.0.0", "1.2.2"),
     "ftfy": ("ftfy", "6", "7", "6.3.1"),
-    "regex": ("regex", "2022", "3000", "2026.11.15"),
+    "regex": ("regex", "2022", "3000", "2026.9.29"),
 }
 # mmseg imports the last two without asking pip for them.
 _NEEDED_BY = {
