@@ -240,6 +240,14 @@ def test_prediction_on_files(files: Path, tmp_path: Path, capsys: pytest.Capture
     assert np.abs(drawn - np.asarray(Image.open(files / "images" / "wide.jpg"), int)).max() > 50, "nothing was drawn"
 
 
+def test_mmdets_own_inferencer_predicts(files: Path) -> None:
+    from mmdet.apis import DetInferencer
+
+    inferencer = DetInferencer(str(files / "micro.py"), str(files / "micro.pth"), device="cpu", show_progress=False)
+    [found] = inferencer(str(files / "images" / "wide.jpg"), pred_score_thr=0)["predictions"]
+    assert len(found["bboxes"]) == len(found["labels"]) == 5
+
+
 def test_prediction_without_objects(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert predict(files, files / "images" / "wide.jpg", "--out-dir", tmp_path, "--score-threshold", 1) == 0
     assert "no object with a score above 1" in capsys.readouterr().out
