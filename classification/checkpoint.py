@@ -110,7 +110,7 @@ def restore_checkpoint(
             "the run goes on from that epoch of the schedule, but not exactly",
             path, state.epoch + 1, checkpoint["steps"], state.updates,
         )  # fmt: skip
-    state.scheduler.step_update(state.updates)
+    state.scheduler.step_update(max(state.updates - 1, 0))
     state.skipped_in_a_row = int(checkpoint.get("skipped_in_a_row", 0))
     state.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
     # The published trainer spells the key of its EMA record in the second way.

@@ -176,7 +176,7 @@ def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> t
         with run.model.no_sync() if no_sync else contextlib.nullcontext():
             with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
                 logits = run.model(images)
-            loss = run.criterion(logits.float(), targets)
+            loss = run.criterion(_at_least_float32(logits), targets)
             if teacher is not None:
                 loss = loss + config.AUG.MESA * _self_distillation(logits, images, teacher, run.dtype)
             # A non-finite loss makes all gradients NaN, so that the gradient norm, which the processes share,
@@ -200,8 +200,8 @@ def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> t
         state.skipped_in_a_row += 1
     state.scaler.update()
     state.optimizer.zero_grad()
+    state.scheduler.step_update(state.updates)  # as published: updates 0 and 1 both have the rate of position 0
     state.updates += 1
-    state.scheduler.step_update(state.updates)
     if state.skipped_in_a_row >= config.TRAIN.MAX_SKIPPED_UPDATES:
         raise DivergenceError(
             f"{state.skipped_in_a_row} updates in a row had a non-finite loss or gradient (last loss {loss_value}); "
@@ -214,7 +214,11 @@ def _self_distillation(logits: Tensor, images: Tensor, teacher: nn.Module, dtype
     """MESA: soft cross entropy against the EMA model's prediction on the same augmented images."""
     with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         prediction = teacher(images)
-    return SoftTargetCrossEntropy()(logits.float(), prediction.float().softmax(dim=-1))
+    return SoftTargetCrossEntropy()(_at_least_float32(logits), _at_least_float32(prediction).softmax(dim=-1))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @torch.no_grad()
