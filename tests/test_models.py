@@ -150,9 +150,11 @@ def test_golden_training_step(golden: dict[str, np.ndarray], dtype: torch.dtype,
             continue
         first = gradient.flatten()[:4].numpy()
         norm_error = abs(gradient.norm().item() - norm) / norm
-        # The three gradients of an alpha are large sums that cancel, so float32 gives single ones less exactly.
         head_error = np.abs(first - head[: len(first)]).max() / norm
-        if norm_error > tolerance or head_error > 3 * tolerance:
+        # The three gradients of an alpha are large sums that cancel. How exactly float32 gives them depends on the
+        # processor: the error is 8e-4 with fused multiply-adds, 2e-3 without.
+        allowed = 4 * tolerance if name.endswith(".alpha") else tolerance
+        if max(norm_error, head_error) > allowed:
             failures.append(f"{name}: norm off by {norm_error:.3g}, first values by {head_error:.3g}")
     assert not failures
 
