@@ -47,7 +47,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     dtype = torch.promote_types(boxes.dtype, torch.float32)
     # mmcv compares in float32, torchvision with a double: an IoU of just 0.4 would be above a threshold of 0.4.
     threshold = torch.tensor(iou_threshold, dtype=dtype).item()
-    return torchvision.ops.nms(_with_offset(boxes.to(dtype), offset), scores.to(dtype), threshold)
+    # Of equal scores the one that mmcv's unstable sort puts first wins; torchvision's own sort is stable.
+    scores, order = scores.to(dtype).sort(descending=True)
+    return order[torchvision.ops.nms(_with_offset(boxes.to(dtype), offset)[order], scores, threshold)]
 
 
 def softnms(
