@@ -9,7 +9,7 @@ RUN := output/spatialmamba_digits/demo
 # On the CPU everywhere: two processes would need two GPUs.
 MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
-.PHONY: demo demo-detection demo-segmentation test test-timm test-versions lint gpu docs figure clean
+.PHONY: demo demo-detection demo-segmentation test test-timm test-versions lint gpu docs figure wheel clean
 
 # Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
 demo: .venv/ready $(LIBRARIES)
@@ -53,6 +53,11 @@ docs: .venv/ready
 # Redraw the README's figure.
 figure: .venv/ready
 	$(BIN)/python -m spatial_mamba.classification.models.overview
+
+# Make the wheel of a release, with a CPU library for each PyTorch release. It downloads all of them, unless
+# WHEEL_PYTHONS names the interpreters of environments that hold them.
+wheel:
+	$(PYTHON) kernels/wheel.py --out dist $(WHEEL_PYTHONS)
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/lib $(DIGITS) $(RUN)

@@ -7,11 +7,11 @@ instead, which ``kernels/wheel.py`` makes.
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 
 import setuptools
 from setuptools.command.build_py import build_py
@@ -51,7 +51,9 @@ class BuildWithLibraries(build_py):
         """Build what can be built; None, or the reason why that is nothing."""
         if importlib.util.find_spec("torch") is None:
             return "no PyTorch to build for (pip hides it unless called with --no-build-isolation)"
-        build = _build_module()
+        spec = importlib.util.spec_from_file_location("kernels_build", Path(__file__).parent / "kernels/build.py")
+        build = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(build)
         try:
             build.build(out=self.libraries)
         except build.BuildError as error:
@@ -70,9 +72,9 @@ class PlatformWheel(bdist_wheel):
         if libraries:
             self.root_is_pure = False
             self.distribution.has_ext_modules = lambda: True  # or the files would be installed as pure Python
-            self.system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-            if os.environ.get("SPATIAL_MAMBA_PORTABLE"):
-                self.system = self.system.replace("linux", _build_module().PORTABLE_TAG)
+            # Portable ones state the oldest system that they run on; the names of systems are in their order.
+            systems = [json.loads(path.with_suffix(".json").read_text()).get("system", "linux") for path in libraries]
+            self.system = sysconfig.get_platform().replace("-", "_").replace(".", "_").replace("linux", max(systems))
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
@@ -84,14 +86,6 @@ class SourceDistribution(sdist):
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         super().make_release_tree(base_dir, [name for name in files if not name.startswith("tests/")])
-
-
-def _build_module() -> ModuleType:
-    """``kernels/build.py``, which imports nothing of its package."""
-    spec = importlib.util.spec_from_file_location("kernels_build", Path(__file__).parent / "kernels/build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 setuptools.setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel, "sdist": SourceDistribution})

@@ -132,11 +132,18 @@ def _obstacle(library: str) -> str | None:
 
 def _libraries() -> list[str]:
     """What each library was built by, from and for, as far as that is not what is here anyway."""
-    lines, here = [f"libraries, in {build.library_folder()}"], build.environment()
+    lines = [f"libraries, in {build.library_folder()}"]
     for name in build.LIBRARIES:
-        facts = native.read_facts(name)
-        lines.append(f"  {name}.so" + ("" if facts else ": none"))
-        lines += (_shortened(f"    {key}: {value}") for key, value in facts.items() if here.get(key) != value)
+        folders = native.folders(name)
+        lines += [] if folders else [f"  {name}.so: none"]
+        for folder in folders:
+            facts = native.read_facts(name, folder)
+            kind = f"portable, {folder}" if "portable" in facts else "native"
+            lines.append(f"  {name}.so, {kind}" + (", in use" if facts and facts == native.loaded(name) else ""))
+            here = build.environment("portable" in facts)
+            lines += (_shortened(f"    {key}: {value}") for key, value in facts.items() if here.get(key) != value)
+    if "portable" in native.loaded("cpu") and "avx512f" in build.cpu_features():
+        lines.append(f"  built for this processor, whose vectors are longer, it is faster: {native.BUILD_COMMAND} cpu")
     return lines
 
 

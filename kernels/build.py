@@ -9,6 +9,7 @@ This file imports nothing of its package, and PyTorch only when called: ``setup.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -32,9 +33,22 @@ FOLDER_VARIABLE = "SPATIAL_MAMBA_LIB"
 SUFFIXES = {"cpu": (".cpp",), "cuda": (".cpp", ".cu")}
 # OpenMP is how ATen's header-only at::parallel_for reaches PyTorch's own thread pool.
 FLAGS = {
-    ("cpu", ".cpp"): ("-O3", "-fPIC", "-march=native", "-fopenmp"),
+    ("cpu", ".cpp"): ("-O3", "-fPIC", "-fopenmp"),
     ("cuda", ".cpp"): ("-O3", "-fPIC"),
     ("cuda", ".cu"): ("-O3", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"),
+}
+# What portable libraries may use of a processor: a name for -march, and the features in it, as Linux names them.
+BASELINES = {
+    "x86_64": ("x86-64-v3", "abm avx avx2 bmi1 bmi2 f16c fma movbe"),
+    "aarch64": ("armv8-a", "asimd fp"),
+}
+# Tags of wheels, each with the newest symbols of its systems (auditwheel's policies).
+SYSTEMS = {
+    "manylinux_2_28": {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)},
+    "manylinux_2_31": {"GLIBC": (2, 31), "GLIBCXX": (3, 4, 28), "CXXABI": (1, 3, 12)},
+    "manylinux_2_34": {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)},
+    "manylinux_2_35": {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)},
+    "manylinux_2_39": {"GLIBC": (2, 39), "GLIBCXX": (3, 4, 33), "CXXABI": (1, 3, 15)},
 }
 # For a build on a machine without a GPU: Ampere, Ada, Hopper, Blackwell.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
@@ -86,16 +100,32 @@ def library_folder() -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE) or PACKAGE / "lib")
 
 
-def environment() -> dict[str, str]:
-    """What a compiled library has to agree with in the running process, apart from the processor."""
+def portable_folder(folder: Path) -> Path:
+    """Where inside ``folder`` the portable library for the installed PyTorch lies."""
+    return folder / f"torch-{_minor_release()}"
+
+
+def environment(portable: bool = False) -> dict[str, str]:
+    """What a compiled library has to agree with in the running process, apart from the processor.
+
+    A portable library serves all patch releases and builds of one minor release of PyTorch.
+    """
     import torch
 
+    exact = {"PyTorch": str(torch.__version__), "PyTorch's CUDA": torch.version.cuda or "none"}
     return {
-        "PyTorch": str(torch.__version__),
-        "PyTorch's CUDA": torch.version.cuda or "none",
+        **({"PyTorch": _minor_release()} if portable else exact),
         "platform": f"{platform.system()} {platform.machine()}",
         "C++ ABI": "cxx11" if torch.compiled_with_cxx11_abi() else "pre-cxx11",
     }
+
+
+def _minor_release() -> str:
+    """``"2.11"`` for 2.11.0+cpu; all of the version where it is no final release, since its interface may differ."""
+    import torch
+
+    final = re.match(r"(\d+\.\d+)\.\d+(\+|$)", torch.__version__)
+    return final[1] if final else str(torch.__version__)
 
 
 def cpu_features() -> set[str]:
@@ -227,7 +257,7 @@ def _output(command: Sequence[str]) -> str:
 # --- what to run ------------------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCES) -> Plan:
+def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCES, portable: bool = False) -> Plan:
     """Find out how to build a library here, without building it.
 
     Args:
@@ -235,6 +265,7 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
         architectures: compute capabilities to compile for, such as ``"9.0"``; by default those of
             ``TORCH_CUDA_ARCH_LIST``, else of the GPUs present, else the usual ones.
         sources: the folder with one folder of sources per library.
+        portable: of the CPU's: for other machines too, with the processors of ``BASELINES``.
 
     Raises:
         BuildError: if it cannot be built here: system, sources, compiler, toolkit, architecture.
@@ -245,17 +276,30 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
     if not files:
         raise BuildError(f"there are no sources in {sources / name}")
     compiler = find_compiler()
-    facts = environment()
+    facts = environment(portable)
     torch_folder = _torch_folder()
-    shared = [f"-std=c++{cxx_standard()}", f"-D_GLIBCXX_USE_CXX11_ABI={int(facts['C++ ABI'] == 'cxx11')}", f"-I{sources}"]
+    shared = [
+        f"-std=c++{cxx_standard()}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(facts['C++ ABI'] == 'cxx11')}",
+        f"-I{sources}",
+    ]
     shared += _system_includes([torch_folder / "include", torch_folder / "include/torch/csrc/api/include"])
-    # An undefined symbol is an error now, not when the library is loaded.
-    link_flags = ["-Wl,-z,defs", f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
+    link_flags = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
     facts |= {"compilers": _output([*compiler, "--version"]).partition("\n")[0]}
     facts |= {"sources": source_hash(name, sources)}
     compilers = {".cpp": [*compiler, *FLAGS[name, ".cpp"], *shared]}
-    if name == "cpu":
+    if portable:
+        if platform.machine() not in BASELINES:
+            raise BuildError(f"portable libraries are for {' and '.join(BASELINES)}, this is {platform.machine()}")
+        level, features = BASELINES[platform.machine()]
+        facts |= {"portable": level, "CPU features": features}
+        compilers[".cpp"] += [f"-march={level}"]
+        # Messages name source files, not the folders of the machine that built them.
+        compilers[".cpp"] += [f"-ffile-prefix-map={sources}=csrc", f"-ffile-prefix-map={torch_folder}=torch"]
+        link_flags.insert(0, "-lstdc++")  # PyTorch's libraries export parts of their own one, without versions
+    elif name == "cpu":
         facts |= {"CPU features": " ".join(_used_features(compiler))}
+        compilers[".cpp"] += ["-march=native"]
         link_flags += ["-fopenmp"]
     else:
         toolkit = find_toolkit()
@@ -267,6 +311,8 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
         compilers[".cpp"] += headers
         compilers[".cu"] = [toolkit.nvcc, *FLAGS[name, ".cu"], *code, *shared, *headers]
         link_flags += _cuda_link_flags(toolkit)
+    if not portable:  # Its OpenMP is PyTorch's own, whose file is named differently from release to release.
+        link_flags += ["-Wl,-z,defs"]  # an undefined symbol is an error now, not when the library is loaded
     return Plan(name, files, compilers, [*compiler, "-shared"], link_flags, facts)
 
 
@@ -329,7 +375,11 @@ def capability(text: str) -> tuple[int, int]:
 
 
 def build(
-    names: Iterable[str] = (), architectures: Sequence[str] = (), out: Path | None = None, sources: Path = SOURCES
+    names: Iterable[str] = (),
+    architectures: Sequence[str] = (),
+    out: Path | None = None,
+    sources: Path = SOURCES,
+    portable: bool = False,
 ) -> list[str]:
     """Build libraries and put them, with their JSON files, into ``out``; print one line per file.
 
@@ -338,6 +388,7 @@ def build(
         architectures: see `prepare`.
         out: default `library_folder`.
         sources: see `prepare`.
+        portable: see `prepare`; the library then goes into `portable_folder` of ``out``.
 
     Returns:
         The names of the libraries built.
@@ -346,16 +397,19 @@ def build(
         BuildError: if a named library (by default: the CPU's) cannot be built, or does not compile.
     """
     start = time.monotonic()
-    plans = [prepare(name, architectures, sources) for name in (names or ("cpu",))]
+    plans = [prepare(name, architectures, sources, portable) for name in (names or ("cpu",))]
     if not names:
         try:
             plans.append(prepare("cuda", architectures, sources))
         except BuildError as obstacle:
             print(f"cuda: not built, {obstacle}", flush=True)
     out = (out or library_folder()).absolute()
+    out = portable_folder(out) if portable else out
     for one in plans:
         with _workshop(out) as folder:
             _compile(one, folder)
+            if portable:
+                one.facts["system"] = _oldest_system(folder / f"{one.name}.so")
             _install(one, folder, out)
     print(f"built {' and '.join(one.name for one in plans)} in {time.monotonic() - start:.0f} s: {out}", flush=True)
     return [one.name for one in plans]
@@ -402,6 +456,15 @@ def _compile(plan: Plan, folder: Path) -> None:
             raise
     library = f"{plan.name}.so"
     _run(library, [*plan.linker, *map(str, objects), *plan.link_flags, "-o", str(folder / library)])
+
+
+def _oldest_system(library: Path) -> str:
+    """The first tag of ``SYSTEMS`` whose C and C++ libraries have all symbols that this one needs."""
+    needed = re.findall(r"\b([A-Z]+)_(\d+(?:\.\d+)*)\b", _output(["readelf", "--version-info", str(library)]))
+    for tag, newest in SYSTEMS.items():
+        if all(tuple(map(int, version.split("."))) <= newest.get(name, (math.inf,)) for name, version in needed):
+            return tag
+    raise BuildError(f"{library.name} runs on none of {', '.join(SYSTEMS)}: build it on an older system")
 
 
 def _run(name: str, command: Sequence[str]) -> float:

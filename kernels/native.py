@@ -14,11 +14,13 @@ _loaded: dict[str, dict[str, Any]] = {}  # the facts of each library in use
 
 
 def load(name: str, folder: Path | None = None, sources: Path = build.SOURCES) -> str | None:
-    """Load the library ``"cpu"`` or ``"cuda"``, unless it was built for another place than this: that could crash.
+    """Load the library ``"cpu"`` or ``"cuda"``: the one built on this machine, else the portable one of a wheel.
+
+    One that was built for a different environment (PyTorch, CUDA, CPU) is not loaded: it could crash the process.
 
     Args:
         name: of the library.
-        folder: where it lies; default `build.library_folder`.
+        folder: where both lie; default `build.library_folder` and the package.
         sources: what it has to be made of.
 
     Returns:
@@ -26,18 +28,30 @@ def load(name: str, folder: Path | None = None, sources: Path = build.SOURCES) -
     """
     if name == "cuda" and torch.version.cuda is None:
         return "PyTorch is built without CUDA here (builds with CUDA: https://pytorch.org/get-started)"
-    folder = folder or build.library_folder()
-    library = folder / f"{name}.so"
-    facts = read_facts(name, folder)
-    try:
-        reason = _mismatch(name, library, facts, sources)
-        if reason is None:
-            torch.ops.load_library(library)
-            _loaded[name] = facts
-            return None
-    except Exception as error:  # whatever is wrong with a library: the package works without
-        reason = f"cannot be loaded ({' '.join(str(error).split())})"
-    return f"{reason}: {BUILD_COMMAND} {name}"
+    reasons = []
+    for where in folders(name, folder):
+        facts = read_facts(name, where)
+        try:
+            reason = _mismatch(name, where / f"{name}.so", facts, sources)
+            if reason is None:
+                torch.ops.load_library(where / f"{name}.so")
+                _loaded[name] = facts
+                return None
+        except Exception as error:  # whatever is wrong with a library: the package works without
+            reason = f"cannot be loaded ({' '.join(str(error).split())})"
+        reasons.append(reason)
+    return f"{reasons[0] if reasons else 'not built'}: {BUILD_COMMAND} {name}"
+
+
+def folders(name: str, folder: Path | None = None) -> list[Path]:
+    """Folders that hold a library of this name for the installed PyTorch, the preferred one first."""
+    built, packed = folder or build.library_folder(), folder or build.PACKAGE / "lib"
+    return [where for where in (built, build.portable_folder(packed)) if (where / f"{name}.so").exists()]
+
+
+def loaded(name: str) -> dict[str, Any]:
+    """The facts of a library in use; empty if it is not loaded."""
+    return _loaded.get(name, {})
 
 
 def read_facts(name: str, folder: Path | None = None) -> dict[str, Any]:
@@ -54,7 +68,7 @@ def kernels_for(capability: tuple[int, int]) -> bool:
 
     Machine code runs on later GPUs of the same generation, PTX on all later ones.
     """
-    facts = _loaded.get("cuda", {})
+    facts = loaded("cuda")
     compiled = [build.capability(text) for text in facts.get("compute capabilities", "").split()]
     ptx = [build.capability(facts["PTX"])] if "PTX" in facts else []
     return any(major == capability[0] and minor <= capability[1] for major, minor in compiled) or any(
@@ -63,11 +77,9 @@ def kernels_for(capability: tuple[int, int]) -> bool:
 
 
 def _mismatch(name: str, library: Path, facts: dict[str, Any], sources: Path) -> str | None:
-    if not library.exists():
-        return "not built"
     if not facts:
         return f"{library} is without {name}.json, which tells what it was built for, or that is broken"
-    for key, here in build.environment().items():
+    for key, here in build.environment(portable="portable" in facts).items():
         if facts.get(key) != here:
             return f"built for {key} {facts.get(key) or 'unknown'}, but this is {here}"
     lacking = set(facts.get("CPU features", "").split()) - build.cpu_features()

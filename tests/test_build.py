@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,10 @@ from spatial_mamba.kernels import __main__ as command
 from spatial_mamba.kernels import backends, build, native, selective_scan, use_backend
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+needs_baseline = pytest.mark.skipif(
+    not set(build.BASELINES.get(build.platform.machine(), ("", "none"))[1].split()) <= build.cpu_features(),
+    reason="the processor is below the baseline of portable libraries",
+)
 TINY = 'extern "C" int twice(int x) { return 2 * x; }\n'
 TINY_KERNEL = "__global__ void twice(int* x) { *x *= 2; }\nvoid launch(int* x) { twice<<<1, 1>>>(x); }\n"
 
@@ -159,6 +165,114 @@ def test_the_file_stands_alone() -> None:
     """setup.py loads it where there may be neither the package nor PyTorch."""
     script = f"import runpy, sys; runpy.run_path({build.__file__!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-S", "-c", script]).returncode == 0
+
+
+# --- portable libraries -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a native and a portable library, and of their sources."""
+    out = tmp_path_factory.mktemp("both")
+    shutil.copytree(tiny[0], out, dirs_exist_ok=True)
+    build.build(["cpu"], out=out, sources=tiny[1], portable=True)
+    return out, tiny[1]
+
+
+@pytest.fixture
+def copied_both(both: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    return shutil.copytree(both[0], tmp_path / "lib"), both[1]
+
+
+@needs_compiler
+@needs_baseline
+def test_a_portable_library_is_for_one_minor_release_and_a_baseline_of_processors(both: tuple[Path, Path]) -> None:
+    facts = native.read_facts("cpu", build.portable_folder(both[0]))
+    assert facts["PyTorch"] == ".".join(torch.__version__.split(".")[:2])
+    assert (facts["portable"], facts["CPU features"]) == build.BASELINES[build.platform.machine()]
+    assert "PyTorch's CUDA" not in facts
+    assert build.environment(portable=True).items() <= facts.items()
+
+
+@needs_compiler
+@needs_baseline
+def test_the_native_library_is_preferred_and_the_portable_one_serves_without_it(
+    copied_both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sources = copied_both
+    assert native.folders("cpu", out) == [out, build.portable_folder(out)]
+    assert native.load("cpu", out, sources) is None
+    assert "portable" not in native.loaded("cpu")
+    facts = json.loads((out / "cpu.json").read_text())
+    (out / "cpu.json").write_text(json.dumps({**facts, "PyTorch": "2.0.0"}))  # PyTorch was exchanged since
+    assert native.load("cpu", out, sources) is None
+    assert "portable" in native.loaded("cpu")
+    (out / "cpu.so").unlink()
+    monkeypatch.setattr(torch, "__version__", f"{build._minor_release()}.7+another")
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    native._loaded.clear()
+    assert native.load("cpu", out, sources) is None
+    assert "portable" in native.loaded("cpu")
+
+
+@needs_compiler
+@needs_baseline
+def test_a_portable_library_is_refused_for_other_releases_abis_and_older_processors(
+    copied_both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sources = copied_both
+    folder = build.portable_folder(out)
+    (out / "cpu.so").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "cpu_features", lambda: {"sse2", "avx"})
+        assert re.match(r"built for a processor with .*, which this one lacks: ", refusal(out, sources, patch))
+    with monkeypatch.context() as patch:
+        abi = torch.compiled_with_cxx11_abi()
+        patch.setattr(torch, "compiled_with_cxx11_abi", lambda: not abi)
+        assert refusal(out, sources, patch).startswith("built for C++ ABI ")
+    for version in ("2.99.0", "2.99.0a0+git1234"):  # a release to come, and one that is not yet final
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "__version__", version)
+            assert refusal(out, sources, patch).startswith("not built: ")
+            folder = folder.rename(build.portable_folder(out))
+            assert f"but this is {build._minor_release()}: " in refusal(out, sources, patch)
+
+
+@needs_compiler
+@needs_baseline
+def test_a_portable_library_shares_pytorchs_openmp_and_states_the_oldest_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "#include <cmath>\n"
+        'extern "C" double total(double x) {\n'
+        "  double sum = 0;\n"
+        "#pragma omp parallel for reduction(+ : sum) num_threads(2)\n"
+        "  for (int i = 0; i < 8; ++i) sum += std::exp(x);\n"
+        "  return sum;\n"
+        "}\n"
+    )
+    sources = write_sources(tmp_path / "csrc", text)
+    build.build(["cpu"], out=tmp_path, sources=sources, portable=True)
+    library = build.portable_folder(tmp_path) / "cpu.so"
+    assert "gomp" not in build._output(["readelf", "--dynamic", str(library)])
+    assert str(tmp_path).encode() not in library.read_bytes()
+    torch.ops.load_library(library)
+    total = ctypes.CDLL(str(library)).total
+    total.argtypes, total.restype = [ctypes.c_double], ctypes.c_double
+    assert total(1.0) == pytest.approx(8 * math.e)
+    assert native.read_facts("cpu", library.parent)["system"] in build.SYSTEMS
+
+    needs = "Name: GLIBC_2.2.5  Name: GCC_3.0  Name: GLIBC_2.14  Name: GLIBCXX_3.4.21  Name: CXXABI_1.3.{}"
+    for newest, system in ((9, "manylinux_2_28"), (11, "manylinux_2_28"), (13, "manylinux_2_34")):
+        monkeypatch.setattr(build, "_output", lambda command, newest=newest: needs.format(newest))
+        assert build._oldest_system(library) == system
+    monkeypatch.setattr(build, "_output", lambda command: "Name: GLIBC_2.99")
+    with pytest.raises(build.BuildError, match=r"cpu\.so runs on none of manylinux_2_28, .*: build it on an older"):
+        build._oldest_system(library)
+    monkeypatch.setattr(build.platform, "machine", lambda: "sparc64")
+    with pytest.raises(build.BuildError, match="portable libraries are for x86_64 and aarch64, this is sparc64"):
+        build.prepare("cpu", sources=sources, portable=True)
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
@@ -491,6 +605,22 @@ def test_the_report_shows_a_librarys_facts_and_a_forced_back_end(
     assert "error: the back end 'cuda' is forced, but cannot be used" in text
     assert f"compilers: {native.read_facts('cpu')['compilers']}" in text
     assert "forced by the environment: SPATIAL_MAMBA_BACKEND=cuda" in text
+
+
+@needs_compiler
+@needs_baseline
+def test_the_report_shows_a_portable_library_and_what_is_faster(
+    copied_both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sources = copied_both
+    monkeypatch.setenv(build.FOLDER_VARIABLE, str(out / "mine"))
+    monkeypatch.setattr(build, "PACKAGE", out.parent)
+    assert native.load("cpu", sources=sources) is None
+    for features, faster in ((set(), False), ({"avx512f"}, True)):
+        monkeypatch.setattr(build, "cpu_features", lambda features=features: features)
+        lines = command.report().splitlines()
+        assert f"  cpu.so, portable, {build.portable_folder(out)}, in use" in lines
+        assert any(line.endswith(f"it is faster: {native.BUILD_COMMAND} cpu") for line in lines) == faster
 
 
 @needs_compiler

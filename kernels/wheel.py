@@ -1,0 +1,52 @@
+"""Make the wheel of a release: the package, and a portable CPU library for every PyTorch release: ``make wheel``.
+
+Each library is compiled and loaded by the Python of an environment that holds one PyTorch release. Without the names of
+such interpreters the environments are made one after the other, each removed before the next.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+PACKAGE = Path(__file__).parent
+RELEASES = ("2.6", "2.7", "2.8", "2.9", "2.10", "2.11", "2.12", "2.13", "2.14")
+# Run by path, since the package would need more than PyTorch.
+BUILD = """
+import runpy, sys, torch
+from pathlib import Path
+build = runpy.run_path(sys.argv[1])
+out = Path(sys.argv[2])
+build["build"](["cpu"], out=out, portable=True)
+torch.ops.load_library(build["portable_folder"](out) / "cpu.so")
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="kernels/wheel.py", description=__doc__)
+    listed = ", ".join(RELEASES)
+    parser.add_argument("pythons", nargs="*", metavar="PYTHON", help=f"default: environments for PyTorch {listed}")
+    parser.add_argument("--out", type=Path, default=Path("dist"), metavar="FOLDER")
+    arguments = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        for python in arguments.pythons or _environments():
+            python = Path(python).absolute()  # not resolved: that would leave the environment
+            subprocess.run([python, "-c", BUILD, PACKAGE / "build.py", folder], check=True, cwd=folder)
+        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", arguments.out, PACKAGE.parent]
+        subprocess.run(command, check=True, env={**os.environ, "SPATIAL_MAMBA_PORTABLE": folder})
+
+
+def _environments() -> Iterator[str]:
+    for release in RELEASES:
+        with TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            python = f"{folder}/bin/python"
+            subprocess.run([python, "-m", "pip", "install", "--quiet", f"torch=={release}.*"], check=True)
+            yield python
+
+
+if __name__ == "__main__":
+    main()

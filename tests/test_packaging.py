@@ -1,0 +1,119 @@
+"""Wheels and source distributions: what is in them, that they install, and that no PyTorch is needed to build them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from spatial_mamba.kernels import build
+
+from .test_build import needs_baseline, needs_compiler, write_sources
+
+setuptools = pytest.importorskip("setuptools", minversion="77")
+ROOT = Path(__file__).parents[1]
+NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "data", "output", "work_dirs", "lib", "*.so")
+
+
+def copy_tree(folder: Path) -> Path:
+    return shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*NOT_COPIED))
+
+
+def make(kind: str, tree: Path, out: Path, packages: Path) -> Path:
+    """Call setuptools' build hook where nothing is installed but setuptools."""
+    script = f"import setuptools.build_meta as hooks; hooks.build_{kind}({str(out)!r})"
+    command = [sys.executable, "-S", "-W", "error", "-c", script]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages)}
+    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return next(out.glob("*.tar.gz" if kind == "sdist" else "*.whl"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A copy of the tree, its sdist, and the wheel that is built from the sdist."""
+    folder = tmp_path_factory.mktemp("packaging")
+    (folder / "empty").mkdir()
+    installed = Path(setuptools.__file__).parents[1]
+    for name in ("setuptools", "_distutils_hack", f"setuptools-{setuptools.__version__}.dist-info"):
+        (folder / "empty" / name).symlink_to(installed / name)
+    tree = copy_tree(folder)
+    source = make("sdist", tree, folder / "source", folder / "empty")
+    with tarfile.open(source) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    unpacked = next((folder / "unpacked").iterdir())
+    return tree, source, make("wheel", unpacked, folder / "wheel", folder / "empty")
+
+
+def install(wheel: Path, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, wheel]
+    subprocess.run(command, check=True)
+
+
+def run(folder: Path, script: str, **variables: str) -> list[str]:
+    """The lines that a script prints which finds the package in a folder."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SPATIAL_MAMBA")}
+    environment |= {"PYTHONPATH": str(folder), **variables}
+    command = [sys.executable, "-c", script]
+    return subprocess.check_output(command, cwd=folder, env=environment, text=True).splitlines()
+
+
+def test_both_hold_code_configs_and_sources_and_nothing_built(made: tuple[Path, Path, Path]) -> None:
+    tree, source, wheel = made
+    packed = {path for path in tree.rglob("*.py") if path.relative_to(tree).parts[0] != "tests"}
+    packed -= {tree / "setup.py", *tree.glob("*/tools/*")}
+    packed |= {path for path in tree.glob("configs/**/*.*") if path.is_file()}
+    packed |= {path for path in tree.glob("kernels/csrc/**/*.*") if path.is_file()}
+    expected = {path.relative_to(tree).as_posix() for path in packed}
+    assert len(expected) > 100
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")]
+        licenses = [name for name in archive.namelist() if name.endswith("LICENSE")]
+    paths = {name.replace("spatial_mamba_mmcv/", "spatial_mamba/detection/mmcv_operators/") for name in names}
+    assert {path.removeprefix("spatial_mamba/") for path in paths} == {*expected, "py.typed"}
+    assert licenses
+    with tarfile.open(source) as archive:
+        members = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
+    others = {name for name in members if not name.startswith("spatial_mamba.egg-info/")} - expected
+    assert others == {"LICENSE", "README.md", "pyproject.toml", "setup.py", "setup.cfg", "PKG-INFO"}
+
+
+def test_the_wheel_installs_and_reads_its_configs(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    assert made[2].name.endswith("-py3-none-any.whl")
+    install(made[2], tmp_path)
+    script = (
+        "import importlib.resources, spatial_mamba\n"
+        "from spatial_mamba.classification.config import load_config\n"
+        "print(spatial_mamba.__file__)\n"
+        "print(importlib.resources.files('spatial_mamba').joinpath('py.typed').is_file())\n"
+        "print(load_config('spatialmamba_tiny')[0].MODEL.NAME)\n"
+    )
+    assert run(tmp_path, script) == [str(tmp_path / "spatial_mamba/__init__.py"), "True", "spatialmamba_tiny"]
+
+
+@needs_compiler
+@needs_baseline
+def test_a_releases_wheel_brings_a_library_for_each_pytorch(tmp_path: Path) -> None:
+    """With one interpreter, and sources that compile in a second."""
+    tree = copy_tree(tmp_path)
+    shutil.rmtree(tree / "kernels/csrc")
+    write_sources(tree / "kernels/csrc")
+    command = [sys.executable, tree / "kernels/wheel.py", "--out", tmp_path / "dist", sys.executable]
+    variables = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}  # of pip: 0 says no isolation
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, check=True)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert re.search(rf"-py3-none-manylinux_2_\d+_{build.platform.machine()}\.whl$", wheel.name)
+    folder = build.portable_folder(Path("spatial_mamba/kernels/lib")).as_posix()
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if "/lib/" in name]
+        metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/WHEEL"))).decode()
+    assert sorted(libraries) == [f"{folder}/cpu.json", f"{folder}/cpu.so"]
+    assert "Root-Is-Purelib: false" in metadata
+    install(wheel, tmp_path / "installed")
+    script = "from spatial_mamba.kernels import native; print(native.loaded('cpu')['portable'])"
+    assert run(tmp_path / "installed", script) == [build.BASELINES[build.platform.machine()][0]]
