@@ -1,6 +1,7 @@
 """Training checkpoints: what a run is made of, saved atomically and restored strictly."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from yacs.config import CfgNode
 
-from .config import leaves, to_plain
+from .config import RATES, by_meaning, is_published_run, leaves, to_plain
 from .errors import InputError
 from .models.weights import WeightsError, load_strictly, read_checkpoint, state_dict_of
 from .whole_files import whole_file
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
+PUBLISHED_LATEST = "latest_ckpt.pth"  # of the published trainer
 
 # Settings that may change between the parts of a run without changing its course.
 _FREE_SETTINGS = {
     "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "MODEL.NAME",
-    "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "TAG", "EVAL_MODE",
+    "MODEL.NUM_CLASSES", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "TAG", "EVAL_MODE",
 }  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -72,12 +74,20 @@ def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
 
 
 def restore_checkpoint(
-    state: TrainingState, config: CfgNode, checkpoint: dict[str, Any], path: Path, updates_per_epoch: int
+    state: TrainingState,
+    config: CfgNode,
+    checkpoint: dict[str, Any],
+    path: Path,
+    updates_per_epoch: int,
+    rate_scale: float,
 ) -> None:
     """Continue from a checkpoint of this trainer or of the published one, after its last finished epoch.
 
     The settings in force are those of ``config``: learning rates and weight decay are not taken from the checkpoint.
     With the settings and the number of processes it was saved with, the run continues exactly.
+
+    Args:
+        rate_scale: factor on the learning rates of ``config``.
 
     Raises:
         WeightsError: if the weights do not fit.
@@ -104,7 +114,7 @@ def restore_checkpoint(
         state.scaler.load_state_dict(checkpoint["scaler"])
     state.epoch = int(checkpoint["epoch"])
     state.updates = (state.epoch + 1) * updates_per_epoch
-    if checkpoint.get("steps", state.updates) != state.updates:
+    if checkpoint.get("steps", 0) not in (0, state.updates):  # the published trainer stores 0
         logger.warning(
             "%s: its %d epochs had %d updates, with this data, batch size and number of processes they have %d: "
             "the run goes on from that epoch of the schedule, but not exactly",
@@ -115,7 +125,7 @@ def restore_checkpoint(
     state.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
     # The published trainer spells the key of its EMA record in the second way.
     state.max_accuracy_ema = float(checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema", 0.0)))
-    _report_changes(config, checkpoint.get("config"), path)
+    _report_changes(config, checkpoint.get("config"), path, rate_scale)
 
 
 def load_pretrained(
@@ -136,19 +146,19 @@ def load_pretrained(
 
 
 def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run's folder that can be read whole; damaged ones are passed over with a warning.
+    """The newest checkpoint of a run's folder that can be read whole; damaged ones are skipped with a warning.
 
     That is the latest, which is written after the others of its epoch: only with it are all of them there. Without
-    it, the one with most updates.
+    it, the one with most updates. The folder may be one of the published trainer.
     """
     whole = []
-    for path in (folder / name for name in (LATEST, BEST, BEST_EMA)):
+    for path in (folder / name for name in (LATEST, BEST, BEST_EMA, PUBLISHED_LATEST)):
         if not path.is_file():
             continue
         try:
             whole.append((path, read_checkpoint(path)))
         except WeightsError as error:
-            logger.warning("passing over a checkpoint that cannot be read: %s", error)
+            logger.warning("skipping a checkpoint that cannot be read: %s", error)
         else:
             if path.name == LATEST:
                 break
@@ -171,9 +181,18 @@ def _fit_head(model: nn.Module, state: dict[str, torch.Tensor], path: Path, fine
     return {**state, **own}
 
 
-def _report_changes(config: CfgNode, saved: Any, path: Path) -> None:
-    """Say which settings differ from the run that is continued: it is then no exact continuation."""
-    before = dict(leaves(saved)) if isinstance(saved, dict) else {}
+def _report_changes(config: CfgNode, saved: Any, path: Path, rate_scale: float) -> None:
+    """Say which settings differ in meaning from the run that is continued: it is then no exact continuation."""
+    before = by_meaning(saved) if isinstance(saved, dict) else {}
+    scale = rate_scale if before and is_published_run(saved) else 1.0
     for name, now in leaves(config):
-        if name in before and name not in _FREE_SETTINGS and before[name] != now:
+        if name in RATES:
+            now *= scale
+        if name in before and name not in _FREE_SETTINGS and not _equal(before[name], now):
             logger.warning("%s: %s was %r when it was saved and is %r now", path, name, before[name], now)
+
+
+def _equal(before: Any, now: Any) -> bool:
+    if isinstance(now, float) and isinstance(before, int | float):
+        return math.isclose(before, now, rel_tol=1e-9)
+    return before == now or (isinstance(now, list | tuple) and isinstance(before, list | tuple) and [*before] == [*now])

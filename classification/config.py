@@ -21,7 +21,7 @@ _C.DATA.DATA_PATH = ""
 _C.DATA.IMG_SIZE = 224
 _C.DATA.INTERPOLATION = "bicubic"
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip, even where folders are there too
-_C.DATA.CACHE_MODE = "no"  # keep encoded images in memory: no, full, or part (each process its own share)
+_C.DATA.CACHE_MODE = "part"  # encoded images kept in memory: no, full, or part: each process its fraction of a zip
 _C.DATA.PIN_MEMORY = True
 _C.DATA.NUM_WORKERS = 8
 _C.DATA.SKIP_UNREADABLE = False  # in training, take the next image instead and count
@@ -50,7 +50,8 @@ _C.TRAIN = CfgNode()
 _C.TRAIN.EPOCHS = 300
 _C.TRAIN.WARMUP_EPOCHS = 20
 _C.TRAIN.WEIGHT_DECAY = 0.05
-_C.TRAIN.BASE_LR = 5e-4  # this and the next two are for a total batch of 512 and scale with it
+_C.TRAIN.SCALE_LR = True  # multiply the next three by (images per update) / 512; else they are taken as they are
+_C.TRAIN.BASE_LR = 5e-4
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 does not clip
@@ -66,7 +67,8 @@ _C.TRAIN.LR_SCHEDULER.NAME = "cosine"
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
 _C.TRAIN.LR_SCHEDULER.MULTISTEPS = []
-_C.TRAIN.LR_SCHEDULER.WARMUP_PREFIX = True  # the decay starts after the warm-up instead of under it
+_C.TRAIN.LR_SCHEDULER.GAMMA = 0.1  # decay rate of multistep
+_C.TRAIN.LR_SCHEDULER.WARMUP_PREFIX = True  # cosine decays after the warm-up instead of under it
 
 _C.TRAIN.OPTIMIZER = CfgNode()
 _C.TRAIN.OPTIMIZER.NAME = "adamw"
@@ -111,21 +113,22 @@ _C.THROUGHPUT_BATCHES = []  # batch sizes to time; empty: DATA.BATCH_SIZE
 MODEL_TYPES = ("spatial_mamba", "spatialmamba", "vssm")
 _MODEL_SECTIONS = ("SPATIALMAMBA", "VSSM")  # other names of MODEL.SPATIAL_MAMBA, in any case
 
-# Keys of published files that change no result, or choose between implementations of the same. They are read past,
-# with a note in the log.
+# Keys of published files that change no result, or choose between implementations of the same. They are ignored, with
+# a note in the log.
 _UNUSED_KEYS = {
     "ENABLE_AMP", "FUSED_LAYERNORM", "FUSED_WINDOW_PROCESS", "LOCAL_RANK", "TRAINCOST_MODE",
-    "DATA.DATASET", "DATA.MASK_PATCH_SIZE", "DATA.MASK_RATIO", "MODEL.MMCKPT", "TEST.SEQUENTIAL", "TEST.SHUFFLE",
-    "TRAIN.MOE", "TRAIN.START_EPOCH", "TRAIN.LR_SCHEDULER.GAMMA",
+    "DATA.DATASET", "DATA.MASK_PATCH_SIZE", "DATA.MASK_RATIO", "DATA.PERSISTENT_WORKERS", "MODEL.DDP", "MODEL.MMCKPT",
+    "TEST.SEQUENTIAL", "TEST.SHUFFLE", "TRAIN.MOE", "TRAIN.START_EPOCH",
     *(f"MODEL.SPATIAL_MAMBA.{key}" for key in (
-        "SSM_CONV_BIAS", "SSM_DT_RANK", "SSM_INIT", "SSM_FORWARDTYPE", "SSM_RANK_RATIO", "PATCH_NORM", "DOWNSAMPLE",
-        "PATCHEMBED",
+        "IMAGE_SIZE", "SSM_CONV_BIAS", "SSM_DT_RANK", "SSM_INIT", "SSM_FORWARDTYPE", "SSM_RANK_RATIO", "PATCH_NORM",
+        "DOWNSAMPLE", "PATCHEMBED",
     )),
 }  # fmt: skip
 # Keys of published files whose value must be the one that is built in.
 _FIXED_KEYS = {
     "AMP_OPT_LEVEL": ("", "O1"),
     "TRAIN.LAYER_DECAY": (1.0,),
+    "MODEL.SPATIAL_MAMBA.DT_INIT": ("random",),
     "MODEL.SPATIAL_MAMBA.SSM_RATIO": (2.0,),
     "MODEL.SPATIAL_MAMBA.SSM_CONV": (3,),
     "MODEL.SPATIAL_MAMBA.SSM_ACT_LAYER": ("silu",),
@@ -137,7 +140,11 @@ _FIXED_KEYS = {
     "MODEL.SPATIAL_MAMBA.POSEMBED": (False,),
     "MODEL.SPATIAL_MAMBA.GMLP": (False,),
 }
-_RENAMED_KEYS = {"MODEL.SPATIAL_MAMBA.SSM_D_STATE": "MODEL.SPATIAL_MAMBA.D_STATE"}
+RATES = ("TRAIN.BASE_LR", "TRAIN.WARMUP_LR", "TRAIN.MIN_LR")
+_RENAMED_KEYS = {
+    "MODEL.SPATIAL_MAMBA.SSM_D_STATE": "MODEL.SPATIAL_MAMBA.D_STATE",
+    "TRAIN.MESA": "AUG.MESA",  # -1.0 is off
+}
 
 
 def default_config() -> CfgNode:
@@ -153,7 +160,7 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
         overrides: later ones win; texts are read as YAML users expect (``1e-3`` is a number).
 
     Returns:
-        The config, and one line for every key that was read past.
+        The config, and one line for every key that has no effect or another meaning.
 
     Raises:
         InputError: naming the file or option and the key.
@@ -217,7 +224,7 @@ def check_config(config: CfgNode) -> None:
     require("TRAIN.ACCUMULATION_STEPS", train.ACCUMULATION_STEPS >= 1, "at least 1")
     require("TRAIN.MODEL_EMA_DECAY", 0 <= train.MODEL_EMA_DECAY < 1, "in [0, 1)")
     require("TRAIN.MAX_SKIPPED_UPDATES", train.MAX_SKIPPED_UPDATES >= 1, "at least 1")
-    schedules = ("cosine", "step", "multistep", "constant")
+    schedules = ("cosine", "linear", "step", "multistep", "constant")
     require("TRAIN.LR_SCHEDULER.NAME", train.LR_SCHEDULER.NAME in schedules, f"one of {', '.join(schedules)}")
     require("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", train.LR_SCHEDULER.DECAY_EPOCHS >= 1, "at least 1")
     require("TRAIN.LR_SCHEDULER.MULTISTEPS", are_numbers(train.LR_SCHEDULER.MULTISTEPS, int), "a list of epochs")
@@ -275,7 +282,7 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
     if path.resolve() in seen:
         raise InputError(f"{path}: names itself through BASE")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read this config file ({getattr(error, 'strerror', error)})") from error
     except yaml.YAMLError as error:
@@ -288,12 +295,46 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
             raise InputError(f"{path}: BASE takes names of YAML files, got {base!r}")
         if base:
             _merge_file(config, path.parent / base, notes, (*seen, path.resolve()))
-    for key, value in leaves(tree):
+    given: dict[str, tuple[str, Any]] = {}
+    for name, value in leaves(tree):
+        key = _canonical(name)
+        other, earlier = given.setdefault(key, (name, value))
+        if earlier != value:
+            raise InputError(f"{path}: {other} and {name} set the same to {earlier!r} and {value!r}; remove one")
         _merge_value(config, key, value, str(path), notes)
+    if is_published_run(tree):
+        config.TRAIN.SCALE_LR = False
+        notes.append(f"{path}: the config of a published run, whose learning rates are taken as they are, not scaled")
+
+
+def is_published_run(settings: Mapping[str, Any]) -> bool:
+    """Whether settings are those that the published trainer saves: learning rates already scaled to the batch."""
+    return "LOCAL_RANK" in settings and "SCALE_LR" not in settings.get("TRAIN", {})
+
+
+def by_meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings saved by this trainer or the published one, as ``{key of this trainer: value}``."""
+    return {(key := _canonical(name)): _translated(key, value) for name, value in leaves(settings)}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in lines:
+                    message = f"{key.value} is given twice, in lines {lines[key.value]} and {line}"
+                    raise yaml.constructor.ConstructorError(problem=message)
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list[str]) -> None:
     key = _canonical(key)
+    value = _translated(key, value)
     if any(key == unused or key.startswith(f"{unused}.") for unused in _UNUSED_KEYS):
         notes.append(f"{source}: {key} has no effect here")
         return
@@ -334,6 +375,11 @@ def _canonical(key: str) -> str:
         parts[1] = "SPATIAL_MAMBA"
     key = ".".join(parts)
     return _RENAMED_KEYS.get(key, key)
+
+
+def _translated(key: str, value: Any) -> Any:
+    """The value with the meaning it has here: published files switch MESA off by -1."""
+    return 0.0 if key == "AUG.MESA" and isinstance(value, int | float) and value < 0 else value
 
 
 def _suggestion(key: str) -> str:

@@ -163,7 +163,7 @@ def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
             f"{config.DATA.DATA_PATH}: {len(dataset)} training images are fewer than the {per_update} of one update "
             "(batch size x processes x accumulation steps); lower --batch-size"
         )
-    sampler = TrainSampler(len(dataset), process, config.SEED, sharded=config.DATA.CACHE_MODE == "part")
+    sampler = TrainSampler(len(dataset), process, config.SEED, sharded=_caches_part(config))
     return _build_loader(config, process, dataset, sampler, drop_last=True)
 
 
@@ -218,9 +218,14 @@ def _open_dataset(config: CfgNode, process: Process, split: str) -> ImageData:
     reader = open_split(config.DATA.DATA_PATH, split, config.DATA.ZIP_MODE)
     if config.DATA.CACHE_MODE == "full":
         reader = CachedReader(reader, range(len(reader)))
-    elif config.DATA.CACHE_MODE == "part":
+    elif _caches_part(config):
         reader = CachedReader(reader, range(process.rank, len(reader), process.world_size))
     return ImageData(reader, build_transform(config, is_training), is_training and config.DATA.SKIP_UNREADABLE)
+
+
+def _caches_part(config: CfgNode) -> bool:
+    """Whether each process keeps its own images in memory and trains on them alone: as published, with --zip only."""
+    return config.DATA.CACHE_MODE == "part" and config.DATA.ZIP_MODE
 
 
 def _build_loader(

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -253,9 +252,13 @@ def measure_throughput(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes allocated on a GPU, or of this process's resident memory for a CPU."""
+    """Peak bytes allocated on a GPU, or of this process's resident memory for a CPU (0 on Windows, not measured)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -27,7 +27,7 @@ def build_parser() -> Parser:
     data.add_argument("--data-path", help="folder with the train and val splits")
     data.add_argument("--batch-size", type=int, help="images per process and step")
     data.add_argument("--zip", action="store_true", default=None, help="read train.zip and val.zip")
-    data.add_argument("--cache-mode", help="keep encoded images in memory: no, full, or part (its share per process)")
+    data.add_argument("--cache-mode", help="encoded images kept in memory: no, full, or part (of a zip, per process)")
     data.add_argument("--workers", type=int, help="loader processes per process")
     data.add_argument("--skip-unreadable", action="store_true", default=None, help="count damaged training images")
     model = parser.add_argument_group("model")
@@ -55,7 +55,16 @@ def build_parser() -> Parser:
     )
     # torch.distributed.launch passes it; the environment tells the same.
     run.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    for option in IGNORED_OPTIONS:
+        run.add_argument(option, nargs="?", const=True, help=argparse.SUPPRESS)
     return parser
+
+
+# Options of the published trainer that change no result.
+IGNORED_OPTIONS = (
+    "--ddp", "--enable_persistance", "--enable_preload", "--fused_layernorm", "--fused_window_process",
+    "--memory_limit_rate", "--model_ema_force_cpu",
+)  # fmt: skip
 
 
 # Which config key an option sets; options that need more than that are treated in overrides().
@@ -101,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; returns the exit status: 0, or 2 after one line that names what is wrong."""
     try:
         args = build_parser().parse_args(argv)
-        job = prepare(*load_config(args.cfg, overrides(args)))
+        config, notes = load_config(args.cfg, overrides(args))
+        ignored = [option for option in IGNORED_OPTIONS if getattr(args, option.removeprefix("--")) is not None]
+        job = prepare(config, [*notes, *(f"command line: {option} has no effect here" for option in ignored)])
     except USER_ERRORS as error:
         # Mostly every process finds the same, and the main one speaks; the launcher then stops the others. One that
         # is still here after the wait has found something of its own.
@@ -139,9 +150,9 @@ def _report(error: Exception) -> None:
 
 
 def _boolean(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes", "on"):
+    if text.lower() in ("true", "t", "1", "yes", "y", "on"):
         return True
-    if text.lower() in ("false", "0", "no", "off"):
+    if text.lower() in ("false", "f", "0", "no", "n", "off"):
         return False
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 

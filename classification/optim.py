@@ -16,7 +16,9 @@ FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "nesterov", "momentum")  # PyTorch's
 
 
 def learning_rate_scale(config: CfgNode, world_size: int) -> float:
-    """Images per update, over the 512 that the configured learning rates are meant for."""
+    """Images per update, over the 512 that the configured learning rates are meant for; 1 where they are not scaled."""
+    if not config.TRAIN.SCALE_LR:
+        return 1.0
     return config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS / 512
 
 
@@ -51,20 +53,31 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
 def build_scheduler(
     config: CfgNode, optimizer: torch.optim.Optimizer, updates_per_epoch: int, world_size: int
 ) -> Scheduler:
-    """Warm-up and decay per update, over all updates of the run."""
+    """Warm-up and decay per update, over all updates of the run.
+
+    ``linear`` falls to a hundredth after the warm-up. ``step`` and ``multistep`` count from the start of the warm-up.
+    """
     train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
-    scale = learning_rate_scale(config, world_size)
+    name, scale = schedule.NAME, learning_rate_scale(config, world_size)
+    prefix = name == "linear" or (name == "cosine" and schedule.WARMUP_PREFIX)
+    min_lr, decay_rate = train.MIN_LR * scale, schedule.DECAY_RATE
+    milestones = schedule.MULTISTEPS
+    if name == "linear":
+        name, decay_rate, min_lr = "poly", 1.0, train.BASE_LR * scale / 100
+    elif name == "multistep":
+        # timm decays an update before the milestone; half an update more, and rounding does not matter.
+        decay_rate, milestones = schedule.GAMMA, [epoch + 0.5 / updates_per_epoch for epoch in milestones]
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=schedule.NAME,
-        num_epochs=train.EPOCHS - (train.WARMUP_EPOCHS if schedule.WARMUP_PREFIX else 0),
+        sched=name,
+        num_epochs=train.EPOCHS - (train.WARMUP_EPOCHS if prefix else 0),
         decay_epochs=schedule.DECAY_EPOCHS,
-        decay_milestones=schedule.MULTISTEPS,
-        decay_rate=schedule.DECAY_RATE,
-        min_lr=train.MIN_LR * scale,
+        decay_milestones=milestones,
+        decay_rate=decay_rate,
+        min_lr=min_lr,
         warmup_lr=train.WARMUP_LR * scale,
         warmup_epochs=train.WARMUP_EPOCHS,
-        warmup_prefix=schedule.WARMUP_PREFIX,
+        warmup_prefix=prefix,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
     )

@@ -1,6 +1,6 @@
 """A job of the trainer from its config to its result: prepare everything that can fail early, then run."""
 
-import fcntl
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -17,6 +17,7 @@ from .checkpoint import (
     BEST,
     BEST_EMA,
     LATEST,
+    PUBLISHED_LATEST,
     TrainingState,
     find_resumable,
     load_pretrained,
@@ -29,8 +30,9 @@ from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train
 from .errors import InputError
 from .models.spatial_mamba import SpatialMamba
 from .models.weights import read_checkpoint
-from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
+from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler, learning_rate_scale
 from .run_log import RunLog, set_up_console
+from .whole_files import lock
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +147,11 @@ class TrainingJob:
         if config.COMPILE and config.TRAIN.USE_CHECKPOINT and process.device.type == "cpu":
             # Seen with 2.11: Inductor's backward pass of two checkpointed blocks dies of a segmentation fault.
             raise InputError("--compile with --use-checkpoint crashes PyTorch on a CPU; leave one of them out")
+        if (Path(config.OUTPUT) / PUBLISHED_LATEST).is_file():
+            raise InputError(
+                f"--output {config.OUTPUT}: is the folder of one run of the published trainer; name another folder, "
+                f"and continue that run with --resume {Path(config.OUTPUT) / PUBLISHED_LATEST}"
+            )
         self.folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
         train_loader = build_train_loader(config, process)
         self.val_loader = build_val_loader(config, process)
@@ -164,10 +171,12 @@ class TrainingJob:
             torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16),
             classes,
         )
-        self.resumed_from = self._resume(updates_per_epoch)
-        if config.MODEL.PRETRAINED and not self.resumed_from:
+        self.pretrained: tuple[SpatialMamba, ModelEmaV3 | None] | None = None
+        if config.MODEL.PRETRAINED:
             path = Path(config.MODEL.PRETRAINED)
             load_pretrained(model, ema, read_checkpoint(path), path, config.MODEL.FINETUNE)
+            self.pretrained = model, ema
+        self.resumed_from = self._resume(updates_per_epoch)
         criterion, mixup = build_criterion(config), build_mixup(config, num_classes)
         log = self._open_folder()
         self.training = TrainingRun(
@@ -191,20 +200,31 @@ class TrainingJob:
             len(self.training.loader.dataset), len(self.val_loader.dataset), self.process.world_size,
             self.process.device.type, str(self.training.dtype).removeprefix("torch."), self.folder,
         )  # fmt: skip
-        if self.resumed_from:
-            logger.info("resumed from %s after epoch %d", self.resumed_from, state.epoch + 1)
-            for option, given in (("--resume", config.MODEL.RESUME), ("--pretrained", config.MODEL.PRETRAINED)):
-                if given and Path(given) != self.resumed_from:
-                    logger.warning("%s %s is not used: the run in %s goes on", option, given, self.folder)
         try:
-            if config.MODEL.PRETRAINED and not self.resumed_from:
-                _validate(state.model, state.ema, self.val_loader, self.process, log, config.MODEL.PRETRAINED)
+            if self.pretrained:
+                _validate(*self.pretrained, self.val_loader, self.process, log, config.MODEL.PRETRAINED)
+                self.pretrained = None
+            self._report_start()
             for epoch in range(state.epoch + 1, config.TRAIN.EPOCHS):
                 self._run_epoch(epoch)
             best_ema = f", of its EMA {state.max_accuracy_ema:.3f}%" if state.ema else ""
             logger.info("finished: best acc@1 of the model %.3f%%%s", state.max_accuracy, best_ema)
         finally:
             log.close()
+
+    def _report_start(self) -> None:
+        """Say which weights the training goes on from."""
+        given = {"--resume": self.config.MODEL.RESUME, "--pretrained": self.config.MODEL.PRETRAINED}
+        if not self.resumed_from:
+            logger.info("training starts from %s", given["--pretrained"] or "initial weights")
+            return
+        logger.info("resumed from %s after epoch %d", self.resumed_from, self.state.epoch + 1)
+        for option, file in given.items():
+            if file and Path(file) != self.resumed_from:
+                logger.warning(
+                    "training does not start from %s %s, because %s holds a run; for a new run choose another --tag",
+                    option, file, self.folder,
+                )  # fmt: skip
 
     def _run_epoch(self, epoch: int) -> None:
         config, state, process, log = self.config, self.state, self.process, self.training.log
@@ -254,7 +274,10 @@ class TrainingJob:
             checkpoint = read_checkpoint(path)
         else:
             return None
-        restore_checkpoint(self.state, config, checkpoint, path, updates_per_epoch)
+        if self.pretrained:  # its accuracy comes first
+            self.pretrained = copy.deepcopy(self.pretrained)
+        scale = learning_rate_scale(config, self.process.world_size)
+        restore_checkpoint(self.state, config, checkpoint, path, updates_per_epoch, scale)
         return path
 
     def _open_folder(self) -> RunLog:
@@ -277,7 +300,7 @@ class TrainingJob:
             folder.mkdir(parents=True, exist_ok=True)
             # Processes of a killed launcher may live on and write; the lock goes with the process that holds it.
             self._lock = (folder / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
             (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
             return RunLog(process, folder, self.state.updates + 1, self.state.epoch + 1)
         except BlockingIOError as error:

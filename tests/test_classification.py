@@ -27,12 +27,13 @@ from yacs.config import CfgNode
 from spatial_mamba import SpatialMamba
 from spatial_mamba.classification import complexity, engine, optim, trainer
 from spatial_mamba.classification.checkpoint import BEST, BEST_EMA, LATEST, save_checkpoint
-from spatial_mamba.classification.config import CONFIG_FOLDER, load_config
+from spatial_mamba.classification.config import CONFIG_FOLDER, leaves, load_config
 from spatial_mamba.classification.data import (
     EvalSampler,
     ImageData,
     TrainSampler,
     build_mixup,
+    build_train_loader,
     build_transform,
     check_classes,
     seed_everything,
@@ -218,7 +219,101 @@ def test_losses_and_targets_follow_the_recipe(micro: Path) -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def published_yaml(variant: str) -> dict[str, Any]:
+    """The keys of the published YAML files, all of them."""
+    dims, depths, drop_path, mesa = {
+        "tiny": (64, [2, 4, 8, 4], 0.2, 1.0),
+        "small": (64, [2, 4, 21, 5], 0.3, 1.5),
+        "base": (96, [2, 4, 21, 5], 0.5, 2.0),
+    }[variant]
+    network = {"EMBED_DIM": dims, "DEPTHS": depths, "D_STATE": 1, "MLP_RATIO": 4.0, "DT_INIT": "random"}
+    model = {"TYPE": "spatial_mamba", "NAME": variant, "DROP_PATH_RATE": drop_path, "DDP": "torch"}
+    return {
+        "MODEL": {**model, "SPATIALMAMBA": network},
+        "TRAIN": {"EPOCHS": 300, "WARMUP_EPOCHS": 20, "MESA": mesa},
+    }
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small", "base"])
+def test_published_yaml_is_the_shipped_config(variant: str, tmp_path: Path) -> None:
+    (tmp_path / "published.yaml").write_text(yaml.safe_dump(published_yaml(variant)))
+    config, notes = load_config(tmp_path / "published.yaml")
+    assert [note.split(": ")[1] for note in notes] == ["MODEL.DDP has no effect here"]
+    shipped, _ = load_config(f"spatialmamba_{variant}")
+    differing = {key for key, value in leaves(config) if dict(leaves(shipped))[key] != value}
+    assert differing == {"MODEL.NAME", "MODEL.NUM_CLASSES"}  # there a default, the number of the data set's here
+
+
+def published_run(config: dict[str, Any], images_per_update: int = 1024) -> dict[str, Any]:
+    """What the published trainer saves as ``config.json``: all of its settings, the rates scaled."""
+    rates = {"BASE_LR": 5e-4, "WARMUP_LR": 5e-7, "MIN_LR": 5e-6}
+    train = {
+        **{key: rate * images_per_update / 512 for key, rate in rates.items()},
+        "START_EPOCH": 0, "WEIGHT_DECAY": 0.05, "CLIP_GRAD": 5.0, "AUTO_RESUME": True, "ACCUMULATION_STEPS": 1,
+        "USE_CHECKPOINT": False, "LAYER_DECAY": 1.0, "MOE": {"SAVE_MASTER": False}, "MESA": -1.0,
+        "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30, "DECAY_RATE": 0.1, "WARMUP_PREFIX": True,
+                         "GAMMA": 0.1, "MULTISTEPS": []},
+        "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9},
+        **config["TRAIN"],
+    }  # fmt: skip
+    data = {"BATCH_SIZE": 128, "DATA_PATH": "", "DATASET": "imagenet", "IMG_SIZE": 224, "INTERPOLATION": "bicubic",
+            "ZIP_MODE": False, "CACHE_MODE": "part", "PIN_MEMORY": True, "NUM_WORKERS": 8, "MASK_PATCH_SIZE": 32,
+            "MASK_RATIO": 0.6, "PERSISTENT_WORKERS": True}  # fmt: skip
+    model = {"PRETRAINED": "", "RESUME": "", "NUM_CLASSES": 1000, "DROP_RATE": 0.0, "LABEL_SMOOTHING": 0.1,
+             "MMCKPT": False}  # fmt: skip
+    network = {"IMAGE_SIZE": 224, **config["MODEL"]["SPATIALMAMBA"]}
+    return {
+        "BASE": [""], "DATA": data, "MODEL": {**model, **config["MODEL"], "SPATIALMAMBA": network}, "TRAIN": train,
+        "AUG": {"COLOR_JITTER": 0.4, "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1", "REPROB": 0.25, "REMODE": "pixel",
+                "RECOUNT": 1, "MIXUP": 0.8, "CUTMIX": 1.0, "CUTMIX_MINMAX": None, "MIXUP_PROB": 1.0,
+                "MIXUP_SWITCH_PROB": 0.5, "MIXUP_MODE": "batch"},
+        "TEST": {"CROP": True, "SEQUENTIAL": False, "SHUFFLE": False},
+        "AMP_ENABLE": True, "AMP_OPT_LEVEL": "", "OUTPUT": "/tmp/tiny/20240923101550", "TAG": "20240923101550",
+        "SAVE_FREQ": 1, "PRINT_FREQ": 10, "SEED": 0, "EVAL_MODE": False, "THROUGHPUT_MODE": False,
+        "TRAINCOST_MODE": False, "LOCAL_RANK": 0, "FUSED_WINDOW_PROCESS": False, "FUSED_LAYERNORM": False,
+    }  # fmt: skip
+
+
+def test_a_published_runs_config_keeps_its_learning_rates(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(yaml.safe_dump(published_run(published_yaml("small"))))
+    config, notes = load_config(tmp_path / "config.json", [("DATA.BATCH_SIZE", 64)])
+    assert any("learning rates are taken as they are" in note for note in notes)
+    optimizer = build_optimizer(config, torch.nn.Linear(2, 2), world_size=16)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert (config.AUG.MESA, config.MODEL.SPATIAL_MAMBA.DEPTHS) == (1.5, [2, 4, 21, 5])
+    published = published_yaml("small")
+    published["TRAIN"]["MESA"] = -1.0
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(published))
+    assert load_config(tmp_path / "plain.yaml")[0].AUG.MESA == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        # Two epochs of warm-up of ten, ten updates each, rates 0 to 1.
+        ("linear", {0: 0.0, 10: 0.5, 20: 1.0, 60: 1 - 0.99 / 2, 99: 1 - 0.99 * 79 / 80}),
+        ("multistep", {10: 0.5, 20: 1.0, 39: 1.0, 40: 0.2, 69: 0.2, 70: 0.04, 99: 0.04}),
+        ("step", {10: 0.5, 20: 1.0, 29: 1.0, 30: 0.3, 59: 0.3, 60: 0.09}),
+    ],
+)
+def test_other_schedules_are_the_published_ones(name: str, rates: dict[int, float]) -> None:
+    """The formulas of Swin Transformer's schedules, which the published trainer has."""
+    schedule = {"NAME": name, "GAMMA": 0.2, "MULTISTEPS": [4, 7], "DECAY_EPOCHS": 3, "DECAY_RATE": 0.3}
+    settings = [(f"TRAIN.LR_SCHEDULER.{key}", value) for key, value in schedule.items()]
+    settings += [("TRAIN.EPOCHS", 10), ("TRAIN.WARMUP_EPOCHS", 2), ("TRAIN.SCALE_LR", False)]
+    settings += [("TRAIN.BASE_LR", 1.0), ("TRAIN.WARMUP_LR", 0.0), ("TRAIN.MIN_LR", 0.0)]
+    config, _ = load_config("spatialmamba_tiny", settings)
+    optimizer = build_optimizer(config, torch.nn.Linear(2, 2), 1)
+    scheduler = build_scheduler(config, optimizer, updates_per_epoch=10, world_size=1)
+    found = {}
+    for update in range(100):
+        scheduler.step_update(update)
+        found[update] = optimizer.param_groups[0]["lr"]
+    assert {update: found[update] for update in rates} == pytest.approx(rates)
+
+
 def test_published_yaml_loads(tmp_path: Path, micro: Path) -> None:
+    """VMamba's keys, which published derivatives use."""
     published = tmp_path / "published.yaml"
     published.write_text(
         yaml.safe_dump(
@@ -589,15 +684,25 @@ def test_auto_resume_takes_the_newest_whole_checkpoint(
     (folder / LATEST).write_bytes(torn)
     assert main(options(micro, photos, tmp_path)) == 0
     output = capfd.readouterr().out
-    assert "passing over" in output and f"{LATEST}: " in output
+    assert "skipping" in output and f"{LATEST}: " in output
     assert f"resumed from {folder / BEST}" in output or f"resumed from {folder / BEST_EMA}" in output
 
 
 def published_checkpoint(trained: Path, path: Path) -> Path:
-    """Our checkpoint, laid out as the published trainer writes it: a yacs config and a misspelt key."""
+    """Our checkpoint, laid out as the published trainer writes it: its config with rates scaled, steps 0, a typo."""
     content = torch.load(trained / LATEST, weights_only=True)
     content["max_accuray_ema"] = np.float64(content.pop("max_accuracy_ema"))
-    content["config"] = CfgNode(content["config"])
+    content["steps"] = 0
+    network = {"EMBED_DIM": 4, "DEPTHS": [1, 1, 1, 1], "D_STATE": 1, "MLP_RATIO": 4.0, "DT_INIT": "random"}
+    model = {"TYPE": "spatial_mamba", "NAME": "micro", "DROP_PATH_RATE": 0.2, "DDP": "torch", "SPATIALMAMBA": network}
+    config = published_run(
+        {"MODEL": model, "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 1, "MESA": 1.0}}, images_per_update=4
+    )
+    config["TRAIN"]["BASE_LR"] = 0.05 * 4 / 512
+    config["DATA"] |= {"IMG_SIZE": 32, "BATCH_SIZE": 4}
+    config |= {"AMP_ENABLE": False}
+    config["MODEL"]["NUM_CLASSES"] = 3
+    content["config"] = CfgNode(config)
     # The group with weight decay comes first there, and parameters are numbered in that order.
     spared, decayed = content["optimizer"]["param_groups"]
     order = decayed["params"] + spared["params"]
@@ -623,9 +728,58 @@ def test_published_checkpoints_load_and_resume(
         micro, [("DATA.DATA_PATH", str(photos)), ("OUTPUT", str(tmp_path)), ("MODEL.RESUME", str(path))]
     )
     job = prepare(config, notes)
+    assert capfd.readouterr().out == ""  # no setting differs in meaning
     assert (job.state.epoch, job.state.updates) == (1, 12)
     assert job.state.max_accuracy_ema == last["max_accuracy_ema"]
     assert_same(job.state.optimizer.state_dict(), read_checkpoint(trained / LATEST)["optimizer"])
+
+
+def test_a_published_runs_folder_is_resumed(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "micro" / "20240923").mkdir(parents=True)
+    path = published_checkpoint(trained, tmp_path / "micro" / "20240923" / "latest_ckpt.pth")
+    flags = ["--fused_layernorm", "--model_ema_force_cpu", "False", "--memory_limit_rate", "0.9", "--ddp", "torch"]
+    flags += ["--enable_preload", "--enable_persistance", "--model_ema", "t"]
+    assert main(options(micro, photos, tmp_path, "--tag", "20240923", *flags)) == 0
+    output = capfd.readouterr().out
+    assert f"resumed from {path} after epoch 2" in output
+    ignored = ("fused_layernorm", "model_ema_force_cpu", "memory_limit_rate", "ddp", "enable_preload")
+    assert all(f"command line: --{option} has no effect here" in output for option in ignored)
+
+
+def test_pretrained_is_evaluated_first_whatever_the_folder_holds(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(trained, tmp_path / "micro" / "default")
+    torch.manual_seed(1)
+    other = SpatialMamba(dims=4, depths=(1, 1, 1, 1), num_classes=3)
+    torch.save({"model": other.state_dict()}, tmp_path / "other.pth")
+    command = options(micro, photos, tmp_path, "--pretrained", str(tmp_path / "other.pth"))
+    assert main([*command, "--eval"]) == 0
+    [alone] = accuracy_lines(capfd.readouterr().out)
+    before = read_checkpoint(tmp_path / "micro" / "default" / LATEST)
+    assert main(command) == 0
+    output = capfd.readouterr().out
+    assert accuracy_lines(output)[0] == alone
+    assert output.index("other.pth: model") < output.index("resumed from")
+    assert "training does not start from --pretrained" in output
+    assert_same(before["model"], read_checkpoint(tmp_path / "micro" / "default" / LATEST)["model"])
+
+
+@pytest.mark.parametrize(("zipped", "mode"), [(False, "part"), (True, None), (True, "part"), (True, "no")])
+def test_processes_keep_to_their_own_images_with_zip_only(
+    photos: Path, micro: Path, tmp_path: Path, zipped: bool, mode: str | None
+) -> None:
+    settings = [("DATA.DATA_PATH", str(pack(photos, "zip", tmp_path) if zipped else photos))]
+    settings += [("DATA.ZIP_MODE", zipped), *([("DATA.CACHE_MODE", mode)] if mode else [])]
+    config, _ = load_config(micro, settings)
+    process = Process(1, 2, torch.device("cpu"))
+    seen = set()
+    loader = build_train_loader(config, process)
+    for loader.sampler.epoch in range(40):
+        seen |= {index for index, _ in loader.sampler}
+    assert seen == (set(range(1, 27, 2)) if zipped and mode != "no" else set(range(27)))
 
 
 def test_checkpoints_of_numpy_1_load(tmp_path: Path) -> None:
@@ -787,6 +941,12 @@ def other_variant(folder: Path) -> list[str]:
     return ["--pretrained", str(folder / "other.pth")]
 
 
+def published_output(folder: Path) -> list[str]:
+    (folder / "20240923101550").mkdir()
+    (folder / "20240923101550" / "latest_ckpt.pth").touch()
+    return ["--output", str(folder / "20240923101550")]
+
+
 WRONG = {
     # options
     "unknown option": (add("--batchsize", "4"), "unrecognized arguments: --batchsize 4"),
@@ -822,6 +982,19 @@ WRONG = {
     "config is a list": (damage_config("- 1"), "must hold keys and values, found list"),
     "unknown section": (damage_config("TRAINING: {EPOCHS: 3}"), "unknown config key TRAINING.EPOCHS; did you mean"),
     "value of a section": (damage_config("TRAIN: 3"), "TRAIN is a section"),
+    "key given twice": (
+        damage_config("TRAIN: {EPOCHS: 3}\nDATA: {}\nTRAIN: {}"),
+        "TRAIN is given twice, in lines 1 and 3",
+    ),
+    "two names of a key": (
+        damage_config("AUG: {MESA: 1.0}\nTRAIN: {MESA: 2.0}"),
+        "AUG.MESA and TRAIN.MESA set the same to 1.0 and 2.0",
+    ),
+    "another initialisation": (
+        damage_config("MODEL: {SPATIALMAMBA: {DT_INIT: constant}}"),
+        "DT_INIT is 'constant', but what is built here is 'random'",
+    ),
+    "published run as output": (published_output, "is the folder of one run of the published trainer"),
     "own base": (damage_config("BASE: [bad.yaml]"), "names itself through BASE"),
     "another model": (damage_config("MODEL: {TYPE: swin}"), "MODEL.TYPE is 'swin'"),
     "another architecture": (damage_config("MODEL: {VSSM: {SSM_RATIO: 1.0}}"), "what is built here is 2.0"),
