@@ -20,7 +20,10 @@ import runpy, sys, torch
 from pathlib import Path
 build = runpy.run_path(sys.argv[1])
 out = Path(sys.argv[2])
-build["build"](["cpu"], out=out, portable=True)
+try:
+    build["build"](["cpu"], out=out, portable=True)
+except build["BuildError"] as error:
+    sys.exit(f"error: {error}")
 torch.ops.load_library(build["portable_folder"](out) / "cpu.so")
 """
 
@@ -49,4 +52,7 @@ def _environments() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # the command has said what is wrong
