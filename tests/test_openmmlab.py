@@ -97,6 +97,32 @@ def test_a_classification_checkpoint_is_the_start_of_training(tmp_path: Path, ho
     assert all((state[f"outnorm{i}.weight"] == 1).all() for i in range(4))
 
 
+@pytest.mark.parametrize("options", [dict(pretrained=""), dict(pretrained=None), dict(init_cfg=None)], ids=str)
+def test_empty_names_of_weights_are_none(options: dict) -> None:
+    model = build(**options)
+    before = model.state_dict()["patch_embed.conv1.conv.weight"].clone()
+    model.init_weights()
+    assert torch.equal(model.state_dict()["patch_embed.conv1.conv.weight"], before)
+
+
+@pytest.mark.parametrize("prefix", ["student.backbone", "student.backbone."])
+def test_weights_under_a_prefix_are_found(tmp_path: Path, prefix: str) -> None:
+    state = SpatialMambaBackbone(**SMALL).state_dict()
+    named = {f"student.backbone.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": {**named, "teacher.weight": torch.ones(1)}}, tmp_path / "a.pth")
+    entry = dict(init_cfg(tmp_path / "a.pth"), prefix=prefix, map_location="cpu")
+    model = build(init_cfg=[entry])
+    model.init_weights()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(WeightsError, match=r"a\.pth: holds no weights whose names start with other\."):
+        build(init_cfg=dict(entry, prefix="other")).init_weights()
+
+
+def test_an_address_is_named_whole() -> None:
+    with pytest.raises(WeightsError, match=r"^https://host/tiny\.pth: is an address; download the file"):
+        build(pretrained="https://host/tiny.pth").init_weights()
+
+
 def init_cfg(path: object) -> dict:
     return dict(type="Pretrained", checkpoint=str(path))
 
@@ -121,6 +147,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     [
         (dict(pretrained="a.pth", init_cfg=init_cfg("b.pth")), "give one of them"),
         (dict(init_cfg=dict(type="Kaiming", layer="Conv2d")), "init_cfg must be"),
+        (dict(init_cfg=[init_cfg("a.pth"), dict(type="Kaiming", layer="Conv2d")]), "init_cfg must be"),
+        (
+            dict(embed_dims=96, num_heads=[3, 6, 12, 24], window_size=7, convert_weights=True),  # Swin's
+            "no option convert_weights, embed_dims, num_heads, window_size; .* removed by _delete_=True",
+        ),
         (dict(frozen_stages=5), r"-1 \(none\) to 4"),
         (dict(out_indices=(0, 7)), "out_indices must be"),
     ],
@@ -554,8 +585,11 @@ def test_the_distributed_test_repeats_the_score_and_draws(room: Room) -> None:
     else:
         assert len(list((room.folder / out).glob("*.png"))) == 5
     more = ["--tta"] if room.name == "segmentation" else []
-    room.run(sys.executable, room.tools / "test.py", *test, "--work-dir", "drawn", "--show-dir", "shown", *more)
+    output = room.run(
+        sys.executable, room.tools / "test.py", *test, "--work-dir", "drawn", "--ddp", "--show-dir", "shown", *more
+    )
     assert len(list((room.folder / "shown").rglob("*.png"))) == 5
+    assert "--ddp has no effect here" in output
 
 
 def test_the_packages_own_tools_run_the_config(room: Room) -> None:
@@ -608,6 +642,7 @@ def test_wrong_input_gets_one_line(room: Room) -> None:
         ("train", ["small.py", "--resume", "absent.pth"], r"absent\.pth: no such checkpoint file"),
         ("train", ["small.py", "--cfg-options", "model.backbone.pretrained=absent.pth"], r"absent\.pth: no such"),
         ("train", ["small.py", "--cfg-options", data], r"No such file or directory: '.*absent"),
+        ("train", ["small.py", "--data-path", "absent"], r"No such file or directory: '.*absent"),
         ("train", ["small.py", "--amp"], r"--amp: .* GPU"),
         ("test", ["small.py", "empty.pth"], r"empty\.pth: the file is empty"),
         ("test", ["small.py", "misfit.pth"], r"misfit\.pth: does not fit this model in \d+ entries: "),

@@ -19,8 +19,10 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from spatial_mamba.classification.models.complexity import count_parameters
+from spatial_mamba.detection.openmmlab import tools
 from spatial_mamba.detection.openmmlab.complexity import build_model
-from spatial_mamba.detection.openmmlab.tools import load_config
+from spatial_mamba.detection.openmmlab.packages import SetupError
+from spatial_mamba.detection.openmmlab.tools import _keep_total_batch, _move_data, load_config
 from spatial_mamba.segmentation import complexity
 from spatial_mamba.segmentation.__main__ import main
 
@@ -74,6 +76,16 @@ def test_recipe_is_that_of_swin_with_the_backbone_exchanged(variant: str, tmp_pa
     expected["optim_wrapper"]["paramwise_cfg"] = {"custom_keys": {"norm": {"decay_mult": 0.0}}}
     expected["train_dataloader"]["batch_size"] = 4  # on 4 GPUs, for 2 on 8
     expected["auto_scale_lr"] = {"enable": False, "base_batch_size": 16}
+    expected["total_batch_size"] = 16
+    expected["img_ratios"] = [0.75, 1.0, 1.25]
+    sizes = [(1536, 384), (2048, 512), (2560, 640)]
+    flips = [{"type": "RandomFlip", "prob": p, "direction": "horizontal"} for p in (0.0, 1.0)]
+    transforms = [[{"type": "Resize", "scale": size, "keep_ratio": True} for size in sizes], flips]
+    transforms += [[{"type": "LoadAnnotations"}], [{"type": "PackSegInputs"}]]
+    expected["tta_pipeline"] = [  # the published multi-scale test
+        {"type": "LoadImageFromFile", "backend_args": None},
+        {"type": "TestTimeAug", "transforms": transforms},
+    ]
     expected["checkpoint_file"], expected["backbone_norm_cfg"] = weights, None
     expected["custom_imports"] = {"imports": ["spatial_mamba.segmentation"]}
     expected["custom_hooks"] = [{"type": f"{hook}Hook"} for hook in ("ExactResume", "StrictLoad", "SameBuffers")]
@@ -88,6 +100,34 @@ def test_recipe_is_that_of_swin_with_the_backbone_exchanged(variant: str, tmp_pa
     assert (decay.type, decay.power, decay.eta_min, decay.begin, decay.end) == ("PolyLR", 1.0, 0.0, 1500, 160_000)
     assert config.train_cfg.max_iters == 160_000
     assert config.model.data_preprocessor["size"] == config.crop_size == (512, 512)
+
+
+@pytest.mark.parametrize(("processes", "images"), [(1, 16), (4, 4), (8, 2), (16, 1)])
+def test_processes_share_the_total_batch(processes: int, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda line, logger: said.append(line))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = load_config("mmseg", RECIPE.format("tiny"))
+    _keep_total_batch(config)
+    assert config.train_dataloader.batch_size == images
+    assert said == [f"total batch 16: {processes} processes with {images} images each"]
+
+
+def test_a_total_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(SetupError, match=r"^6 processes cannot share the 16 images .* start 1, 2, 4, 8, 16 processes"):
+        _keep_total_batch(load_config("mmseg", RECIPE.format("tiny")))
+
+
+def test_the_data_set_may_lie_elsewhere() -> None:
+    config = load_config("mmseg", RECIPE.format("tiny"))
+    _move_data(config, "/data/ade20k")
+    roots = [config.data_root, *(config[f"{split}_dataloader"].dataset.data_root for split in ("train", "val", "test"))]
+    assert roots == ["/data/ade20k"] * 4
+    detector = load_config("mmdet", "mask_rcnn_spatialmamba_fpn_coco_tiny")
+    _move_data(detector, "/data/coco/")
+    assert detector.test_evaluator.ann_file == "/data/coco/annotations/instances_val2017.json"
+    assert detector.model.backbone.pretrained == "data/pretrained/spatialmamba_tiny.pth"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

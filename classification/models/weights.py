@@ -38,7 +38,9 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         WeightsError: naming the file and what to do about it.
     """
-    path = Path(path)
+    if "://" in str(path):
+        raise WeightsError(f"{path}: is an address; download the file and give its path")
+    path = Path(path).expanduser()
     if path.is_dir():
         raise WeightsError(f"{path}: is a folder; name the checkpoint file in it")
     if not path.is_file():
@@ -141,16 +143,25 @@ def describe_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor])
     return f"does not fit this model in {len(problems)} entries: {shown}"
 
 
-def load_backbone_weights(model: nn.Module, path: str | PathLike[str]) -> None:
+def load_backbone_weights(model: nn.Module, path: str | PathLike[str], prefix: str = "") -> None:
     """Start a backbone from the checkpoint of a classifier, or of a detector, segmentor or backbone.
 
     From the first it takes all but the final norm and the classifier, and its own ``outnorm`` layers keep their values.
     From the others it takes those of its output norms, too.
 
+    Args:
+        prefix: of the names of the backbone's weights in the file; ``backbone.`` is found without it.
+
     Raises:
-        WeightsError: as ``read_checkpoint`` and ``load_strictly``.
+        WeightsError: as ``read_checkpoint`` and ``load_strictly``, or if no name has the prefix.
     """
-    state = encoder_weights(state_dict_of(read_checkpoint(path), path))
+    state = state_dict_of(read_checkpoint(path), path)
+    if prefix:
+        prefix = f"{prefix.rstrip('.')}."
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if not state:
+            raise WeightsError(f"{path}: holds no weights whose names start with {prefix}")
+    state = encoder_weights(state)
     own_norms = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("outnorm")}
     state = {
         name: tensor

@@ -1,4 +1,4 @@
-"""UPerNet on Spatial-Mamba-T, ADE20K at 512x512, 160k iterations, 4 GPUs x 4 images: mmseg's recipe for Swin-T."""
+"""UPerNet on Spatial-Mamba-T, ADE20K at 512x512, 160k iterations, 16 images: mmseg's recipe for Swin-T."""
 
 _base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
 custom_imports = dict(imports=["spatial_mamba.segmentation"])
@@ -20,5 +20,21 @@ model = dict(
 )
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(_delete_=True, norm=dict(decay_mult=0.0))))
 
-train_dataloader = dict(batch_size=4)
-auto_scale_lr = dict(enable=False, base_batch_size=16)
+train_dataloader = dict(batch_size=4)  # on 4 processes; tools/train.py keeps the total on others
+total_batch_size = 16
+auto_scale_lr = dict(enable=False, base_batch_size=total_batch_size)
+
+# The published multi-scale test.
+img_ratios = [0.75, 1.0, 1.25]
+tta_pipeline = [
+    dict(type="LoadImageFromFile", backend_args=None),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale=(int(2048 * r), int(512 * r)), keep_ratio=True) for r in img_ratios],
+            [dict(type="RandomFlip", prob=p, direction="horizontal") for p in (0.0, 1.0)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]

@@ -33,6 +33,17 @@ model = dict(
 # Nothing is flipped: a mirrored digit is none.
 train_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
 test_pipeline = train_pipeline
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale_factor=r, keep_ratio=True) for r in (0.75, 1.0, 1.25)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
 data_root = "data/digits_ade/"
 dataset = dict(
     type="BaseSegDataset",
@@ -41,6 +52,7 @@ dataset = dict(
     reduce_zero_label=True,
     pipeline=train_pipeline,
 )
+total_batch_size = 8
 train_dataloader = dict(batch_size=4, num_workers=1, dataset=dataset)
 val_dataloader = dict(batch_size=8, num_workers=1, dataset=dataset)
 test_dataloader = val_dataloader

@@ -29,12 +29,14 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
             statistics are used and stay as they are, its weights are trained.
         with_cp: recompute the blocks' activations in the backward pass instead of storing them.
         pretrained: a classification checkpoint, of this project or a published one; short for ``init_cfg``.
-        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``.
+            ``None`` and ``""`` are none.
+        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, or a list with one; ``prefix`` names the part of the
+            file that holds the backbone, ``map_location`` has no effect.
         in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, out_indices, fusion_dilations, fusion_kernel_sizes:
             see ``SpatialMambaBackbone``.
 
     Raises:
-        SetupError: for another ``init_cfg``, one beside ``pretrained``, or another option out of range.
+        SetupError: for another ``init_cfg``, one next to ``pretrained``, an unknown option or one out of range.
     """
 
     def __init__(
@@ -50,14 +52,20 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         pretrained: str | PathLike[str] | None = None,
-        init_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         fusion_dilations: Sequence[int] = FUSION_DILATIONS,
         fusion_kernel_sizes: int | Sequence[int] = FUSION_KERNEL_SIZE,
+        **unknown: Any,
     ) -> None:
-        if pretrained is not None and init_cfg is not None:
+        if unknown:
+            raise SetupError(
+                f"MM_SpatialMamba has no option {', '.join(sorted(unknown))}; options that a config inherits from "
+                "another backbone are removed by _delete_=True in its dict(...)"
+            )
+        if pretrained and init_cfg:
             raise SetupError("pretrained and init_cfg both name weights to start from; give one of them")
-        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
-            raise SetupError(f"init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {dict(init_cfg)}")
+        if pretrained:
+            init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained)}
         if not -1 <= frozen_stages <= len(depths):
             raise SetupError(f"frozen_stages must be -1 (none) to {len(depths)} (all), got {frozen_stages}")
         try:
@@ -75,7 +83,7 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
             )
         except ValueError as error:
             raise SetupError(f"MM_SpatialMamba: {error}") from error
-        self.init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained)} if pretrained is not None else init_cfg
+        self.init_cfg = _single_pretrained(init_cfg) if init_cfg else None
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         for module in self._frozen_modules():
@@ -88,7 +96,7 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
             WeightsError: if the file is missing, unsafe, damaged or does not fit.
         """
         if self.init_cfg is not None and not self.is_init:
-            load_backbone_weights(self, self.init_cfg["checkpoint"])
+            load_backbone_weights(self, self.init_cfg["checkpoint"], self.init_cfg.get("prefix", ""))
         self.is_init = True
 
     def train(self, mode: bool = True) -> "MMSpatialMamba":
@@ -107,3 +115,12 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
             return []
         norms = [getattr(self, f"outnorm{i}") for i in self.out_indices if i < self.frozen_stages]
         return [self.patch_embed, *self.layers[: self.frozen_stages], *norms]
+
+
+def _single_pretrained(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    entries = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
+    entry = dict(entries[0])
+    allowed = {"type", "checkpoint", "prefix", "map_location"}
+    if len(entries) != 1 or entry.get("type") != "Pretrained" or not {"type", "checkpoint"} <= set(entry) <= allowed:
+        raise SetupError(f"init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")
+    return entry

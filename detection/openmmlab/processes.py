@@ -11,6 +11,11 @@ from mmengine.logging import print_log
 from .packages import SetupError
 
 
+def process_count() -> int:
+    """Processes started by the launcher (torchrun or Slurm); 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+
+
 def prepare_processes(config: Config) -> None:
     """Adapt a config to the devices of this machine; without a GPU also join the processes of the launcher.
 

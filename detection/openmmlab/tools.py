@@ -2,8 +2,9 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -14,7 +15,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from ...classification.models.weights import read_checkpoint
 from .commands import Parser
 from .packages import SetupError
-from .processes import prepare_processes
+from .processes import prepare_processes, process_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 _ROOMS = {"mmdet": "detection", "mmseg": "segmentation"}
@@ -59,8 +60,13 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="FILE", help="continue from FILE, or the newest in the work folder"
     )
+    parser.add_argument("--data-path", metavar="FOLDER", help="the data set, in place of the config's data_root")
     args = parser.parse_args(argv)
     config = _configure(package, args)
+    if args.data_path:
+        _move_data(config, args.data_path)
+    if not args.auto_scale_lr and "train_dataloader.batch_size" not in (args.cfg_options or {}):
+        _keep_total_batch(config)
     if args.amp:
         if not torch.cuda.is_available():
             raise SetupError("--amp: mmengine trains in mixed precision on a GPU only, and PyTorch finds none here")
@@ -89,8 +95,11 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--show-dir", metavar="FOLDER", help="write images with predictions drawn over them")
     parser.add_argument("--wait-time", type=float, default=2, metavar="SECONDS", help="pause of --show")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips, as tta_pipeline says")
+    parser.add_argument("--ddp", nargs="?", const=True, help=argparse.SUPPRESS)  # of the published tool
     args = parser.parse_args(argv)
     config = _configure(package, args)
+    if args.ddp is not None:
+        print_log("--ddp has no effect here", "current")
     config.load_from = args.checkpoint
     config.resume = False
     if args.show or args.show_dir:
@@ -140,11 +149,60 @@ def _configure(package: str, args: argparse.Namespace) -> Config:
     return config
 
 
+def _move_data(config: Config, folder: str) -> None:
+    """Read the data set from another folder: change every path in the config that starts with a ``data_root``.
+
+    Raises:
+        SetupError: if the config names no ``data_root``.
+    """
+    roots = sorted(set(_values(config, "data_root")) - {""}, key=len, reverse=True)
+    if not roots:
+        raise SetupError(f"--data-path: {config.filename} has no data_root; set the paths with --cfg-options")
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: moved(child) for key, child in part.items()}
+        if isinstance(part, list):
+            return [moved(child) for child in part]
+        for root in roots if isinstance(part, str) else ():
+            if part == root or part.startswith(f"{root.rstrip('/')}/"):
+                return str(Path(folder, part[len(root) :].lstrip("/")))
+        return part
+
+    config.merge_from_dict({key: moved(part) for key, part in config.items()})
+
+
+def _values(part: Any, name: str) -> Iterator[Any]:
+    """All values that a key has anywhere in a config."""
+    items = part.items() if isinstance(part, dict | Config) else enumerate(part) if isinstance(part, list) else ()
+    for key, child in items:
+        yield from [child] if key == name else _values(child, name)
+
+
+def _keep_total_batch(config: Config) -> None:
+    """Divide the images of an update, ``total_batch_size`` of the config, among the processes.
+
+    Raises:
+        SetupError: if that leaves a remainder.
+    """
+    total, processes = config.get("total_batch_size"), process_count()
+    if not total:
+        return
+    if total % processes:
+        fitting = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+        raise SetupError(
+            f"{processes} processes cannot share the {total} images of an update; start {fitting} processes, "
+            "or set --cfg-options train_dataloader.batch_size=N"
+        )
+    config.train_dataloader.batch_size = total // processes
+    print_log(f"total batch {total}: {processes} processes with {total // processes} images each", "current")
+
+
 def _draw_predictions(package: str, config: Config, args: argparse.Namespace) -> None:
     hook = config.default_hooks.get("visualization")
     if hook is None:
         raise SetupError(f"--show, --show-dir: {args.config} has no default_hooks.visualization")
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) > 1:
+    if process_count() > 1:
         print_log("--show-dir: only the first process draws, its own share; use one process to see all", "current")
     hook.update(draw=True, interval=1, show=args.show, wait_time=args.wait_time)
     if args.show_dir and package == "mmdet":
