@@ -163,10 +163,10 @@ def _check_arguments(
     if (kernels is None) != (alpha is None) or (kernels is None) == (taps is None):
         given = [k for k, v in (("kernels", kernels), ("alpha", alpha), ("taps", taps)) if v is not None]
         raise ValueError(f"give either kernels and alpha, or taps; got {', '.join(given) or 'none of them'}")
-    tensors = {"xz": xz} | weights
+    tensors = {"xz": xz, **weights}  # a union would break the graph of torch.compile before PyTorch 2.7
     if taps is None:
         check_branches(kernels, alpha, dilations, dim)
-        tensors |= {"alpha": alpha} | {f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}
+        tensors = {**tensors, "alpha": alpha, **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}}
     else:
         check_dilations(dilations)
         if len(kernel_sizes) != len(dilations) or any(size < 1 or size % 2 == 0 for size in kernel_sizes):
@@ -179,6 +179,6 @@ def _check_arguments(
                 f"taps must be (T, dim) = {expected} for kernels of sizes {tuple(kernel_sizes)} with "
                 f"dilations {tuple(dilations)}, got {tuple(taps.shape)}"
             )
-        tensors |= {"taps": taps}
+        tensors = {**tensors, "taps": taps}
     require_float(tensors)
     require_same_device(tensors)

@@ -80,7 +80,7 @@ def _check_arguments(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor, dilati
     if h.ndim != 4 or 0 in h.shape[1:]:
         raise ValueError(f"h must be (batch, dim, H, W), none but batch zero, got {tuple(h.shape)}")
     check_branches(kernels, alpha, dilations, h.shape[1])
-    tensors = {"h": h, "alpha": alpha} | {f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}
+    tensors = {"h": h, "alpha": alpha, **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}}
     require_float(tensors)
     require_same_device(tensors)
 

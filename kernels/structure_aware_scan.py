@@ -129,8 +129,9 @@ def _check_arguments(
             raise ValueError(f"{name} must be (dim,) = {(dim,)}, got {tuple(tensor.shape)}")
     check_branches(kernels, alpha, dilations, dim)
     tensors = dict(
-        u=u, projection=projection, step_weight=step_weight, step_bias=step_bias, A_log=A_log, D=D, alpha=alpha
-    ) | {f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}
+        u=u, projection=projection, step_weight=step_weight, step_bias=step_bias, A_log=A_log, D=D, alpha=alpha,
+        **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)},
+    )  # fmt: skip
     require_float(tensors)
     require_same_device(tensors)
     if out_dtype is not None and not out_dtype.is_floating_point:

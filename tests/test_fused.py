@@ -194,7 +194,7 @@ def test_an_empty_batch_and_a_failed_move(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(torch.OutOfMemoryError):
         model._apply(fail)
-    assert_near(model.to(torch.float32)(images()), expected, 1e-6)
+    assert_near(model.to(torch.float32)(images()), expected, 3e-6)  # a smaller part of an MLP at a time
 
 
 def test_autocast_is_refused() -> None:
