@@ -50,6 +50,7 @@ def split_taps(taps: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> 
 
 
 def _offsets(size: int, dilation: int) -> list[tuple[int, int]]:
+    size = int(size)  # torch.jit.trace makes sizes tensors, which are no keys
     steps = [dilation * (i - size // 2) for i in range(size)]
     return [(row, column) for row in steps for column in steps]
 

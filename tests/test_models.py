@@ -274,6 +274,16 @@ def test_half_precision_weights_run(dtype: torch.dtype) -> None:
 # --- compilation and activation checkpointing
 
 
+def test_traces_for_any_size() -> None:
+    """As TensorBoard, fvcore and other tools trace a model."""
+    model = SpatialMamba(dims=8, depths=(1, 1), num_classes=3).eval()
+    traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        for shape in ((1, 3, 64, 64), (2, 3, 96, 64), (1, 3, 64, 33)):
+            images = torch.randn(shape)
+            assert torch.equal(traced(images), model(images))
+
+
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_compiles_in_one_graph(use_checkpoint: bool) -> None:
     model = filled_classifier(depths=(1, 1), use_checkpoint=use_checkpoint)
