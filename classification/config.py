@@ -298,8 +298,9 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
     given: dict[str, tuple[str, Any]] = {}
     for name, value in leaves(tree):
         key = _canonical(name)
+        value = _translated(key, value)
         other, earlier = given.setdefault(key, (name, value))
-        if earlier != value:
+        if other != name and earlier != value:
             raise InputError(f"{path}: {other} and {name} set the same to {earlier!r} and {value!r}; remove one")
         _merge_value(config, key, value, str(path), notes)
     if is_published_run(tree):
@@ -379,7 +380,10 @@ def _canonical(key: str) -> str:
 
 def _translated(key: str, value: Any) -> Any:
     """The value with the meaning it has here: published files switch MESA off by -1."""
-    return 0.0 if key == "AUG.MESA" and isinstance(value, int | float) and value < 0 else value
+    if key != "AUG.MESA":
+        return value
+    number = CfgNode._decode_cfg_value(value)
+    return 0.0 if isinstance(number, int | float) and number < 0 else value
 
 
 def _suggestion(key: str) -> str:

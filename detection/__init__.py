@@ -1,6 +1,10 @@
 """Spatial-Mamba in OpenMMLab's detectors; importing this room registers the backbone ``MM_SpatialMamba``."""
 
+import warnings
 from importlib.util import find_spec
 
 if find_spec("mmengine"):  # without it there is no registry; the commands say what is missing
-    from .openmmlab import registration  # noqa: F401
+    try:
+        from .openmmlab import registration  # noqa: F401
+    except ImportError as error:  # such as OpenCV's, for which the commands have a remedy
+        warnings.warn(f"MM_SpatialMamba is not registered: {error}", stacklevel=2)

@@ -56,3 +56,5 @@ if __name__ == "__main__":
         main()
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)  # the command has said what is wrong
+    except OSError as error:
+        sys.exit(f"error: {error}")

@@ -285,6 +285,9 @@ def test_a_published_runs_config_keeps_its_learning_rates(tmp_path: Path) -> Non
     published["TRAIN"]["MESA"] = -1.0
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(published))
     assert load_config(tmp_path / "plain.yaml")[0].AUG.MESA == 0.0
+    assert load_config("spatialmamba_tiny", [("TRAIN.MESA", "-1.0")])[0].AUG.MESA == 0.0
+    (tmp_path / "both.yaml").write_text("TRAIN: {MESA: -1.0}\nAUG: {MESA: 0.0}")
+    assert load_config(tmp_path / "both.yaml")[0].AUG.MESA == 0.0
 
 
 @pytest.mark.parametrize(
@@ -1000,6 +1003,7 @@ WRONG = {
     "another architecture": (damage_config("MODEL: {VSSM: {SSM_RATIO: 1.0}}"), "what is built here is 2.0"),
     "another norm": (damage_config("MODEL: {VSSM: {NORM_LAYER: bn}}"), "SPATIAL_MAMBA.NORM_LAYER is 'bn'"),
     "blank value": (damage_config("TRAIN: {EPOCHS: }"), "TRAIN.EPOCHS takes a int, got None"),
+    "rate that is none": (damage_config("TRAIN: {BASE_LR: .nan}"), "TRAIN.BASE_LR is nan; it must be a finite number"),
     "infinite rate": (damage_config("TRAIN: {BASE_LR: 1e999}"), "TRAIN.BASE_LR is inf; it must be a finite number"),
     "depths": (damage_config("MODEL: {VSSM: {DEPTHS: [a]}}"), "SPATIAL_MAMBA.DEPTHS is ['a']"),
     "grey images": (damage_config("MODEL: {VSSM: {IN_CHANS: 1}}"), "IN_CHANS is 1; it must be 3, for RGB"),

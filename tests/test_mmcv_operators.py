@@ -35,6 +35,39 @@ NMS = {
     "soft, linear": lambda boxes, scores: ops.soft_nms(boxes, scores, 0.3, method="linear", offset=1),
     "soft, gaussian": lambda boxes, scores: ops.soft_nms(boxes, scores, sigma=0.5, method="gaussian", min_score=0.05),
 }
+TIED = [
+    9,
+    10,
+    15,
+    57,
+    20,
+    52,
+    48,
+    21,
+    25,
+    26,
+    36,
+    55,
+    51,
+    43,
+    24,
+    8,
+    0,
+    46,
+    32,
+    34,
+    1,
+    54,
+    2,
+    53,
+    28,
+    29,
+    18,
+    6,
+    38,
+    22,
+]
+TIED += [41, 44, 56, 33, 19, 35, 59, 47]
 ALIGN = [(aligned, ratio, dtype) for aligned in (True, False) for ratio in (0, 2) for dtype in DTYPES]
 
 
@@ -86,6 +119,18 @@ def test_empty_boxes_leave_soft_nms_finite() -> None:
     boxes, scores = torch.tensor([[3.0, 3, 3, 3], [3, 3, 3, 3], [0, 0, 2, 2]]), torch.tensor([0.9, 0.8, 0.7])
     dets, indices = ops.soft_nms(boxes, scores, method="gaussian")
     assert torch.equal(dets, torch.cat([boxes, scores[:, None]], dim=1)) and indices.tolist() == [0, 1, 2]
+
+
+def test_equal_scores_in_soft_nms() -> None:
+    """Kept by the compiled operator: the first of equal scores, after boxes have moved into places of dropped ones."""
+    boxes, scores = boxes_and_scores(shortest=1)
+    assert ops.soft_nms(boxes, (scores * 4).ceil() / 4, 0.3, method="naive")[1].tolist() == TIED
+
+
+def test_saturated_focal_loss_has_finite_gradients() -> None:
+    logits = torch.tensor([[100.0, -100.0, 0.0]], requires_grad=True)
+    sigmoid_focal_loss(logits, torch.tensor([0]), 0.5, 0.25, None, "none").sum().backward()
+    assert logits.grad.isfinite().all()
 
 
 def test_no_boxes() -> None:

@@ -386,20 +386,32 @@ def test_a_resumed_loop_goes_on_with_the_same_images_and_augmentation(group: typ
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"missing": "mmdet"}, r"mmdet, which this command needs, is missing: pip install mmdet==3\.3\.0"),
-        ({"missing": "mmcv"}, r"mmcv-lite, .* is missing: pip install mmcv-lite==2\.1\.0"),
+        ({"missing": "mmdet"}, r"mmdet, which this command needs, is missing: pip install mmdet==3\.3\.0 --force"),
+        ({"missing": "mmcv"}, r"mmcv-lite, .* is missing: pip install mmcv-lite==2\.1\.0 --force-reinstall"),
         ({"versions": {"mmcv-lite": "2.2.0"}}, r"mmcv 2\.2\.0 does not fit, 2\.0\.0 <= version < 2\.2\.0 does: "),
         ({"versions": {"mmcv": "1.7.0"}}, r"mmcv 1\.7\.0 does not fit"),  # the compiled one is what is imported
         ({"versions": {"mmengine": "0.7.1"}}, r"mmengine 0\.7\.1 does not fit.*pip install mmengine==0\.10\.7"),
         ({"missing": "pkg_resources"}, r"mmengine imports pkg_resources, .*: pip install 'setuptools<82'"),
-        ({"import": ImportError("undefined symbol: x")}, r"PyTorch \(undefined symbol: x\): pip uninstall -y mmcv && "),
+        (
+            {"import": {"mmcv._ext": ImportError("undefined symbol: x")}},
+            r"_ext .*\(undefined symbol: x\): pip uninstall -y mmcv",
+        ),
+        (
+            {"import": {"cv2": ImportError("libGL.so.1")}},
+            r"cv2 .*\(libGL\.so\.1\): .* opencv-python-headless",
+        ),
+        (
+            {"import": {"torchvision": RuntimeError("no nms")}},
+            r"torchvision cannot be imported \(no nms\): install",
+        ),
     ],
 )
 def test_faulty_packages_get_a_line_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, change: dict, message: str
 ) -> None:
     def import_module(name: str) -> None:
-        raise change["import"]
+        if name in change["import"]:
+            raise change["import"][name]
 
     version, find = packages.importlib.metadata.version, packages.find_spec
     versions = change.get("versions", {})
@@ -431,7 +443,8 @@ runpy.{start}
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert result.returncode == 2
-    assert result.stderr == "error: mmengine, which this command needs, is missing: pip install mmengine==0.10.7\n"
+    install = "pip install mmengine==0.10.7 --force-reinstall --no-deps"  # its metadata are still there
+    assert result.stderr == f"error: mmengine, which this command needs, is missing: {install}\n"
 
 
 def share_buffers(rank: int, folder: Path) -> None:

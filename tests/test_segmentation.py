@@ -76,7 +76,7 @@ def test_recipe_is_that_of_swin_with_the_backbone_exchanged(variant: str, tmp_pa
     expected["optim_wrapper"]["paramwise_cfg"] = {"custom_keys": {"norm": {"decay_mult": 0.0}}}
     expected["train_dataloader"]["batch_size"] = 4  # on 4 GPUs, for 2 on 8
     expected["auto_scale_lr"] = {"enable": False, "base_batch_size": 16}
-    expected["total_batch_size"] = 16
+    expected["total_batch"] = {"images": 16, "processes": 4}
     expected["img_ratios"] = [0.75, 1.0, 1.25]
     sizes = [(1536, 384), (2048, 512), (2560, 640)]
     flips = [{"type": "RandomFlip", "prob": p, "direction": "horizontal"} for p in (0.0, 1.0)]
@@ -107,7 +107,7 @@ def test_processes_share_the_total_batch(processes: int, images: int, monkeypatc
     said = []
     monkeypatch.setattr(tools, "print_log", lambda line, logger: said.append(line))
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    config = load_config("mmseg", RECIPE.format("tiny"))
+    config = load_config("mmseg", RECIPE.format("tiny"), {"launcher": "pytorch"})
     _keep_total_batch(config)
     assert config.train_dataloader.batch_size == images
     assert said == [f"total batch 16: {processes} processes with {images} images each"]
@@ -116,7 +116,21 @@ def test_processes_share_the_total_batch(processes: int, images: int, monkeypatc
 def test_a_total_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(SetupError, match=r"^6 processes cannot share the 16 images .* start 1, 2, 4, 8, 16 processes"):
-        _keep_total_batch(load_config("mmseg", RECIPE.format("tiny")))
+        _keep_total_batch(load_config("mmseg", RECIPE.format("tiny"), {"launcher": "pytorch"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "images"),
+    [({}, 16), ({"launcher": "slurm"}, 2), ({"launcher": "mpi"}, 8), ({"train_dataloader.batch_size": 3}, 3)],
+)
+def test_processes_are_those_of_the_launcher(options: dict, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other variables may be set too, such as Slurm's around a single process; a batch size of one's own is kept."""
+    monkeypatch.setattr(tools, "print_log", lambda line, logger: None)
+    for name, value in (("WORLD_SIZE", "4"), ("SLURM_NTASKS", "8"), ("OMPI_COMM_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    config = load_config("mmseg", RECIPE.format("tiny"), options)
+    _keep_total_batch(config)
+    assert config.train_dataloader.batch_size == images
 
 
 def test_the_data_set_may_lie_elsewhere() -> None:
@@ -127,6 +141,11 @@ def test_the_data_set_may_lie_elsewhere() -> None:
     detector = load_config("mmdet", "mask_rcnn_spatialmamba_fpn_coco_tiny")
     _move_data(detector, "/data/coco/")
     assert detector.test_evaluator.ann_file == "/data/coco/annotations/instances_val2017.json"
+    nested = Config(
+        dict(data_root="data", train_dataloader=dict(dataset=dict(a=({"data_root": "data/"},), data_root=None)))
+    )
+    _move_data(nested, "s3://bucket/coco")
+    assert nested.train_dataloader.dataset == dict(a=({"data_root": "s3://bucket/coco"},), data_root=None)
     assert detector.model.backbone.pretrained == "data/pretrained/spatialmamba_tiny.pth"
 
 

@@ -20,9 +20,9 @@ model = dict(
 )
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(_delete_=True, norm=dict(decay_mult=0.0))))
 
-train_dataloader = dict(batch_size=4)  # on 4 processes; tools/train.py keeps the total on others
-total_batch_size = 16
-auto_scale_lr = dict(enable=False, base_batch_size=total_batch_size)
+train_dataloader = dict(batch_size=4)
+total_batch = dict(images=16, processes=4)  # tools/train.py keeps the images on other numbers of processes
+auto_scale_lr = dict(enable=False, base_batch_size=16)
 
 # The published multi-scale test.
 img_ratios = [0.75, 1.0, 1.25]

@@ -52,7 +52,7 @@ dataset = dict(
     reduce_zero_label=True,
     pipeline=train_pipeline,
 )
-total_batch_size = 8
+total_batch = dict(images=8, processes=2)
 train_dataloader = dict(batch_size=4, num_workers=1, dataset=dataset)
 val_dataloader = dict(batch_size=8, num_workers=1, dataset=dataset)
 test_dataloader = val_dataloader

@@ -75,20 +75,28 @@ def softnms(
         Indices of the kept boxes in the order of ``dets``.
     """
     overlaps = torchvision.ops.box_iou(*[_with_offset(boxes, offset)] * 2).nan_to_num(0)  # of two empty boxes
-    scores, left, kept = scores.clone(), torch.ones_like(scores, dtype=torch.bool), []
-    while left.any():
-        best = int(scores.masked_fill(~left, -torch.inf).argmax())
-        dets[len(kept), :4], dets[len(kept), 4] = boxes[best], scores[best]
-        kept.append(best)
-        left[best] = False
-        iou = overlaps[best]
+    scores, order, place, count = scores.clone(), list(range(len(scores))), 0, len(scores)
+    # Boxes move as in mmcv, since of equal scores the first wins: the best to the front, the last to a dropped one's
+    # place.
+    while place < count:
+        first = place + int(scores[order[place:count]].numpy().argmax())
+        order[place], order[first] = order[first], order[place]
+        best, rest = order[place], order[place + 1 : count]
+        dets[place, :4], dets[place, 4] = boxes[best], scores[best]
+        iou = overlaps[best, rest]
         if method == 2:
-            weights = torch.exp(-iou.square() / sigma)
+            scores[rest] *= torch.exp(-iou.square() / sigma)
         else:
-            weights = torch.where(iou >= iou_threshold, 1 - iou if method == 1 else 0.0, 1.0)
-        scores = torch.where(left, scores * weights, scores)
-        left &= scores >= min_score
-    return torch.tensor(kept, dtype=torch.long)
+            scores[rest] *= torch.where(iou >= iou_threshold, 1 - iou if method == 1 else 0.0, 1.0)
+        place += 1
+        dropped, position = (scores < min_score).tolist(), place
+        while position < count:
+            if dropped[order[position]]:
+                count -= 1
+                order[position] = order[count]
+            else:
+                position += 1
+    return torch.tensor(order[:count], dtype=torch.long)
 
 
 def _with_offset(boxes: Tensor, offset: int) -> Tensor:
@@ -191,7 +199,8 @@ def sigmoid_focal_loss_backward(
     with torch.enable_grad():
         logits = input.detach().requires_grad_()
         loss = _focal_loss(logits, target, weight, gamma, alpha)
-        grad_input.copy_(torch.autograd.grad(loss.sum(), logits)[0])
+        gradient = torch.autograd.grad(loss.sum(), logits)[0]
+    grad_input.copy_(gradient.nan_to_num(0))  # where a probability is 1 and gamma below 1
 
 
 def _focal_loss(logits: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:

@@ -22,6 +22,14 @@ _NEEDED_BY = {
     "mmdet": ("mmengine", "mmcv-lite", "mmdet"),
     "mmseg": ("mmengine", "mmcv-lite", "mmsegmentation", "ftfy", "regex"),
 }
+# What may be there and yet not work: module -> the command that mends it.
+_IMPORTED = {
+    "cv2": "pip uninstall -y opencv-python && pip install opencv-python-headless",
+    "torchvision": "install the torchvision that belongs to this PyTorch, https://pytorch.org/get-started",
+    spatial_mamba_mmcv.MODULE: (  # compiled for another PyTorch
+        f"pip uninstall -y mmcv && pip install --force-reinstall --no-deps mmcv-lite=={spatial_mamba_mmcv.VERSION}"
+    ),
+}
 _COMPILED = {"mmcv-lite": "mmcv"}  # distributions that serve in place of another
 
 
@@ -39,6 +47,8 @@ def check_packages(package: str) -> None:
         module, first, beyond, wanted = _PACKAGES[distribution]
         install = f"pip install {distribution}=={wanted}"
         version = _version(_COMPILED.get(distribution, distribution)) or _version(distribution)
+        if version and find_spec(module) is None:
+            install = f"{install} --force-reinstall --no-deps"  # its files went with another package
         if find_spec(module) is None or version is None:
             raise SetupError(f"{distribution}, which this command needs, is missing: {install}")
         if not Version(first) <= Version(version) < Version(beyond):
@@ -46,13 +56,11 @@ def check_packages(package: str) -> None:
     if find_spec("pkg_resources") is None:
         raise SetupError("mmengine imports pkg_resources, which setuptools has before 82: pip install 'setuptools<82'")
     spatial_mamba_mmcv.register()
-    try:
-        importlib.import_module(spatial_mamba_mmcv.MODULE)
-    except ImportError as error:
-        raise SetupError(
-            f"mmcv's compiled operators do not fit this PyTorch ({error}): "
-            f"pip uninstall -y mmcv && pip install --force-reinstall --no-deps mmcv-lite=={spatial_mamba_mmcv.VERSION}"
-        ) from None
+    for module, remedy in _IMPORTED.items():
+        try:
+            importlib.import_module(module)
+        except (ImportError, RuntimeError) as error:  # the second from a torchvision for another PyTorch
+            raise SetupError(f"{module} cannot be imported ({error}): {remedy}") from None
 
 
 def _version(distribution: str) -> str | None:

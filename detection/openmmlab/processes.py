@@ -11,9 +11,10 @@ from mmengine.logging import print_log
 from .packages import SetupError
 
 
-def process_count() -> int:
-    """Processes started by the launcher (torchrun or Slurm); 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+def process_count(launcher: str) -> int:
+    """Processes started by a launcher of mmengine; 1 for ``none``, whatever else runs this one."""
+    variables = {"pytorch": "WORLD_SIZE", "slurm": "SLURM_NTASKS", "mpi": "OMPI_COMM_WORLD_SIZE"}
+    return int(os.environ.get(variables.get(launcher, ""), 1))
 
 
 def prepare_processes(config: Config) -> None:

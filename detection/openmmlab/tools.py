@@ -150,59 +150,65 @@ def _configure(package: str, args: argparse.Namespace) -> Config:
 
 
 def _move_data(config: Config, folder: str) -> None:
-    """Read the data set from another folder: change every path in the config that starts with a ``data_root``.
+    """Read the data set from another folder: change paths of loaders and evaluators that start with a ``data_root``.
 
     Raises:
         SetupError: if the config names no ``data_root``.
     """
-    roots = sorted(set(_values(config, "data_root")) - {""}, key=len, reverse=True)
+    parts = [key for key in config if key.endswith(("_dataloader", "_evaluator"))]
+    found = [root for key in ("data_root", *parts) for root in _values({key: config.get(key)}, "data_root")]
+    roots = sorted({root for root in found if isinstance(root, str) and root}, key=len, reverse=True)
     if not roots:
         raise SetupError(f"--data-path: {config.filename} has no data_root; set the paths with --cfg-options")
 
     def moved(part: Any) -> Any:
         if isinstance(part, dict):
             return {key: moved(child) for key, child in part.items()}
-        if isinstance(part, list):
-            return [moved(child) for child in part]
+        if isinstance(part, list | tuple):
+            return type(part)(moved(child) for child in part)
         for root in roots if isinstance(part, str) else ():
             if part == root or part.startswith(f"{root.rstrip('/')}/"):
-                return str(Path(folder, part[len(root) :].lstrip("/")))
+                return f"{folder.rstrip('/')}/{part[len(root) :].lstrip('/')}".rstrip("/")
         return part
 
-    config.merge_from_dict({key: moved(part) for key, part in config.items()})
+    config.merge_from_dict({key: moved(config[key]) for key in parts} | {"data_root": folder})
 
 
 def _values(part: Any, name: str) -> Iterator[Any]:
-    """All values that a key has anywhere in a config."""
-    items = part.items() if isinstance(part, dict | Config) else enumerate(part) if isinstance(part, list) else ()
+    """All values that a key has anywhere in a part of a config."""
+    items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list | tuple) else ()
     for key, child in items:
         yield from [child] if key == name else _values(child, name)
 
 
 def _keep_total_batch(config: Config) -> None:
-    """Divide the images of an update, ``total_batch_size`` of the config, among the processes.
+    """Divide the images of an update, ``total_batch`` of the config, among the processes.
+
+    ``total_batch`` is ``dict(images=N, processes=P)``. A config that sets another ``batch_size`` than N / P keeps it.
 
     Raises:
         SetupError: if that leaves a remainder.
     """
-    total, processes = config.get("total_batch_size"), process_count()
-    if not total:
+    total, processes = config.get("total_batch"), process_count(config.launcher)
+    if not total or config.train_dataloader.batch_size * total.processes != total.images:
         return
-    if total % processes:
-        fitting = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+    if total.images % processes:
+        fitting = ", ".join(str(n) for n in range(1, total.images + 1) if total.images % n == 0)
         raise SetupError(
-            f"{processes} processes cannot share the {total} images of an update; start {fitting} processes, "
+            f"{processes} processes cannot share the {total.images} images of an update; start {fitting} processes, "
             "or set --cfg-options train_dataloader.batch_size=N"
         )
-    config.train_dataloader.batch_size = total // processes
-    print_log(f"total batch {total}: {processes} processes with {total // processes} images each", "current")
+    config.train_dataloader.batch_size = total.images // processes
+    print_log(
+        f"total batch {total.images}: {processes} processes with {total.images // processes} images each", "current"
+    )
 
 
 def _draw_predictions(package: str, config: Config, args: argparse.Namespace) -> None:
     hook = config.default_hooks.get("visualization")
     if hook is None:
         raise SetupError(f"--show, --show-dir: {args.config} has no default_hooks.visualization")
-    if process_count() > 1:
+    if process_count(config.launcher) > 1:
         print_log("--show-dir: only the first process draws, its own share; use one process to see all", "current")
     hook.update(draw=True, interval=1, show=args.show, wait_time=args.wait_time)
     if args.show_dir and package == "mmdet":
