@@ -143,7 +143,7 @@ def _libraries() -> list[str]:
             here = build.environment("portable" in facts)
             lines += (_shortened(f"    {key}: {value}") for key, value in facts.items() if here.get(key) != value)
     if "portable" in native.loaded("cpu") and "avx512f" in build.cpu_features():
-        lines.append(f"  a build for this processor, with its longer vectors, may be faster: {native.BUILD_COMMAND} cpu")
+        lines.append(f"  a build for this processor, with longer vectors, may be faster: {native.BUILD_COMMAND} cpu")
     return lines
 
 
