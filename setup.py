@@ -88,4 +88,10 @@ class SourceDistribution(sdist):
         super().make_release_tree(base_dir, [name for name in files if not name.startswith("tests/")])
 
 
-setuptools.setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel, "sdist": SourceDistribution})
+# Not in the root: every Python that is started there would find the entry points in it, installed or not.
+METADATA = Path(__file__).parent / "build"
+METADATA.mkdir(exist_ok=True)
+setuptools.setup(
+    cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel, "sdist": SourceDistribution},
+    options={"egg_info": {"egg_base": str(METADATA)}},
+)

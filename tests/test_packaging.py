@@ -117,3 +117,8 @@ def test_a_releases_wheel_brings_a_library_for_each_pytorch(tmp_path: Path) -> N
     install(wheel, tmp_path / "installed")
     script = "from spatial_mamba.kernels import native; print(native.loaded('cpu')['portable'])"
     assert run(tmp_path / "installed", script) == [build.BASELINES[build.platform.machine()][0]]
+
+
+def test_building_leaves_no_entry_points_in_the_root(made: tuple[Path, Path, Path]) -> None:
+    """PyTorch, imported by a Python that is started there without this package, would fail on them."""
+    assert list(made[0].glob("*.egg-info")) == []
