@@ -32,9 +32,9 @@ REQUIRE_VARIABLE = "SPATIAL_MAMBA_REQUIRE_NATIVE"
 
 def _why_no_triton() -> str | None:
     spec = importlib.util.find_spec("triton")
-    if not spec:
+    if not spec or not spec.origin:  # a folder of that name is found, too
         return "Triton is not installed: pip install triton"
-    if (version := _version_in(Path(spec.origin))) < OLDEST_TRITON:
+    if (version := _version_in(Path(spec.origin))) and version < OLDEST_TRITON:
         return "Triton {}.{} is too old, {}.{} is needed: upgrade PyTorch, which brings it".format(
             *version, *OLDEST_TRITON
         )
@@ -46,10 +46,13 @@ def _why_no_triton() -> str | None:
     return None
 
 
-def _version_in(module: Path) -> tuple[int, int]:
-    """Major and minor version that a module states, read without importing it: that takes most of a second."""
-    major, minor = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", module.read_text(), re.MULTILINE).groups()
-    return int(major), int(minor)
+def _version_in(module: Path) -> tuple[int, ...]:
+    """Major and minor version that a module states, read without importing it: that takes most of a second.
+
+    Empty if it states none, or not as text.
+    """
+    stated = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", module.read_text(), re.MULTILINE)
+    return tuple(map(int, stated.groups())) if stated else ()
 
 
 def _read_force_variable() -> str | None:
