@@ -169,7 +169,7 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     path, shipped = Path(name), CONFIG_FOLDER / f"{name}.yaml"
     _merge_file(config, shipped if not path.exists() and shipped.is_file() else path, notes, seen=())
     for key, value in overrides:
-        _merge_value(config, key, value, "command line", notes)
+        _merge_value(config, *_meaning_of(key, value), "command line", notes)
     check_config(config)
     config.freeze()
     return config, notes
@@ -297,8 +297,7 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
             _merge_file(config, path.parent / base, notes, (*seen, path.resolve()))
     given: dict[str, tuple[str, Any]] = {}
     for name, value in leaves(tree):
-        key = _canonical(name)
-        value = _translated(key, value)
+        key, value = _meaning_of(name, value)
         other, earlier = given.setdefault(key, (name, value))
         if other != name and earlier != value:
             raise InputError(f"{path}: {other} and {name} set the same to {earlier!r} and {value!r}; remove one")
@@ -315,7 +314,7 @@ def is_published_run(settings: Mapping[str, Any]) -> bool:
 
 def by_meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings saved by this trainer or the published one, as ``{key of this trainer: value}``."""
-    return {(key := _canonical(name)): _translated(key, value) for name, value in leaves(settings)}
+    return dict(_meaning_of(name, value) for name, value in leaves(settings))
 
 
 class _Loader(yaml.SafeLoader):
@@ -334,8 +333,6 @@ class _Loader(yaml.SafeLoader):
 
 
 def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list[str]) -> None:
-    key = _canonical(key)
-    value = _translated(key, value)
     if any(key == unused or key.startswith(f"{unused}.") for unused in _UNUSED_KEYS):
         notes.append(f"{source}: {key} has no effect here")
         return
@@ -370,20 +367,17 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
         raise InputError(f"{source}: {key} takes a {kind}, got {value!r}") from error
 
 
-def _canonical(key: str) -> str:
-    parts = str(key).split(".")
+def _meaning_of(name: str, value: Any) -> tuple[str, Any]:
+    """The key that a setting has here, and its value with the meaning that it has here."""
+    parts = str(name).split(".")
     if parts[0] == "MODEL" and len(parts) > 1 and parts[1].upper() in _MODEL_SECTIONS:
         parts[1] = "SPATIAL_MAMBA"
     key = ".".join(parts)
-    return _RENAMED_KEYS.get(key, key)
-
-
-def _translated(key: str, value: Any) -> Any:
-    """The value with the meaning it has here: published files switch MESA off by -1."""
-    if key != "AUG.MESA":
-        return value
-    number = CfgNode._decode_cfg_value(value)
-    return 0.0 if isinstance(number, int | float) and number < 0 else value
+    key = _RENAMED_KEYS.get(key, key)
+    if key == "AUG.MESA":  # published files switch it off by -1
+        gain = CfgNode._decode_cfg_value(value)
+        value = 0.0 if isinstance(gain, int | float) and gain < 0 else value
+    return key, value
 
 
 def _suggestion(key: str) -> str:

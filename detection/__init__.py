@@ -1,4 +1,4 @@
-"""Spatial-Mamba in OpenMMLab's detectors; importing this room registers the backbone ``MM_SpatialMamba``."""
+"""Spatial-Mamba in OpenMMLab's detectors; importing this package registers the backbone ``MM_SpatialMamba``."""
 
 import warnings
 from importlib.util import find_spec

@@ -1,10 +1,3 @@
-"""Spatial-Mamba in OpenMMLab's segmentors; importing this room registers the backbone ``MM_SpatialMamba``."""
+"""Spatial-Mamba in OpenMMLab's segmentors; importing this package registers the backbone ``MM_SpatialMamba``."""
 
-import warnings
-from importlib.util import find_spec
-
-if find_spec("mmengine"):  # without it there is no registry; the commands say what is missing
-    try:
-        from ..detection.openmmlab import registration  # noqa: F401
-    except ImportError as error:  # such as OpenCV's, for which the commands have a remedy
-        warnings.warn(f"MM_SpatialMamba is not registered: {error}", stacklevel=2)
+from .. import detection  # noqa: F401, registers it for both

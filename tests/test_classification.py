@@ -268,7 +268,7 @@ def published_run(config: dict[str, Any], images_per_update: int = 1024) -> dict
                 "RECOUNT": 1, "MIXUP": 0.8, "CUTMIX": 1.0, "CUTMIX_MINMAX": None, "MIXUP_PROB": 1.0,
                 "MIXUP_SWITCH_PROB": 0.5, "MIXUP_MODE": "batch"},
         "TEST": {"CROP": True, "SEQUENTIAL": False, "SHUFFLE": False},
-        "AMP_ENABLE": True, "AMP_OPT_LEVEL": "", "OUTPUT": "/tmp/tiny/20240923101550", "TAG": "20240923101550",
+        "AMP_ENABLE": True, "AMP_OPT_LEVEL": "", "OUTPUT": "output/tiny/20240923101550", "TAG": "20240923101550",
         "SAVE_FREQ": 1, "PRINT_FREQ": 10, "SEED": 0, "EVAL_MODE": False, "THROUGHPUT_MODE": False,
         "TRAINCOST_MODE": False, "LOCAL_RANK": 0, "FUSED_WINDOW_PROCESS": False, "FUSED_LAYERNORM": False,
     }  # fmt: skip

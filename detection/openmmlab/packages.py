@@ -47,15 +47,14 @@ def check_packages(package: str) -> None:
         module, first, beyond, wanted = _PACKAGES[distribution]
         install = f"pip install {distribution}=={wanted}"
         version = _version(_COMPILED.get(distribution, distribution)) or _version(distribution)
-        if version and find_spec(module) is None:
-            install = f"{install} --force-reinstall --no-deps"  # its files went with another package
-        if find_spec(module) is None or version is None:
+        if version is None or find_spec(module) is None:
+            if version:
+                install += " --force-reinstall --no-deps"  # its files went with another package
             raise SetupError(f"{distribution}, which this command needs, is missing: {install}")
         if not Version(first) <= Version(version) < Version(beyond):
             raise SetupError(f"{module} {version} does not fit, {first} <= version < {beyond} does: {install}")
     if find_spec("pkg_resources") is None:
         raise SetupError("mmengine imports pkg_resources, which setuptools has before 82: pip install 'setuptools<82'")
-    spatial_mamba_mmcv.register()
     for module, remedy in _IMPORTED.items():
         try:
             importlib.import_module(module)

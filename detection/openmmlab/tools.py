@@ -198,10 +198,9 @@ def _keep_total_batch(config: Config) -> None:
             f"{processes} processes cannot share the {total.images} images of an update; start {fitting} processes, "
             "or set --cfg-options train_dataloader.batch_size=N"
         )
-    config.train_dataloader.batch_size = total.images // processes
-    print_log(
-        f"total batch {total.images}: {processes} processes with {total.images // processes} images each", "current"
-    )
+    share = total.images // processes
+    config.train_dataloader.batch_size = share
+    print_log(f"total batch {total.images}: {processes} processes with {share} images each", "current")
 
 
 def _draw_predictions(package: str, config: Config, args: argparse.Namespace) -> None:
