@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import native
@@ -126,9 +127,19 @@ def serving(
     return best
 
 
+@torch.compiler.assume_constant_result
+def under_transforms() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work.
+
+    Custom operators have no rules for either; PyTorch's own operators, of which the reference implementation is made,
+    have.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def definition_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> bool:
     """Whether the operator runs on this tensor as the definition in PyTorch, rather than as one native operator."""
-    return serving(tensor.device.type, tensor.dtype, operator=operator) == "torch"
+    return under_transforms() or serving(tensor.device.type, tensor.dtype, operator=operator) == "torch"
 
 
 @contextmanager

@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import backends
+
 LARGEST_BLOCK = 8  # tokens that ``scan_in_blocks`` goes through one after the other
 
 
-@torch.library.custom_op("spatial_mamba::linear_recurrence", mutates_args=())
 def linear_recurrence(decays: Tensor, inputs: Tensor) -> Tensor:
     """Solve ``h[0] = inputs[0]``, ``h[t + 1] = decays[t] * h[t] + inputs[t + 1]``.
 
     Neighbouring steps are composed pairwise, so the work is linear in L and the depth logarithmic.
     Decays are only ever multiplied with each other, never divided or accumulated in logarithms:
     with decays in [0, 1] nothing can overflow, and a decay that underflows to 0 simply forgets the past.
-    Differentiable any number of times. An operator of its own for compilers, which would otherwise meet the many
-    small steps one by one.
+    Differentiable any number of times, in forward mode and under the transforms of torch.func, too.
 
     Args:
         decays: (..., L - 1), the factor that carries step t into step t + 1.
@@ -29,10 +29,19 @@ def linear_recurrence(decays: Tensor, inputs: Tensor) -> Tensor:
     Returns:
         The states, (..., L), in the memory order of ``inputs``.
     """
+    if backends.under_transforms():
+        tokens = [x.flatten(end_dim=-2).mT[None] for x in (F.pad(decays, (1, 0)), inputs)]  # (1, L, others)
+        return scan_in_blocks(*tokens).squeeze(0).mT.reshape(inputs.shape)
+    return _operator(decays, inputs)
+
+
+@torch.library.custom_op("spatial_mamba::linear_recurrence", mutates_args=())
+def _operator(decays: Tensor, inputs: Tensor) -> Tensor:
+    """An operator of its own for compilers, which would otherwise meet the many small steps one by one."""
     return _scan_pairwise(decays, inputs)
 
 
-@linear_recurrence.register_fake
+@_operator.register_fake
 def _(decays: Tensor, inputs: Tensor) -> Tensor:
     return torch.empty_like(inputs)
 
@@ -45,11 +54,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 def _backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient is the same recurrence run backwards in time; only decays and states are saved for it."""
     decays, states = ctx.saved_tensors
-    grad_inputs = linear_recurrence(decays.flip(-1), grad_states.flip(-1)).flip(-1)
+    grad_inputs = _operator(decays.flip(-1), grad_states.flip(-1)).flip(-1)
     return grad_inputs[..., 1:] * states[..., :-1], grad_inputs
 
 
-linear_recurrence.register_autograd(_backward, setup_context=_setup_context)
+_operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _scan_pairwise(decays: Tensor, inputs: Tensor) -> Tensor:

@@ -152,10 +152,15 @@ def test_weights_are_not_loaded_into_a_fused_model() -> None:
         model.load_state_dict(weights)
 
 
-def test_gradients_of_images_are_refused() -> None:
+@pytest.mark.parametrize(
+    "differentiate",
+    [lambda model, x: model(x.requires_grad_()), lambda model, x: torch.func.jvp(model, (x,), (x,))],
+    ids=["reverse", "forward"],
+)
+def test_gradients_of_images_are_refused(differentiate: Callable[[nn.Module, Tensor], Any]) -> None:
     model = filled_classifier().eval().fuse()
     with pytest.raises(RuntimeError, match="a fused SpatialMamba has no gradients: take the model as it was before"):
-        model(images().requires_grad_())
+        differentiate(model, images())
     assert model(images()).grad_fn is None
 
 

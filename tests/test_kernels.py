@@ -22,7 +22,7 @@ from spatial_mamba.kernels import (
     structure_aware_scan,
     use_backend,
 )
-from spatial_mamba.kernels.linear_recurrence import _scan_pairwise, linear_recurrence
+from spatial_mamba.kernels.linear_recurrence import _operator, _scan_pairwise, linear_recurrence
 from spatial_mamba.kernels.taps import merge_taps, split_taps, tap_offsets
 
 BATCH, DIM = 2, 4
@@ -283,7 +283,7 @@ def test_recurrence_is_a_whole_operator(length: int) -> None:
     """Schema, fake form (strides included), autograd and export agree with what the operator does."""
     decays = torch.rand(2, 3, length, generator=generator()).transpose(1, 2)[:, 1:].transpose(1, 2)
     inputs = torch.randn(2, length, 3, generator=generator()).transpose(1, 2)
-    opcheck(linear_recurrence, (decays.requires_grad_(), inputs.requires_grad_()))
+    opcheck(_operator, (decays.requires_grad_(), inputs.requires_grad_()))
 
 
 @pytest.mark.parametrize(

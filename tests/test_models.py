@@ -271,7 +271,31 @@ def test_half_precision_weights_run(dtype: torch.dtype) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-# --- compilation and activation checkpointing
+# --- transforms, compilation and activation checkpointing
+
+
+def test_transforms_of_torch_func() -> None:
+    """Per-sample gradients and derivatives in forward mode are those of the reverse mode."""
+    model = filled_classifier(depths=(1, 1)).double().eval()
+    x, direction = images(2, 3, 32, 32).double(), images(2, 3, 32, 32).double().flip(-1)
+    labels = torch.tensor([0, 2])
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, (weights, buffers), (image[None],))
+        return F.cross_entropy(logits, label[None])
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, labels)
+    for i in range(2):
+        expected = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]), weights.values())
+        for name, gradient in zip(weights, expected, strict=True):
+            torch.testing.assert_close(per_sample[name][i], gradient, rtol=1e-9, atol=1e-9)
+
+    logits, tangent = torch.func.jvp(model, (x,), (direction,))
+    jacobian = torch.func.jacrev(model)(x)  # (2, classes, 2, 3, 32, 32)
+    torch.testing.assert_close(logits, model(x))
+    torch.testing.assert_close(tangent, torch.einsum("bcnxyz,nxyz->bc", jacobian, direction), rtol=1e-9, atol=1e-9)
+    assert tangent.abs().min() > 0
 
 
 def test_traces_for_any_size() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import spatial_mixer
+from ...kernels import backends, spatial_mixer
 from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp
 from ...kernels.packing import unpack_weight
 from ...kernels.taps import merge_taps
@@ -201,7 +201,8 @@ def refuse_gradients(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Hook in front of ``forward``.
 
     Raises:
-        RuntimeError: if the gradient of an image is asked for.
+        RuntimeError: if the gradient of an image is asked for, or any transform of torch.func is at work.
     """
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    if wanted or backends.under_transforms():
         raise RuntimeError(f"a fused {type(model).__name__} has no gradients: take the model as it was before fuse()")

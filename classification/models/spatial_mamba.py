@@ -119,7 +119,8 @@ class Stem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last, in a way that vmap knows
+        x = self.conv1(x)
         x = x + self.conv2(x)
         return self.conv3(x).permute(0, 2, 3, 1)
 
