@@ -440,7 +440,7 @@ def test_a_folder_whose_weights_do_not_fit_its_config_is_refused(tmp_path: Path)
 
 def test_pickled_weights_in_a_folder_of_the_hub_are_loaded_strictly(tmp_path: Path) -> None:
     model = SpatialMamba(**MICRO)
-    torch.save({f"x.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    torch.save({f"{name}.x": tensor for name, tensor in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(WeightsError, match=r"pytorch_model\.bin: does not fit this model"):
         SpatialMamba._load_as_pickle(model, str(tmp_path / "pytorch_model.bin"), "cpu", False)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 VARIANTS = {"tiny": (64, (2, 4, 8, 4)), "small": (64, (2, 4, 21, 5)), "base": (96, (2, 4, 21, 5))}
 PUBLISHED_KERNELS = {"kernel_3": (1, 3), "kernel_3_1": (3, 3), "kernel_3_2": (5, 3)}  # dilation and size
 
+FIRST_CONV = "patch_embed.conv1.conv.weight"  # of every encoder
+
 PUBLISHED_FUSION = "3x3 dilation 1, 3x3 dilation 3, 3x3 dilation 5"
 
 
@@ -58,9 +60,11 @@ class Architecture:
         return options
 
     def __str__(self) -> str:
+        parts = [f"dims {self.dims}", f"depths {'-'.join(map(str, self.depths))}", f"fusion {self.fusion}"]
+        parts += [f"{self.in_chans} channels"] if self.in_chans != 3 else []
+        parts += [f"MLP ratio {self.mlp_ratio:g}"] if self.mlp_ratio != 4 else []
         what = "backbone" if self.num_classes is None else f"{self.num_classes} classes"
-        depths = "-".join(map(str, self.depths))
-        return f"{self.variant} (dims {self.dims}, depths {depths}, fusion {self.fusion}; {what})"
+        return f"{self.variant} ({', '.join(parts)}; {what})"
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
@@ -72,7 +76,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
     shapes = {name: tuple(entry.shape) for name, entry in state.items() if isinstance(entry, Tensor)}
     try:
         depths = _depths(shapes)
-        dims, in_chans = shapes["layers.0.blocks.0.ln_1.weight"][0], shapes["patch_embed.conv1.conv.weight"][1]
+        dims, in_chans = shapes["layers.0.blocks.0.ln_1.weight"][0], shapes[FIRST_CONV][1]
         mlp_ratio = _mlp_ratio([shapes[f"layers.{i}.blocks.0.mlp.fc1.weight"][0] for i in range(len(depths))], dims)
         fusion = _fusion_kernels(shapes)
         num_classes = shapes["head.weight"][0] if "head.weight" in shapes else 0
@@ -97,13 +101,25 @@ def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, T
     if model is None or file is None or model == file:
         return None
     if model.encoder != file.encoder:
-        return f"holds another model, {file}, than the one that is to take it, {model}; choose that model or config"
-    if model.num_classes is not None and file.num_classes is not None:
+        theirs, ours = file.encoder.options(), model.encoder.options()
+        changes = ", ".join(f"{name}={value}" for name, value in theirs.items() if value != ours[name])
         return (
-            f"its classifier has {file.num_classes} classes, the model has {model.num_classes}; "
-            f"make the model with num_classes={file.num_classes}, or replace its classifier after loading"
+            f"holds another model, {file}, than the one that is to take it, {model}; "
+            f"choose that model or config, with {changes}"
         )
-    return None
+    if model.num_classes is None and file.num_classes is None:
+        return (
+            f"its output norms are those of out_indices={file.out_indices}, the model has {model.out_indices}; "
+            "make the model with those, or start from the file by pretrained=FILE"
+        )
+    if model.num_classes is None:
+        return "holds a classifier, the model is a backbone; start from the file by pretrained=FILE"
+    if file.num_classes is None:
+        return "holds a backbone, the model is a classifier; take the file of a classifier"
+    return (
+        f"its classifier has {file.num_classes} classes, the model has {model.num_classes}; "
+        f"make the model with num_classes={file.num_classes}, or replace its classifier after loading"
+    )
 
 
 def _depths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

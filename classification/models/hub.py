@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 
-from .weights import describe_differences, load_strictly, read_checkpoint, state_dict_of
+from .weights import describe_differences, encoder_weights, load_strictly, read_checkpoint, state_dict_of
 
 
 class HubMixin(
@@ -47,7 +47,8 @@ class HubMixin(
         Raises:
             WeightsError: if the file is missing or damaged, or does not fit the config beside it.
         """
-        load_strictly(model, state_dict_of(read_checkpoint(model_file), model_file), model_file)
+        state = encoder_weights(state_dict_of(read_checkpoint(model_file), model_file), model_file)
+        load_strictly(model, state, model_file)
         return model.to(map_location).eval()
 
     _load_as_pickle = _load_as_safetensor

@@ -4,6 +4,9 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date, datetime, time, timedelta, timezone
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,9 +40,29 @@ def history_types(kind: type) -> list[Admitted]:
 
 
 def config_types() -> list[Admitted]:
-    """What reads the configs in checkpoints: yacs's, and the options of timm's scripts, of which nothing is kept."""
-    # The reader fills no subclass of dict, so configs come back as plain ordered dictionaries; yacs is not needed.
-    return [(OrderedDict, "yacs.config.CfgNode"), (Forgotten, "argparse.Namespace")]
+    """What reads the settings and notes in checkpoints.
+
+    That is yacs configs and ``defaultdict``, which come back as plain ordered dictionaries, since the reader fills no
+    other subclass of dict; paths, in their pure form where they are another system's; dates and times; simple
+    namespaces; and the options of timm's scripts, of which nothing is kept.
+    """
+    paths = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath, type(Path()).__name__: type(Path())}
+    paths |= {kind.__name__: kind for kind in (PurePosixPath, PureWindowsPath)}
+    return [
+        (OrderedDict, "yacs.config.CfgNode"),
+        (_ordered, "collections.defaultdict"),
+        *((kind, f"builtins.{kind.__name__}") for kind in (dict, float, int, list, str, tuple)),  # makers of its values
+        (SimpleNamespace, "types.SimpleNamespace"),
+        (Forgotten, "argparse.Namespace"),
+        # Python 3.13 has its paths in another module.
+        *((kind, f"{module}.{name}") for name, kind in paths.items() for module in ("pathlib", "pathlib._local")),
+        *((kind, f"datetime.{kind.__name__}") for kind in (date, datetime, time, timedelta, timezone)),
+    ]
+
+
+def _ordered(factory: object = None) -> OrderedDict:
+    """In place of ``defaultdict``, without the values that it would make."""
+    return OrderedDict()
 
 
 def safe_types() -> list[Admitted]:

@@ -31,7 +31,7 @@ from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubMixin
 from .preprocessing import CROP_SHARE, NORMALISATION
 from .safe_types import admit_for_good, config_types
-from .weights import encoder_weights, load_backbone_weights, state_dict_of
+from .weights import encoder_weights, load_backbone_weights, plain_names, state_dict_of
 
 __all__ = [
     "SpatialMamba",
@@ -103,6 +103,44 @@ class ConvLayer(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
+def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
+    """The images ``x`` themselves, if they are (B, in_chans, H, W) in the dtype of ``weight`` or one for autocast.
+
+    Raises:
+        ValueError: for another shape.
+        TypeError: for another dtype.
+    """
+    if torch.jit.is_tracing():  # shapes would become part of the graph
+        return x
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        if x.ndim == 3 and x.shape[0] == in_chans:
+            remedy = "add a batch dimension with images[None]"
+        elif x.ndim == 4 and x.shape[3] == in_chans:
+            remedy = "move the channels with images.permute(0, 3, 1, 2)"
+        elif x.ndim == 4:
+            remedy = f"convert the images, or make the model with in_chans={x.shape[1]}"
+        else:
+            remedy = "give one batch of images at a time"
+        raise ValueError(f"images must have shape (B, {in_chans}, H, W), got {tuple(x.shape)}: {remedy}")
+    if x.dtype != weight.dtype and not _autocast_takes(x, weight):
+        remedy = f"call images.to({weight.dtype}) or model.to({x.dtype})"
+        if not x.dtype.is_floating_point:
+            remedy = f"call images.to({weight.dtype}) / 255 for 8-bit images, and normalise them as in training"
+        raise TypeError(f"images are {x.dtype}, but the weights are {weight.dtype}: {remedy}")
+    return x
+
+
+def _autocast_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast brings images and weights of different dtypes together: all floating ones but float64."""
+    dtypes = (x.dtype, weight.dtype)
+    if torch.float64 in dtypes or not all(dtype.is_floating_point for dtype in dtypes):
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
+torch.fx.wrap("checked_images")  # a leaf, because its checks cannot be traced
+
+
 class Stem(nn.Module):
     """Images (B, in_chans, H, W) to tokens (B, ceil(H / 4), ceil(W / 4), dim)."""
 
@@ -119,6 +157,9 @@ class Stem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv1.conv
+        if isinstance(conv, nn.Conv2d):  # and not what adapters put in its place
+            x = checked_images(x, conv.in_channels, conv.weight)
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last, in a way that vmap knows
         x = self.conv1(x)
         x = x + self.conv2(x)
@@ -413,11 +454,13 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
         return super().train(mode)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights, as every module does.
+        """Load weights, as every module does, also under the names that wrappers and training frameworks give them.
 
         Raises:
+            WeightsError: for weights of several models.
             RuntimeError: for names or shapes that do not fit; in one line, if they are those of another Spatial-Mamba.
         """
+        state_dict = encoder_weights(plain_names(state_dict, "state_dict"), "state_dict", whole=True)
         if strict and not self.fused and (problem := describe_other_architecture(self.state_dict(), state_dict)):
             raise RuntimeError(f"state_dict: {problem}")
         return super().load_state_dict(state_dict, strict, assign)
@@ -724,7 +767,8 @@ default_cfgs = generate_default_cfgs(
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The weights in a checkpoint of any layout that is known, under the names of ``model``; for timm."""
-    return encoder_weights(state_dict_of(state_dict, type(model).__name__))
+    path = f"the file for {type(model).__name__}"  # timm does not say which
+    return encoder_weights(state_dict_of(state_dict, path), path)
 
 
 def _create_spatial_mamba(

@@ -15,6 +15,7 @@ from .weights import (
     WeightsError,
     describe_differences,
     ema_state_dict_of,
+    encoder_weights,
     read_checkpoint,
     state_dict_of,
 )
@@ -47,7 +48,7 @@ def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClas
             means nothing.
     """
     checkpoint = read_checkpoint(path)
-    state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
+    state = encoder_weights(ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path), path)
     architecture = architecture_of(state)
     if architecture is None:
         raise WeightsError(f"{path}: holds no Spatial-Mamba classifier (python -m spatial_mamba.checkpoint inspect)")

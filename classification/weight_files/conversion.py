@@ -18,6 +18,7 @@ from ..models.weights import (
     WeightsError,
     ema_state_dict_of,
     encoder_weights,
+    is_safetensors,
     read_checkpoint,
     state_dict_of,
 )
@@ -28,7 +29,7 @@ _ABOUT = ("classes", "config")  # what a classifier is used with
 _TRAINING = ("optimizer", "lr_scheduler", "scaler", "epoch", "steps", "skipped_in_a_row", "max_accuracy")
 
 
-def convert_file(source: Path, target: Path, layout: str, ema: bool = False) -> None:
+def convert_file(source: Path, target: Path, layout: str, ema: bool = False, prefix: str = "") -> None:
     """Write what ``source`` holds in another layout.
 
     Args:
@@ -38,22 +39,22 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False) -> 
             ``"openmmlab"``: the same, named as in a detector; ``"trainer"``, ``"published"``: a training checkpoint,
             with the state of the training as far as the source has it.
         ema: take the EMA weights of the source.
+        prefix: of the names of the weights to take, where the source has more than one model.
 
     Raises:
         WeightsError: if the source cannot be used, or has no classifier or EMA weights to give.
         InputError: for a target that is the source, whose ending does not go with the layout, or that is not writable.
     """
-    is_safetensors = target.suffix == ".safetensors"
-    if target.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+    if target.suffix.lower() not in (".safetensors", ".pth", ".pt", ".bin"):
         raise InputError(f"{target}: must end in .safetensors, .pth, .pt or .bin, which tells the format")
-    if is_safetensors and layout in ("trainer", "published"):
+    if is_safetensors(target) and layout in ("trainer", "published"):
         raise InputError(f"{target}: safetensors holds weights alone; a {layout} checkpoint must end in .pth")
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the file to convert; name another one to write")
-    content = converted(read_checkpoint(source), source, layout, ema)
+    content = converted(read_checkpoint(source), source, layout, ema, prefix)
     try:
         with whole_file(target) as unfinished:
-            if is_safetensors:
+            if is_safetensors(target):
                 state = {name: tensor.contiguous().clone() for name, tensor in content.pop(_entry(layout)).items()}
                 metadata = {"format": "pt", METADATA_KEY: json.dumps({k: content[k] for k in _ABOUT if k in content})}
                 safetensors.torch.save_file(state, unfinished, metadata)
@@ -65,14 +66,16 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False) -> 
         raise InputError(f"{target}: cannot be written ({error})") from error
 
 
-def converted(checkpoint: Mapping[str, Any], path: Path, layout: str, ema: bool = False) -> dict[str, Any]:
+def converted(
+    checkpoint: Mapping[str, Any], path: Path, layout: str, ema: bool = False, prefix: str = ""
+) -> dict[str, Any]:
     """The content of a checkpoint in another layout, see ``convert_file``; ``path`` is for messages.
 
     Raises:
         WeightsError: as ``convert_file``.
     """
     state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
-    encoder = encoder_weights(state)
+    encoder = encoder_weights(state, path, prefix)
     architecture = architecture_of(encoder)
     if architecture is None:
         raise WeightsError(f"{path}: holds no weights of Spatial-Mamba")
@@ -101,7 +104,7 @@ def converted(checkpoint: Mapping[str, Any], path: Path, layout: str, ema: bool 
         # The state of the optimiser belongs to the weights that are left out.
         content = {key: value for key, value in content.items() if key not in ("optimizer", "lr_scheduler", "scaler")}
     elif any(checkpoint.get(key) for key in EMA_KEYS):
-        content["model_ema"] = ema_state_dict_of(checkpoint, path)
+        content["model_ema"] = encoder_weights(ema_state_dict_of(checkpoint, path), path, prefix)
     record = checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema"))
     if record is not None:
         content["max_accuray_ema" if layout == "published" else "max_accuracy_ema"] = record

@@ -8,14 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.architecture import architecture_of
-from ..models.weights import EMA_KEYS, ema_state_dict_of, encoder_weights, read_checkpoint, state_dict_of
+from ..models.architecture import Architecture, architecture_of
+from ..models.weights import (
+    EMA_KEYS,
+    ema_state_dict_of,
+    encoder_weights,
+    is_safetensors,
+    read_checkpoint,
+    state_dict_of,
+)
 
 TRAINER, PUBLISHED, OPENMMLAB, WEIGHTS = "trainer", "published", "openmmlab", "weights"
 _RECORDS = ("epoch", "steps", "max_accuracy", "max_accuracy_ema", "max_accuray_ema")  # the last as published
 
 
-def inspect_file(path: Path) -> dict[str, Any]:
+def inspect_file(path: Path, prefix: str = "") -> dict[str, Any]:
     """What is in a checkpoint, in values that JSON takes; entries that do not apply are left out.
 
     Raises:
@@ -23,15 +30,16 @@ def inspect_file(path: Path) -> dict[str, Any]:
     """
     checkpoint = read_checkpoint(path)
     state = state_dict_of(checkpoint, path)
+    encoder = encoder_weights(state, path, prefix)
+    architecture = architecture_of(encoder)
     found: dict[str, Any] = {
         "file": str(path),
         "bytes": path.stat().st_size,
         "sha256": _sha256(path),
         "format": file_format(path),
         "layout": layout_of(checkpoint),
-        "holds": _holds(state),
+        "holds": _holds(architecture, others=len(encoder) < len(state)),
     }
-    architecture = architecture_of(encoder_weights(state))
     if architecture is not None:
         found |= {"variant": architecture.variant, "architecture": str(architecture), "options": architecture.options()}
     found["parameters"] = sum(tensor.numel() for name, tensor in state.items() if not _is_statistic(name))
@@ -60,7 +68,7 @@ def layout_of(checkpoint: Mapping[str, Any]) -> str:
 
 def file_format(path: Path) -> str:
     """What the file is written in."""
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return "safetensors"
     return "PyTorch (zip)" if zipfile.is_zipfile(path) else "PyTorch (before 1.6)"
 
@@ -82,13 +90,13 @@ def text_of(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _holds(state: Mapping[str, Tensor]) -> str:
-    architecture = architecture_of(state)
-    if architecture is not None:
-        return "backbone" if architecture.num_classes is None else "classifier"
-    if architecture_of(encoder_weights(state)) is None:
+def _holds(architecture: Architecture | None, others: bool) -> str:
+    """In words; ``others`` are entries that do not belong to the architecture."""
+    if architecture is None:
         return "weights of another model"
-    return "backbone" if all(name.startswith("backbone.") for name in state) else "detector or segmentor"
+    if architecture.num_classes is not None:
+        return "classifier"
+    return "detector or segmentor" if others else "backbone"
 
 
 def _is_statistic(name: str) -> bool:

@@ -40,7 +40,7 @@ class Verification:
     top5: tuple[int, ...]
 
 
-def verify_file(path: Path, ema: bool = False) -> Verification:
+def verify_file(path: Path, ema: bool = False, prefix: str = "") -> Verification:
     """Load a file strictly into the model it belongs to, and compute with it.
 
     Of a detector or segmentor that is the backbone. The outputs are computed in float64 by the definitions of the
@@ -51,7 +51,8 @@ def verify_file(path: Path, ema: bool = False) -> Verification:
             finite numbers.
     """
     checkpoint = read_checkpoint(path)
-    state = encoder_weights(ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path))
+    state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
+    state = encoder_weights(state, path, prefix)
     architecture = architecture_of(state)
     if architecture is None:
         raise WeightsError(f"{path}: holds no weights of Spatial-Mamba")

@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ...classification.models.safe_types import admit_for_good, history_types, safe_types
-from ...classification.models.weights import WeightsError, describe_differences
+from ...classification.models.weights import WeightsError, describe_misfit, plain_names
 
 
 def admit_safe_types() -> None:
@@ -51,6 +51,8 @@ class StrictLoadHook(Hook):
             WeightsError: naming the first differences.
         """
         checkpoint.get("meta", {}).pop("config", None)
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = plain_names(checkpoint["state_dict"], runner._load_from or runner.work_dir)
         check_fit(runner.model, checkpoint, runner._load_from or runner.work_dir, self.may_differ)
 
 
@@ -62,10 +64,8 @@ def check_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, may_diffe
     """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
-    state = checkpoint.get("state_dict", checkpoint)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = plain_names(checkpoint.get("state_dict", checkpoint), path)
     own = model.state_dict()
     kept = [{name: t for name, t in s.items() if not name.startswith(may_differ or "\0")} for s in (own, state)]
-    problems = describe_differences(*kept)
-    if problems:
-        raise WeightsError(f"{path}: {problems}")
+    if problem := describe_misfit(*kept):
+        raise WeightsError(f"{path}: {problem}")
