@@ -10,6 +10,7 @@ import timm
 import torch
 
 from .errors import InputError
+from .models.home import with_home
 from .models.image_files import ImageFileError
 from .models.trained import TrainedClassifier, load_classifier
 from .models.weights import WeightsError
@@ -18,7 +19,11 @@ USER_ERRORS = (InputError, WeightsError, ImageFileError)
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, as every other wrong input is."""
+    """Reports a wrong option in one line, as every other wrong input is, and knows the home folder in paths, ``~``."""
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse; the shell expands ``~`` only at the start of a word."""
+        return argparse.Namespace(**with_home(vars(super().parse_args(args))))
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the options)")

@@ -10,6 +10,7 @@ import yaml
 from yacs.config import CfgNode
 
 from .errors import InputError
+from .models.home import with_home
 from .models.preprocessing import INTERPOLATIONS, SMALLEST_SIZE
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs" / "classification"
@@ -166,10 +167,12 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
         InputError: naming the file or option and the key.
     """
     config, notes = default_config(), []
-    path, shipped = Path(name), CONFIG_FOLDER / f"{name}.yaml"
+    path, shipped = Path(with_home(str(name))), CONFIG_FOLDER / f"{name}.yaml"
     _merge_file(config, shipped if not path.exists() and shipped.is_file() else path, notes, seen=())
     for key, value in overrides:
         _merge_value(config, *_meaning_of(key, value), "command line", notes)
+    config.OUTPUT, config.DATA.DATA_PATH = with_home((config.OUTPUT, config.DATA.DATA_PATH))
+    config.MODEL.PRETRAINED, config.MODEL.RESUME = with_home((config.MODEL.PRETRAINED, config.MODEL.RESUME))
     check_config(config)
     config.freeze()
     return config, notes
@@ -294,7 +297,7 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
         if not isinstance(base, str):
             raise InputError(f"{path}: BASE takes names of YAML files, got {base!r}")
         if base:
-            _merge_file(config, path.parent / base, notes, (*seen, path.resolve()))
+            _merge_file(config, path.parent / with_home(base), notes, (*seen, path.resolve()))
     given: dict[str, tuple[str, Any]] = {}
     for name, value in leaves(tree):
         key, value = _meaning_of(name, value)

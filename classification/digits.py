@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError
+from .models.home import with_home
 
 VAL_SHARE = 0.2
 
@@ -52,7 +53,7 @@ def write_digits(folder: Path) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    folder = with_home(parser.parse_args().folder)
     try:
         counts = write_digits(folder)
     except (InputError, OSError) as error:

@@ -7,11 +7,11 @@ import platform
 import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from . import backends, build, native
+from .benchmark.options import user_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,7 +43,7 @@ def _parse() -> argparse.Namespace:
         help="compute capabilities; default: TORCH_CUDA_ARCH_LIST, else those of the GPUs here, else "
         + ", ".join(build.ARCHITECTURES),
     )
-    builder.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {build.library_folder()}")
+    builder.add_argument("--out", type=user_path, metavar="FOLDER", help=f"default: {build.library_folder()}")
     arguments = parser.parse_args()
     for name in getattr(arguments, "names", ()):
         if name not in build.LIBRARIES:

@@ -435,7 +435,8 @@ def _workshop(out: Path) -> Iterator[Path]:
 def _compile(plan: Plan, folder: Path) -> None:
     """Compile all sources, as many at a time as there are processors (``MAX_JOBS`` at most), and link them."""
     objects = [folder / f"{index}.o" for index in range(len(plan.sources))]
-    jobs = len(os.sched_getaffinity(0))
+    # Not every system says which processors a process may use.
+    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if limit := os.environ.get("MAX_JOBS"):
         if not limit.isdecimal() or int(limit) < 1:
             raise BuildError(f"MAX_JOBS must be a positive number, got {limit!r}")

@@ -148,7 +148,9 @@ def _wait(command: Sequence[str], environment: Mapping[str, str], log: IO[str], 
         return f"ended after its {seconds:.1f} s"
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # where there are no groups of processes
             process.wait()
 
 
@@ -204,7 +206,7 @@ def main() -> int:
     """Run all steps; 0 if all passed, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", default=ROOT / "output/gpu", help="folder for the results")
-    out = parser.parse_args().out
+    out = parser.parse_args().out.expanduser()
     outcomes = run(steps(), out)
     print((out / "summary.md").read_text())
     return int(not all(outcome.passed for outcome in outcomes))

@@ -38,7 +38,8 @@ def main() -> None:
         for python in arguments.pythons or _environments():
             python = Path(python).absolute()  # not resolved: that would leave the environment
             subprocess.run([python, "-c", BUILD, PACKAGE / "build.py", folder], check=True, cwd=folder)
-        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", arguments.out, PACKAGE.parent]
+        wheels = arguments.out.expanduser()
+        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", wheels, PACKAGE.parent]
         subprocess.run(command, check=True, env={**os.environ, "SPATIAL_MAMBA_PORTABLE": folder})
 
 

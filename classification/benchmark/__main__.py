@@ -16,7 +16,7 @@ import torch
 
 from ...kernels.benchmark import measure
 from ...kernels.benchmark import report as files
-from ...kernels.benchmark.options import BATCHES, DTYPES, OneLineParser, image_size, seconds, whole_number
+from ...kernels.benchmark.options import BATCHES, DTYPES, OneLineParser, image_size, seconds, user_path, whole_number
 from . import plots, report, roster
 from .competitors import CUDAGRAPH, EAGER, FORMS, INFERENCE, MODES
 from .trial import Bench, Choices
@@ -50,7 +50,7 @@ def _parser() -> OneLineParser:
     add("--threads", type=whole_number, help="of PyTorch on the CPU")
     add("--seconds", type=seconds, default=10.0, help="of timing per case, all competitors together (default 10)")
     add("--limit", type=seconds, metavar="SECONDS", help="start nothing more after that time")
-    add("--out", type=Path, default=Path("output/model_benchmark"), help="folder for the results")
+    add("--out", type=user_path, default=Path("output/model_benchmark"), help="folder for the results")
     add(
         "--keep-freed-memory",
         action=argparse.BooleanOptionalAction,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...kernels.benchmark import measure, report
-from ...kernels.benchmark.options import OneLineParser, whole_number
+from ...kernels.benchmark.options import OneLineParser, user_path, whole_number
 
 VARIANTS = ("tiny", "small", "base")
 
@@ -30,7 +30,7 @@ class Parser(OneLineParser):
         self.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is a GPU")
         if takes_threads:
             self.add_argument("--threads", type=whole_number, help="of PyTorch on the CPU")
-        self.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="FOLDER")
+        self.add_argument("--out", type=user_path, default=Path("output/benchmark"), metavar="FOLDER")
         self.add_argument("--markdown", action="store_true", help="tables in Markdown")
 
 

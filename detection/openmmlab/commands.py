@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from spatial_mamba_mmcv import MissingOperatorError
 
+from ...classification.models.home import with_home
 from ...classification.models.image_files import ImageFileError
 from ...classification.models.weights import WeightsError
 from .packages import SetupError, check_packages
@@ -20,7 +21,7 @@ _USER_ERRORS = (SetupError, WeightsError, ImageFileError, MissingOperatorError, 
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, as every other wrong input is."""
+    """Reports a wrong option in one line, as every other wrong input is, and knows the home folder in paths, ``~``."""
 
     def error(self, message: str) -> NoReturn:
         raise SetupError(f"{message} (--help lists the options)")
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse, where values that mmengine cannot split count as wrong options too."""
         try:
-            return super().parse_args(args)
+            return argparse.Namespace(**with_home(vars(super().parse_args(args))))
         except SetupError:
             raise
         except ValueError as error:

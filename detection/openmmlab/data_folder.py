@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from ...classification.models.home import with_home
+
 
 def write_whole(folder: Path, files: Collection[str], write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a new folder, which gets its name ``folder`` when it is complete.
@@ -36,7 +38,7 @@ def run_command(description: str | None, write: Callable[[Path], str]) -> int:
     """Parse ``FOLDER``, call ``write`` with it and print what it returns; the exit status, 2 for a user's error."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path, help="where to write the data set; a new folder")
-    folder = parser.parse_args().folder
+    folder = with_home(parser.parse_args().folder)
     try:
         print(f"{folder}: {write(folder)}")
     except (ValueError, OSError) as error:  # SetupError among the former

@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from ...classification.models.home import with_home
 from ...classification.models.weights import read_checkpoint
 from .commands import Parser
 from .packages import SetupError
@@ -32,6 +33,7 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
         SetupError: if there is no such config, it cannot be read, or it is one for another package.
     """
     shipped = CONFIGS / _ROOMS[package]
+    name = with_home(name)
     path = next((p for p in (Path(name), shipped / name, shipped / f"{name}.py") if p.is_file()), None)
     if path is None:
         names = ", ".join(sorted(p.stem for p in shipped.glob("*.py")))
@@ -39,6 +41,7 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
     try:
         config = Config.fromfile(path)
         config.merge_from_dict(options or {})
+        _expand_home(config._cfg_dict)
     except Exception as error:  # a config is a program
         raise SetupError(f"{path}: cannot be read as a config ({type(error).__name__}: {error})") from error
     scope = config.get("default_scope", package)
@@ -46,6 +49,15 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
         raise SetupError(f"{path}: is a config for {scope}; this command needs one for {package}")
     config.setdefault("launcher", "none")
     return config
+
+
+def _expand_home(part: Any) -> None:
+    """Replace ``~`` at the start of every text in a config, in place: there it is that of a path."""
+    for key, child in list(part.items() if isinstance(part, dict) else enumerate(part)):
+        if isinstance(child, dict | list):
+            _expand_home(child)
+        elif isinstance(child, str | tuple):
+            part[key] = with_home(child)
 
 
 def train(package: str, argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from .. import backends
 from . import measure, report
 from .cases import Case, all_cases
 from .competitors import DEFINITION
-from .options import BATCHES, DTYPES, OneLineParser, seconds, whole_number
+from .options import BATCHES, DTYPES, OneLineParser, seconds, user_path, whole_number
 from .trial import Bench, Choices
 
 QUICK_CASES, QUICK_SECONDS = ["*/tiny/stage1/224x224"], 0.5
@@ -43,7 +43,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--seconds", type=seconds, help="of timing per case, dtype and mode (default 5)")
     parser.add_argument("--quick", action="store_true", help="few cases, half a second each")
     parser.add_argument("--limit", type=seconds, metavar="SECONDS", help="start no further case after that time")
-    parser.add_argument("--out", type=Path, default=Path("output/benchmark"), help="folder for the results")
+    parser.add_argument("--out", type=user_path, default=Path("output/benchmark"), help="folder for the results")
     parser.add_argument(
         "--keep-freed-memory",
         action=argparse.BooleanOptionalAction,

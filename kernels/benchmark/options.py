@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import NoReturn
@@ -33,6 +34,11 @@ class OneLineParser(argparse.ArgumentParser):
                 pass
         except OSError as error:
             self.error(f"--out {path}: cannot be written: {error.strerror}")
+
+
+def user_path(text: str) -> Path:
+    """A path, in which ``~`` is the home folder: the shell expands it only at the start of a word."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111, Path.expanduser fails for unknown users
 
 
 def whole_number(text: str) -> int:
