@@ -128,18 +128,18 @@ def serving(
 
 
 @torch.compiler.assume_constant_result
-def under_transforms() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work.
+def custom_operators_fail() -> bool:
+    """Whether PyTorch does something that it has rules for its own operators alone for.
 
-    Custom operators have no rules for either; PyTorch's own operators, of which the reference implementation is made,
-    have.
+    That is a transform of torch.func, forward-mode differentiation, or an ONNX export.
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return transformed or torch.onnx.is_in_onnx_export()
 
 
 def definition_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> bool:
     """Whether the operator runs on this tensor as the definition in PyTorch, rather than as one native operator."""
-    return under_transforms() or serving(tensor.device.type, tensor.dtype, operator=operator) == "torch"
+    return custom_operators_fail() or serving(tensor.device.type, tensor.dtype, operator=operator) == "torch"
 
 
 @contextmanager

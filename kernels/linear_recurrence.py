@@ -20,7 +20,7 @@ def linear_recurrence(decays: Tensor, inputs: Tensor) -> Tensor:
     Neighbouring steps are composed pairwise, so the work is linear in L and the depth logarithmic.
     Decays are only ever multiplied with each other, never divided or accumulated in logarithms:
     with decays in [0, 1] nothing can overflow, and a decay that underflows to 0 simply forgets the past.
-    Differentiable any number of times, in forward mode and under the transforms of torch.func, too.
+    Differentiable any number of times, also in forward mode and under the transforms of torch.func.
 
     Args:
         decays: (..., L - 1), the factor that carries step t into step t + 1.
@@ -29,9 +29,9 @@ def linear_recurrence(decays: Tensor, inputs: Tensor) -> Tensor:
     Returns:
         The states, (..., L), in the memory order of ``inputs``.
     """
-    if backends.under_transforms():
-        tokens = [x.flatten(end_dim=-2).mT[None] for x in (F.pad(decays, (1, 0)), inputs)]  # (1, L, others)
-        return scan_in_blocks(*tokens).squeeze(0).mT.reshape(inputs.shape)
+    if backends.custom_operators_fail():
+        tokens = [x.flatten(end_dim=-2).t()[None] for x in (F.pad(decays, (1, 0)), inputs)]  # (1, L, others)
+        return scan_in_blocks(*tokens).squeeze(0).t().reshape(inputs.shape)
     return _operator(decays, inputs)
 
 

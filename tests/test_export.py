@@ -225,6 +225,23 @@ def test_onnx_of_a_backbone(tmp_path: Path) -> None:
     assert largest_difference(onnx_function(tmp_path / "model.onnx"), model, ODD) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore")  # of both exporters, which deprecate parts of themselves
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_pytorch_s_own_onnx_export(dynamo: bool, tmp_path: Path) -> None:
+    """``torch.onnx.export`` of the model as it is, for users who do not know the export command."""
+    model = with_extreme_steps(micro(depths=(1,)))
+    axes = (
+        dict(dynamic_shapes=({0: torch.export.Dim("batch")},))
+        if dynamo
+        else dict(dynamic_axes={"images": {0: "batch"}})
+    )
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (fixed_images(model, ODD, 2),), path, dynamo=dynamo, input_names=["images"], **axes)
+    images = fixed_images(model, ODD, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(onnx_function(path)(images)[0], model(images), rtol=1e-5, atol=1e-5)
+
+
 def test_int8(tmp_path: Path) -> None:
     model = micro(dims=32)
     path = tmp_path / "model.onnx"

@@ -5,8 +5,9 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,14 +16,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
+from spatial_mamba.classification.export.form import export_form
 from spatial_mamba.classification.models import WeightsError
 from spatial_mamba.kernels import selective_scan, state_fusion, use_backend
 from spatial_mamba.kernels.backends import definition_serves
@@ -185,6 +192,18 @@ def test_out_indices_choose_among_the_same_maps() -> None:
     torch.testing.assert_close(maps, (expected[1], expected[3]))
 
 
+def test_a_backbone_ends_with_its_last_map() -> None:
+    """Under DDP, parameters without a gradient are an error."""
+    everything = golden_fill.fill_(micro_backbone()).eval()
+    chosen = micro_backbone(out_indices=(0, 2)).eval()
+    assert chosen.num_features == chosen.feature_info[-1]["num_chs"] == 32
+    chosen.load_state_dict({name: everything.state_dict()[name] for name in chosen.state_dict()})
+    maps = chosen(images())
+    torch.testing.assert_close(maps, everything(images())[0:3:2])
+    sum(features.square().sum() for features in maps).backward()
+    assert all(parameter.grad is not None for parameter in chosen.parameters())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -192,6 +211,7 @@ def test_out_indices_choose_among_the_same_maps() -> None:
         ({"out_indices": (-1,)}, r"out_indices .* \(-1,\)"),
         ({"out_indices": (2, 1)}, r"out_indices .* \(2, 1\)"),
         ({"out_indices": (1, 1)}, r"out_indices .* \(1, 1\)"),
+        ({"out_indices": ()}, r"out_indices .* \(\)"),
         ({"d_state": 2}, "d_state must be 1, got 2"),
         ({"dims": 9}, "dims.* even number, got 9"),
         ({"dims": 0}, "dims.* even number, got 0"),
@@ -306,6 +326,20 @@ def test_traces_for_any_size() -> None:
         for shape in ((1, 3, 64, 64), (2, 3, 96, 64), (1, 3, 64, 33)):
             images = torch.randn(shape)
             assert torch.equal(traced(images), model(images))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_fx_traces_for_any_size(training: bool) -> None:
+    """As torchvision's feature extraction and PyTorch's quantization do."""
+    model = filled_classifier(depths=(1, 1)).train(training)
+    node = "layers.1.blocks.0.mlp.fc2"
+    traced, extractor = torch.fx.symbolic_trace(model), create_feature_extractor(model, [node, "head"])
+    for shape in ((1, 3, 64, 64), (2, 3, 96, 33)):
+        x = images(*shape)
+        logits, features = model(x), extractor(x)
+        assert torch.equal(traced(x), logits)
+        assert torch.equal(features["head"], logits)
+        assert features[node].shape == (shape[0], math.ceil(shape[2] / 8), math.ceil(shape[3] / 8), 16)
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
@@ -749,6 +783,103 @@ def test_drop_path_rises_linearly_over_all_blocks() -> None:
     assert rates == pytest.approx(np.linspace(0, 0.3, 7).tolist())
 
 
+# --- what others put around the modules or into them
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shard(model: nn.Module, units: Sequence[str]) -> nn.Module:
+    """FSDP2 of the modules whose names end so, and of the model."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for name, module in model.named_modules():
+        if name.endswith(tuple(units)):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def shard_as_before(model: nn.Module, units: Sequence[str]) -> nn.Module:
+    """FSDP1 likewise."""
+    chosen = [module for name, module in model.named_modules() if name.endswith(tuple(units))]
+    policy = lambda module, recurse, **_: recurse or module in chosen  # noqa: E731
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [shard, shard_as_before])
+@pytest.mark.parametrize("units", [["blocks.0"], ["conv2d", "state_fusion", "out_norm", "in_proj", "cpe1", "norm"]])
+def test_fsdp_of_any_unit(wrap: Callable[..., nn.Module], units: Sequence[str], process_group: None) -> None:
+    def losses(model: nn.Module) -> list[float]:
+        """Of two steps, the second with what the first has changed."""
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        values = []
+        for _ in range(2):
+            loss = F.cross_entropy(model(images(2, 3, 32, 32)), torch.arange(2))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(loss.item())
+        return values
+
+    model = micro_classifier(depths=(1, 1), drop_path_rate=0.0)
+    expected = losses(deepcopy(model))
+    assert losses(wrap(model, units)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_hooks_are_called_on_every_module(dtype: torch.dtype) -> None:
+    model = filled_classifier(depths=(1, 1)).to(dtype)
+    x = images(2, 3, 64, 48).to(dtype)
+    expected = model(x)
+    called = set()
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, output: called.add(module))
+    assert_near(model(x), expected, 1e-10 if dtype == torch.float64 else 2e-2)
+    assert called == {module for module in model.modules() if not isinstance(module, nn.ModuleList)}
+
+
+def test_pruning_and_parametrised_weights_take_part() -> None:
+    """The former changes weights in a hook, the latter wherever they are read."""
+    for change in (partial(prune.random_unstructured, name="weight", amount=0.5), weight_norm):
+        model = filled_classifier(depths=(1,)).double()
+        mixer = model.layers[0].blocks[0].self_attention
+        change(mixer.conv2d)
+        before = model(images().double())
+        with torch.no_grad():
+            for parameter in mixer.conv2d.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        after = model(images().double())
+        after.sum().backward()
+        assert not torch.allclose(before, after)
+        assert all(parameter.grad.abs().max() > 0 for parameter in mixer.conv2d.parameters())
+
+
+@pytest.mark.parametrize("use", [SpatialMamba.fuse, export_form])
+def test_weights_are_not_read_past_a_wrapper(use: Callable[[nn.Module], nn.Module]) -> None:
+    """As of LoRA, whose layers hold the weights that they were put around."""
+
+    class LowRank(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.weight = linear, linear.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.base_layer(x)
+
+    for name in ("self_attention.in_proj", "mlp.fc2"):
+        model = filled_classifier(depths=(1,)).eval()
+        block = model.layers[0].blocks[0]
+        expected = model(images())
+        block.set_submodule(name, LowRank(block.get_submodule(name)))
+        assert not torch.allclose(model(images()), expected)
+        with pytest.raises(RuntimeError, match=rf"layers.0.blocks.0.{name} has hooks or is wrapped \(LowRank\)"):
+            use(model)
+
+
 # --- a backbone that starts from a classification checkpoint
 
 
@@ -781,6 +912,16 @@ def test_pretrained_backbone(tmp_path: Path, wrap: Callable[[dict[str, Tensor]],
     expected |= {name: value for name, value in state.items() if name in expected}
     assert sum(name in state for name in expected) == len(state) - 4  # all but the classifier's norm and head
     torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
+
+
+def test_pretrained_backbone_that_ends_early(tmp_path: Path) -> None:
+    state = filled_classifier().state_dict()
+    torch.save({"model": state}, tmp_path / "classifier.pth")
+    loaded = micro_backbone(out_indices=(0, 1), pretrained=tmp_path / "classifier.pth").state_dict()
+    assert len(loaded) > 50
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded if not name.startswith("outnorm"))
+    with pytest.raises(WeightsError, match=r"another model.*depths=\(1, 1, 1, 1\)"):
+        micro_backbone(depths=(1, 1), out_indices=(0, 1), pretrained=tmp_path / "classifier.pth")
 
 
 def test_pretrained_backbone_leaves_out_unused_outnorms(tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.linear_recurrence import scan_in_blocks
-from ..models.spatial_mamba import ConvLayer, DepthwiseConv, SpatialMambaEncoder, StructureAwareSSM
+from ..models.spatial_mamba import (
+    ConvLayer,
+    DepthwiseConv,
+    SpatialMambaEncoder,
+    StructureAwareSSM,
+    refuse_modified_parts,
+)
 
 # log((1 + s) / (1 - s)) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...); for s up to 1/3 these six leave out less than 2e-7 of it.
 ATANH_DENOMINATORS = (11, 9, 7, 5, 3, 1)
@@ -22,10 +28,11 @@ def export_form(model: SpatialMambaEncoder) -> SpatialMambaEncoder:
     """A copy of the model, in float32 and on its device, that computes the same in operations fit for export.
 
     Raises:
-        RuntimeError: for a fused model, or one in training mode.
+        RuntimeError: for a fused model, one in training mode, or one with hooks or wrappers on its layers.
     """
     if model.fused:
         raise RuntimeError("a fused model cannot be exported: export the model as it was before fuse()")
+    refuse_modified_parts(model)
     if model.training:
         raise RuntimeError("only a model in evaluation mode can be exported: call eval() first")
     model = _exchanged(deepcopy(model).float())

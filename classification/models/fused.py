@@ -201,8 +201,11 @@ def refuse_gradients(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Hook in front of ``forward``.
 
     Raises:
-        RuntimeError: if the gradient of an image is asked for, or any transform of torch.func is at work.
+        RuntimeError: if more than outputs is asked for: gradients, transforms of torch.func, or an ONNX export.
     """
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    if wanted or backends.under_transforms():
-        raise RuntimeError(f"a fused {type(model).__name__} has no gradients: take the model as it was before fuse()")
+    if wanted or backends.custom_operators_fail():
+        raise RuntimeError(
+            f"a fused {type(model).__name__} has no gradients, no torch.func transforms and no ONNX form: "
+            "take the model as it was before fuse()"
+        )

@@ -12,20 +12,20 @@ from os import PathLike
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
-    register_notrace_module,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels import depthwise_conv, spatial_mixer
+from ...kernels import depthwise_conv, selective_scan, spatial_mixer, state_fusion
 from .architecture import PUBLISHED_KERNELS, describe_other_architecture
 from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubMixin
@@ -45,12 +45,14 @@ LAYER_NORM_EPS = 1e-5
 FUSION_DILATIONS = (1, 3, 5)
 FUSION_KERNEL_SIZE = 3
 
-# Operators are no business of torch.fx, which timm's graph features trace with: their checks look at shapes.
-register_notrace_function(depthwise_conv)
-register_notrace_function(spatial_mixer)
+# Leaves for torch.fx: their checks of shapes, devices and dtypes cannot be traced.
+torch.fx.wrap("depthwise_conv")
+torch.fx.wrap("selective_scan")
+torch.fx.wrap("spatial_mixer")
+torch.fx.wrap("state_fusion")
+torch.fx.wrap("_strided_depthwise_conv")
 
 
-@register_notrace_module
 class StridedDepthwiseConv(nn.Conv2d):
     """Depthwise convolution (B, C, H, W) that trains in float32 on CPUs, whatever the dtype of its input.
 
@@ -58,10 +60,16 @@ class StridedDepthwiseConv(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype.itemsize > 2 or not torch.is_grad_enabled():
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return self._conv_forward(x.float(), self.weight.float(), self.bias.float()).to(x.dtype)
+        return _strided_depthwise_conv(x, self.weight, self.bias, self.stride, self.padding, self.groups)
+
+
+def _strided_depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], padding: tuple[int, int], groups: int
+) -> Tensor:
+    if x.device.type != "cpu" or x.dtype.itemsize > 2 or not torch.is_grad_enabled():
+        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+    with torch.autocast("cpu", enabled=False):
+        return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, groups=groups).to(x.dtype)
 
 
 class ConvLayer(nn.Module):
@@ -182,13 +190,14 @@ class Downsample(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Weights of a depthwise 3x3 convolution of tokens (B, H, W, C), zero padding; forward adds it to its input."""
+    """Depthwise 3x3 convolution of tokens (B, H, W, C), zero padding, and what follows it: see `depthwise_conv`."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, epilogue: str) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim)
+        self.epilogue = epilogue
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv(x, self.weight, self.bias, epilogue="residual")
+        return depthwise_conv(x, self.weight, self.bias, self.epilogue)
 
 
 class ResidualSum(nn.Module):
@@ -212,7 +221,7 @@ class ResidualSum(nn.Module):
 
 
 class StateFusion(nn.Module):
-    """Weights of structure-aware state fusion: one depthwise kernel per dilation, and their mixture.
+    """Structure-aware state fusion of states (B, dim, H, W): one depthwise kernel per dilation, and their mixture.
 
     The names of the kernels tell their sizes and dilations, so that weights of another fusion never fit by accident;
     3x3 kernels with dilations 1, 3 and 5 have the published names. Without dilations there are no weights.
@@ -246,6 +255,9 @@ class StateFusion(nn.Module):
             return self.kernels, self.alpha, self.dilations
         return (like.new_ones(self.dim, 1, 1, 1),), like.new_ones(1), (1,)
 
+    def forward(self, h: Tensor) -> Tensor:
+        return state_fusion(h, *self.branches(h))
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, dilations={self.dilations}"
 
@@ -262,6 +274,9 @@ class StructureAwareSSM(nn.Module):
     ``h_t = exp(delta_t a) h_(t-1) + delta_t B_t u_t``, ``y = C SASF(h) + D u`` (paper, section 4.1), with a
     gate as in Mamba. Everything from the step size to the gated output is float32 under autocast: with fusion
     kernels that start at 1 the states grow 27-fold, more than half precision can hold.
+
+    One operator computes all between the two projections from the weights of ``conv2d``, ``state_fusion`` and
+    ``out_norm``. If one of these is hooked, wrapped or sharded, the modules are called one after the other instead.
     """
 
     def __init__(self, dim: int, fusion_dilations: Sequence[int], fusion_kernel_sizes: Sequence[int]) -> None:
@@ -270,7 +285,7 @@ class StructureAwareSSM(nn.Module):
         self.dt_rank = dt_rank = math.ceil(dim / 16)
 
         self.in_proj = nn.Linear(dim, 2 * inner_dim, bias=False)
-        self.conv2d = DepthwiseConv(inner_dim)
+        self.conv2d = DepthwiseConv(inner_dim, "silu")
         self.x_proj_weight = nn.Parameter(torch.empty(dt_rank + 2, inner_dim))
         self.dt_projs_weight = nn.Parameter(torch.empty(inner_dim, dt_rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(inner_dim))
@@ -291,9 +306,14 @@ class StructureAwareSSM(nn.Module):
             self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse softplus
 
     def forward(self, x: Tensor) -> Tensor:
+        xz = self.in_proj(x)  # (B, H, W, 2 D): tokens and gate
+        modified = any(_is_modified(getattr(self, name), kind) for name, kind in MIXER_PARTS.items())
+        return self.out_proj(self._mix_by_module(xz) if modified else self._mix(xz))
+
+    def _mix(self, xz: Tensor) -> Tensor:
         kernels, alpha, dilations = self.state_fusion.branches(self.Ds)
-        y = spatial_mixer(
-            self.in_proj(x),  # (B, H, W, 2 D): tokens and gate
+        return spatial_mixer(
+            xz,
             self.conv2d.weight,
             self.conv2d.bias,
             self.x_proj_weight,
@@ -308,7 +328,35 @@ class StructureAwareSSM(nn.Module):
             dilations,
             self.out_norm.eps,
         )
-        return self.out_proj(y)
+
+    def _mix_by_module(self, xz: Tensor) -> Tensor:
+        x, gate = xz.chunk(2, dim=-1)
+        u = self.conv2d(x)  # (B, H, W, D)
+        projection = F.linear(u, self.x_proj_weight)
+        compute_dtype = torch.promote_types(xz.dtype, torch.float32)
+        with torch.autocast(xz.device.type, enabled=False):
+            r, B, C = projection.to(compute_dtype).split([self.dt_rank, 1, 1], dim=-1)
+            dt = F.linear(r, self.dt_projs_weight.to(compute_dtype))
+            rows = [t.flatten(1, 2).transpose(1, 2) for t in (u.to(compute_dtype), dt, B)]  # (B, channels, L)
+            A = -torch.exp(self.A_logs.to(compute_dtype))
+            h = selective_scan(*rows[:2], A, rows[2], delta_bias=self.dt_projs_bias, delta_softplus=True)
+            h = self.state_fusion(h.squeeze(2).unflatten(2, u.shape[1:3])).permute(0, 2, 3, 1)
+            y = self.out_norm((C * h + self.Ds * u).to(self.out_norm.weight.dtype))
+            return (y * F.silu(gate.to(compute_dtype))).to(xz.dtype)
+
+
+# Modules whose weights operators read, in place of calling the modules.
+MIXER_PARTS = {"conv2d": DepthwiseConv, "state_fusion": StateFusion, "out_norm": nn.LayerNorm}
+
+
+def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module has hooks, or is no longer of its kind: wrapped, or sharded by FSDP.
+
+    Parametrised weights (``torch.nn.utils.parametrize``) are as they should be wherever they are read.
+    """
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return True
+    return type(module) is not kind and not is_parametrized(module)
 
 
 class Block(nn.Module):
@@ -323,10 +371,10 @@ class Block(nn.Module):
         fusion_kernel_sizes: Sequence[int],
     ) -> None:
         super().__init__()
-        self.cpe1 = DepthwiseConv(dim)
+        self.cpe1 = DepthwiseConv(dim, "residual")
         self.ln_1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.self_attention = StructureAwareSSM(dim, fusion_dilations, fusion_kernel_sizes)
-        self.cpe2 = DepthwiseConv(dim)
+        self.cpe2 = DepthwiseConv(dim, "residual")
         self.ln_2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.residual_sum = ResidualSum(drop_path)
@@ -422,12 +470,14 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
             The model itself.
 
         Raises:
-            RuntimeError: in training mode, and for norms in place of the BatchNorms that cannot be folded.
+            RuntimeError: in training mode; for norms in place of the BatchNorms that cannot be folded; for hooks and
+                wrappers (LoRA, FSDP) on modules whose weights are read.
         """
         if self.training:
             raise RuntimeError("only a model in evaluation mode can be fused: call eval() first")
         if not self.fused:
             # All that may fail comes before the first change.
+            refuse_modified_parts(self)
             layers = [module for module in self.modules() if isinstance(module, ConvLayer)]
             folded = [layer.folded() for layer in layers]
             blocks = [[FusedBlock(block) for block in stage.blocks] for stage in self.layers]
@@ -651,7 +701,7 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
     Map i has stride 4 * 2**i; it is taken in front of that stage's downsampling and normalised by ``outnorm{i}``.
 
     Args:
-        out_indices: the stages whose maps are returned, in ascending order.
+        out_indices: the stages whose maps are returned, in ascending order; the model ends with the last of them.
         pretrained: a classification checkpoint to start from, loaded strictly: only its classifier and final
             normalisation may be left over, and only the ``outnorm`` layers keep their initial values.
         others: see ``SpatialMambaEncoder``.
@@ -687,8 +737,13 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
             fusion_kernel_sizes,
         )
         self.out_indices = tuple(out_indices)
-        if sorted(set(self.out_indices) & set(range(len(depths)))) != list(self.out_indices):
+        if not self.out_indices or sorted(set(self.out_indices) & set(range(len(depths)))) != list(self.out_indices):
             raise ValueError(f"out_indices must be ascending stages of 0 to {len(depths) - 1}, got {self.out_indices}")
+        end = self.out_indices[-1] + 1
+        self.ends_early = end < len(depths)
+        self.layers, self.feature_info = self.layers[:end], self.feature_info[:end]
+        self.layers[-1].downsample = nn.Identity()
+        self.num_features = self.feature_info[-1]["num_chs"]
         for i in self.out_indices:
             self.add_module(f"outnorm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"], eps=LAYER_NORM_EPS))
         if pretrained is not None:
@@ -703,6 +758,24 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
                 # Copied into the usual layout: operators downstream (RoIAlign among them) read memory as if it had it.
                 maps.append(getattr(self, f"outnorm{i}")(features).permute(0, 3, 1, 2).contiguous())
         return tuple(maps)
+
+
+def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
+    """For what reads the weights of all blocks.
+
+    Raises:
+        RuntimeError: naming a module that computes something else than its weights say, by a hook or a wrapper.
+    """
+    mixer = dict(in_proj=nn.Linear, out_proj=nn.Linear) | MIXER_PARTS
+    parts = dict(ln_1=nn.LayerNorm, ln_2=nn.LayerNorm) | {f"self_attention.{name}": mixer[name] for name in mixer}
+    parts |= {"mlp.fc1": nn.Linear, "mlp.fc2": nn.Linear}
+    for name, block in model.named_modules():
+        for part, kind in parts.items() if isinstance(block, Block) else ():
+            if _is_modified(block.get_submodule(part), kind):
+                raise RuntimeError(
+                    f"{name}.{part} has hooks or is wrapped ({type(block.get_submodule(part)).__name__}): "
+                    "its weights alone would be used; remove the hooks, or merge and unwrap the layer"
+                )
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -269,7 +269,8 @@ def load_backbone_weights(model: nn.Module, path: str | PathLike[str], prefix: s
     """Start a backbone from the checkpoint of a classifier, or of a detector, segmentor or backbone.
 
     From the first it takes all but the final norm and the classifier, and its own ``outnorm`` layers keep their values.
-    From the others it takes those of its output norms, too. Weights of RGB images are adapted to its channels.
+    From the others it takes those of its output norms, too. What lies behind the last of its stages is left out if
+    ``out_indices`` made it end early. Weights of RGB images are adapted to its channels.
 
     Args:
         prefix: of the names of the backbone's weights in the file, where there is more than one model in it.
@@ -282,6 +283,14 @@ def load_backbone_weights(model: nn.Module, path: str | PathLike[str], prefix: s
     state = {
         name: tensor
         for name, tensor in state.items()
-        if name not in CLASSIFIER_ONLY and (name in own_norms or not name.startswith("outnorm"))
+        if name not in CLASSIFIER_ONLY
+        and (name in own_norms or not name.startswith("outnorm"))
+        and not (model.ends_early and _lies_behind(name, len(model.layers) - 1))
     }
     load_strictly(model, {**own_norms, **fit_first_convolution(model, state, path)}, path)
+
+
+def _lies_behind(name: str, last: int) -> bool:
+    """Whether weights belong to what follows the blocks of a stage."""
+    stage = re.match(r"layers\.(\d+)\.(downsample)?", name)
+    return stage is not None and (int(stage[1]) > last or (int(stage[1]) == last and stage[2] is not None))
