@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import nn
 from yacs.config import CfgNode
 
 from .config import RATES, by_meaning, is_published_run, leaves, to_plain
+from .data import difference
 from .errors import InputError
 from .models.weights import WeightsError, load_strictly, read_checkpoint, state_dict_of
+from .optim import build_optimizer
 from .whole_files import whole_file
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
@@ -25,6 +28,9 @@ _FREE_SETTINGS = {
     "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "MODEL.NAME",
     "MODEL.NUM_CLASSES", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "TAG", "EVAL_MODE",
 }  # fmt: skip
+
+# How to go on where a run cannot be resumed, also when it was found in the folder of the run.
+_NEW_RUN = "start a new run from its weights, under another --tag, by --pretrained in place of --resume"
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +44,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
-    classes: list[str]  # names, in the order of the logits
+    classes: list[str] | None  # names, in the order of the logits; None where the data set has only numbers
     epoch: int = -1  # the last finished epoch
     updates: int = 0
     skipped_in_a_row: int = 0
@@ -91,11 +97,13 @@ def restore_checkpoint(
 
     Raises:
         WeightsError: if the weights do not fit.
-        InputError: if the checkpoint lacks what training needs, or belongs to another optimiser.
+        InputError: if the checkpoint lacks what training needs, or belongs to other classes or another optimiser.
     """
     missing = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
     if missing:
-        raise InputError(f"{path}: cannot resume, it holds no {missing[0]}; start from it with --pretrained")
+        raise InputError(f"{path}: cannot resume, it holds no {missing[0]}; {_NEW_RUN}")
+    _require_same_classes(state, checkpoint, path)
+    _require_same_optimizer(config, checkpoint, path)
     load_strictly(state.model, state_dict_of(checkpoint, path), path)
     if state.ema:
         load_strictly(state.ema.module, _ema_state(checkpoint, path), path)
@@ -107,9 +115,7 @@ def restore_checkpoint(
         groups = [{**own_group, "params": saved_group["params"]} for own_group, saved_group in groups]
         state.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: its optimiser does not fit this run ({error}); start from its weights with --pretrained"
-        ) from error
+        raise InputError(f"{path}: its optimiser does not fit this run ({error}); {_NEW_RUN}") from error
     if checkpoint.get("scaler") and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint["scaler"])
     state.epoch = int(checkpoint["epoch"])
@@ -129,20 +135,56 @@ def restore_checkpoint(
 
 
 def load_pretrained(
-    model: nn.Module, ema: ModelEmaV3 | None, checkpoint: dict[str, Any], path: Path, finetune: bool
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    checkpoint: dict[str, Any],
+    path: Path,
+    finetune: bool,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Put a checkpoint's weights in place, and its EMA weights (or else the same) into the EMA model.
 
+    Where the checkpoint has the same classes in another order, those of its classifier are reordered.
+
     Args:
-        finetune: keep the model's own classifier where the checkpoint's has another size.
+        finetune: keep the model's own classifier where the checkpoint's is for other classes.
+        classes: names of the model's; None to compare their number alone.
 
     Raises:
         WeightsError: if the weights do not fit.
-        InputError: if the classifier has another size and ``finetune`` is off.
+        InputError: if the classifier is for other classes and ``finetune`` is off.
     """
-    load_strictly(model, _fit_head(model, state_dict_of(checkpoint, path), path, finetune), path)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
+    rows = _rows_to_take(checkpoint, path, len(own["head.weight"]), finetune, classes)
+
+    def fitted(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "head.weight" not in state:
+            return state
+        return {**state, **(own if rows is None else {name: state[name][rows] for name in own if name in state})}
+
+    load_strictly(model, fitted(state_dict_of(checkpoint, path)), path)
     if ema:
-        load_strictly(ema.module, _fit_head(model, _ema_state(checkpoint, path), path, finetune), path)
+        load_strictly(ema.module, fitted(_ema_state(checkpoint, path)), path)
+
+
+def class_count(checkpoint: Mapping[str, Any], path: Path) -> int | None:
+    """Number of classes of a checkpoint's classifier; None if it has none.
+
+    Raises:
+        WeightsError: if there are no weights to be found.
+    """
+    head = state_dict_of(checkpoint, path).get("head.weight")
+    return None if head is None else len(head)
+
+
+def class_names(checkpoint: Mapping[str, Any], path: Path) -> list[str] | None:
+    """Names of the classes in the order of the logits; None if the checkpoint has none.
+
+    Raises:
+        WeightsError: if there are no weights to be found.
+    """
+    names = checkpoint.get("classes")
+    return list(map(str, names)) if isinstance(names, list) and len(names) == class_count(checkpoint, path) else None
 
 
 def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -169,16 +211,68 @@ def _ema_state(checkpoint: dict[str, Any], path: Path) -> dict[str, torch.Tensor
     return state_dict_of(checkpoint, path, key="model_ema" if checkpoint.get("model_ema") else "model")
 
 
-def _fit_head(model: nn.Module, state: dict[str, torch.Tensor], path: Path, finetune: bool) -> dict[str, torch.Tensor]:
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
-    if "head.weight" not in state or len(state["head.weight"]) == len(own["head.weight"]):
-        return state
-    if not finetune:
+def _rows_to_take(
+    checkpoint: Mapping[str, Any], path: Path, count: int, finetune: bool, classes: Sequence[str] | None
+) -> list[int] | None:
+    """For each class of a model its number in a checkpoint's classifier; None to keep the model's own classifier."""
+    saved_count, saved = class_count(checkpoint, path), class_names(checkpoint, path)
+    if saved_count is None:
+        return None
+    if saved_count == count and (saved is None or classes is None):
+        return list(range(count))
+    if saved_count == count and set(saved) == set(classes):
+        return [saved.index(name) for name in classes]
+    if finetune:
+        logger.warning("%s: its classifier is for other classes; a new one is trained in its place", path)
+        return None
+    if saved_count != count:
         raise InputError(
-            f"{path}: its classifier has {len(state['head.weight'])} classes, this run has {len(own['head.weight'])}; "
+            f"{path}: its classifier has {saved_count} classes, this run has {count}; "
             "to train a new classifier on top of these weights, add --finetune"
         )
-    return {**state, **own}
+    raise InputError(
+        f"{path}: its classifier is for other classes: {difference(classes, saved)}; "
+        "to train a new classifier on top of these weights, add --finetune"
+    )
+
+
+def _require_same_classes(state: TrainingState, checkpoint: Mapping[str, Any], path: Path) -> None:
+    count, own_count = class_count(checkpoint, path), len(state.model.state_dict()["head.weight"])
+    saved = class_names(checkpoint, path)
+    if saved is not None and state.classes is not None and saved != state.classes:
+        what = difference(state.classes, saved)
+    elif count is not None and count != own_count:
+        what = f"it has {count}, the data {own_count}"
+    else:
+        return
+    raise InputError(
+        f"{path}: cannot resume with other classes: {what}; start a new run under another --output or --tag; "
+        "to start it from these weights, give them by --pretrained with --finetune, in place of --resume"
+    )
+
+
+def _require_same_optimizer(config: CfgNode, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """By name; or, where the checkpoint does not name its optimiser, by what that keeps for a parameter."""
+    now, saved = config.TRAIN.OPTIMIZER.NAME.lower(), checkpoint.get("config")
+    before = by_meaning(saved).get("TRAIN.OPTIMIZER.NAME") if isinstance(saved, dict) else None
+    if before is not None and str(before).lower() != now:
+        raise InputError(f"{path}: was trained by {before}, this run by {now}; add --optim {before}, or {_NEW_RUN}")
+    if before is None and (kept := _kept_values(checkpoint["optimizer"])):
+        probe = nn.Linear(2, 2)
+        optimizer = build_optimizer(config, probe, world_size=1)
+        probe(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        if kept != (own := _kept_values(optimizer.state_dict())):
+            raise InputError(
+                f"{path}: was trained by another optimiser than {now}: it keeps {', '.join(sorted(kept))}, "
+                f"{now} {', '.join(sorted(own)) or 'nothing'}; give the same --optim, or {_NEW_RUN}"
+            )
+
+
+def _kept_values(optimizer: Any) -> set[str]:
+    """Names of the values that the state dict of an optimiser has for parameters."""
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    return {name for values in state.values() for name in values} if isinstance(state, dict) else set()
 
 
 def _report_changes(config: CfgNode, saved: Any, path: Path, rate_scale: float) -> None:

@@ -26,13 +26,14 @@ _C.DATA.CACHE_MODE = "part"  # encoded images kept in memory: no, full, or part:
 _C.DATA.PIN_MEMORY = True
 _C.DATA.NUM_WORKERS = 8
 _C.DATA.SKIP_UNREADABLE = False  # in training, take the next image instead and count
+_C.DATA.EXIF_ORIENTATION = False  # turn images as their EXIF data say; the published accuracies are without
 
 _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "spatial_mamba"
 _C.MODEL.NAME = "spatialmamba_tiny"  # names the output folder
 _C.MODEL.PRETRAINED = ""
 _C.MODEL.RESUME = ""
-_C.MODEL.FINETUNE = False  # allow a pretrained classifier of another size to be dropped
+_C.MODEL.FINETUNE = False  # allow a pretrained classifier for other classes to be dropped
 _C.MODEL.NUM_CLASSES = 0  # 0: as many as the data set has; else it must have that many
 _C.MODEL.DROP_RATE = 0.0
 _C.MODEL.DROP_PATH_RATE = 0.2

@@ -3,7 +3,7 @@
 import io
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,11 @@ from yacs.config import CfgNode
 from .config import uses_mixup
 from .distributed import Process
 from .errors import InputError
+from .models.image_files import UNREADABLE, open_image
 from .models.preprocessing import NORMALISATION, preprocessing_of
 from .readers import READ_ERRORS, CachedReader, Reader, open_split
 
-# What readers and Pillow raise on damaged files; a decompression bomb counts as damage.
-_UNREADABLE = (*READ_ERRORS, SyntaxError, ValueError, Image.DecompressionBombError)
+_UNREADABLE = (*READ_ERRORS, *UNREADABLE)
 
 
 def random_seed(*key: int) -> int:
@@ -47,13 +47,25 @@ class ImageData(Dataset):
     Args:
         reader: where the images come from.
         transform: PIL image to tensor (3, H, W).
-        skip_unreadable: take the next readable image in place of a damaged one, instead of stopping.
+        skip_unreadable: take the next readable image in place of a damaged one, instead of stopping; None for a split
+            in which that is not possible.
+        turn: turn images as their EXIF orientation says.
+        numbers: for each class of the reader, the number to give it; by default the reader's own.
     """
 
-    def __init__(self, reader: Reader, transform: Callable, skip_unreadable: bool = False) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        transform: Callable,
+        skip_unreadable: bool | None = False,
+        turn: bool = False,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         self.reader = reader
         self.transform = transform
         self.skip_unreadable = skip_unreadable
+        self.turn = turn
+        self.numbers = range(len(reader.classes)) if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -64,17 +76,17 @@ class ImageData(Dataset):
         for skipped in range(len(self)):
             position = (index + skipped) % len(self)
             try:
-                image = Image.open(io.BytesIO(self.reader.read(position))).convert("RGB")
+                image = open_image(io.BytesIO(self.reader.read(position)), self.turn)
             except _UNREADABLE as error:
                 if self.skip_unreadable:
                     continue
                 reason = str(error).split(" <_io")[0]  # Pillow names the buffer it was given
+                remedy = "" if self.skip_unreadable is None else ", or train with --skip-unreadable"
                 raise InputError(
-                    f"{self.reader.name(position)}: unreadable image ({reason}); "
-                    "replace or remove it, or train with --skip-unreadable"
+                    f"{self.reader.name(position)}: unreadable image ({reason}); replace or remove it{remedy}"
                 ) from error
             with _seeded(seed):
-                return self.transform(image), self.reader.label(position), skipped
+                return self.transform(image), self.numbers[self.reader.label(position)], skipped
         raise InputError(f"{self.reader.name(0)} and all other images of the split are unreadable")
 
 
@@ -167,13 +179,16 @@ def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
     return _build_loader(config, process, dataset, sampler, drop_last=True)
 
 
-def build_val_loader(config: CfgNode, process: Process) -> DataLoader:
+def build_val_loader(config: CfgNode, process: Process, known: Sequence[str] | None = None) -> DataLoader:
     """Batches like ``build_train_loader``'s, the last one possibly smaller; each image once over all processes.
 
+    Args:
+        known: number the classes as in this list, by name; by default as the data set does.
+
     Raises:
-        InputError: if the split cannot be opened.
+        InputError: if the split cannot be opened, or has a class that is not in ``known``.
     """
-    dataset = _open_dataset(config, process, "val")
+    dataset = _open_dataset(config, process, "val", known)
     return _build_loader(config, process, dataset, EvalSampler(len(dataset), process), drop_last=False)
 
 
@@ -200,27 +215,52 @@ def check_classes(config: CfgNode, classes: list[str], other: list[str] | None =
     Raises:
         InputError: naming both numbers, or a class that only one split has.
     """
-    path, expected = config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES
+    path = config.DATA.DATA_PATH
     if other is not None and classes != other:
         lone = sorted(set(classes) ^ set(other))
         difference = f"only one of them has {lone[0]}" if lone else "they number them in different orders"
         raise InputError(f"{path}: train and val must have the same classes; {difference}")
-    if expected and expected != len(classes):
-        raise InputError(
-            f"{path}: the data set has {len(classes)} classes, MODEL.NUM_CLASSES is {expected}; "
-            f"add --opts MODEL.NUM_CLASSES {len(classes)} if that is meant"
-        )
+    check_number(config, len(classes), f"{path}: the data set")
     return len(classes)
 
 
-def _open_dataset(config: CfgNode, process: Process, split: str) -> ImageData:
+def check_number(config: CfgNode, number: int, owner: str) -> None:
+    """Raise InputError if the config says another number of classes than what ``owner`` names has."""
+    if config.MODEL.NUM_CLASSES not in (0, number):
+        raise InputError(
+            f"{owner} has {number} classes, MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
+            f"add --opts MODEL.NUM_CLASSES {number} if that is meant"
+        )
+
+
+def difference(classes: Sequence[str], known: Sequence[str]) -> str:
+    """How the classes of the data differ from those of a checkpoint, in words."""
+    found = []
+    for owner, names, others in (("data", classes, set(known)), ("checkpoint", known, set(classes))):
+        lone = [name for name in names if name not in others]
+        if lone:
+            found.append(f"only the {owner} has {', '.join(lone[:3])}{', ...' if len(lone) > 3 else ''}")
+    return " and ".join(found) or "they are in another order"
+
+
+def _open_dataset(config: CfgNode, process: Process, split: str, known: Sequence[str] | None = None) -> ImageData:
     is_training = split == "train"
     reader = open_split(config.DATA.DATA_PATH, split, config.DATA.ZIP_MODE)
+    numbers = None
+    if known is not None and reader.has_names:
+        if not set(reader.classes) <= set(known):
+            raise InputError(
+                f"{config.DATA.DATA_PATH}: the classes are not those of the checkpoint: "
+                f"{difference(reader.classes, known)}; evaluate it on classes that it knows, by the same names"
+            )
+        numbers = [known.index(name) for name in reader.classes]
     if config.DATA.CACHE_MODE == "full":
         reader = CachedReader(reader, range(len(reader)))
     elif _caches_part(config):
         reader = CachedReader(reader, range(process.rank, len(reader), process.world_size))
-    return ImageData(reader, build_transform(config, is_training), is_training and config.DATA.SKIP_UNREADABLE)
+    skip_unreadable = config.DATA.SKIP_UNREADABLE if is_training else None
+    transform = build_transform(config, is_training)
+    return ImageData(reader, transform, skip_unreadable, config.DATA.EXIF_ORIENTATION, numbers)
 
 
 def _caches_part(config: CfgNode) -> bool:

@@ -202,9 +202,10 @@ def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> t
     state.scheduler.step_update(state.updates)  # as published: updates 0 and 1 both have the rate of position 0
     state.updates += 1
     if state.skipped_in_a_row >= config.TRAIN.MAX_SKIPPED_UPDATES:
+        remedy = "" if run.dtype == torch.float32 else ", or train with --disable_amp"
         raise DivergenceError(
             f"{state.skipped_in_a_row} updates in a row had a non-finite loss or gradient (last loss {loss_value}); "
-            "the last good checkpoint is kept: lower TRAIN.BASE_LR, or train with --disable_amp"
+            f"the last good checkpoint is kept: lower TRAIN.BASE_LR{remedy}"
         )
     return loss_value, norm_value if applied else None, passed_over
 

@@ -1,16 +1,16 @@
 """Finds the images of a split in class folders, tar or zip archives, and reads their encoded bytes."""
 
-import io
+import itertools
+import logging
 import os
+import posixpath
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, NoReturn, Protocol
 
-from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .errors import InputError
@@ -18,11 +18,14 @@ from .errors import InputError
 # A missing or damaged file or archive member, or one packed in a way that cannot be undone here.
 READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, tarfile.TarError)
 
+logger = logging.getLogger(__name__)
+
 
 class Reader(Protocol):
     """A split of a data set: numbered images, each with a class."""
 
     classes: list[str]
+    has_names: bool  # False where ``classes`` are but the numbers of a list
 
     def __len__(self) -> int:
         """Number of images."""
@@ -40,6 +43,9 @@ class Reader(Protocol):
 def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
     """Open ``data_path/split``: class folders, a folder of per-class tars, ``split.tar`` or ``split.zip``.
 
+    Names that start with a dot, ``__MACOSX`` and files that are no images or lie in no class folder are no data, in
+    whatever form; they are counted in one line of the log.
+
     Args:
         data_path: folder of the data set.
         split: ``train`` or ``val``.
@@ -56,23 +62,28 @@ def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
     if zip_mode:
         if not archive.is_file():
             raise InputError(f"--zip: {archive} is missing")
-        return ZipReader(archive, root / f"{split}_map.txt")
+        return ZipReader(archive, root / f"{split}_map.txt", split == "train")
     if folder.is_dir():
-        has_folders = any(entry.is_dir() for entry in folder.iterdir())
-        return FolderReader(folder) if has_folders or not any(folder.glob("*.tar")) else TarReader(folder)
+        has_folders = any(entry.is_dir() and not _is_hidden(entry.name) for entry in folder.iterdir())
+        return FolderReader(folder) if has_folders or not _tar_files(folder) else TarReader(folder)
     if tar.is_file():
         return TarReader(tar)
     if archive.is_file():
-        return ZipReader(archive, root / f"{split}_map.txt")
+        return ZipReader(archive, root / f"{split}_map.txt", split == "train")
     raise InputError(f"{data_path}: the {split} split is missing; expected {split}/, {split}.tar or {split}.zip in it")
 
 
 class FolderReader:
     """``root/class/**/image``: the layout of ImageNet."""
 
+    has_names = True
+
     def __init__(self, root: Path) -> None:
-        folders = [entry.name for entry in root.iterdir() if entry.is_dir()]
-        members = ((name, path.relative_to(root).as_posix()) for name in folders for path in _walk(root / name))
+        try:
+            folders, files = _walk(root)
+        except OSError as error:
+            raise InputError(f"{root}: cannot be listed ({error})") from error
+        members = ((name.partition("/")[0] if "/" in name else "", name) for name in files)
         self.root = root
         self.classes, self.samples = _label_members(members, folders, root)
 
@@ -92,23 +103,25 @@ class FolderReader:
 class ZipReader:
     """Images in one zip archive, opened once per process because file handles do not survive a fork."""
 
-    def __init__(self, path: Path, map_file: Path) -> None:
+    def __init__(self, path: Path, map_file: Path, needs_all_classes: bool = True) -> None:
         self.path = path
+        self.has_names = not map_file.is_file()
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         try:
             with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if not _is_mac_metadata(name)]
+                names = list(dict.fromkeys(archive.namelist()))  # an update repeats the name
         except (OSError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not a readable zip archive ({error})") from error
-        if map_file.is_file():
-            self.classes, self.samples = _read_map(map_file, set(names), path)
+        if not self.has_names:
+            self.classes, self.samples = _read_map(map_file, set(names), path, needs_all_classes)
         else:
             # One folder around all classes, as zip tools like to add, is no class.
-            top = {name.split("/")[0] for name in names}
-            prefix = f"{top.pop()}/" if len(top) == 1 else ""
+            images = [name for name in names if "/" in name and _is_image(name)]
+            top = {name.partition("/")[0] for name in images}
+            prefix = f"{top.pop()}/" if len(top) == 1 and any(name.count("/") > 1 for name in images) else ""
             inner = [(name, name.removeprefix(prefix).split("/")) for name in names]
-            folders = {parts[0] for name, parts in inner if len(parts) > 1 and parts[0]}
-            members = [(parts[0], name) for name, parts in inner if len(parts) > 1 and parts[-1]]
+            folders = {parts[0] for name, parts in inner if len(parts) > 1 and not _is_hidden(name)} - {""}
+            members = [(parts[0] if len(parts) > 1 else "", name) for name, parts in inner if parts[-1]]
             self.classes, self.samples = _label_members(members, folders, path)
 
     def __len__(self) -> int:
@@ -127,39 +140,46 @@ class ZipReader:
 
 
 class TarReader:
-    """Images in one tar or in a folder of one tar per class, through timm's reader."""
+    """Images in one tar, in tars inside it, or in a folder of one tar per class; the innermost folder is the class."""
+
+    has_names = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        timm_extensions = get_img_extensions()
-        set_img_extensions(IMG_EXTENSIONS)  # timm's list is shorter, and would pass over the others silently
-        try:
-            # No index file, which would lie in the data set and go stale, and no open archives: forked
-            # workers would share their file position.
-            self._reader = ReaderImageInTar(str(path), cache_tarinfo=False, cache_tarfiles=False)
-        except Exception as error:  # tarfile raises many types; timm unpacks an empty list when there is no image
-            raise InputError(f"{path}: found no readable images in tar form ({error})") from error
-        finally:
-            set_img_extensions(timm_extensions)
-        # timm counts 2 before 10; a class must have the same number in every form of a data set.
-        self.classes = sorted(self._reader.class_name_to_idx)
-        number = {self._reader.class_name_to_idx[name]: i for i, name in enumerate(self.classes)}
-        self._labels = [number[int(target)] for target in self._reader.targets]
+        self._places: dict[str, tuple[Path, int, int]] = {}  # file, first byte and length of each member
+        members, folders = [], set()
+        for archive in [path] if path.is_file() else _tar_files(path):
+            prefix = "" if archive == path else f"{archive.name}/"
+            try:
+                with archive.open("rb") as file:
+                    found = list(_tar_members(file, prefix))
+            except (OSError, EOFError, tarfile.TarError) as error:
+                raise InputError(f"{archive}: found no readable images in tar form ({error})") from error
+            self._places |= {name: (archive, first, size) for name, first, size in found}
+            if prefix and not any(_is_image(name) for name, _, _ in found):
+                folders.add(archive.stem)  # a class without images
+        for name in self._places:
+            folder = posixpath.basename(posixpath.dirname(name))
+            cls = folder[:-4] if folder.lower().endswith(".tar") else folder
+            members.append((cls, name))
+            if cls and _is_image(name):
+                folders.add(cls)
+        self.classes, self.samples = _label_members(members, folders, path)
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self.samples)
 
     def label(self, index: int) -> int:
-        return self._labels[index]
+        return self.samples[index][1]
 
     def name(self, index: int) -> str:
-        _, archive, _ = self._reader.samples[index]
-        return "/".join(str(part) for part in (self.path, archive, self._reader.filename(index)) if part)
+        return f"{self.path}/{self.samples[index][0]}"
 
     def read(self, index: int) -> bytes:
-        stream, _ = self._reader[index]
-        with stream:
-            return stream.read()
+        archive, first, size = self._places[self.samples[index][0]]
+        with archive.open("rb") as file:  # no open archives: forked workers would share their file position
+            file.seek(first)
+            return file.read(size)
 
 
 class CachedReader:
@@ -168,6 +188,7 @@ class CachedReader:
     def __init__(self, reader: Reader, indices: Iterable[int]) -> None:
         self._reader = reader
         self.classes = reader.classes
+        self.has_names = reader.has_names
         self._cache = {}
         for index in indices:
             try:
@@ -188,39 +209,124 @@ class CachedReader:
         return self._cache[index] if index in self._cache else self._reader.read(index)
 
 
-def _is_mac_metadata(name: str) -> bool:
-    return name.startswith("__MACOSX/") or name.split("/")[-1].startswith("._")
+def _is_hidden(name: str) -> bool:
+    """Whether a part of a path starts with a dot or is ``__MACOSX``: what editors, macOS and Jupyter leave behind."""
+    parts = name.split("/")
+    return any(part in ("__MACOSX", "__MACOSX.tar") or (part.startswith(".") and part != ".") for part in parts)
 
 
-def _walk(folder: Path) -> Iterable[Path]:
-    for parent, _, files in os.walk(folder, followlinks=True):
-        yield from (Path(parent, file) for file in files)
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and not _is_hidden(name)
+
+
+def _walk(root: Path) -> tuple[list[str], list[str]]:
+    """Folders in ``root`` and all files below it, relative to it. Links are followed, except those that lead back up.
+
+    Raises:
+        OSError: for a folder that cannot be listed.
+    """
+    folders: list[str] = []
+    files: list[str] = []
+    above = {str(root): _with_parents(root)}  # the real folders on the way down to a folder
+
+    def stop(error: OSError) -> NoReturn:
+        raise error
+
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=stop):
+        prefix = "" if folder == str(root) else f"{os.path.relpath(folder, root)}/".replace(os.sep, "/")
+        files += [prefix + name for name in names]
+        way = above.pop(folder)
+        for name in list(inner):
+            path = Path(folder, name)
+            if path.is_symlink() and path.resolve() in way:
+                logger.warning("%s: a link to a folder above it, which is not followed", path)
+                inner.remove(name)
+                continue
+            above[str(path)] = way | _with_parents(path) if path.is_symlink() else way | {path.resolve()}
+        if not prefix:
+            folders = [name for name in inner if not _is_hidden(name)]
+    return folders, files
+
+
+def _with_parents(folder: Path) -> set[Path]:
+    real = folder.resolve()
+    return {real, *real.parents}
+
+
+def _tar_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not _is_hidden(path.name))
+
+
+def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple[str, int, int]]:
+    """Path, first byte and length of the members of a tar file and of the tars in it, for which those stand."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            name, first = prefix + posixpath.normpath(member.name), start + member.offset_data
+            if member.isfile() and name.lower().endswith(".tar") and not _is_hidden(name):
+                yield from _tar_members(archive.extractfile(member), f"{name}/", first)
+            elif not member.isdir():
+                yield name, first, member.size
 
 
 def _label_members(
     members: Iterable[tuple[str, str]], folders: Iterable[str], source: Path
 ) -> tuple[list[str], list[tuple[str, int]]]:
-    """Number the classes in alphabetical order; every class folder must hold an image."""
+    """Number the classes in alphabetical order; every class folder must hold an image.
+
+    Args:
+        members: class and path of every file; the class is empty for a file that lies in no class folder.
+        folders: names of all classes.
+    """
     classes = sorted(folders)
     number = {name: i for i, name in enumerate(classes)}
-    samples = sorted((name, number[cls]) for cls, name in members if name.lower().endswith(IMG_EXTENSIONS))
+    samples, ignored = [], []
+    for cls, name in members:
+        if cls and _is_image(name):
+            samples.append((name, number[cls]))
+        else:
+            ignored.append(name)
     if not samples:
         raise InputError(f"{source}: found no images in class folders ({', '.join(IMG_EXTENSIONS)})")
     empty = sorted(set(range(len(classes))) - {label for _, label in samples})
     if empty:
         raise InputError(f"{source}: class folder {classes[empty[0]]} holds no image; fill or remove it")
-    return classes, samples
+    if ignored:
+        logger.warning(
+            "%s: ignored %d files that are hidden, no images or in no class folder, such as %s",
+            source, len(ignored), min(ignored),
+        )  # fmt: skip
+    return classes, sorted(samples)
 
 
-def _read_map(map_file: Path, names: set[str], archive: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    samples = []
-    for number, line in enumerate(io.StringIO(map_file.read_text(encoding="utf-8")), start=1):
+def _read_map(
+    map_file: Path, names: set[str], archive: Path, needs_all_classes: bool
+) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class numbers, as texts, and the images that a list names, as listed."""
+    content = map_file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{map_file}, line {number}: not UTF-8 text; save the file in that encoding") from error
+    samples: list[tuple[str, int]] = []
+    line_of: dict[int, int] = {}  # the first of each class
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         name, _, label = line.strip().partition("\t")
-        if not label.isdigit():
+        if not (label.isascii() and label.isdigit() and len(label) <= 6):
             raise InputError(f"{map_file}, line {number}: expected a member name, a tab and a class number")
         if name not in names:
             raise InputError(f"{map_file}, line {number}: {archive} has no member {name}")
         samples.append((name, int(label)))
+        line_of.setdefault(int(label), number)
     if not samples:
         raise InputError(f"{map_file}: lists no images")
-    return [str(i) for i in range(max(label for _, label in samples) + 1)], samples
+    largest = max(line_of)
+    missing = next(label for label in itertools.count() if label not in line_of)
+    if needs_all_classes and missing < largest:
+        raise InputError(
+            f"{map_file}, line {line_of[largest]}: class {largest}, but no line has class {missing}; "
+            "number the classes from 0 on, without gaps"
+        )
+    return [str(label) for label in range(largest + 1)], samples

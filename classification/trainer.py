@@ -19,12 +19,21 @@ from .checkpoint import (
     LATEST,
     PUBLISHED_LATEST,
     TrainingState,
+    class_count,
+    class_names,
     find_resumable,
     load_pretrained,
     restore_checkpoint,
     save_checkpoint,
 )
-from .data import build_mixup, build_train_loader, build_val_loader, check_classes, seed_everything
+from .data import (
+    build_mixup,
+    build_train_loader,
+    build_val_loader,
+    check_classes,
+    check_number,
+    seed_everything,
+)
 from .distributed import Process, start_process
 from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train_one_epoch
 from .errors import InputError
@@ -123,14 +132,28 @@ class ThroughputJob:
 
 
 class EvaluationJob:
-    """Accuracy of a checkpoint, and of the EMA weights in it if there are any; writes no files."""
+    """Accuracy of a checkpoint, and of the EMA weights in it if there are any; writes no files.
+
+    The data's classes are those of the checkpoint of the same names, all or some of them. Where one of both has no
+    names, they are taken in their order.
+    """
 
     def __init__(self, config: CfgNode, process: Process) -> None:
         self.process = process
-        self.loader = build_val_loader(config, process)
-        num_classes = check_classes(config, self.loader.dataset.reader.classes)
         self.path = Path(config.MODEL.PRETRAINED or config.MODEL.RESUME)
         checkpoint = read_checkpoint(self.path)
+        known = class_names(checkpoint, self.path)
+        self.loader = build_val_loader(config, process, known)
+        reader = self.loader.dataset.reader
+        found, num_classes = len(reader.classes), class_count(checkpoint, self.path) or len(reader.classes)
+        if found > num_classes or (found < num_classes and reader.has_names and known is None):
+            raise InputError(
+                f"{config.DATA.DATA_PATH}: the data set has {found} classes, the classifier of {self.path} has "
+                f"{num_classes}; evaluate it on the classes that it was trained on"
+            )
+        check_number(config, num_classes, f"{self.path}: its classifier")
+        if found < num_classes:
+            logger.info("%s: %d of the %d classes of the model", config.DATA.DATA_PATH, found, num_classes)
         self.model = build_model(config, num_classes).to(process.device)
         self.ema = ModelEmaV3(self.model) if checkpoint.get("model_ema") else None
         load_pretrained(self.model, self.ema, checkpoint, self.path, finetune=False)
@@ -155,8 +178,12 @@ class TrainingJob:
         self.folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
         train_loader = build_train_loader(config, process)
         self.val_loader = build_val_loader(config, process)
-        classes = train_loader.dataset.reader.classes
-        num_classes = check_classes(config, classes, self.val_loader.dataset.reader.classes)
+        reader, val_reader = train_loader.dataset.reader, self.val_loader.dataset.reader
+        others = val_reader.classes
+        if not (reader.has_names or val_reader.has_names):  # numbers, of which a list for validation may lack the last
+            others = [*others, *reader.classes[len(others) :]]
+        num_classes = check_classes(config, reader.classes, others)
+        classes = reader.classes if reader.has_names else None
 
         model = build_model(config, num_classes).to(process.device)
         ema = ModelEmaV3(model, decay=config.TRAIN.MODEL_EMA_DECAY) if config.TRAIN.MODEL_EMA else None
@@ -174,7 +201,7 @@ class TrainingJob:
         self.pretrained: tuple[SpatialMamba, ModelEmaV3 | None] | None = None
         if config.MODEL.PRETRAINED:
             path = Path(config.MODEL.PRETRAINED)
-            load_pretrained(model, ema, read_checkpoint(path), path, config.MODEL.FINETUNE)
+            load_pretrained(model, ema, read_checkpoint(path), path, config.MODEL.FINETUNE, classes)
             self.pretrained = model, ema
         self.resumed_from = self._resume(updates_per_epoch)
         criterion, mixup = build_criterion(config), build_mixup(config, num_classes)
@@ -219,6 +246,10 @@ class TrainingJob:
             logger.info("training starts from %s", given["--pretrained"] or "initial weights")
             return
         logger.info("resumed from %s after epoch %d", self.resumed_from, self.state.epoch + 1)
+        if self.state.epoch + 1 >= self.config.TRAIN.EPOCHS:
+            logger.warning(
+                "%s: this run is finished; give it more --epochs, or a new run another --output or --tag", self.folder
+            )
         for option, file in given.items():
             if file and Path(file) != self.resumed_from:
                 logger.warning(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from torch import nn
 
@@ -26,23 +27,21 @@ class Detector(inference.Predictor):
 
         return init_detector(config, palette="random", device=device)  # the palette to use is the checkpoint's
 
-    def predict(self, image: Path, stem: Path) -> tuple[dict[str, Any], str]:
+    def predict(self, image: np.ndarray, stem: Path) -> tuple[dict[str, Any], str]:
         """See ``Predictor``; the boxes are in pixels of the image, the masks COCO's run-length code."""
-        import mmcv
         from mmdet.apis import inference_detector
         from mmdet.structures.mask import encode_mask_results
         from mmdet.visualization import DetLocalVisualizer
 
         threshold, meta = self.args.score_threshold, self.model.dataset_meta
-        result = inference_detector(self.model, str(image)).cpu()
+        result = inference_detector(self.model, image).cpu()
         found = result.pred_instances[result.pred_instances.scores > threshold]
         result.pred_instances = found
 
         visualizer = DetLocalVisualizer(name=stem.name)
         visualizer.dataset_meta = {"classes": meta["classes"], "palette": meta.get("palette") or "random"}
-        pixels = mmcv.imread(image, channel_order="rgb")
         visualizer.add_datasample(
-            stem.name, pixels, result, draw_gt=False, pred_score_thr=threshold, out_file=f"{stem}.png"
+            stem.name, image[..., ::-1], result, draw_gt=False, pred_score_thr=threshold, out_file=f"{stem}.png"
         )
 
         detections = [
@@ -59,7 +58,7 @@ class Detector(inference.Predictor):
         if "masks" in found:
             for detection, code in zip(detections, encode_mask_results(found.masks.numpy()), strict=True):
                 detection["mask"] = {"size": code["size"], "counts": code["counts"].decode("ascii")}
-        height, width = pixels.shape[:2]
+        height, width = image.shape[:2]
         numbers = Counter(detection["label"] for detection in detections)
         summary = ", ".join(f"{count} {label}" for label, count in numbers.most_common())
         prediction = {"width": width, "height": height, "score_threshold": threshold, "detections": detections}

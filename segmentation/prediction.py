@@ -29,19 +29,19 @@ class Segmentor(inference.Predictor):
         config.test_pipeline = config.test_dataloader.dataset.pipeline  # where mmseg's API looks for it
         return revert_sync_batchnorm(init_model(config, device=device))
 
-    def predict(self, image: Path, stem: Path) -> tuple[dict[str, Any], str]:
+    def predict(self, image: np.ndarray, stem: Path) -> tuple[dict[str, Any], str]:
         """See ``Predictor``; the classes are listed from the largest to the smallest."""
         from mmseg.apis import inference_model, show_result_pyplot
 
         meta = self.model.dataset_meta
-        result = inference_model(self.model, str(image)).cpu()
+        result = inference_model(self.model, image).cpu()
         labels = result.pred_sem_seg.data[0].numpy()  # (H, W)
         Image.fromarray(labels.astype(np.uint8 if len(meta["classes"]) <= 256 else np.uint16)).save(
             f"{stem}_labels.png"
         )
         if not meta.get("palette"):
             meta["palette"] = np.random.default_rng(0).integers(0, 256, (len(meta["classes"]), 3)).tolist()
-        show_result_pyplot(self.model, str(image), result, draw_gt=False, show=False, out_file=f"{stem}.png")
+        show_result_pyplot(self.model, image[..., ::-1], result, draw_gt=False, show=False, out_file=f"{stem}.png")
 
         ids, counts = np.unique(labels, return_counts=True)
         classes = [

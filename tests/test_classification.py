@@ -4,8 +4,10 @@ import fcntl
 import functools
 import itertools
 import json
+import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +37,7 @@ from spatial_mamba.classification.data import (
     build_mixup,
     build_train_loader,
     build_transform,
+    build_val_loader,
     check_classes,
     seed_everything,
 )
@@ -43,6 +46,7 @@ from spatial_mamba.classification.distributed import Process
 from spatial_mamba.classification.errors import InputError
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.architecture import architecture_of
+from spatial_mamba.classification.models.image_files import ImageFileError, read_image
 from spatial_mamba.classification.models.weights import read_checkpoint
 from spatial_mamba.classification.optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
 from spatial_mamba.classification.readers import CachedReader, open_split
@@ -379,17 +383,22 @@ def pack(root: Path, form: str, folder: Path) -> Path:
     target = folder / form
     target.mkdir()
     for split in ("train", "val"):
-        files = sorted((root / split).glob("*/*.png"))
+        files = sorted(file for file in (root / split).rglob("*") if file.is_file())
         if form == "tar":
             with tarfile.open(target / f"{split}.tar", "w") as archive:
                 for file in files:
                     archive.add(file, file.relative_to(root / split))
-        elif form == "tar per class":
+        elif form in ("tar per class", "tar of tars"):
             (target / split).mkdir()
-            for cls in sorted((root / split).iterdir()):
+            for cls in sorted(folder for folder in (root / split).iterdir() if folder.is_dir()):
                 with tarfile.open(target / split / f"{cls.name}.tar", "w") as archive:
                     for file in sorted(cls.iterdir()):
                         archive.add(file, file.name)
+            if form == "tar of tars":
+                (target / split / "._0.tar").write_text("what macOS knows of 0.tar")
+                with tarfile.open(target / f"{split}.tar", "w") as archive:
+                    archive.add(target / split, ".")
+                shutil.rmtree(target / split)
         else:
             with zipfile.ZipFile(target / f"{split}.zip", "w") as archive:
                 for file in files:
@@ -401,7 +410,10 @@ def pack(root: Path, form: str, folder: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("form", ["tar", "tar per class", "zip", "zip with a folder", "zip with a map"])
+FORMS = ["tar", "tar per class", "tar of tars", "zip", "zip with a folder"]
+
+
+@pytest.mark.parametrize("form", [*FORMS, "zip with a map"])
 def test_archives_hold_what_folders_hold(photos: Path, tmp_path: Path, form: str) -> None:
     packed = pack(photos, form, tmp_path)
     for split in ("train", "val"):
@@ -426,6 +438,89 @@ def test_class_numbers_do_not_depend_on_the_form(digits: Path, tmp_path: Path, f
         assert reader.name(i).endswith(f"in_{reader.classes[reader.label(i)]}.png")
 
 
+@pytest.mark.parametrize("form", ["folders", *FORMS])
+def test_hidden_files_are_no_data(photos: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What macOS, Jupyter and editors leave behind is counted once, and everything else is as without it."""
+    messy = tmp_path / "messy"
+    shutil.copytree(photos, messy)
+    clutter = [
+        ".DS_Store",
+        ".ipynb_checkpoints/0.png",
+        "0/._x.png",
+        "0/.x.png",
+        "0/.ipynb_checkpoints/x.png",
+        "1/x.txt",
+    ]
+    for name in [*clutter, "__MACOSX/0/._x.png"]:
+        path = messy / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("no image")
+    clean = open_split(str(photos), "train")
+    with caplog.at_level("WARNING", logger="spatial_mamba"):
+        logging.getLogger("spatial_mamba").addHandler(caplog.handler)  # whether or not it propagates
+        reader = open_split(str(messy if form == "folders" else pack(messy, form, tmp_path)), "train")
+        logging.getLogger("spatial_mamba").removeHandler(caplog.handler)
+    assert reader.classes == clean.classes
+    assert {(reader.label(i), reader.read(i)) for i in range(len(reader))} == {
+        (clean.label(i), clean.read(i)) for i in range(len(clean))
+    }
+    assert len(reader) == len(clean)
+    (message,) = {record.getMessage() for record in caplog.records}
+    count = int(re.search(r"ignored (\d+) files", message)[1])
+    assert count == (4 if form == "tar per class" else 7), message  # hidden tars in a folder are not opened
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("0/self", "."),
+        ("0/up", "../.."),
+        ("0/top", "../../.."),
+        ("again", "."),
+        ("circle", "circle"),
+        ("1/back", "{root}"),
+    ],
+)
+def test_links_are_followed_but_not_back_up(photos: Path, tmp_path: Path, link: str, target: str) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(photos, root)
+    shutil.move(root / "train" / "1", tmp_path / "elsewhere")
+    (root / "train" / "1").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / link).symlink_to(target.format(root=root))
+    linked, plain = (open_split(str(folder), "train") for folder in (root, photos))
+    assert (linked.classes, linked.samples) == (plain.classes, plain.samples)
+
+
+def test_class_lists_of_every_make(photos: Path, tmp_path: Path) -> None:
+    packed = pack(photos, "zip", tmp_path)
+    members = [f"{cls}/{next((photos / 'train' / cls).iterdir()).name}" for cls in "012"]
+    with zipfile.ZipFile(packed / "train.zip", "a") as archive:
+        archive.writestr("0/.listed.png", b"")
+
+    def read(text: bytes, split: str = "train") -> Any:
+        (packed / f"{split}_map.txt").write_bytes(text)
+        return open_split(str(packed), split, zip_mode=True)
+
+    lines = [f"{member}\t{label}" for label, member in enumerate([*members, "0/.listed.png"])]
+    plain = "\n".join(lines)
+    for text in (plain, "\ufeff" + plain + "\n\n", plain.replace("\n", "\r\n") + "\r\n \r\n"):
+        reader = read(text.encode())
+        assert [reader.samples, reader.classes] == [
+            [(line.split("\t")[0], label) for label, line in enumerate(lines)],
+            ["0", "1", "2", "3"],
+        ]
+    for text, message in (
+        (plain.encode("utf-16"), "train_map.txt, line 1: not UTF-8 text"),
+        (f"{lines[0]}\nf\xe4.png\t1".encode("latin-1"), "train_map.txt, line 2: not UTF-8 text"),
+        (f"{lines[0]}\n\n{members[1]}\t7".encode(), "train_map.txt, line 3: class 7, but no line has class 1"),
+        (f"{lines[0]}\n{members[1]}\t9999999".encode(), "train_map.txt, line 2: expected a member name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(text)
+    shutil.copy(packed / "train.zip", packed / "val.zip")
+    assert len(read(f"{members[0]}\t5".encode(), "val").classes) == 6, "a part of the classes will do to evaluate"
+
+
 def test_splits_must_number_their_classes_alike(micro: Path) -> None:
     """A list of numbers counts 2 before 10, folders named by them do not."""
     config, _ = load_config(micro)
@@ -447,6 +542,51 @@ def test_damaged_archive_members_count_as_unreadable(photos: Path, micro: Path, 
     data = ImageData(open_split(str(tmp_path / "set"), "train"), build_transform(load_config(micro)[0], True))
     with pytest.raises(InputError, match="unreadable image"):
         data[0, 0]
+
+
+def ramp(folder: Path, name: str, mode: str) -> tuple[Path, np.ndarray]:
+    """A file (1, 256) of 16-bit, 32-bit or floating-point grey, and its pixels in 8 bits."""
+    grey = np.arange(256)
+    path = folder / name
+    Image.fromarray((grey * 257 + (grey % 3 - 1) * 128).clip(0, 65535).astype(mode)[None]).save(path)
+    return path, np.repeat(grey[None, :, None], 3, axis=2)
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm"])
+def test_16_bit_images_keep_their_greys(name: str, tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    path, expected = ramp(tmp_path / "train" / "a", name, "uint16")
+    np.testing.assert_array_equal(np.asarray(read_image(path)), expected)
+    data = ImageData(open_split(str(tmp_path), "train"), np.asarray)
+    np.testing.assert_array_equal(data[0, 0][0], expected)
+
+
+@pytest.mark.parametrize(("mode", "pixels"), [("float32", "floating-point"), ("int32", "32-bit integer")])
+def test_images_without_a_known_range_are_refused(mode: str, pixels: str, tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    path, _ = ramp(tmp_path / "train" / "a", "grey.tif", mode)
+    message = rf"{path}: .*\({pixels} pixels have no known range; save it with 8 or 16 bits per channel"
+    with pytest.raises(ImageFileError, match=message):
+        read_image(path)
+    with pytest.raises(InputError, match=message):
+        ImageData(open_split(str(tmp_path), "train"), np.asarray)[0, 0]
+
+
+def test_exif_turns_a_users_images_and_a_data_set_on_request(micro: Path, tmp_path: Path) -> None:
+    image, exif = Image.new("RGB", (64, 32)), Image.Exif()
+    image.paste((255, 255, 255), (0, 0, 32, 32))
+    exif[0x0112] = 6  # to be turned to the right, where the white half is at the top
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        path = tmp_path / split / "a" / "photo.jpg"
+        image.save(path, exif=exif)
+    assert read_image(path).size == (32, 64)
+    for turn in (False, True):
+        config, _ = load_config(
+            micro, [("DATA.DATA_PATH", str(tmp_path)), ("DATA.EXIF_ORIENTATION", turn), ("TEST.CROP", False)]
+        )
+        corner = build_val_loader(config, CPU).dataset[0, 0][0][0][2, -3]
+        assert (corner > 0) == turn
 
 
 def test_cached_images_need_no_files(photos: Path, tmp_path: Path) -> None:
@@ -766,7 +906,7 @@ def test_pretrained_is_evaluated_first_whatever_the_folder_holds(
     output = capfd.readouterr().out
     assert accuracy_lines(output)[0] == alone
     assert output.index("other.pth: model") < output.index("resumed from")
-    assert "training does not start from --pretrained" in output
+    assert "training does not start from --pretrained" in output and "this run is finished" in output
     assert_same(before["model"], read_checkpoint(tmp_path / "micro" / "default" / LATEST)["model"])
 
 
@@ -864,6 +1004,134 @@ def test_finetuning_replaces_a_classifier_of_another_size(
             assert tensor.shape[0] == 10
         else:
             assert torch.equal(tensor, source[name]), name
+
+
+def renamed(photos: Path, folder: Path, names: dict[str, str]) -> Path:
+    """The photos with other names of classes; a class without one is left out."""
+    for split in ("train", "val"):
+        for old, new in names.items():
+            shutil.copytree(photos / split / old, folder / split / new)
+    return folder
+
+
+def right_answers(text: str) -> list[int]:
+    """Of the model and its EMA, in the order of the lines."""
+    return [int(count) for count in re.findall(r"acc@1 [\d.]+% \((\d+)/", text)]
+
+
+def test_evaluation_finds_the_classes_by_name(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """In whatever order the checkpoint has them, and for some of them."""
+
+    def evaluate(checkpoint: Path, data: Path) -> list[str]:
+        assert main(options(micro, data, tmp_path, "--eval", "--pretrained", str(checkpoint))) == 0
+        return accuracy_lines(capfd.readouterr().out)
+
+    expected = evaluate(trained / BEST, photos)
+    content = torch.load(trained / BEST, weights_only=True)
+    content["classes"] = ["2", "0", "1"]
+    for state in (content["model"], content["model_ema"]):
+        state |= {name: state[name][[2, 0, 1]] for name in ("head.weight", "head.bias")}
+    torch.save(content, tmp_path / "reordered.pth")
+    assert evaluate(tmp_path / "reordered.pth", photos) == expected
+
+    parts = [renamed(photos, tmp_path / name, dict(zip(name, name, strict=True))) for name in ("20", "1")]
+    counts = [right_answers("\n".join(evaluate(tmp_path / "reordered.pth", part))) for part in parts]
+    assert [sum(pair) for pair in zip(*counts, strict=True)] == right_answers("\n".join(expected))
+
+
+def test_evaluation_refuses_other_classes(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    data = renamed(photos, tmp_path / "data", {"0": "0", "1": "cat", "2": "dog"})
+    few = renamed(photos, tmp_path / "few", {"0": "0", "1": "1"})
+    torch.save({"model": read_checkpoint(trained / BEST)["model"]}, tmp_path / "nameless.pth")
+    for checkpoint, folder, message in (
+        (trained / BEST, data, f"{data}: the classes are not those of the checkpoint: only the data has cat, dog and"),
+        (tmp_path / "nameless.pth", few, f"{few}: the data set has 2 classes, the classifier of"),
+    ):
+        assert main(options(micro, folder, tmp_path, "--eval", "--pretrained", str(checkpoint))) == 2
+        error = capfd.readouterr().err
+        assert error.startswith(f"error: {message}") and "--finetune" not in error
+
+
+def test_a_run_is_not_resumed_on_other_classes(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Else a second data set with the default tag would be finished at once."""
+    shutil.copytree(trained, tmp_path / "micro" / "default")
+    data = renamed(photos, tmp_path / "data", {"0": "cat", "1": "dog", "2": "cow"})
+    few = renamed(photos, tmp_path / "few", {"0": "0", "1": "1"})
+    reordered = renamed(photos, tmp_path / "reordered", {"0": "0", "1": "1", "2": "2"})
+    for folder, message in (
+        (data, "only the data has cat, cow, dog and only the checkpoint has 0, 1, 2; start a new run under another"),
+        (few, "only the checkpoint has 2;"),
+    ):
+        assert main(options(micro, folder, tmp_path)) == 2
+        assert f"cannot resume with other classes: {message}" in capfd.readouterr().err
+    nameless = read_checkpoint(trained / LATEST)
+    del nameless["classes"]
+    torch.save(nameless, tmp_path / "nameless.pth")
+    assert main(options(micro, few, tmp_path / "new", "--resume", str(tmp_path / "nameless.pth"))) == 2
+    assert "cannot resume with other classes: it has 3, the data 2;" in capfd.readouterr().err
+    nameless["classes"] = ["1", "0", "2"]
+    torch.save(nameless, tmp_path / "order.pth")
+    assert main(options(micro, reordered, tmp_path / "new", "--resume", str(tmp_path / "order.pth"))) == 2
+    assert "cannot resume with other classes: they are in another order;" in capfd.readouterr().err
+
+
+def test_a_pretrained_classifier_is_taken_over_by_name(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path
+) -> None:
+    source = read_checkpoint(trained / BEST)
+
+    def head(data: Path, classes: list[str] | None, *settings: tuple[str, Any]) -> Tensor:
+        torch.save({**source, "classes": classes}, tmp_path / "start.pth")
+        config, notes = load_config(
+            micro,
+            [("DATA.DATA_PATH", str(data)), ("OUTPUT", str(tmp_path)),
+             ("MODEL.PRETRAINED", str(tmp_path / "start.pth")), *settings],
+        )  # fmt: skip
+        return prepare(config, notes).state.model.head.weight
+
+    expected = source["model"]["head.weight"]
+    other = renamed(photos, tmp_path / "other", {"0": "cat", "1": "dog", "2": "cow"})
+    assert torch.equal(head(photos, ["0", "1", "2"]), expected)
+    assert torch.equal(head(photos, ["2", "0", "1"]), expected[[1, 2, 0]])
+    assert torch.equal(head(other, None), expected), "a checkpoint without names is taken as it is"
+    with pytest.raises(InputError, match=r"is for other classes: only the data has cat, cow, dog .* add --finetune"):
+        head(other, ["0", "1", "2"])
+    assert not torch.equal(head(other, ["0", "1", "2"], ("MODEL.FINETUNE", True)), expected)
+
+
+def test_numbers_of_a_list_are_no_names(trained: Path, micro: Path, photos: Path, tmp_path: Path) -> None:
+    data = pack(renamed(photos, tmp_path / "data", {"0": "0", "1": "1", "2": "2"}), "zip with a map", tmp_path)
+    named = read_checkpoint(trained / BEST)
+    named["classes"] = ["cat", "cow", "dog"]
+    torch.save(named, tmp_path / "named.pth")
+    settings = [("DATA.DATA_PATH", str(data)), ("OUTPUT", str(tmp_path)), ("MODEL.PRETRAINED", tmp_path / "named.pth")]
+    config, notes = load_config(micro, [(key, str(value)) for key, value in settings])
+    job = prepare(config, notes)
+    assert job.state.classes is None
+    assert torch.equal(job.state.model.head.weight, named["model"]["head.weight"])
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "adam", "nadamw"])
+def test_the_state_of_another_optimiser_is_refused(
+    name: str, trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    arguments = options(micro, photos, tmp_path, "--optim", name, "--resume", str(trained / LATEST))
+    assert main(arguments) == 2
+    error = capfd.readouterr().err
+    assert f"was trained by adamw, this run by {name}; add --optim adamw, or start a new run" in error
+    if name == "sgd":
+        content = read_checkpoint(trained / LATEST)
+        del content["config"]
+        torch.save(content, tmp_path / "bare.pth")
+        assert main([*arguments[:-1], str(tmp_path / "bare.pth")]) == 2
+        assert "another optimiser than sgd: it keeps exp_avg, exp_avg_sq, step, sgd" in capfd.readouterr().err
+        assert main([*options(micro, photos, tmp_path), "--resume", str(tmp_path / "bare.pth")]) == 0
 
 
 # --- wrong inputs ---------------------------------------------------------------------------------------------------
@@ -1096,6 +1364,7 @@ def test_an_error_of_a_loader_process_arrives_as_one_line(
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f"error: {broken / 'val' / '2'}") and "unreadable image" in line
+    assert line.endswith("; replace or remove it"), "--skip-unreadable is for training"
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

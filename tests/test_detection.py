@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from pycocotools import mask as rle
 from torch import nn
 
 from spatial_mamba.classification.models.complexity import count_parameters
+from spatial_mamba.classification.models.weights import WeightsError
 from spatial_mamba.detection import complexity
 from spatial_mamba.detection.__main__ import main
+from spatial_mamba.detection.openmmlab import inference
+from spatial_mamba.detection.openmmlab.checkpoints import check_fit
 from spatial_mamba.detection.openmmlab.complexity import build_model
 from spatial_mamba.detection.openmmlab.tools import load_config
 
@@ -240,6 +244,21 @@ def test_prediction_on_files(files: Path, tmp_path: Path, capsys: pytest.Capture
     assert np.abs(drawn - np.asarray(Image.open(files / "images" / "wide.jpg"), int)).max() > 50, "nothing was drawn"
 
 
+def test_prediction_turns_images_and_scales_16_bits(files: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = np.full((64, 96), 100 * 257, np.uint16)
+    grey[:, 48:] = 200 * 257
+    Image.fromarray(grey).save(tmp_path / "scan.png", exif=exif)
+    pixels = inference.read_pixels(tmp_path / "scan.png")
+    assert (pixels[:48] == 100).all() and (pixels[48:] == 200).all() and pixels.shape == (96, 64, 3)
+    assert predict(files, tmp_path / "scan.png", "--out-dir", tmp_path / "out", "--score-threshold", 1) == 0
+    record = json.loads((tmp_path / "out" / "scan.json").read_text())
+    assert (record["width"], record["height"]) == (64, 96)
+    drawn = np.asarray(Image.open(tmp_path / "out" / "scan.png").convert("RGB"))
+    assert (drawn == pixels).mean() > 0.9, "the picture is drawn on the same pixels"
+
+
 def test_mmdets_own_inferencer_predicts(files: Path) -> None:
     from mmdet.apis import DetInferencer
 
@@ -255,6 +274,26 @@ def test_prediction_without_objects(files: Path, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "wide.png").is_file()
 
 
+def test_weights_for_other_classes_name_the_remedy(micro: nn.Module, files: Path) -> None:
+    classes = {"model.roi_head.bbox_head.num_classes": 5, "model.roi_head.mask_head.num_classes": 5}
+    pretrained = {"model.backbone.pretrained": str(files / "micro.pth")}
+    config = load_config("mmdet", str(files / "micro.py"), classes | pretrained)
+    model = build_model(config)
+    message = r"micro\.pth: does not fit this model in 6 entries: roi_head\.bbox_head\.fc_cls\.bias is \(3,\).* "
+    message += r"set num_classes of the heads .* or start from its backbone alone with model\.backbone\.pretrained=FILE"
+    checkpoint = {"state_dict": micro.state_dict()}
+    with pytest.raises(WeightsError, match=message):
+        check_fit(model, checkpoint, "micro.pth")
+    with pytest.raises(WeightsError, match=message):
+        inference.load_weights(model, checkpoint, Path("micro.pth"), config)
+    model.init_weights()  # the remedy
+    weights = [m.backbone.layers[3].blocks[0].mlp.fc1.weight for m in (model, micro)]
+    assert weights[0].equal(weights[1])
+    config.model.backbone.update(in_chans=1)
+    with pytest.raises(WeightsError, match=r"micro\.pth: holds another model, .* 1 channels; .* with in_chans=3$"):
+        check_fit(build_model(config), checkpoint, "micro.pth")
+
+
 def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
     """Ways to go wrong: arguments, and what the error names."""
     images = files / "images"
@@ -262,18 +301,20 @@ def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "torn.jpg").write_bytes(wide.read_bytes()[:-2000])
+    Image.fromarray(np.ones((64, 64), np.float32)).save(tmp_path / "float.tif")
     (tmp_path / "wide.png").write_bytes((images / "tall.v2.png").read_bytes())
     checkpoint = torch.load(files / "micro.pth", weights_only=True)
     renamed = {name.replace("outnorm3", "norm3"): tensor for name, tensor in checkpoint["state_dict"].items()}
     torch.save({"state_dict": renamed}, tmp_path / "renamed.pth")
     torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "nameless.pth")
-    torch.save({**checkpoint, "meta": {"root": Path("x")}}, tmp_path / "foreign.pth")
+    torch.save({**checkpoint, "meta": {"pattern": re.compile("x")}}, tmp_path / "foreign.pth")
     return {
         "missing image": ([images / "none.jpg"], "none.jpg: no such image"),
         "missing beside a good one": ([wide, images / "none.jpg"], "none.jpg: no such image"),
         "empty folder": ([tmp_path / "empty"], "empty: no images"),
         "no image": ([tmp_path / "text.png"], "text.png: cannot be read"),
         "torn image": ([tmp_path / "torn.jpg"], "torn.jpg: cannot be read"),
+        "floating-point image": ([tmp_path / "float.tif"], "float.tif: cannot be read as an image (floating-point"),
         "two of one name": ([wide, tmp_path / "wide.png"], "would both be written to"),
         "image as output": ([tmp_path / "wide.png", "--out-dir", tmp_path], "would be written over"),
         "file as folder": ([wide, "--out-dir", tmp_path / "text.png"], "text.png is not a folder"),
@@ -289,7 +330,7 @@ def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
         ),
         "foreign type": (
             [wide, "--checkpoint", tmp_path / "foreign.pth"],
-            "foreign.pth: refused, because it asks to load pathlib",
+            "foreign.pth: refused, because it asks to load re",
         ),
         "classes that do not fit": ([wide, "--checkpoint", tmp_path / "nameless.pth"], "names 80 classes, the model"),
         "threshold": ([wide, "--score-threshold", "1.5"], "--score-threshold: must be in [0, 1]"),

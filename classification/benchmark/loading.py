@@ -28,6 +28,7 @@ from ..config import load_config
 from ..data import build_mixup, build_train_loader, build_val_loader
 from ..distributed import Process
 from ..errors import InputError
+from ..models.image_files import open_image
 from .command import Parser, Report, Table
 
 PHOTO_SIZE, PHOTO_QUALITY = (500, 375), 96  # width and height; of ImageNet's usual photograph, of about 110 kB
@@ -76,7 +77,7 @@ def step_rates(config: CfgNode, device: torch.device, seconds: float) -> dict[st
 
     calls: dict[str, tuple[Callable[[int], Any], int]] = {
         "read": (lambda i: reader.read(i % len(train)), 1),
-        "read + decode": (lambda i: Image.open(io.BytesIO(reader.read(i % len(train)))).convert("RGB"), 1),
+        "read + decode": (lambda i: open_image(io.BytesIO(reader.read(i % len(train)))), 1),
         "read + decode + augment": (lambda i: train[i % len(train), i], 1),
         "read + decode + evaluation transform": (lambda i: val[i % len(val), 0], 1),
         "collate": (lambda i: default_collate(batch), batch_size),

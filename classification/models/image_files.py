@@ -3,10 +3,15 @@
 import glob
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# What ``open_image`` raises on files that it cannot read; a decompression bomb counts as damage.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ImageFileError(ValueError):
@@ -15,6 +20,8 @@ class ImageFileError(ValueError):
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """Image files among ``paths``, directly in the folders among them, and matching the patterns among them.
+
+    Hidden files in a folder, whose names start with a dot, are ignored.
 
     A path that exists is taken as it is; another one with ``*``, ``?`` or ``[`` in it is a pattern (``**`` for any
     depth of folders).
@@ -25,7 +32,8 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     images: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
+            visible = [p for p in path.iterdir() if not p.name.startswith(".")]
+            found = [p for p in visible if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
             if not found:
                 raise ImageFileError(f"{path}: no images in this folder ({', '.join(IMAGE_ENDINGS)})")
         elif path.is_file():
@@ -44,14 +52,43 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The whole image, in RGB.
+    """A user's image, see ``open_image``, turned as its EXIF orientation says.
 
     Raises:
-        ImageFileError: for a damaged file, or one that holds no image.
+        ImageFileError: for a damaged file, or one that holds no image of 8 or 16 bits.
     """
     try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return open_image(path, turn=True)
+    except UNREADABLE as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise ImageFileError(f"{path}: cannot be read as an image ({reason})") from error
+
+
+def open_image(source: Path | BinaryIO, turn: bool = False) -> Image.Image:
+    """The whole image, in RGB with 8 bits per channel. Greyscale of 16 bits is scaled: divided by 257 and rounded.
+
+    Args:
+        source: path, or open file.
+        turn: turn the image as its EXIF orientation says. Pillow turns TIFF files in any case.
+
+    Raises:
+        UNREADABLE: for a damaged file, or one that holds no image.
+        ValueError: for floating-point or 32-bit pixels, whose range the file does not say.
+    """
+    with Image.open(source) as image:
+        kind, is_16_bit = image.mode, _is_16_bit(image)
+        if kind in ("F", "I") and not is_16_bit:
+            pixels = "floating-point" if kind == "F" else "32-bit integer"
+            raise ValueError(f"{pixels} pixels have no known range; save it with 8 or 16 bits per channel")
+        largest = 4095 if getattr(image, "tag_v2", {}).get(Base.BitsPerSample) == (12,) else 65535
+        if turn:
+            image = ImageOps.exif_transpose(image)
+        if is_16_bit:
+            values = np.asarray(image).astype(np.uint32)
+            image = Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether an opened file is greyscale of 16 bits; Pillow gives PGM, and in older versions PNG, 32."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import cv2
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
 
 from ...classification.models import image_files
-from ...classification.models.image_files import ImageFileError
 from ...classification.models.weights import load_strictly, read_checkpoint, state_dict_of
 from .commands import Parser
 from .packages import SetupError
@@ -44,8 +43,12 @@ class Predictor(ABC):
         """The model in evaluation mode, without its weights."""
 
     @abstractmethod
-    def predict(self, image: Path, stem: Path) -> tuple[dict[str, Any], str]:
+    def predict(self, image: np.ndarray, stem: Path) -> tuple[dict[str, Any], str]:
         """Predict on one image and write all files but the JSON to ``stem`` + ending.
+
+        Args:
+            image: (H, W, 3) in uint8, BGR as OpenMMLab's packages take it.
+            stem: path of the output files without their endings.
 
         Returns:
             What goes into the JSON (``width`` and ``height`` of the image and the predictions), and a short summary.
@@ -74,9 +77,12 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     images = image_files.find_images(paths)
     for image in images:
         image_files.read_image(image)
-        if cv2.imread(str(image)) is None:  # what the models' pipelines read with
-            raise ImageFileError(f"{image}: cannot be read by OpenCV; save it with 8 bits per colour")
     return images
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """An image as ``Predictor.predict`` takes it, see ``image_files.read_image``."""
+    return np.asarray(image_files.read_image(path))[..., ::-1].copy()
 
 
 def plan_outputs(images: Sequence[Path], folder: Path, endings: Sequence[str]) -> dict[Path, Path]:
@@ -156,7 +162,7 @@ def predict(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -
     load_weights(predictor.model, checkpoint, args.checkpoint, config)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for image, stem in outputs.items():
-        prediction, summary = predictor.predict(image, stem)
+        prediction, summary = predictor.predict(read_pixels(image), stem)
         record = {"image": str(image), "config": args.config, "checkpoint": str(args.checkpoint), **prediction}
         # Not with_suffix, which would cut a name such as "scene.1".
         Path(f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
