@@ -880,6 +880,46 @@ def test_weights_are_not_read_past_a_wrapper(use: Callable[[nn.Module], nn.Modul
             use(model)
 
 
+# --- images that are none
+
+
+WRONG_IMAGES = {
+    "no batch": (torch.zeros(3, 32, 32), ValueError, r"\(B, 3, H, W\), got \(3, 32, 32\): .* with images\[None\]"),
+    "channels last": (torch.zeros(1, 32, 40, 3), ValueError, r"got \(1, 32, 40, 3\): .* images\.permute\(0, 3, 1, 2\)"),
+    "one channel": (torch.zeros(1, 1, 32, 32), ValueError, r"got \(1, 1, 32, 32\): .* make the model with in_chans=1"),
+    "five axes": (torch.zeros(1, 1, 3, 32, 32), ValueError, "give one batch of images at a time"),
+    "float64": (
+        torch.zeros(1, 3, 32, 32, dtype=torch.float64),
+        TypeError,
+        r"are torch\.float64, but the weights are torch\.float32: call images\.to\(torch\.float32\) or model\.to\(",
+    ),
+    "bytes": (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, r"are torch\.uint8, .* images\.to\(.* / 255"),
+}
+
+
+@pytest.mark.parametrize(("images", "kind", "message"), WRONG_IMAGES.values(), ids=WRONG_IMAGES)
+def test_images_that_are_none_get_one_clear_error(images: Tensor, kind: type[Exception], message: str) -> None:
+    options = dict(dims=8, depths=(1,))
+    models = [SpatialMamba(**options).eval(), SpatialMambaBackbone(out_indices=(0,), **options).eval()]
+    models += [SpatialMamba(**options).eval().fuse(), create_feature_extractor(models[0], ["norm"])]
+    for model in models:
+        with pytest.raises(kind, match=f"images .*{message}"):
+            model(images)
+    with pytest.raises(kind, match=f"images .*{message}"):
+        models[0].to("meta")(images.to("meta"))
+
+
+def test_autocast_takes_images_of_every_dtype_but_float64() -> None:
+    image = torch.randn(1, 3, 32, 32)
+    for weights in (torch.float32, torch.bfloat16):
+        model = SpatialMamba(dims=8, depths=(1,)).to(weights)
+        with torch.autocast("cpu", torch.bfloat16):
+            for images in (torch.float32, torch.bfloat16, torch.float16):
+                assert model(image.to(images)).dtype == torch.bfloat16
+            with pytest.raises(TypeError, match=r"images are torch\.float64, but the weights are"):
+                model(image.double())
+
+
 # --- a backbone that starts from a classification checkpoint
 
 

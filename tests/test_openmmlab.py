@@ -32,7 +32,7 @@ from spatial_mamba import SpatialMambaBackbone
 from spatial_mamba.classification.models.spatial_mamba import SpatialMamba
 from spatial_mamba.classification.models.weights import WeightsError, read_checkpoint
 from spatial_mamba.detection.digits import write_digits as write_coco_digits
-from spatial_mamba.detection.openmmlab import packages
+from spatial_mamba.detection.openmmlab import packages, tools
 from spatial_mamba.detection.openmmlab.checkpoints import check_fit
 from spatial_mamba.detection.openmmlab.resume import ExactResumeHook
 from spatial_mamba.segmentation.digits import write_digits as write_ade_digits
@@ -105,6 +105,18 @@ def test_empty_names_of_weights_are_none(options: dict) -> None:
     assert torch.equal(model.state_dict()["patch_embed.conv1.conv.weight"], before)
 
 
+def test_the_home_folder_is_known_in_configs_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    (tmp_path / "own.py").write_text("a = dict(b=[dict(root='~/data')], c=('~/x', 1))\nload_from = '~/w.pth'\n")
+    config = tools.load_config("mmdet", "~/own.py", {"work_dir": "~/work"})
+    assert [config.load_from, config.work_dir] == [str(tmp_path / "w.pth"), str(tmp_path / "work")]
+    assert config.a.b[0].root == str(tmp_path / "data") and config.a.c == (str(tmp_path / "x"), 1)
+    args = tools._common_parser("train.py", "").parse_args(["~/own.py", "--work-dir=~/work", "--cfg-options", "a=~/b"])
+    assert [args.config, args.work_dir] == [str(tmp_path / "own.py"), str(tmp_path / "work")]
+    assert args.cfg_options == {"a": str(tmp_path / "b")}
+
+
 @pytest.mark.parametrize("prefix", ["student.backbone", "student.backbone."])
 def test_weights_under_a_prefix_are_found(tmp_path: Path, prefix: str) -> None:
     state = SpatialMambaBackbone(**SMALL).state_dict()
@@ -116,6 +128,19 @@ def test_weights_under_a_prefix_are_found(tmp_path: Path, prefix: str) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(WeightsError, match=r"a\.pth: holds no weights whose names start with other\."):
         build(init_cfg=dict(entry, prefix="other")).init_weights()
+    torch.save({**named, **{f"teacher.backbone.{name}": tensor for name, tensor in state.items()}}, tmp_path / "a.pth")
+    build(init_cfg=entry).init_weights()
+    with pytest.raises(WeightsError, match=r"several models, named student\.backbone\.\* and teacher\.backbone\.\*"):
+        build(pretrained=tmp_path / "a.pth").init_weights()
+
+
+def test_a_backbone_of_other_channels_starts_from_rgb_weights(tmp_path: Path) -> None:
+    weight = torch.arange(4 * 3 * 9.0).view(4, 3, 3, 3)
+    state = SpatialMamba(num_classes=7, **SMALL).state_dict() | {"patch_embed.conv1.conv.weight": weight}
+    torch.save({"module." + name: tensor for name, tensor in state.items()}, tmp_path / "a.pth")
+    model = build(in_chans=1, init_cfg=init_cfg(tmp_path / "a.pth"))
+    model.init_weights()
+    assert model.patch_embed.conv1.conv.weight.equal(weight.sum(1, keepdim=True))
 
 
 def test_an_address_is_named_whole() -> None:
@@ -261,7 +286,9 @@ def test_mmengine_checkpoints_load_with_weights_only(tmp_path: Path, numpy_versi
             assert hub["runtime_info"]["best"] == np.float32(0.5)
 
 
-@pytest.mark.parametrize(("thing", "name"), [(Harmful(), "mkdir"), (Reaching(), "getattr"), (Path("x"), "pathlib")])
+@pytest.mark.parametrize(
+    ("thing", "name"), [(Harmful(), "mkdir"), (Reaching(), "getattr"), (re.compile("x"), "re._compile")]
+)
 def test_foreign_types_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thing: object, name: str
 ) -> None:
@@ -328,6 +355,16 @@ def test_a_config_inside_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     runner = SimpleNamespace(model=model, _load_from="a.pth")
     HOOKS.build(dict(type="StrictLoadHook")).after_load_checkpoint(runner, checkpoint)
     assert checkpoint["meta"] == {}  # where mmengine would look for it afterwards
+
+
+def test_names_of_wrappers_in_a_checkpoint_reach_mmengine_plain() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    state = nn.DataParallel(nn.Sequential(torch.compile(model[0]))).state_dict()
+    checkpoint = {"state_dict": state}
+    runner = SimpleNamespace(model=model, _load_from="a.pth")
+    HOOKS.build(dict(type="StrictLoadHook")).after_load_checkpoint(runner, checkpoint)
+    assert checkpoint["state_dict"].keys() == model.state_dict().keys()
+    assert checkpoint["state_dict"]._metadata["0"] == dict(version=2)
 
 
 def test_a_checkpoint_must_fit_in_every_entry() -> None:

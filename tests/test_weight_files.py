@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from datetime import datetime, timedelta, timezone
+from pathlib import Path, PurePosixPath, PureWindowsPath, WindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,17 +20,23 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models import adapt_input_conv
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 from yacs.config import CfgNode
 
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone
 from spatial_mamba.classification import prediction
+from spatial_mamba.classification.config import load_config
+from spatial_mamba.classification.export import command as export_command
 from spatial_mamba.classification.models import WeightsError
 from spatial_mamba.classification.models.architecture import architecture_of
 from spatial_mamba.classification.models.trained import load_classifier
-from spatial_mamba.classification.models.weights import read_checkpoint, state_dict_of
+from spatial_mamba.classification.models.weights import load_strictly, read_checkpoint, state_dict_of
+from spatial_mamba.classification.visualize import command as visualize_command
 from spatial_mamba.classification.weight_files import command
 from spatial_mamba.classification.weight_files.verification import fixed_image, outputs_digest, weights_digest
 
@@ -223,6 +232,179 @@ def test_a_checkpoint_of_another_model_is_told_apart(tmp_path: Path, capsys: Cap
     for arguments in (("verify",), ("convert", tmp_path / "out.pth")):
         assert run(arguments[0], tmp_path / "other.pth", *arguments[1:]) == 2
         assert capsys.readouterr().err == f"error: {tmp_path / 'other.pth'}: holds no weights of Spatial-Mamba\n"
+
+
+# --- what frameworks make of the names and put beside the weights
+
+
+def averaged(model: SpatialMamba) -> dict[str, Tensor]:
+    return AveragedModel(model).state_dict()  # module.* and n_averaged
+
+
+def compiled_inside(model: SpatialMamba) -> dict[str, Tensor]:
+    model.layers[0] = checkpoint_wrapper(torch.compile(model.layers[0]))
+    return model.state_dict()
+
+
+def prefixed(prefix: str) -> Callable[[SpatialMamba], dict[str, Tensor]]:
+    return lambda model: {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+NAMINGS: dict[str, Callable[[SpatialMamba], dict[str, Any]]] = {
+    "data parallel": lambda model: {"net": torch.nn.DataParallel(model).state_dict()},
+    "compiled": lambda model: {"model_state_dict": torch.compile(model).state_dict()},
+    "compiled part": compiled_inside,
+    "fsdp": prefixed("_fsdp_wrapped_module._orig_mod."),
+    "averaged": averaged,
+    "averaged and trained by Lightning": lambda model: {
+        "state_dict": {f"model.{name}": tensor for name, tensor in averaged(model).items()},
+        "pytorch-lightning_version": "2.6.0",
+        "callbacks": {"ModelCheckpoint": {"dirpath": Path("runs"), "best": PureWindowsPath("a\\b")}},
+    },
+    **{prefix: prefixed(prefix) for prefix in ("model.", "net.", "student.", "backbone.", "encoder.net.")},
+    "with a loss": lambda model: {**prefixed("model.")(model), "loss.weight": torch.ones(5)},
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_weights_are_found_under_the_names_of_frameworks(
+    tmp_path: Path, naming: str, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = classifier()
+    digest = weights_digest(expected.state_dict())
+    content = NAMINGS[naming](classifier())
+    torch.save(content, tmp_path / "w.pth")
+    assert weights_digest(load_classifier(tmp_path / "w.pth").model.state_dict()) == digest
+    state = content.get("state_dict", content)
+    prefix = next(
+        (p for p in ("model.", "net.", "student.", "backbone.", "encoder.net.") if f"{p}head.bias" in state), ""
+    )
+    prefix = "model." if "Lightning" in naming else prefix
+    others = ", 1 other entries are left out" if naming == "with a loss" else ""
+    said = [f"{tmp_path / 'w.pth'}: takes its weights named {prefix}* without this prefix{others}"] if prefix else []
+    assert caplog.messages == said
+
+    backbone = SpatialMambaBackbone(dims=8, depths=(1, 1, 1, 1), pretrained=tmp_path / "w.pth")
+    assert backbone.layers[3].blocks[0].mlp.fc1.weight.equal(expected.layers[3].blocks[0].mlp.fc1.weight)
+    assert inspect(tmp_path / "w.pth", capsys)["holds"] == "classifier"
+    assert run("convert", tmp_path / "w.pth", tmp_path / "w.SafeTensors") == 0
+    assert weights_digest(load_classifier(tmp_path / "w.SafeTensors").model.state_dict()) == digest
+    if not others:
+        SpatialMamba(**MICRO).load_state_dict(state_dict_of(content, "w.pth"))
+        source = dict(file=str(tmp_path / "w.pth"), num_classes=5)
+        if "_dict" not in next(iter(content)) and "net" not in content:  # where timm looks for weights itself
+            loaded = timm.create_model("spatial_mamba_tiny", **MICRO, checkpoint_path=tmp_path / "w.pth")
+            assert weights_digest(loaded.state_dict()) == digest
+        loaded = timm.create_model("spatial_mamba_tiny", pretrained=True, pretrained_cfg_overlay=source, **MICRO)
+        assert weights_digest(loaded.state_dict()) == digest
+
+
+def test_weights_of_several_models_are_not_guessed(files: Path, tmp_path: Path, capsys: Capture) -> None:
+    both = {**prefixed("student.")(classifier(0)), **prefixed("teacher.")(classifier(1))}
+    torch.save({"state_dict": both}, tmp_path / "both.pth")
+    message = r"both\.pth: holds several models, named student\.\* and teacher\.\*; choose one, such as .* --prefix"
+    for use in (load_classifier, lambda path: SpatialMambaBackbone(dims=8, depths=(1, 1, 1, 1), pretrained=path)):
+        with pytest.raises(WeightsError, match=message):
+            use(tmp_path / "both.pth")
+    assert run("convert", tmp_path / "both.pth", tmp_path / "teacher.pth", "--prefix", "teacher") == 0
+    loaded = load_classifier(tmp_path / "teacher.pth").model
+    assert weights_digest(loaded.state_dict()) == weights_digest(classifier(1).state_dict())
+    assert run("inspect", tmp_path / "both.pth", "--prefix", "student.") == 0
+    assert run("verify", tmp_path / "both.pth", "--prefix", "pupil") == 2
+    assert "holds no weights whose names start with pupil." in capsys.readouterr().err
+
+    state = classifier().state_dict()
+    torch.save({"model": state, "net": state}, tmp_path / "two.pth")
+    with pytest.raises(WeightsError, match="holds weights under model and net; save those you mean alone"):
+        load_classifier(tmp_path / "two.pth")
+    torch.save(state | {"module.head.bias": state["head.bias"]}, tmp_path / "twice.pth")
+    with pytest.raises(WeightsError, match=r"holds head\.bias twice, once with the name of a wrapper"):
+        load_classifier(tmp_path / "twice.pth")
+    torch.save(
+        {**prefixed("student.")(classifier()), "teacher.patch_embed.conv1.conv.weight": torch.ones(1)}, tmp_path / "a"
+    )
+    load_classifier(tmp_path / "a")  # only one is whole
+
+
+class OfWindows:
+    """Pickles as Windows' paths do, which no other system can make."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WindowsPath, ("c:/", "runs")
+
+
+def test_plain_values_beside_the_weights_are_read(tmp_path: Path) -> None:
+    moment = datetime(2026, 1, 2, 3, tzinfo=timezone.utc)
+    values = dict(
+        path=Path("runs/1"), pure=PurePosixPath("a"), windows=PureWindowsPath("c:/a"), moment=moment, day=moment.date(),
+        hour=moment.time(), took=timedelta(3), counts=defaultdict(list, a=[1]), empty=defaultdict(float),
+        ordered=OrderedDict(a=1), space=SimpleNamespace(a=Path("b")),
+    )  # fmt: skip
+    arguments = argparse.Namespace(output=Path("runs"))
+    content = {"model": classifier().state_dict(), "args": arguments, "theirs": OfWindows(), **values}
+    torch.save(content, tmp_path / "w.pth")
+    read = read_checkpoint(tmp_path / "w.pth")
+    assert read["theirs"] == PureWindowsPath("c:/runs")
+    assert {key: read[key] for key in values} == values
+    load_classifier(tmp_path / "w.pth")
+    timm.create_model("spatial_mamba_tiny", **MICRO, checkpoint_path=tmp_path / "w.pth")
+
+
+# --- another number of channels, and other differences
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (dict(in_chans=4), ("4 channels", "in_chans=4")),
+        (dict(dims=16), ("dims 16", "dims=16")),
+        (dict(depths=(1, 2, 1, 1)), ("depths 1-2-1-1", "depths=(1, 2, 1, 1)")),
+        (dict(mlp_ratio=2.0), ("MLP ratio 2", "mlp_ratio=2.0")),
+        (dict(fusion_dilations=(1, 2)), ("3x3 dilation 2", "fusion_dilations=(1, 2)")),
+        (dict(fusion_kernel_sizes=5), ("5x5 dilation 1", "fusion_kernel_sizes=(5, 5, 5)")),
+        (dict(num_classes=7), ("7 classes, the model has 5", "num_classes=7")),
+        (dict(num_classes=0), ("0 classes, the model has 5", "num_classes=0")),
+    ],
+    ids=str,
+)
+def test_every_difference_of_models_is_told(change: dict[str, Any], told: tuple[str, str]) -> None:
+    with pytest.raises(WeightsError) as error:
+        load_strictly(classifier(), classifier(**change).state_dict(), "w.pth")
+    assert all(words in str(error.value) for words in told)
+    theirs, ours = map(str, map(architecture_of, (classifier(**change).state_dict(), classifier().state_dict())))
+    assert theirs != ours
+
+
+def test_backbones_and_classifiers_are_told_apart() -> None:
+    def backbone(*out_indices: int) -> SpatialMambaBackbone:
+        return SpatialMambaBackbone(dims=8, depths=(1, 1, 1, 1), out_indices=out_indices)
+
+    for model, other, message in (
+        (backbone(3), backbone(1, 3), r"out_indices=\(1, 3\), the model has \(3,\); make the model with those"),
+        (backbone(3), classifier(), "holds a classifier, the model is a backbone; start from the file by pretrained="),
+        (classifier(), backbone(3), "holds a backbone, the model is a classifier; take the file of a classifier"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_models_of_other_channels_start_from_rgb_weights(
+    files: Path, channels: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = adapt_input_conv(channels, classifier().patch_embed.conv1.conv.weight)
+    backbone = SpatialMambaBackbone(channels, 8, (1, 1, 1, 1), pretrained=files / "bare.pth")
+    assert caplog.messages == [f"{files / 'bare.pth'}: its first convolution, of 3 channels, is adapted to {channels}"]
+    source = dict(file=str(files / "bare.pth"), num_classes=5)
+    model = timm.create_model(
+        "spatial_mamba_tiny", pretrained=True, pretrained_cfg_overlay=source, in_chans=channels, **MICRO
+    )
+    for started in (backbone, model):
+        torch.testing.assert_close(started.patch_embed.conv1.conv.weight, expected)
+    with pytest.raises(RuntimeError, match=f"holds another model.* {channels} channels; .*with in_chans=3"):
+        timm.create_model("spatial_mamba_tiny", in_chans=channels, checkpoint_path=files / "bare.pth", **MICRO)
+    with pytest.raises(WeightsError, match=r"with in_chans=1$"):  # no rule makes RGB of it
+        load_strictly(classifier(), classifier(in_chans=1).state_dict(), "w.pth")
 
 
 # --- conversion
@@ -474,6 +656,69 @@ def test_timm_loads_our_files(files: Path, tmp_path: Path, how: str) -> None:
         expected = classifier()
         expected.reset_classifier(0)
     assert weights_digest(loaded.state_dict()) == weights_digest(expected.state_dict())
+
+
+# --- paths and systems
+
+
+def test_the_home_folder_is_known_in_paths(
+    files: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    shutil.copy(files / "bare.pth", tmp_path / "w.pth")
+    Image.new("RGB", (40, 40)).save(tmp_path / "image.png")
+    load_classifier("~/w.pth")
+    SpatialMambaBackbone(dims=8, depths=(1, 1, 1, 1), pretrained="~/w.pth")
+    with pytest.raises(WeightsError, match=r"~no_such_user/w\.pth: no such checkpoint file"):
+        load_classifier("~no_such_user/w.pth")
+    assert run("convert", "~/w.pth", "~/out.safetensors") == 0
+    assert prediction.main(["~/*.png", "--checkpoint=~/out.safetensors"]) == 0
+    options = ["~/image.png", "--checkpoint=~/w.pth", "--size=32", "--output=~/states.png"]
+    assert visualize_command.main(["states", *options]) == 0
+    assert export_command.main(["--checkpoint=~/w.pth", "--size=32", "--format=torch", "--output=~/w.pt2"]) == 0
+    assert {"out.safetensors", "states.png", "w.pt2"} <= {path.name for path in tmp_path.iterdir()}
+
+    (tmp_path / "base.yaml").write_text("OUTPUT: ~/runs\nTAG: ~tag\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/own.yaml").write_text("BASE: [~/base.yaml]\nMODEL: {RESUME: ~/r.pth}\n")
+    config, _ = load_config("~/sub/own.yaml", [("DATA.DATA_PATH", "~/data"), ("MODEL.PRETRAINED", "~/w.pth")])
+    paths = config.OUTPUT, config.DATA.DATA_PATH, config.MODEL.PRETRAINED, config.MODEL.RESUME
+    assert paths == tuple(str(tmp_path / name) for name in ("runs", "data", "w.pth", "r.pth"))
+    assert config.TAG == "~tag"
+
+
+def test_every_command_gives_help_without_what_only_posix_has() -> None:
+    script = """if True:
+        import contextlib, importlib.util, io, os, runpy, signal, sys, warnings
+        import torch._dynamo, timm.data, torchvision, matplotlib.pyplot  # these know their system
+        openmmlab = importlib.util.find_spec("mmdet") and importlib.util.find_spec("mmseg")
+        if openmmlab:
+            import mmdet.apis, mmseg.apis
+        for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+            sys.modules[name] = None  # cannot be imported
+        for module, names in ((os, "fork getuid killpg sched_getaffinity setsid"), (signal, "SIGKILL SIGUSR1 SIGHUP")):
+            for name in names.split():
+                delattr(module, name)
+        commands = "checkpoint export visualize kernels kernels.benchmark kernels.benchmark.exercise kernels.gpu_check"
+        commands += " classification.main classification.digits classification.complexity classification.benchmark"
+        commands += " classification.export.benchmark classification.models.overview"
+        commands += "".join(f" classification.benchmark.{n}" for n in ("budget", "loading", "memory", "scaling"))
+        if openmmlab:
+            for room in (" detection", " segmentation"):
+                commands += f"{room}{room}.complexity{room}.digits{room}.tools.train{room}.tools.test"
+        for command in ["spatial_mamba", *(f"spatial_mamba.{name}" for name in commands.split())]:
+            sys.argv = [command, "--help"]
+            try:
+                with contextlib.redirect_stdout(io.StringIO()) as shown:
+                    runpy.run_module(command, run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                assert not end.code and "usage: " in shown.getvalue(), command
+            else:
+                raise AssertionError(command)
+    """
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 # --- classifying images

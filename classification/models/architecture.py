@@ -108,6 +108,8 @@ def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, T
             f"choose that model or config, with {changes}"
         )
     if model.num_classes is None and file.num_classes is None:
+        if not all(name.startswith("outnorm") for name in own.keys() ^ state.keys()):
+            return None
         return (
             f"its output norms are those of out_indices={file.out_indices}, the model has {model.out_indices}; "
             "make the model with those, or start from the file by pretrained=FILE"
