@@ -16,7 +16,14 @@ from yacs.config import CfgNode
 from .config import RATES, by_meaning, is_published_run, leaves, to_plain
 from .data import difference
 from .errors import InputError
-from .models.weights import WeightsError, load_strictly, read_checkpoint, state_dict_of
+from .models.weights import (
+    WEIGHT_KEYS,
+    WeightsError,
+    encoder_weights,
+    load_strictly,
+    read_checkpoint,
+    state_dict_of,
+)
 from .optim import build_optimizer
 from .whole_files import whole_file
 
@@ -132,6 +139,19 @@ def restore_checkpoint(
     # The published trainer spells the key of its EMA record in the second way.
     state.max_accuracy_ema = float(checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema", 0.0)))
     _report_changes(config, checkpoint.get("config"), path, rate_scale)
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """A checkpoint to start from or to evaluate, with its weights, and the EMA's, under a classifier's own names.
+
+    Raises:
+        WeightsError: as ``read_checkpoint`` and ``encoder_weights``.
+    """
+    checkpoint = read_checkpoint(path)
+    weights = {"model": encoder_weights(state_dict_of(checkpoint, path), path)}
+    if checkpoint.get("model_ema"):
+        weights["model_ema"] = encoder_weights(_ema_state(checkpoint, path), path)
+    return {key: entry for key, entry in checkpoint.items() if key not in WEIGHT_KEYS} | weights
 
 
 def load_pretrained(

@@ -23,6 +23,7 @@ from .checkpoint import (
     class_names,
     find_resumable,
     load_pretrained,
+    read_weights,
     restore_checkpoint,
     save_checkpoint,
 )
@@ -116,7 +117,7 @@ class ThroughputJob:
         self.model = build_model(config, config.MODEL.NUM_CLASSES or 1000).to(process.device)
         if config.MODEL.PRETRAINED:
             path = Path(config.MODEL.PRETRAINED)
-            load_pretrained(self.model, None, read_checkpoint(path), path, config.MODEL.FINETUNE)
+            load_pretrained(self.model, None, read_weights(path), path, config.MODEL.FINETUNE)
 
     def run(self) -> None:
         config, device = self.config, self.process.device
@@ -141,7 +142,7 @@ class EvaluationJob:
     def __init__(self, config: CfgNode, process: Process) -> None:
         self.process = process
         self.path = Path(config.MODEL.PRETRAINED or config.MODEL.RESUME)
-        checkpoint = read_checkpoint(self.path)
+        checkpoint = read_weights(self.path)
         known = class_names(checkpoint, self.path)
         self.loader = build_val_loader(config, process, known)
         reader = self.loader.dataset.reader
@@ -201,7 +202,7 @@ class TrainingJob:
         self.pretrained: tuple[SpatialMamba, ModelEmaV3 | None] | None = None
         if config.MODEL.PRETRAINED:
             path = Path(config.MODEL.PRETRAINED)
-            load_pretrained(model, ema, read_checkpoint(path), path, config.MODEL.FINETUNE, classes)
+            load_pretrained(model, ema, read_weights(path), path, config.MODEL.FINETUNE, classes)
             self.pretrained = model, ema
         self.resumed_from = self._resume(updates_per_epoch)
         criterion, mixup = build_criterion(config), build_mixup(config, num_classes)

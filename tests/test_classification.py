@@ -1019,6 +1019,22 @@ def right_answers(text: str) -> list[int]:
     return [int(count) for count in re.findall(r"acc@1 [\d.]+% \((\d+)/", text)]
 
 
+def test_weights_are_evaluated_under_the_names_of_frameworks(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    content = torch.load(trained / BEST, weights_only=True)
+    model = {f"net.{name}": tensor for name, tensor in content["model"].items()}
+    ema = {f"module.{name}": tensor for name, tensor in content["model_ema"].items()}
+    torch.save({"state_dict": model, "model_ema": ema, "config": content["config"]}, tmp_path / "framework.pth")
+    results = []
+    for path in (trained / BEST, tmp_path / "framework.pth"):
+        assert main(options(micro, photos, tmp_path, "--eval", "--pretrained", str(path))) == 0
+        output = capfd.readouterr().out
+        results.append(accuracy_lines(output))
+    assert results[0] == results[1] and len(results[0]) == 2
+    assert output.count("framework.pth: takes its weights named net.* without this prefix") == 1
+
+
 def test_evaluation_finds_the_classes_by_name(
     trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
