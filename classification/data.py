@@ -173,7 +173,7 @@ def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
     if len(dataset) < per_update:
         raise InputError(
             f"{config.DATA.DATA_PATH}: {len(dataset)} training images are fewer than the {per_update} of one update "
-            "(batch size x processes x accumulation steps); lower --batch-size"
+            "(batch size x processes x accumulation steps); lower one of these"
         )
     sampler = TrainSampler(len(dataset), process, config.SEED, sharded=_caches_part(config))
     return _build_loader(config, process, dataset, sampler, drop_last=True)

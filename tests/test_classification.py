@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -46,7 +47,7 @@ from spatial_mamba.classification.distributed import Process
 from spatial_mamba.classification.errors import InputError
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.architecture import architecture_of
-from spatial_mamba.classification.models.image_files import ImageFileError, read_image
+from spatial_mamba.classification.models.image_files import ImageFileError, find_images, read_image
 from spatial_mamba.classification.models.weights import read_checkpoint
 from spatial_mamba.classification.optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
 from spatial_mamba.classification.readers import CachedReader, open_split
@@ -455,6 +456,9 @@ def test_hidden_files_are_no_data(photos: Path, tmp_path: Path, form: str, caplo
         path = messy / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("no image")
+    assert [path.name for path in find_images([messy / "train" / "0"])] == [
+        path.name for path in sorted((photos / "train" / "0").iterdir())
+    ]
     clean = open_split(str(photos), "train")
     with caplog.at_level("WARNING", logger="spatial_mamba"):
         logging.getLogger("spatial_mamba").addHandler(caplog.handler)  # whether or not it propagates
@@ -559,6 +563,16 @@ def test_16_bit_images_keep_their_greys(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(read_image(path)), expected)
     data = ImageData(open_split(str(tmp_path), "train"), np.asarray)
     np.testing.assert_array_equal(data[0, 0][0], expected)
+
+
+def test_12_bit_images_keep_their_greys(tmp_path: Path) -> None:
+    """As some microscopes write them, uncompressed and two pixels in three bytes."""
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 8 * 12 + 4), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    pixels = bytes.fromhex("000800fff3e8")
+    path = tmp_path / "grey.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels)
+    assert np.asarray(read_image(path))[0, :, 0].tolist() == [0, 128, 255, 62]
 
 
 @pytest.mark.parametrize(("mode", "pixels"), [("float32", "floating-point"), ("int32", "32-bit integer")])
