@@ -299,6 +299,21 @@ def test_weights_are_found_under_the_names_of_frameworks(
         assert weights_digest(loaded.state_dict()) == digest
 
 
+@pytest.mark.parametrize("source", ["its own", "plain"])
+def test_a_model_with_wrapped_parts_takes_its_own_weights_and_plain_ones(source: str) -> None:
+    model = classifier(1)
+    model.layers[0].blocks[0] = torch.compile(model.layers[0].blocks[0])
+    expected = classifier()
+    state = expected.state_dict()
+    if source == "its own":
+        state = {names: state[name] for name, names in zip(state, model.state_dict(), strict=True)}
+        assert "layers.0.blocks.0._orig_mod.ln_1.weight" in state
+    for load in (model.load_state_dict, lambda state: load_strictly(model, state_dict_of(state, "w.pth"), "w.pth")):
+        torch.nn.init.zeros_(model.layers[0].blocks[0].ln_1.weight)
+        load(state)
+        assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
 def test_weights_of_several_models_are_not_guessed(files: Path, tmp_path: Path, capsys: Capture) -> None:
     both = {**prefixed("student.")(classifier(0)), **prefixed("teacher.")(classifier(1))}
     torch.save({"state_dict": both}, tmp_path / "both.pth")

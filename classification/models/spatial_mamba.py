@@ -31,7 +31,7 @@ from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubMixin
 from .preprocessing import CROP_SHARE, NORMALISATION
 from .safe_types import admit_for_good, config_types
-from .weights import encoder_weights, load_backbone_weights, plain_names, state_dict_of
+from .weights import encoder_weights, load_backbone_weights, plain_names, state_dict_of, under_own_names
 
 __all__ = [
     "SpatialMamba",
@@ -510,8 +510,11 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
             WeightsError: for weights of several models.
             RuntimeError: for names or shapes that do not fit; in one line, if they are those of another Spatial-Mamba.
         """
-        state_dict = encoder_weights(plain_names(state_dict, "state_dict"), "state_dict", whole=True)
-        if strict and not self.fused and (problem := describe_other_architecture(self.state_dict(), state_dict)):
+        own = self.state_dict()
+        if state_dict.keys() != own.keys():
+            plain = encoder_weights(plain_names(state_dict, "state_dict"), "state_dict", whole=True)
+            state_dict = under_own_names(own, plain)
+        if strict and not self.fused and (problem := describe_other_architecture(own, state_dict)):
             raise RuntimeError(f"state_dict: {problem}")
         return super().load_state_dict(state_dict, strict, assign)
 

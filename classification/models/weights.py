@@ -149,6 +149,14 @@ def plain_names(state: Mapping[str, Any], path: str | PathLike[str]) -> dict[str
     return plain
 
 
+def under_own_names(own: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Weights of plain names under those that a model has for them, parts of which may be in wrappers, too."""
+    if own.keys() == state.keys():
+        return state
+    names = {_WRAPPERS.sub("", name): name for name in own}
+    return {names.get(name, name): entry for name, entry in state.items()}
+
+
 def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Tensor]:
     """The EMA weights of a checkpoint of this trainer, the published one or timm's.
 
@@ -232,7 +240,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     Raises:
         WeightsError: naming the variants or the numbers of classes, where these differ, or else the first differences.
     """
-    if problem := describe_misfit(model.state_dict(), state):
+    own = model.state_dict()
+    state = under_own_names(own, state)
+    if problem := describe_misfit(own, state):
         raise WeightsError(f"{path}: {problem}")
     model.load_state_dict(state, strict=True)
 

@@ -51,9 +51,10 @@ class StrictLoadHook(Hook):
             WeightsError: naming the first differences.
         """
         checkpoint.get("meta", {}).pop("config", None)
+        path = runner._load_from or runner.work_dir
         if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = plain_names(checkpoint["state_dict"], runner._load_from or runner.work_dir)
-        check_fit(runner.model, checkpoint, runner._load_from or runner.work_dir, self.may_differ)
+            checkpoint["state_dict"] = _own_names(_unwrapped(runner.model), checkpoint["state_dict"], path)
+        check_fit(runner.model, checkpoint, path, self.may_differ)
 
 
 def check_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, may_differ: tuple[str, ...] = ()) -> None:
@@ -62,10 +63,20 @@ def check_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, may_diffe
     Raises:
         WeightsError: naming the first differences.
     """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    state = plain_names(checkpoint.get("state_dict", checkpoint), path)
+    model = _unwrapped(model)
+    state = _own_names(model, checkpoint.get("state_dict", checkpoint), path)
     own = model.state_dict()
     kept = [{name: t for name, t in s.items() if not name.startswith(may_differ or "\0")} for s in (own, state)]
     if problem := describe_misfit(*kept):
         raise WeightsError(f"{path}: {problem}")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def _own_names(model: nn.Module, state: dict[str, Any], path: str) -> dict[str, Any]:
+    """Weights without what wrappers put into their names, unless the model has the same names."""
+    return state if state.keys() == model.state_dict().keys() else plain_names(state, path)
