@@ -1,6 +1,6 @@
-"""The state-space operators of Spatial-Mamba and their back ends; this room knows nothing about models."""
+"""The state-space operators of Spatial-Mamba and their backends; nothing here knows about models."""
 
-from . import operators  # noqa: F401, registers them with torch.library
+from . import packed_linear as _  # noqa: F401, registers its operators
 from .backends import use_backend
 from .depthwise_conv import depthwise_conv
 from .gated_norm import gated_norm

@@ -1,4 +1,4 @@
-"""``python -m spatial_mamba.kernels`` tells which back end serves what, and why no faster one; ``build`` builds."""
+"""``python -m spatial_mamba.kernels`` tells which backend serves what, and why no faster one; ``build`` builds."""
 
 import argparse
 import importlib.util
@@ -62,7 +62,7 @@ class Device:
 
 
 def report() -> str:
-    """Which back end serves each device and dtype here, why not the others, and what was found to tell by."""
+    """Which backend serves each device and dtype here, why not the others, and what was found to tell by."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the hints that operators give are part of the report
         serving = {device: [_serving(device, dtype) for dtype in DTYPES] for device in _devices()}
@@ -98,8 +98,8 @@ def _table(serving: dict[Device, list[str]]) -> list[str]:
 
 
 def _back_ends(serving: dict[Device, list[str]]) -> list[str]:
-    """For each device, from the fastest back end to the slowest: what it serves, or why it does not."""
-    lines = ["back ends, fastest first"]
+    """For each device, from the fastest backend to the slowest: what it serves, or why it does not."""
+    lines = ["backends, fastest first"]
     for device, names in serving.items():
         for backend in backends.PREFERENCE[device.type]:
             verdicts: dict[str, list[str]] = {}

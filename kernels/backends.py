@@ -1,4 +1,4 @@
-"""Which back end serves which device and dtype: the compiled libraries, Triton, or the definition in PyTorch."""
+"""Which backend serves which device and dtype: the compiled libraries, Triton, or the reference implementation."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -16,10 +17,8 @@ from torch import Tensor
 
 from . import native
 
-# Fastest first; "torch", the definition, serves everything.
+# Fastest first; "torch", the reference implementation, serves everything.
 PREFERENCE = {"cpu": ("cpu", "triton", "torch"), "cuda": ("cuda", "triton", "torch")}
-# The CUDA library has no kernels for these, which are bound by memory: Triton serves them beside it, forced or not.
-NOT_IN_CUDA = ("depthwise_conv", "gated_norm")
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -63,9 +62,14 @@ def _read_force_variable() -> str | None:
     return name
 
 
-# Reasons why a back end cannot be used here; None where it can. Found once, at import, so that compilers see constants.
+# Reasons why a backend cannot be used here; None where it can. Found once, at import, so that compilers see constants.
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _missing = {"cpu": native.load("cpu"), "cuda": native.load("cuda"), "triton": _why_no_triton(), "torch": None}
+# A backend serves the operators that it has a file of.
+_FOLDERS = {"cpu": "csrc/cpu", "cuda": "csrc/cuda", "triton": "triton"}
+_operators = {
+    name: {file.stem for file in (Path(__file__).parent / where).glob("*")} for name, where in _FOLDERS.items()
+}
 _required = os.environ.get(REQUIRE_VARIABLE) == "1"
 _forced = _read_force_variable()
 _hinted: set[str] = set()
@@ -74,16 +78,16 @@ _hinted: set[str] = set()
 def why_not(
     backend: str, device_type: str, dtype: torch.dtype, capability: tuple[int, int] | None = None
 ) -> str | None:
-    """The reason why a back end cannot serve tensors of this device type and dtype here, or None if it can.
+    """The reason why a backend cannot serve tensors of this device type and dtype here, or None if it can.
 
     ``capability`` is that of the GPU, where it is known which one.
     """
     if backend == "torch":
         return None
     if backend not in PREFERENCE.get(device_type, ()):
-        return f"the {backend} back end has no kernels for {device_type} tensors"
+        return f"the {backend} backend has no kernels for {device_type} tensors"
     if dtype not in DTYPES[backend]:
-        return f"the {backend} back end has no kernels for {dtype}"
+        return f"the {backend} backend has no kernels for {dtype}"
     if backend == "triton" and device_type == "cpu" and not _interpreted:
         return "Triton runs on the CPU only in its interpreter, for tests: set TRITON_INTERPRET=1"
     if backend == "cuda" and _missing["cuda"] is None and capability and not native.kernels_for(capability):
@@ -99,32 +103,51 @@ def serving(
     capability: tuple[int, int] | None = None,
     operator: str = "structure_aware_scan",
 ) -> str:
-    """Name of the back end that serves tensors of this device type and dtype: the forced one, or the fastest here.
+    """Name of the backend that serves tensors of this device type and dtype: the forced one, or the fastest here.
 
-    Operators in ``NOT_IN_CUDA`` are served by the next one where it is ``"cuda"``.
+    An operator that it does not define is served by the next one.
 
     Raises:
-        RuntimeError: if the forced back end cannot serve them, or native code is required and there is none.
+        RuntimeError: if the forced backend cannot serve them, or native code is required and there is none.
     """
     if _forced is not None:
         reason = why_not(_forced, device_type, dtype, capability)
         if reason is not None:
-            raise RuntimeError(f"the back end {_forced!r} is forced, but cannot be used: {reason}")
-        if _forced != "cuda" or operator not in NOT_IN_CUDA:
+            raise RuntimeError(f"the backend {_forced!r} is forced, but cannot be used: {reason}")
+        if _defines(_forced, operator):
             return _forced
-    candidates = PREFERENCE.get(device_type, ("torch",))
-    if operator in NOT_IN_CUDA:
-        candidates = tuple(name for name in candidates if name != "cuda")
     # Interpreted kernels are for tests alone, which force them.
-    usable = [name for name in candidates if (name, device_type) != ("triton", "cpu")]
+    candidates = [name for name in PREFERENCE.get(device_type, ("torch",)) if (name, device_type) != ("triton", "cpu")]
+    usable = [name for name in candidates if _defines(name, operator)]
     best = next(name for name in usable if why_not(name, device_type, dtype, capability) is None)
     if best != usable[0] and dtype in DTYPES[usable[0]]:  # otherwise there is nothing that the user could build
         reason = why_not(usable[0], device_type, dtype, capability)
         if _required:
-            raise RuntimeError(f"{REQUIRE_VARIABLE}=1, but the {usable[0]} back end cannot be used: {reason}")
+            raise RuntimeError(f"{REQUIRE_VARIABLE}=1, but the {usable[0]} backend cannot be used: {reason}")
         if not torch.compiler.is_compiling():
             _hint(usable[0], best, device_type, reason)
     return best
+
+
+def _defines(backend: str, operator: str) -> bool:
+    return backend == "torch" or operator in _operators[backend]
+
+
+def module_for(tensor: Tensor, operator: str) -> ModuleType | None:
+    """What runs an operator on this tensor: functions of the operators' names; None for the reference implementation.
+
+    Raises:
+        RuntimeError: as ``serving``.
+    """
+    capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+    name = serving(tensor.device.type, tensor.dtype, capability, operator)
+    if name == "torch":
+        return None
+    if name == "triton":
+        from . import triton
+
+        return triton
+    return getattr(torch.ops, f"spatial_mamba_{name}")
 
 
 @torch.compiler.assume_constant_result
@@ -137,27 +160,27 @@ def custom_operators_fail() -> bool:
     return transformed or torch.onnx.is_in_onnx_export()
 
 
-def definition_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> bool:
-    """Whether the operator runs on this tensor as the definition in PyTorch, rather than as one native operator."""
+def reference_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> bool:
+    """Whether the operator runs on this tensor as the reference implementation, rather than as one native operator."""
     return custom_operators_fail() or serving(tensor.device.type, tensor.dtype, operator=operator) == "torch"
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one back end within the ``with`` block, for tests and bug reports; process-wide, not per thread.
+    """Force one backend within the ``with`` block, for tests and bug reports; process-wide, not per thread.
 
     The environment variable ``SPATIAL_MAMBA_BACKEND`` does the same for a whole process.
 
     Args:
-        name: ``"cpu"``, ``"cuda"`` (with Triton for the operators in ``NOT_IN_CUDA``), ``"triton"`` or ``"torch"``
-            (the definition).
+        name: ``"cpu"``, ``"cuda"`` (with Triton for the operators that it lacks), ``"triton"`` or ``"torch"`` (the
+            reference implementation).
 
     Raises:
-        ValueError: for another name. An operator then raises RuntimeError if the back end cannot serve its tensors.
+        ValueError: for another name. An operator then raises RuntimeError if the backend cannot serve its tensors.
     """
     global _forced
     if name not in BACKENDS:
-        raise ValueError(f"the back end must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"the backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     before, _forced = _forced, name
     try:
         yield

@@ -1,14 +1,18 @@
-"""Depthwise 3x3 convolution of a map of tokens, channels last: the public function, and its definition in PyTorch."""
+"""Depthwise 3x3 convolution of a map of tokens, channels last."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
-from .arguments import require_float, require_same_device
-from .precision import without_autocast
+from .registration import Operator
+from .tensors import at_token_stride, check_tensors
 
 EPILOGUES = ("none", "silu", "residual")
+CONV_FLOPS = 2 * 9  # per element; the epilogue counts nothing, as activations and sums do not
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "none") -> Tensor:
@@ -32,24 +36,46 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "non
     """
     _check_arguments(x, weight, bias, epilogue)
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
-
-    with without_autocast(x):
-        weight, bias = weight.to(compute_dtype), bias.to(compute_dtype)
-        if backends.definition_serves(x, "depthwise_conv"):
-            return depthwise_conv_definition(x, weight, bias, epilogue)
-        return torch.ops.spatial_mamba.depthwise_conv(x, weight.flatten(1).contiguous(), bias.contiguous(), epilogue)
+    weight, bias = weight.flatten(1).to(compute_dtype), bias.to(compute_dtype)
+    return DEPTHWISE_CONV(x, weight.contiguous(), bias.contiguous(), epilogue)
 
 
-def depthwise_conv_definition(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
-    """The definition; arguments and result as above, weights in the compute dtype."""
+def reference(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
+    """The reference implementation; weight (dim, 9), weights in the compute dtype."""
     tokens = x.to(weight.dtype)
     maps = tokens.permute(0, 3, 1, 2)  # (batch, dim, H, W), in channels-last memory
-    out = F.conv2d(maps, weight, bias, padding=1, groups=x.shape[-1]).permute(0, 2, 3, 1)
+    kernels = weight.view(-1, 1, 3, 3)
+    out = F.conv2d(maps, kernels, bias, padding=1, groups=x.shape[-1]).permute(0, 2, 3, 1)
     if epilogue == "silu":
         out = F.silu(out)
     elif epilogue == "residual":
         out = tokens + out
     return out.to(x.dtype).contiguous()
+
+
+def _forward(backend: ModuleType, x: Tensor, *others: Any) -> Tensor:
+    return backend.depthwise_conv(at_token_stride(x), *others)
+
+
+def _backward(
+    backend: ModuleType, grad_out: Tensor, x: Tensor, *others: Any, grad_x: Tensor | None = None
+) -> Sequence[Tensor]:
+    grad_x = x.new_empty(x.shape) if grad_x is None else grad_x
+    return grad_x, *backend.depthwise_conv_backward(grad_out, at_token_stride(x), *others, grad_x)
+
+
+def _flops(x: Sequence[int], *_: Any, **__: Any) -> int:
+    return CONV_FLOPS * x[0] * x[1] * x[2] * x[3]
+
+
+DEPTHWISE_CONV = Operator(
+    "depthwise_conv(Tensor x, Tensor weight, Tensor bias, str epilogue) -> Tensor",
+    reference,
+    _forward,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    backward=_backward,
+    flops=_flops,
+)
 
 
 def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> None:
@@ -62,6 +88,4 @@ def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> 
         raise ValueError(f"bias must be (dim,) = {(dim,)}, got {tuple(bias.shape)}")
     if epilogue not in EPILOGUES:
         raise ValueError(f"epilogue must be one of {', '.join(EPILOGUES)}, got {epilogue!r}")
-    tensors = dict(x=x, weight=weight, bias=bias)
-    require_float(tensors)
-    require_same_device(tensors)
+    check_tensors(dict(x=x, weight=weight, bias=bias))

@@ -1,12 +1,15 @@
-"""LayerNorm times the SiLU of a gate: the public function, and its definition in plain PyTorch."""
+"""LayerNorm over channels, gated: ``layer_norm(y) * silu(gate)``."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
-from .arguments import require_float, require_same_device
-from .precision import without_autocast
+from .registration import Operator
+from .tensors import at_token_stride, check_tensors
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -31,19 +34,37 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
     """
     _check_arguments(y, gate, weight, bias)
     compute_dtype = torch.promote_types(gate.dtype, torch.float32)
-
-    with without_autocast(gate):
-        weight, bias = weight.to(compute_dtype), bias.to(compute_dtype)
-        if backends.definition_serves(gate, "gated_norm"):
-            return gated_norm_definition(y, gate, weight, bias, eps)
-        y = (y if y.dtype == gate.dtype else y.to(compute_dtype)).contiguous()
-        return torch.ops.spatial_mamba.gated_norm(y, gate, weight.contiguous(), bias.contiguous(), eps)
+    weight, bias = weight.to(compute_dtype), bias.to(compute_dtype)
+    y = (y if y.dtype == gate.dtype else y.to(compute_dtype)).contiguous()
+    return GATED_NORM(y, gate, weight.contiguous(), bias.contiguous(), eps)
 
 
-def gated_norm_definition(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The definition; arguments and result as above, weights in the compute dtype."""
+def reference(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The reference implementation; weights in the compute dtype."""
     normed = F.layer_norm(y.to(weight.dtype), weight.shape, weight, bias, eps)
     return (normed * F.silu(gate.to(weight.dtype))).to(gate.dtype)
+
+
+def _forward(backend: ModuleType, y: Tensor, gate: Tensor, *others: Any) -> Tensor:
+    return backend.gated_norm(y, at_token_stride(gate), *others)
+
+
+def _backward(
+    backend: ModuleType, grad_out: Tensor, y: Tensor, gate: Tensor, *others: Any, grad_gate: Tensor | None = None
+) -> Sequence[Tensor]:
+    grad_gate = gate.new_empty(gate.shape) if grad_gate is None else grad_gate
+    grad_y, *grads = backend.gated_norm_backward(grad_out, y, at_token_stride(gate), *others, grad_gate)
+    return grad_y, grad_gate, *grads
+
+
+# No FLOPs: PyTorch's counter has none for norms and activations.
+GATED_NORM = Operator(
+    "gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor",
+    reference,
+    _forward,
+    fake=lambda y, gate, *_: gate.new_empty(gate.shape),
+    backward=_backward,
+)
 
 
 def _check_arguments(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -55,6 +76,4 @@ def _check_arguments(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> N
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tuple(tensor.shape) != (dim,):
             raise ValueError(f"{name} must be (dim,) = {(dim,)}, got {tuple(tensor.shape)}")
-    tensors = dict(y=y, gate=gate, weight=weight, bias=bias)
-    require_float(tensors)
-    require_same_device(tensors)
+    check_tensors(dict(y=y, gate=gate, weight=weight, bias=bias))

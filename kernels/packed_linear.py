@@ -4,20 +4,26 @@ before and behind a layer done while its tokens are in the cache.
 For CPUs: elsewhere libraries' linear layers under `torch.compile` serve. There are no gradients.
 """
 
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .packing import COLUMNS, inputs_per_row
+from .registration import Operator
 
-__all__ = ["can_pack", "pack_weight", "packed_linear", "packed_mlp"]
+COLUMNS = 64  # outputs per block
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether a weight (outputs, inputs) can be packed here: on this device, for its dtype and its number of inputs."""
     return (
         weight.device.type == "cpu"
-        and weight.shape[1] % inputs_per_row(weight.dtype) == 0
+        and weight.shape[1] % _inputs_per_row(weight.dtype) == 0
         and backends.why_not("cpu", "cpu", weight.dtype) is None
         and torch.ops.spatial_mamba_cpu.can_pack(weight.dtype)
     )
@@ -88,9 +94,8 @@ def packed_linear(
     bias, norm_weight, norm_bias, residual = (
         None if tensor is None else tensor.contiguous() for tensor in (bias, norm_weight, norm_bias, residual)
     )
-    return torch.ops.spatial_mamba.packed_linear(
-        x.contiguous(), packed.contiguous(), outputs, bias, norm_weight, norm_bias, eps, relu, residual
-    )
+    tensors = (packed.contiguous(), bias, norm_weight, norm_bias, residual)
+    return PACKED_LINEAR(x.contiguous(), *tensors, outputs, eps, relu)
 
 
 def packed_mlp(
@@ -137,9 +142,97 @@ def packed_mlp(
         project_bias=project_bias,
     )
     _check(x, given, expected)
-    norm = (norm_weight.contiguous(), norm_bias.contiguous(), eps)
-    layers = (tensor.contiguous() for tensor in (expand, expand_bias, project, project_bias))
-    return torch.ops.spatial_mamba.packed_mlp(x.contiguous(), *norm, *layers)
+    weights = (norm_weight, norm_bias, expand, expand_bias, project, project_bias)
+    return PACKED_MLP(x.contiguous(), *(weight.contiguous() for weight in weights), eps)
+
+
+def unpack_weight(packed: Tensor, outputs: int) -> Tensor:
+    """Undo `pack_weight`: the weight (outputs, inputs)."""
+    pair = _inputs_per_row(packed.dtype)
+    blocks, inputs, columns = packed.shape
+    pairs = packed.view(blocks, inputs // pair, columns, pair)
+    return pairs.permute(0, 2, 1, 3).reshape(blocks * columns, inputs)[:outputs].contiguous()
+
+
+def _inputs_per_row(dtype: torch.dtype) -> int:
+    """How many inputs lie side by side: matrix units take half-precision values in pairs."""
+    return 2 if dtype.itemsize == 2 else 1
+
+
+def linear_reference(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    outputs: int,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The reference implementation of `packed_linear`."""
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    out = F.linear(x, unpack_weight(packed, outputs), bias)
+    if relu:
+        out = F.relu(out)
+    return out if residual is None else residual + out
+
+
+def mlp_reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """The reference implementation of `packed_mlp`."""
+    hidden = linear_reference(x, expand, expand_bias, norm_weight, norm_bias, None, len(expand_bias), eps, False)
+    return linear_reference(F.gelu(hidden), project, project_bias, None, None, x, len(project_bias), 0.0, False)
+
+
+def _linear_forward(backend: ModuleType, x: Tensor, *others: Any) -> Tensor:
+    if not backend.can_pack(x.dtype):  # packed on another machine
+        return linear_reference(x, *others)
+    packed, bias, norm_weight, norm_bias, residual, outputs, eps, relu = others
+    return backend.packed_linear(x, packed, outputs, bias, norm_weight, norm_bias, eps, relu, residual)
+
+
+def _mlp_forward(backend: ModuleType, x: Tensor, *others: Any) -> Tensor:
+    if not backend.can_pack(x.dtype):
+        return mlp_reference(x, *others)
+    norm_weight, norm_bias, *layers, eps = others
+    return backend.packed_mlp(x, norm_weight, norm_bias, eps, *layers)
+
+
+def _linear_flops(x: Sequence[int], packed: Sequence[int], *others: Any, **_: Any) -> int:
+    return 2 * math.prod(x) * others[4]
+
+
+def _mlp_flops(x: Sequence[int], *others: Any, **_: Any) -> int:
+    return 4 * math.prod(x) * others[3][0]
+
+
+PACKED_LINEAR = Operator(
+    "packed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
+    "int outputs, float eps, bool relu) -> Tensor",
+    linear_reference,
+    _linear_forward,
+    fake=lambda x, *others: x.new_empty(*x.shape[:-1], others[5]),
+    flops=_linear_flops,
+)
+PACKED_MLP = Operator(
+    "packed_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tensor expand_bias, Tensor project, "
+    "Tensor project_bias, float eps) -> Tensor",
+    mlp_reference,
+    _mlp_forward,
+    fake=lambda x, *_: torch.empty_like(x),
+    served_as="packed_linear",
+    flops=_mlp_flops,
+)
 
 
 def _check(x: Tensor, given: dict[str, Tensor | None], expected: dict[str, tuple[int, ...]]) -> None:

@@ -1,15 +1,21 @@
-"""The selective scan (S6): the public function, and the definition in plain PyTorch that every back end is held to."""
+"""The selective scan (S6)."""
 
 import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
-from .arguments import require_float, require_same_device
-from .linear_recurrence import linear_recurrence
-from .precision import without_autocast
+from .recurrence import linear_recurrence
+from .registration import Operator
+from .tensors import check_tensors
+
+# Per element and state: the exponential and its argument, the two products and the sum of the recurrence, and the
+# product and the sum that read it out: the count of the published tables.
+SCAN_FLOPS = 7
 
 
 def selective_scan(
@@ -52,56 +58,75 @@ def selective_scan(
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias)
     compute_dtype = torch.promote_types(u.dtype, torch.float32)
-
-    with without_autocast(u):
-        if backends.definition_serves(u):
-            return selective_scan_definition(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-
-        tokens = [u, delta, *_grouped(B, C, u), z]
-        same = all(x is None or x.dtype == u.dtype for x in tokens)
-        u_, delta_, B_, C_, z_ = (_as(x, u.dtype if same else compute_dtype) for x in tokens)
-        A_, D_, bias_ = (_as(x, compute_dtype) for x in (A, D, delta_bias))
-        out, last_state = torch.ops.spatial_mamba.selective_scan(u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus)
-        out = out if C is None else out.to(u.dtype)
-        return (out, last_state) if return_last_state else out
+    tokens = [u, delta, *_grouped(B, C, u), z]
+    same = all(x is None or x.dtype == u.dtype for x in tokens)
+    u_, delta_, B_, C_, z_ = (_as(x, u.dtype if same else compute_dtype) for x in tokens)
+    A_, D_, bias_ = (_as(x, compute_dtype) for x in (A, D, delta_bias))
+    out, last_state = SELECTIVE_SCAN(u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus)
+    out = out if C is None else out.to(u.dtype)
+    return (out, last_state) if return_last_state else out
 
 
-def selective_scan_definition(
+def reference(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
     B: Tensor,
-    C: Tensor | None = None,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition; arguments and result are those of ``selective_scan``, which checks them."""
-    compute_dtype = torch.promote_types(u.dtype, torch.float32)
-    tokens = u.to(compute_dtype)
-    step = delta.to(compute_dtype)
+    C: Tensor | None,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """The reference implementation: outputs (batch, dim, L), or states (batch, dim, N, L) without C; last states.
+
+    B and C are (batch, groups, N, L); A, D and delta_bias of the compute dtype.
+    """
+    tokens, dt = u.to(A.dtype), delta.to(A.dtype)
     if delta_bias is not None:
-        step = step + delta_bias.to(compute_dtype)[:, None]
+        dt = dt + delta_bias[:, None]
     if delta_softplus:
-        step = F.softplus(step)
+        dt = F.softplus(dt)
 
-    decays = torch.exp(step[:, :, None, 1:] * A.to(compute_dtype)[:, :, None])  # (batch, dim, N, L - 1)
-    inputs = (step * tokens)[:, :, None] * _per_channel(B, u.shape[1]).to(compute_dtype)  # (batch, dim, N, L)
+    decays = torch.exp(dt[:, :, None, 1:] * A[:, :, None])  # (batch, dim, N, L - 1)
+    inputs = (dt * tokens)[:, :, None] * _per_channel(B, u.shape[1]).to(A.dtype)  # (batch, dim, N, L)
     states = linear_recurrence(decays, inputs)
-
     if C is None:
-        out = states
-    else:
-        out = (states * _per_channel(C, u.shape[1]).to(compute_dtype)).sum(dim=2)  # (batch, dim, L)
-        if D is not None:
-            out = out + D.to(compute_dtype)[:, None] * tokens
-        if z is not None:
-            out = out * F.silu(z.to(compute_dtype))
-        out = out.to(u.dtype)
+        return states, states[..., -1]
+    out = (states * _per_channel(C, u.shape[1]).to(A.dtype)).sum(dim=2)  # (batch, dim, L)
+    if D is not None:
+        out = out + D[:, None] * tokens
+    if z is not None:
+        out = out * F.silu(z.to(A.dtype))
+    return out.to(u.dtype), states[..., -1]
 
-    return (out, states[..., -1]) if return_last_state else out
+
+def _forward(backend: ModuleType, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return backend.selective_scan(*arguments)
+
+
+def _backward(backend: ModuleType, *arguments: Any) -> Sequence[Tensor]:
+    return backend.selective_scan_backward(*arguments)
+
+
+def _fake(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(u) if C is not None else A.new_empty(*u.shape[:2], A.shape[1], u.shape[2])
+    return out, A.new_empty(*u.shape[:2], A.shape[1])
+
+
+def _flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any, **__: Any) -> int:
+    return SCAN_FLOPS * u[0] * u[2] * A[0] * A[1]
+
+
+SELECTIVE_SCAN = Operator(
+    "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus) -> (Tensor, Tensor)",
+    reference,
+    _forward,
+    _fake,
+    _backward,
+    flops=_flops,
+)
 
 
 def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -126,11 +151,7 @@ def _grouped(B: Tensor, C: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor | N
 
 
 def _per_channel(matrix: Tensor, dim: int) -> Tensor:
-    """Bring any accepted layout of B or C to one that broadcasts against (batch, dim, N, L)."""
-    if matrix.ndim == 2:  # (dim, N), the same for every token
-        return matrix[None, :, :, None]
-    if matrix.ndim == 3:  # (batch, N, L), the same for every channel
-        return matrix[:, None]
+    """Bring (batch, groups, N, L) to what broadcasts against (batch, dim, N, L)."""
     groups = matrix.shape[1]
     return matrix if groups == 1 else matrix.repeat_interleave(dim // groups, dim=1)
 
@@ -177,6 +198,4 @@ def _check_arguments(
                 f"{name} must be (dim, N) = {(dim, d_state)}, (batch, N, L) = {(batch, d_state, length)} or "
                 f"(batch, groups, N, L) with groups dividing {dim}, got {shape}"
             )
-    tensors = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    require_float(tensors)
-    require_same_device(tensors)
+    check_tensors(dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias))

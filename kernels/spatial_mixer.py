@@ -1,19 +1,22 @@
 """All of a Spatial-Mamba block between its two linear projections, in one operator."""
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
-from .arguments import require_float, require_same_device
-from .depthwise_conv import depthwise_conv_definition
-from .gated_norm import gated_norm_definition
-from .precision import without_autocast
-from .state_fusion import check_branches, check_dilations
-from .structure_aware_scan import structure_aware_scan_definition
-from .taps import merge_taps, split_taps, tap_offsets
+from .depthwise_conv import CONV_FLOPS, DEPTHWISE_CONV
+from .depthwise_conv import reference as conv_reference
+from .gated_norm import GATED_NORM
+from .gated_norm import reference as norm_reference
+from .registration import Operator
+from .state_fusion import check_branches, check_dilations, merge_taps, tap_offsets
+from .structure_aware_scan import CORE_TENSORS, STRUCTURE_AWARE_SCAN, flops_per_element
+from .structure_aware_scan import reference as core_reference
+from .tensors import at_token_stride, check_tensors
 
 
 def spatial_mixer(
@@ -88,51 +91,113 @@ def spatial_mixer(
     _check_arguments(xz, weights, kernels, alpha, taps, dilations, kernel_sizes)
     compute_dtype = torch.promote_types(xz.dtype, torch.float32)
 
-    with without_autocast(xz):
-        dtypes = {"projection_weight": xz.dtype}  # of a matrix product, which half-precision units are for
-        weights = {name: weight.to(dtypes.get(name, compute_dtype)) for name, weight in weights.items()}
-        if backends.definition_serves(xz):
-            if taps is not None:
-                kernels, alpha = split_taps(taps, kernel_sizes, dilations), taps.new_ones(len(dilations))
-            return _definition(xz, **weights, kernels=kernels, alpha=alpha, dilations=dilations, eps=eps)
-
-        if taps is None:
-            taps = merge_taps(kernels, alpha.to(compute_dtype), dilations)
-        weights["conv_weight"] = weights["conv_weight"].flatten(1)
-        out, *_ = torch.ops.spatial_mamba.spatial_mixer(
-            xz,
-            **{name: weight.contiguous() for name, weight in weights.items()},
-            taps=taps.to(compute_dtype).contiguous(),
-            offsets=tap_offsets(kernel_sizes, dilations),
-            eps=eps,
-        )
-        return out
+    dtypes = {"projection_weight": xz.dtype}  # of a matrix product, which half-precision units are for
+    weights["conv_weight"] = conv_weight.flatten(1)
+    weights = {name: weight.to(dtypes.get(name, compute_dtype)).contiguous() for name, weight in weights.items()}
+    if taps is None:
+        taps = merge_taps(kernels, alpha.to(compute_dtype), dilations)
+    norm = (weights.pop("norm_weight"), weights.pop("norm_bias"))
+    taps = taps.to(compute_dtype).contiguous()
+    return SPATIAL_MIXER(xz, *weights.values(), taps, *norm, list(kernel_sizes), list(dilations), eps)
 
 
-def _definition(
+def reference(
     xz: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
     projection_weight: Tensor,
-    step_weight: Tensor,
-    step_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    kernels: Sequence[Tensor],
-    alpha: Tensor,
-    dilations: Sequence[int],
-    eps: float,
-) -> Tensor:
-    """The definition: the operators one after the other; weights in the dtypes that they are computed with."""
-    compute_dtype = step_weight.dtype
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The reference implementation: the outputs, then u, projection, y and the states before each row.
+
+    conv_weight is (dim, 9), taps (T, dim). projection_weight is in the dtype of xz, all others in the compute dtype.
+    """
+    *core, norm_weight, norm_bias, sizes, dilations, eps = others
     x, gate = xz.chunk(2, dim=-1)
-    u = depthwise_conv_definition(x, conv_weight, conv_bias, "silu")
+    u = conv_reference(x, conv_weight, conv_bias, "silu")
     projection = F.linear(u, projection_weight)
-    core = (u.to(compute_dtype), projection.to(compute_dtype), step_weight, step_bias, A_log, D)
-    y = structure_aware_scan_definition(*core, kernels, alpha, dilations)
-    return gated_norm_definition(y, gate, norm_weight, norm_bias, eps)
+    y, row_states = core_reference(u, projection, *core, sizes, dilations, conv_weight.dtype)
+    return norm_reference(y, gate, norm_weight, norm_bias, eps), u, projection, y, row_states
+
+
+def _forward(
+    _: ModuleType, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *core, norm_weight, norm_bias, sizes, dilations, eps = others
+    x, gate = at_token_stride(xz).chunk(2, dim=-1)
+    u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
+    projection = u @ projection_weight.t()
+    y, row_states = STRUCTURE_AWARE_SCAN.run(u, projection, *core, sizes, dilations, conv_weight.dtype)
+    return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), u, projection, y, row_states
+
+
+def _backward(
+    _: ModuleType,
+    grad_out: Tensor,
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    projection_weight: Tensor,
+    *others: Any,
+) -> Sequence[Tensor]:
+    """Native backends write the halves of the first gradient where they belong."""
+    *core, norm_weight, norm_bias, u, projection, y, row_states, sizes, dilations, eps = others
+    x, gate = at_token_stride(xz).chunk(2, dim=-1)
+    grad_xz = xz.new_empty(xz.shape)
+    grad_x, grad_gate = grad_xz.chunk(2, dim=-1)
+
+    norm = (y, gate, norm_weight, norm_bias, eps)
+    grad_y, found, *norm_grads = GATED_NORM.run_backward(grad_out, *norm, grad_gate=grad_gate)
+    if found is not grad_gate:
+        grad_gate.copy_(found)
+    core = (u, projection, *core, row_states, sizes, dilations, y.dtype)
+    grad_u, grad_projection, *core_grads = STRUCTURE_AWARE_SCAN.run_backward(grad_y, *core)
+    del grad_y
+    flat = grad_projection.flatten(0, 2)
+    grad_u.flatten(0, 2).addmm_(flat, projection_weight)
+    grad_projection_weight = flat.t() @ u.flatten(0, 2)
+    found, *conv_grads = DEPTHWISE_CONV.run_backward(grad_u, x, conv_weight, conv_bias, "silu", grad_x=grad_x)
+    if found is not grad_x:
+        grad_x.copy_(found)
+    return grad_xz, *conv_grads, grad_projection_weight, *core_grads, *norm_grads
+
+
+def _fake(
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *image, channels = xz.shape
+    dim, compute = channels // 2, conv_weight
+    out, u = xz.new_empty(*image, dim), xz.new_empty(*image, dim)
+    projection = xz.new_empty(*image, projection_weight.shape[0])
+    return out, u, projection, compute.new_empty(*image, dim), compute.new_empty(*image[:2], dim)
+
+
+def _flops(
+    xz: Sequence[int],
+    conv_weight: Sequence[int],
+    conv_bias: Sequence[int],
+    projection_weight: Sequence[int],
+    step_weight: Sequence[int],
+    *others: Any,
+    **_: Any,
+) -> int:
+    taps = others[3]
+    per_element = CONV_FLOPS + 2 * projection_weight[0] + flops_per_element(step_weight[1], taps[0])
+    return xz[0] * xz[1] * xz[2] * conv_bias[0] * per_element
+
+
+SPATIAL_MIXER = Operator(
+    f"spatial_mixer(Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor projection_weight, {CORE_TENSORS}, "
+    "Tensor norm_weight, Tensor norm_bias, int[] sizes, int[] dilations, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference,
+    _forward,
+    _fake,
+    _backward,
+    kept=4,
+    flops=_flops,
+    served_as="structure_aware_scan",
+)
 
 
 def _check_arguments(
@@ -180,5 +245,4 @@ def _check_arguments(
                 f"dilations {tuple(dilations)}, got {tuple(taps.shape)}"
             )
         tensors = {**tensors, "taps": taps}
-    require_float(tensors)
-    require_same_device(tensors)
+    check_tensors(tensors)

@@ -1,17 +1,19 @@
 """The core of Spatial-Mamba, from tokens to tokens: selective scan, state fusion and read-out in one operator."""
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
-from .arguments import require_float, require_same_device
-from .precision import without_autocast
-from .selective_scan import selective_scan_definition
-from .state_fusion import check_branches, state_fusion_definition
-from .taps import merge_taps, tap_offsets
+from .registration import Operator
+from .selective_scan import SCAN_FLOPS
+from .selective_scan import reference as scan_reference
+from .state_fusion import check_branches, merge_taps, tap_offsets
+from .state_fusion import reference as fusion_reference
+from .tensors import check_tensors
 
 
 def structure_aware_scan(
@@ -26,10 +28,10 @@ def structure_aware_scan(
     dilations: Sequence[int] = (1, 3, 5),
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Scan the raster of tokens, fuse the states with their 2-D neighbours, read them out.
+    """Scan the tokens in row-major order, fuse the states with their 2-D neighbours, read them out.
 
     With ``r, B, C`` the channels of ``projection`` and ``delta = softplus(step_weight r + step_bias)``, over the
-    row-major raster ``h_t = exp(-delta_t exp(A_log)) h_(t-1) + delta_t B_t u_t`` from ``h = 0``; then
+    tokens in row-major order ``h_t = exp(-delta_t exp(A_log)) h_(t-1) + delta_t B_t u_t`` from ``h = 0``; then
     ``y = C state_fusion(h) + D u``. Computed in float32 (float64 for float64 input), also under autocast.
     The native forms keep the step and the states out of memory and recompute them for the gradients.
     Source: Xiao et al., "Spatial-Mamba", arXiv 2410.15091, section 4.1, with one state per channel.
@@ -56,49 +58,81 @@ def structure_aware_scan(
     """
     _check_arguments(u, projection, step_weight, step_bias, A_log, D, kernels, alpha, dilations, out_dtype)
     compute_dtype = torch.promote_types(u.dtype, torch.float32)
-    out_dtype = u.dtype if out_dtype is None else out_dtype
-
-    with without_autocast(u):
-        weights = [weight.to(compute_dtype) for weight in (step_weight, step_bias, A_log, D)]
-        if backends.definition_serves(u):
-            return structure_aware_scan_definition(
-                u.to(compute_dtype), projection.to(compute_dtype), *weights, kernels, alpha, dilations
-            ).to(out_dtype)
-
-        io_dtype = u.dtype if projection.dtype == u.dtype else compute_dtype
-        taps = merge_taps(kernels, alpha.to(compute_dtype), dilations)
-        offsets = tap_offsets([kernel.shape[-1] for kernel in kernels], dilations)
-        y, _ = torch.ops.spatial_mamba.structure_aware_scan(
-            u.to(io_dtype).contiguous(),
-            projection.to(io_dtype).contiguous(),
-            *(weight.contiguous() for weight in weights),
-            taps,
-            offsets,
-            out_dtype,
-        )
-        return y
+    io_dtype = u.dtype if projection.dtype == u.dtype else compute_dtype
+    weights = (weight.to(compute_dtype).contiguous() for weight in (step_weight, step_bias, A_log, D))
+    return STRUCTURE_AWARE_SCAN(
+        u.to(io_dtype).contiguous(),
+        projection.to(io_dtype).contiguous(),
+        *weights,
+        merge_taps(kernels, alpha.to(compute_dtype), dilations),
+        [kernel.shape[-1] for kernel in kernels],
+        list(dilations),
+        u.dtype if out_dtype is None else out_dtype,
+    )
 
 
-def structure_aware_scan_definition(
+def reference(
     u: Tensor,
     projection: Tensor,
     step_weight: Tensor,
     step_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
-    kernels: Sequence[Tensor],
-    alpha: Tensor,
+    taps: Tensor,
+    sizes: Sequence[int],
     dilations: Sequence[int],
-) -> Tensor:
-    """The definition: the two operators one after the other; all tensors of one dtype, shapes as above."""
-    height, width = u.shape[1:3]
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The reference implementation: scan, fusion and read-out; all weights in the compute dtype, taps (T, dim).
+
+    The second output, (batch, H, dim), are the states before the first token of each row.
+    """
+    u, projection = u.to(taps.dtype), projection.to(taps.dtype)
     r, B, C = projection.split([step_weight.shape[1], 1, 1], dim=-1)
-    raster = [x.flatten(1, 2).transpose(1, 2) for x in (u, F.linear(r, step_weight), B)]  # (batch, channels, L)
-    states = selective_scan_definition(
-        *raster[:2], -torch.exp(A_log)[:, None], raster[2], delta_bias=step_bias, delta_softplus=True
-    )
-    fused = state_fusion_definition(states.squeeze(2).unflatten(2, (height, width)), kernels, alpha, dilations)
-    return C * fused.permute(0, 2, 3, 1) + D * u
+    rows = [x.flatten(1, 2).transpose(1, 2) for x in (u, F.linear(r, step_weight), B)]  # (batch, channels, L)
+    A = -torch.exp(A_log)[:, None]
+    states, _ = scan_reference(*rows[:2], A, rows[2][:, None], None, None, None, step_bias, delta_softplus=True)
+    h = states.squeeze(2).unflatten(2, u.shape[1:3]).permute(0, 2, 3, 1)  # (batch, H, W, dim)
+    y = C * fusion_reference(h, taps, sizes, dilations) + D * u
+    return y.to(out_dtype), F.pad(h[:, :-1, -1], (0, 0, 1, 0))
+
+
+def _forward(backend: ModuleType, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, sizes, dilations, out_dtype = arguments
+    return backend.structure_aware_scan(*tensors, tap_offsets(sizes, dilations), out_dtype)
+
+
+def _backward(backend: ModuleType, *arguments: Any) -> Sequence[Tensor]:
+    *tensors, sizes, dilations, _ = arguments
+    return backend.structure_aware_scan_backward(*tensors, tap_offsets(sizes, dilations))
+
+
+def _fake(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    taps, out_dtype = others[5], others[-1]
+    return torch.empty_like(u, dtype=out_dtype), taps.new_empty(u.shape[0], u.shape[1], u.shape[3])
+
+
+def flops_per_element(rank: int, taps: int) -> int:
+    """FLOPs per token and channel, for a low-rank step of ``rank`` channels."""
+    return 2 * rank + SCAN_FLOPS + 2 * taps
+
+
+def _flops(u: Sequence[int], projection: Sequence[int], step_weight: Sequence[int], *others: Any, **_: Any) -> int:
+    return u[0] * u[1] * u[2] * u[3] * flops_per_element(step_weight[1], others[3][0])
+
+
+CORE_TENSORS = "Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, Tensor taps"
+# The backward pass recomputes each row of tokens from the state before it.
+STRUCTURE_AWARE_SCAN = Operator(
+    f"structure_aware_scan(Tensor u, Tensor projection, {CORE_TENSORS}, int[] sizes, int[] dilations, "
+    "ScalarType out_dtype) -> (Tensor, Tensor)",
+    reference,
+    _forward,
+    _fake,
+    _backward,
+    kept=1,
+    flops=_flops,
+)
 
 
 def _check_arguments(
@@ -132,7 +166,6 @@ def _check_arguments(
         u=u, projection=projection, step_weight=step_weight, step_bias=step_bias, A_log=A_log, D=D, alpha=alpha,
         **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)},
     )  # fmt: skip
-    require_float(tensors)
-    require_same_device(tensors)
+    check_tensors(tensors)
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype must be a floating-point type, got {out_dtype}")

@@ -1,4 +1,4 @@
-"""Every back end against the definition in float64: values, gradients, dtypes, layouts, and PyTorch's own machinery."""
+"""Every backend against the definition in float64: values, gradients, dtypes, layouts, and PyTorch's own machinery."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from spatial_mamba.kernels import (
     structure_aware_scan,
     use_backend,
 )
-from spatial_mamba.kernels.taps import merge_taps, tap_offsets
+from spatial_mamba.kernels.state_fusion import merge_taps
 
 gpu = pytest.mark.gpu
 COMPILED = [
@@ -40,7 +40,7 @@ HALF_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Forces a back end, and gives the device on which it runs."""
+    """Forces a backend, and gives the device on which it runs."""
     name, device = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -265,7 +265,7 @@ def assert_matches_definition(
     """Values and gradients are those of the definition in float64, as near as ``dtype`` allows.
 
     Activations are given in ``dtype``, weights in float32. At extreme steps float32 itself loses digits: there, the
-    back end may be off by as much as the definition in float32, four times over; in ``dtype``, if the definition too
+    backend may be off by as much as the definition in float32, four times over; in ``dtype``, if the definition too
     ``rounds_within``.
     """
     rounded = {name: t.to(dtype if name in ACTIVATIONS else torch.float32) for name, t in tensors.items()}
@@ -634,16 +634,15 @@ def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
         arguments = (*(tensors[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")), True)
     else:
         kernels = [tensors[f"kernel_{k}"] for k in range(3)]
-        fusion = (merge_taps(kernels, tensors["alpha"], (1, 3, 5)), tap_offsets((3, 3, 3), (1, 3, 5)))
+        taps, branches = merge_taps(kernels, tensors["alpha"], (1, 3, 5)), ([3, 3, 3], [1, 3, 5])
         if name == "state_fusion":
-            arguments = (tensors["h"].permute(0, 2, 3, 1).contiguous(), *fusion)
+            arguments = (tensors["h"].permute(0, 2, 3, 1).contiguous(), taps, *branches)
         elif name == "spatial_mixer":
             *weights, norm_weight, norm_bias = list(tensors.values())[:10]
-            taps, offsets = fusion
-            arguments = (*weights, taps, norm_weight, norm_bias, offsets, 1e-5)
+            arguments = (*weights, taps, norm_weight, norm_bias, *branches, 1e-5)
         else:
             names = ("u", "projection", "step_weight", "step_bias", "A_log", "D")
-            arguments = (*(tensors[k] for k in names), *fusion, torch.float32)
+            arguments = (*(tensors[k] for k in names), taps, *branches, torch.float32)
     return tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in arguments)
 
 
@@ -669,13 +668,13 @@ def test_backward_operators_pass_opcheck(backend: torch.device, name: str) -> No
         arguments = [outputs, *arguments]
     else:
         y, row_states = outputs
-        arguments = [y, *arguments[:7], row_states, arguments[7]]
+        arguments = [y, *arguments[:7], row_states, *arguments[7:]]
     opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_run_without_any_native_code(name: str) -> None:
-    """A graph recorded where a native back end was still runs, and trains, where none is."""
+    """A graph recorded where a native backend was still runs, and trains, where none is."""
     with use_backend("torch"):
         opcheck(getattr(torch.ops.spatial_mamba, name).default, operator_arguments(name, torch.device("cpu")))
 
@@ -857,11 +856,11 @@ def test_what_cuda_lacks_is_served_by_triton(monkeypatch: pytest.MonkeyPatch) ->
 
     missing["triton"] = "Triton is not installed"
     monkeypatch.setattr(backends, "_required", True)
-    with pytest.raises(RuntimeError, match="REQUIRE_NATIVE=1, but the triton back end cannot be used: Triton is not"):
+    with pytest.raises(RuntimeError, match="REQUIRE_NATIVE=1, but the triton backend cannot be used: Triton is not"):
         serving("gated_norm")
     with (
         use_backend("cuda"),
-        pytest.raises(RuntimeError, match="REQUIRE_NATIVE=1, but the triton back end cannot be used"),
+        pytest.raises(RuntimeError, match="REQUIRE_NATIVE=1, but the triton backend cannot be used"),
     ):
         serving("gated_norm")
     monkeypatch.setattr(backends, "_required", False)

@@ -14,7 +14,7 @@ from spatial_mamba.kernels import gpu_check
 from spatial_mamba.kernels.benchmark import competitors, measure, options, report, trial
 from spatial_mamba.kernels.benchmark.__main__ import main
 from spatial_mamba.kernels.benchmark.cases import Case, all_cases
-from spatial_mamba.kernels.taps import merge_taps, tap_offsets
+from spatial_mamba.kernels.state_fusion import merge_taps
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -56,26 +56,26 @@ def test_states_are_counted_in_the_dtype_they_come_in() -> None:
 @by_operator
 def test_operations_are_those_of_the_flop_formulas(case: Case) -> None:
     inputs = {name: x.to("meta") for name, x in case.inputs(CPU, torch.float32).items()}
-    operators, offsets = torch.ops.spatial_mamba, tap_offsets([3, 3, 3], [1, 3, 5])
+    operators, branches = torch.ops.spatial_mamba, ([3, 3, 3], [1, 3, 5])
     kernels = [x for name, x in inputs.items() if name.startswith("kernel_")]
     with FlopCounterMode(display=False) as counter:
         if case.operator == "core":
             names = ("u", "projection", "step_weight", "step_bias", "A_log", "D")
             taps = merge_taps(kernels, inputs["alpha"], [1, 3, 5])
-            operators.structure_aware_scan(*(inputs[name] for name in names), taps, offsets, torch.float32)
+            operators.structure_aware_scan(*(inputs[name] for name in names), taps, *branches, torch.float32)
         elif case.operator == "mixer":
             taps = merge_taps(kernels, inputs["alpha"], [1, 3, 5])
             conv = (inputs["conv_weight"].flatten(1), inputs["conv_bias"])
             core = (inputs[name] for name in ("projection_weight", "step_weight", "step_bias", "A_log", "D"))
             norm = (inputs["norm_weight"], inputs["norm_bias"])
-            operators.spatial_mixer(inputs["xz"], *conv, *core, taps, *norm, offsets, 1e-5)
+            operators.spatial_mixer(inputs["xz"], *conv, *core, taps, *norm, *branches, 1e-5)
         elif case.operator in ("conv", "position"):
             operators.depthwise_conv(inputs["x"], inputs["conv_weight"].flatten(1), inputs["conv_bias"], "silu")
         elif case.operator == "norm":
             operators.gated_norm(*inputs.values(), 1e-5)
         elif case.operator == "fusion":
             taps = merge_taps(kernels, inputs["alpha"], [1, 3, 5])
-            operators.state_fusion(inputs["h"].permute(0, 2, 3, 1), taps, offsets)
+            operators.state_fusion(inputs["h"].permute(0, 2, 3, 1), taps, *branches)
         else:
             u, delta, A, B, C, D, z, bias = (
                 inputs.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")

@@ -1,4 +1,4 @@
-"""Building, checking and loading the native libraries, and the report of the back ends."""
+"""Building, checking and loading the native libraries, and the report of the backends."""
 
 import ctypes
 import functools
@@ -479,7 +479,7 @@ def test_a_missing_library_is_hinted_at_once_or_is_an_error(monkeypatch: pytest.
 
     monkeypatch.setattr(backends, "_required", True)
     for function in (scan, torch.compile(scan, backend="eager")):
-        with pytest.raises(RuntimeError, match=r"REQUIRE_NATIVE=1, but the cpu back end cannot be used: not built"):
+        with pytest.raises(RuntimeError, match=r"REQUIRE_NATIVE=1, but the cpu backend cannot be used: not built"):
             function()
     with use_backend("torch"):  # asked for by name
         scan()
@@ -544,7 +544,7 @@ def test_native_code_required_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith(
-        "RuntimeError: SPATIAL_MAMBA_REQUIRE_NATIVE=1, but the cpu back end cannot be used: not built"
+        "RuntimeError: SPATIAL_MAMBA_REQUIRE_NATIVE=1, but the cpu backend cannot be used: not built"
     )
     assert native.BUILD_COMMAND in last
     assert "error: SPATIAL_MAMBA_REQUIRE_NATIVE=1" in result.stdout
@@ -606,7 +606,7 @@ def test_the_report_shows_a_librarys_facts_and_a_forced_back_end(
     with use_backend("cuda"):
         text = command.report()
     assert text.splitlines()[1].split()[:5] == ["cpu", "error", "error", "error", "error"]
-    assert "error: the back end 'cuda' is forced, but cannot be used" in text
+    assert "error: the backend 'cuda' is forced, but cannot be used" in text
     assert f"compilers: {native.read_facts('cpu')['compilers']}" in text
     assert "forced by the environment: SPATIAL_MAMBA_BACKEND=cuda" in text
 

@@ -18,8 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from spatial_mamba.kernels import build, definitions
-from spatial_mamba.kernels.taps import tap_offsets
+from spatial_mamba.kernels import build, use_backend
+from spatial_mamba.kernels.registration import Operator
+from spatial_mamba.kernels.selective_scan import SELECTIVE_SCAN
+from spatial_mamba.kernels.state_fusion import STATE_FUSION, tap_offsets
+from spatial_mamba.kernels.structure_aware_scan import STRUCTURE_AWARE_SCAN
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "kernels" / "csrc" / "cuda"
@@ -29,8 +32,9 @@ TORCH = Path(torch.__file__).parent
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ROUNDING = {F32: 3e-6, BF16: 2**-8, F16: 2**-11}  # of the result's dtype, relative to its largest magnitude
-PUBLISHED = tap_offsets((3, 3, 3), (1, 3, 5))
-OTHER_KERNELS = tap_offsets((5, 3), (2, 7))
+Branches = tuple[Sequence[int], Sequence[int]]  # sizes and dilations of the fusion kernels
+PUBLISHED: Branches = ((3, 3, 3), (1, 3, 5))
+OTHER_KERNELS: Branches = ((5, 3), (2, 7))
 
 
 def compiler() -> str:
@@ -87,21 +91,25 @@ def on_tensors(function: Callable[[Tensor], Tensor], arguments: Sequence[Any]) -
     return [function(x) if isinstance(x, Tensor) else x for x in arguments]
 
 
-def assert_matches_definition(operators: Any, name: str, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The emulated operator gives what the definition gives in float64, up to the rounding of its result."""
-    results = getattr(operators, name)(*on_tensors(guarded, arguments))
-    expected = getattr(definitions, name)(*on_tensors(Tensor.double, arguments))
+def assert_matches_reference(
+    operators: Any, operator: Operator, arguments: Sequence[Any], backward: bool = False
+) -> tuple[Tensor, ...]:
+    """The emulated operator gives what the reference implementation gives in float64, up to the result's rounding."""
+    emulated = operator.backward if backward else operator.forward
+    results = emulated(operators, *on_tensors(guarded, arguments))
+    with use_backend("torch"):
+        expected = (operator.run_backward if backward else operator.run)(*on_tensors(Tensor.double, arguments))
     if isinstance(results, Tensor):
         results, expected = (results,), (expected,)
     storages = {result.untyped_storage()._cdata for result in results}
     assert len(storages) == len(results), "torch.library wants outputs that share no memory"
     for i, (result, wanted) in enumerate(zip(results, expected, strict=True)):
-        assert result.shape == wanted.shape, f"result {i} of {name}"
+        assert result.shape == wanted.shape, f"result {i} of {operator.name}"
         if result.numel() == 0:
             continue
         error = (result.double() - wanted.double()).abs().max().item()
         bound = ROUNDING[result.dtype] * wanted.double().abs().max().item()
-        assert error <= bound, f"result {i} of {name} is off by {error:.3g}, allowed are {bound:.3g}"
+        assert error <= bound, f"result {i} of {operator.name} is off by {error:.3g}, allowed are {bound:.3g}"
     return tuple(results)
 
 
@@ -112,26 +120,31 @@ def random_normal(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 # --- The operators ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offsets", [PUBLISHED, OTHER_KERNELS], ids=["dilations 1-3-5", "other kernels"])
+@pytest.mark.parametrize("branches", [PUBLISHED, OTHER_KERNELS], ids=["dilations 1-3-5", "other kernels"])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("shape", [(2, 7, 9, 40), (1, 1, 1, 3), (1, 3, 2, 33)], ids=str)
-def test_state_fusion(operators: Any, shape: tuple[int, ...], dtype: torch.dtype, offsets: list[int]) -> None:
+def test_state_fusion(operators: Any, shape: tuple[int, ...], dtype: torch.dtype, branches: Branches) -> None:
     torch.manual_seed(0)
-    h, taps = random_normal(*shape, dtype=dtype), random_normal(len(offsets) // 2, shape[-1])
-    assert_matches_definition(operators, "state_fusion", (h, taps, offsets))
-    assert_matches_definition(operators, "state_fusion_backward", (torch.randn_like(h), h, taps, offsets))
+    h, taps = random_normal(*shape, dtype=dtype), random_normal(number_of_taps(branches), shape[-1])
+    assert_matches_reference(operators, STATE_FUSION, (h, taps, *branches))
+    assert_matches_reference(operators, STATE_FUSION, (torch.randn_like(h), h, taps, *branches), backward=True)
 
 
-def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, offsets: list[int]) -> list[Any]:
+def number_of_taps(branches: Branches) -> int:
+    return len(tap_offsets(*branches)) // 2
+
+
+def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, branches: Branches) -> list[Any]:
+    """All but the dtype of the outputs."""
     *image, dim = shape
     u, projection = random_normal(*shape, dtype=dtype), random_normal(*image, rank + 2, dtype=dtype)
     step_weight, step_bias = random_normal(dim, rank) / rank**0.5, random_normal(dim) - 2
     return [u, projection, step_weight, step_bias, 0.5 * random_normal(dim), random_normal(dim),
-            random_normal(len(offsets) // 2, dim), offsets]  # fmt: skip
+            random_normal(number_of_taps(branches), dim), *branches]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("shape", "rank", "dtype", "out_dtype", "offsets"),
+    ("shape", "rank", "dtype", "out_dtype", "branches"),
     [
         pytest.param((2, 7, 9, 40), 3, F32, F32, PUBLISHED, id="small"),
         pytest.param((1, 13, 14, 32), 4, BF16, F32, PUBLISHED, id="as in the model"),
@@ -148,19 +161,19 @@ def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, offsets:
     ],
 )
 def test_structure_aware_scan(
-    operators: Any, shape: Sequence[int], rank: int, dtype: torch.dtype, out_dtype: torch.dtype, offsets: list[int]
+    operators: Any, shape: Sequence[int], rank: int, dtype: torch.dtype, out_dtype: torch.dtype, branches: Branches
 ) -> None:
     torch.manual_seed(0)
-    *tensors, _ = arguments = core_arguments(shape, rank, dtype, offsets)
+    *tensors, _, _ = arguments = core_arguments(shape, rank, dtype, branches)
     if 0 in shape:
-        y, row_states = operators.structure_aware_scan(*arguments, out_dtype)
-        gradients = operators.structure_aware_scan_backward(y, *tensors, row_states, offsets)
+        y, row_states = STRUCTURE_AWARE_SCAN.forward(operators, *arguments, out_dtype)
+        gradients = STRUCTURE_AWARE_SCAN.backward(operators, y, *tensors, row_states, *branches, out_dtype)
         assert all(torch.equal(grad, torch.zeros_like(x)) for grad, x in zip(gradients, tensors, strict=True))
         return
-    _, row_states = assert_matches_definition(operators, "structure_aware_scan", (*arguments, out_dtype))
+    _, row_states = assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, (*arguments, out_dtype))
     grad_y = random_normal(*shape, dtype=out_dtype)
-    backward = (grad_y, *tensors, row_states, offsets)
-    assert_matches_definition(operators, "structure_aware_scan_backward", backward)
+    backward = (grad_y, *tensors, row_states, *branches, out_dtype)
+    assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, backward, backward=True)
 
 
 def test_extreme_steps(operators: Any) -> None:
@@ -168,9 +181,9 @@ def test_extreme_steps(operators: Any) -> None:
     torch.manual_seed(0)
     arguments = core_arguments((1, 6, 6, 32), 2, F32, PUBLISHED)
     arguments[3] = torch.tensor([-1e4, -90, -20, -3, 0, 20, 100, 1e4]).repeat(4)
-    _, row_states = assert_matches_definition(operators, "structure_aware_scan", (*arguments, F32))
-    backward = (torch.randn_like(arguments[0]), *arguments[:-1], row_states, PUBLISHED)
-    assert_matches_definition(operators, "structure_aware_scan_backward", backward)
+    _, row_states = assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, (*arguments, F32))
+    backward = (torch.randn_like(arguments[0]), *arguments[:-2], row_states, *PUBLISHED, F32)
+    assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, backward, backward=True)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +211,9 @@ def test_selective_scan(
     B = random_normal(batch, groups, states, length, dtype=dtype)
     A = -0.5 - torch.rand(dim, states)
     arguments = (u.clone(), delta.clone() if softplus else delta.abs(), A, B, C, D, z, delta_bias, softplus)
-    out, last_state = assert_matches_definition(operators, "selective_scan", arguments)
+    out, last_state = assert_matches_reference(operators, SELECTIVE_SCAN, arguments)
     grads = (torch.randn_like(out), torch.randn_like(last_state))
-    assert_matches_definition(operators, "selective_scan_backward", (*grads, *arguments))
+    assert_matches_reference(operators, SELECTIVE_SCAN, (*grads, *arguments), backward=True)
 
 
 def test_selective_scan_of_many_sequences(operators: Any) -> None:
@@ -210,16 +223,17 @@ def test_selective_scan_of_many_sequences(operators: Any) -> None:
     u, B, C = random_normal(batch, dim, 1), random_normal(batch, groups, 1, 1), random_normal(batch, groups, 1, 1)
     arguments = (u, u.abs(), -torch.ones(dim, 1), B, C, None, None, None, False)
     grads = (torch.randn_like(u), torch.randn(batch, dim, 1))
-    assert_matches_definition(operators, "selective_scan_backward", (*grads, *arguments))
+    assert_matches_reference(operators, SELECTIVE_SCAN, (*grads, *arguments), backward=True)
 
 
 def test_order_of_threads_does_not_matter(operators: Any) -> None:
     torch.manual_seed(0)
-    *tensors, offsets = arguments = core_arguments((2, 9, 11, 40), 2, F32, PUBLISHED)
+    *tensors, _, _ = arguments = core_arguments((2, 9, 11, 40), 2, F32, PUBLISHED)
     results = []
     for _ in range(3):  # each in another order
-        y, row_states = operators.structure_aware_scan(*arguments, F32)
-        results.append((y, row_states, *operators.structure_aware_scan_backward(y, *tensors, row_states, offsets)))
+        y, row_states = STRUCTURE_AWARE_SCAN.forward(operators, *arguments, F32)
+        backward = (y, *tensors, row_states, *PUBLISHED, F32)
+        results.append((y, row_states, *STRUCTURE_AWARE_SCAN.backward(operators, *backward)))
     for others in results[1:]:
         assert all(torch.equal(first, other) for first, other in zip(results[0], others, strict=True))
 

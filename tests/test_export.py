@@ -20,7 +20,7 @@ from spatial_mamba.classification.export.check import fixed_images, largest_diff
 from spatial_mamba.classification.export.form import export_form, softplus
 from spatial_mamba.classification.export.onnx_file import onnx_facts, onnx_function
 from spatial_mamba.kernels import use_backend
-from spatial_mamba.kernels.linear_recurrence import LARGEST_BLOCK, _block_sizes, linear_recurrence, scan_in_blocks
+from spatial_mamba.kernels.recurrence import LARGEST_BLOCK, _block_sizes, linear_recurrence, scan_in_blocks
 
 MICRO = dict(dims=8, depths=(1, 1), num_classes=5)
 ODD, WIDE = (33, 47), (64, 96)

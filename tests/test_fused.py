@@ -22,13 +22,12 @@ from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
 from spatial_mamba.classification.models import fused
 from spatial_mamba.classification.models.complexity import count_flops
 from spatial_mamba.kernels import use_backend
-from spatial_mamba.kernels.backends import definition_serves
-from spatial_mamba.kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp
-from spatial_mamba.kernels.packing import unpack_weight
+from spatial_mamba.kernels.backends import reference_serves
+from spatial_mamba.kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
 
 from .test_models import GOLDEN, assert_near, filled_classifier, golden_fill, images, micro_backbone
 
-packing = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="needs the cpu back end's matrix products")
+packing = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="needs the cpu backend's matrix products")
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +242,7 @@ def convolves_in_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@pytest.mark.skipif(definition_serves(torch.zeros(())), reason="the definition permutes and copies")
+@pytest.mark.skipif(reference_serves(torch.zeros(())), reason="the definition permutes and copies")
 @pytest.mark.parametrize(
     ("mode", "autocast"),
     [("inference", False), ("inference", True), ("training", False), ("training", True), ("fused", False)],
@@ -394,9 +393,9 @@ def test_flops_of_packed_layers() -> None:
 def test_packed_operators_pass_opcheck() -> None:
     x, weight, ones = torch.randn(3, 64), pack_weight(torch.randn(64, 64)), torch.ones(64)
     checks = ("test_schema", "test_faketensor")
-    linear = (x, weight, 64, ones, ones, ones, 1e-5, False, x)
+    linear = (x, weight, ones, ones, ones, x, 64, 1e-5, False)
     torch.library.opcheck(torch.ops.spatial_mamba.packed_linear.default, linear, test_utils=checks)
-    mlp = (x, ones, ones, 1e-5, weight, ones, weight, ones)
+    mlp = (x, ones, ones, weight, ones, weight, ones, 1e-5)
     torch.library.opcheck(torch.ops.spatial_mamba.packed_mlp.default, mlp, test_utils=checks)
 
 

@@ -22,8 +22,8 @@ from spatial_mamba.kernels import (
     structure_aware_scan,
     use_backend,
 )
-from spatial_mamba.kernels.linear_recurrence import _operator, _scan_pairwise, linear_recurrence
-from spatial_mamba.kernels.taps import merge_taps, split_taps, tap_offsets
+from spatial_mamba.kernels.recurrence import _operator, _scan_pairwise, linear_recurrence
+from spatial_mamba.kernels.state_fusion import merge_taps, split_taps, tap_offsets
 
 BATCH, DIM = 2, 4
 SHORT, LONG = (1, 7), (64, 1000, 3136)
@@ -38,7 +38,7 @@ half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], i
 
 @pytest.fixture(autouse=True)
 def definition() -> Iterator[None]:
-    """What the back ends are compared with elsewhere is what is tested here."""
+    """What the backends are compared with elsewhere is what is tested here."""
     with use_backend("torch"):
         yield
 

@@ -32,7 +32,7 @@ from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
 from spatial_mamba.classification.export.form import export_form
 from spatial_mamba.classification.models import WeightsError
 from spatial_mamba.kernels import selective_scan, state_fusion, use_backend
-from spatial_mamba.kernels.backends import definition_serves
+from spatial_mamba.kernels.backends import reference_serves
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
@@ -242,7 +242,7 @@ class RecordMixers(TorchDispatchMode):
 
 
 needs_native_mixer = pytest.mark.skipif(
-    definition_serves(torch.zeros(())), reason="the definition serves here: there is no operator to look into"
+    reference_serves(torch.zeros(())), reason="the definition serves here: there is no operator to look into"
 )
 
 

@@ -76,7 +76,7 @@ def main() -> None:
 def launch_all() -> None:
     """Every operator forward and backward; what the tensors hold does not matter."""
     from spatial_mamba.kernels import triton
-    from spatial_mamba.kernels.taps import tap_offsets
+    from spatial_mamba.kernels.state_fusion import tap_offsets
 
     offsets = tap_offsets((3, 3, 3), (1, 3, 5))
     dim, rank, taps = 64, 4, torch.empty(len(offsets) // 2, 64)

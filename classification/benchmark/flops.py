@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels import use_backend
-from ...kernels.operators import SCAN_FLOPS
+from ...kernels.selective_scan import SCAN_FLOPS
 
 
 def forward_flops(model: nn.Module, resolution: int) -> int:

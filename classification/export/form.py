@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.linear_recurrence import scan_in_blocks
+from ...kernels.recurrence import scan_in_blocks
 from ..models.spatial_mamba import (
     ConvLayer,
     DepthwiseConv,

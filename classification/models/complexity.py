@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import use_backend
-from ...kernels.operators import SCAN_FLOPS
+from ...kernels.selective_scan import SCAN_FLOPS
 
 
 def count_parameters(model: nn.Module) -> int:

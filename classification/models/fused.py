@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import backends, spatial_mixer
-from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp
-from ...kernels.packing import unpack_weight
-from ...kernels.taps import merge_taps
+from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
+from ...kernels.state_fusion import merge_taps
 
 # Of the widest activations at once, where they go through memory: few enough for a CPU's cache, and for large images.
 HIDDEN_BYTES = {"cpu": 2**23, "cuda": 2**28}

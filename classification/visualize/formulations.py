@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.taps import merge_taps, tap_offsets
+from ...kernels.state_fusion import merge_taps, tap_offsets
 from .layers import ScanLayer
 
 LINEAR_ATTENTION, MAMBA, SPATIAL_MAMBA = FORMULATIONS = ("linear attention", "Mamba", "Spatial-Mamba")

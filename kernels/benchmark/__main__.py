@@ -1,4 +1,4 @@
-"""Time the operators of Spatial-Mamba: every back end present, beside the published formulations in PyTorch.
+"""Time the operators of Spatial-Mamba: every backend present, beside the published formulations in PyTorch.
 
 Prints tables, and writes benchmark.json, benchmark.txt and roofline.png.
 """

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..operators import CONV_FLOPS, SCAN_FLOPS
-from ..taps import tap_offsets
+from ..depthwise_conv import CONV_FLOPS
+from ..selective_scan import SCAN_FLOPS
+from ..state_fusion import tap_offsets
 from .measure import TRAINING_PASSES
 
 DILATIONS = (1, 3, 5)

@@ -1,4 +1,4 @@
-"""Who is timed: the back ends, the compiled definition, and the published formulations in PyTorch.
+"""Who is timed: the backends, the compiled definition, and the published formulations in PyTorch.
 
 All take the inputs of a case by name and give its output, of the same shapes. A planar competitor gets its tokens in
 memory that runs over the image within each channel, (batch, dim, H, W), as the published code keeps them, so that it
@@ -29,7 +29,7 @@ Call = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Competitor:
-    """A function to time, and the back end that serves the operators in it."""
+    """A function to time, and the backend that serves the operators in it."""
 
     name: str
     function: Callable[..., Tensor]
@@ -70,7 +70,7 @@ def definition(case: Case) -> Competitor:
 
 
 def native(case: Case, names: Iterable[str]) -> list[Competitor]:
-    """One competitor per back end that has kernels for the case."""
+    """One competitor per backend that has kernels for the case."""
     return [Competitor(name, _OPERATORS[case.operator], name) for name in names if has_kernels(name, case)]
 
 
@@ -108,12 +108,12 @@ def published(case: Case, device: torch.device, dtype: torch.dtype) -> list[Comp
 
 
 def has_kernels(backend: str, case: Case) -> bool:
-    """Whether a back end serves the operator itself: what CUDA lacks would be Triton's under another name."""
+    """Whether a backend serves the operator itself: what CUDA lacks would be Triton's under another name."""
     return backend != "cuda" or case.operator not in ("conv", "position", "norm")
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why a back end cannot be timed here, or None if it can."""
+    """The reason why a backend cannot be timed here, or None if it can."""
     if backend == "triton" and device.type == "cpu":
         return "Triton runs on the CPU only in its interpreter, which is for tests"
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

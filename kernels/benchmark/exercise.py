@@ -46,7 +46,7 @@ def exercise(case: Case, backend: str, device: torch.device, dtype: torch.dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exercise back ends; 0, or 1 if one is absent or wrong, or 2 without the device."""
+    """Exercise backends; 0, or 1 if one is absent or wrong, or 2 without the device."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backends", nargs="+", choices=backends.BACKENDS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

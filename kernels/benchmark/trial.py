@@ -31,7 +31,7 @@ class Choices:
     seconds: float = 5.0  # per case, dtype and mode
 
     def absent(self, dtype: torch.dtype) -> dict[str, str]:
-        """The chosen back ends that cannot be timed, with the reason."""
+        """The chosen backends that cannot be timed, with the reason."""
         reasons = {name: competitors.why_not(name, self.device, dtype) for name in self.backends}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 

@@ -1,7 +1,7 @@
-"""The back end "triton": the operators as Triton kernels, for GPUs, and for the CPU in Triton's interpreter.
+"""The backend "triton": the operators as Triton kernels, for GPUs, and for the CPU in Triton's interpreter.
 
-Shapes, dtypes and the order of arguments are those of ``kernels/operators/``. No kernel adds atomically, so that
-results are the same from run to run.
+The modules of the operators call these functions with shapes and dtypes as their reference implementations have them.
+No kernel adds atomically, so that results are the same from run to run.
 """
 
 from .depthwise_conv import depthwise_conv, depthwise_conv_backward

@@ -1,4 +1,4 @@
-"""First-order linear recurrence as a work-efficient parallel scan: an operator, and a form for exported graphs."""
+"""The first-order linear recurrence as a work-efficient parallel scan, and in a form for exported graphs."""
 
 import math
 from collections.abc import Sequence
