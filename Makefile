@@ -52,7 +52,7 @@ docs: .venv/ready
 
 # Redraw the README's figure.
 figure: .venv/ready
-	$(BIN)/python -m spatial_mamba.classification.models.overview
+	$(BIN)/python tests/overview.py
 
 # Make the wheel of a release, with a CPU library for each PyTorch release. It downloads all of them, unless
 # WHEEL_PYTHONS names the interpreters of environments that hold them.

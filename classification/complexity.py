@@ -8,7 +8,7 @@ import torch
 
 from .config import load_config
 from .errors import InputError
-from .models.complexity import count_flops, count_parameters
+from .models.flops import count_flops, count_parameters
 from .trainer import build_model
 
 

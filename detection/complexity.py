@@ -11,7 +11,7 @@ SIZE = (800, 1280)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit status."""
-    return run_command("mmdet", "detection.openmmlab.complexity", "print_table", "mmdet", __doc__, RECIPES, SIZE, argv)
+    return run_command("mmdet", "detection.openmmlab.flops_table", "print_table", "mmdet", __doc__, RECIPES, SIZE, argv)
 
 
 if __name__ == "__main__":

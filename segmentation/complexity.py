@@ -11,7 +11,7 @@ SIZE = (512, 2048)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit status."""
-    return run_command("mmseg", "detection.openmmlab.complexity", "print_table", "mmseg", __doc__, RECIPES, SIZE, argv)
+    return run_command("mmseg", "detection.openmmlab.flops_table", "print_table", "mmseg", __doc__, RECIPES, SIZE, argv)
 
 
 if __name__ == "__main__":

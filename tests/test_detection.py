@@ -22,13 +22,13 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as rle
 from torch import nn
 
-from spatial_mamba.classification.models.complexity import count_parameters
+from spatial_mamba.classification.models.flops import count_parameters
 from spatial_mamba.classification.models.weights import WeightsError
 from spatial_mamba.detection import complexity
 from spatial_mamba.detection.__main__ import main
 from spatial_mamba.detection.openmmlab import inference
 from spatial_mamba.detection.openmmlab.checkpoints import check_fit
-from spatial_mamba.detection.openmmlab.complexity import build_model
+from spatial_mamba.detection.openmmlab.flops_table import build_model
 from spatial_mamba.detection.openmmlab.tools import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "detection"

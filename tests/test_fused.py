@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
 from spatial_mamba.classification.models import fused
-from spatial_mamba.classification.models.complexity import count_flops
+from spatial_mamba.classification.models.flops import count_flops
 from spatial_mamba.kernels import use_backend
 from spatial_mamba.kernels.backends import reference_serves
 from spatial_mamba.kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight

@@ -18,7 +18,7 @@ from spatial_mamba.classification.benchmark.command import Table
 from spatial_mamba.classification.config import load_config
 from spatial_mamba.classification.data import build_transform
 from spatial_mamba.classification.models import SpatialMamba
-from spatial_mamba.classification.models.complexity import count_flops
+from spatial_mamba.classification.models.flops import count_flops
 from spatial_mamba.classification.optim import build_optimizer
 from spatial_mamba.classification.trainer import build_model
 from spatial_mamba.kernels.benchmark import measure

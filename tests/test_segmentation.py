@@ -18,9 +18,9 @@ from mmseg.datasets import ADE20KDataset
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from spatial_mamba.classification.models.complexity import count_parameters
+from spatial_mamba.classification.models.flops import count_parameters
 from spatial_mamba.detection.openmmlab import tools
-from spatial_mamba.detection.openmmlab.complexity import build_model
+from spatial_mamba.detection.openmmlab.flops_table import build_model
 from spatial_mamba.detection.openmmlab.packages import SetupError
 from spatial_mamba.detection.openmmlab.tools import _keep_total_batch, _move_data, load_config
 from spatial_mamba.segmentation import complexity

@@ -38,7 +38,7 @@ from spatial_mamba.classification.models.trained import load_classifier
 from spatial_mamba.classification.models.weights import load_strictly, read_checkpoint, state_dict_of
 from spatial_mamba.classification.visualize import command as visualize_command
 from spatial_mamba.classification.weight_files import command
-from spatial_mamba.classification.weight_files.verification import fixed_image, outputs_digest, weights_digest
+from spatial_mamba.classification.weight_files.verification import fixed_image, weights_digest
 
 MICRO = dict(dims=8, depths=(1, 1, 1, 1), num_classes=5)
 Capture = pytest.CaptureFixture[str]
@@ -501,21 +501,22 @@ def test_verification_knows_weights_whatever_file_they_lie_in(files: Path, tmp_p
     for path in (files / "published.pth", files / "bare.pth", tmp_path / "model.safetensors"):
         capsys.readouterr()
         assert run("verify", path) == 0
-        digests.append([line.split()[2] for line in capsys.readouterr().out.splitlines() if "sha256" in line])
-    assert digests[0] == digests[1] == digests[2]
-    with torch.no_grad():
-        logits = classifier().double()(fixed_image(3))
-    assert digests[0][1] == outputs_digest((logits,)) == outputs_digest((logits * (1 + 1e-12),))
+        _, digest, logits = capsys.readouterr().out.splitlines()
+        digests.append(digest.removeprefix("weights  sha256 "))
+        with torch.no_grad():
+            largest = classifier().double()(fixed_image(3)).max().item()
+        assert logits.startswith("largest logits of the fixed image (224x224): class ")
+        assert f"{largest:.6g}," in logits
+    assert digests == [weights_digest(classifier().state_dict())] * 3
 
-    capsys.readouterr()
-    assert run("verify", files / "published.pth", "--ema", "--expect", digests[0][1]) == 2
-    assert "the digest of its outputs is" in capsys.readouterr().err
-    assert run("verify", files / "published.pth", "--expect", digests[0][1][:12].upper()) == 0
+    assert run("verify", files / "published.pth", "--ema", "--expect", digests[0]) == 2
+    assert "the digest of its weights is" in capsys.readouterr().err
+    assert run("verify", files / "published.pth", "--expect", digests[0][:12].upper()) == 0
     assert run("verify", files / "detector.pth") == 0  # its backbone
     capsys.readouterr()
     torch.save(classifier(num_classes=0).state_dict(), tmp_path / "headless.pth")
     assert run("verify", tmp_path / "headless.pth") == 0
-    assert "top-5" not in capsys.readouterr().out
+    assert "largest logits" not in capsys.readouterr().out
     diverged = {name: t * math.nan if t.is_floating_point() else t for name, t in classifier().state_dict().items()}
     torch.save(diverged, tmp_path / "diverged.pth")
     assert run("verify", tmp_path / "diverged.pth") == 2
@@ -717,7 +718,7 @@ def test_every_command_gives_help_without_what_only_posix_has() -> None:
                 delattr(module, name)
         commands = "checkpoint export visualize kernels kernels.benchmark kernels.benchmark.exercise kernels.gpu_check"
         commands += " classification.main classification.digits classification.complexity classification.benchmark"
-        commands += " classification.export.benchmark classification.models.overview"
+        commands += " classification.export.benchmark"
         commands += "".join(f" classification.benchmark.{n}" for n in ("budget", "loading", "memory", "scaling"))
         if openmmlab:
             for room in (" detection", " segmentation"):

@@ -28,7 +28,7 @@ from ...kernels.benchmark.measure import TRAINING_PASSES
 from ...kernels.benchmark.options import image_size, positive, seconds, whole_number
 from ..config import load_config
 from ..errors import InputError
-from ..models.complexity import count_parameters
+from ..models.flops import count_parameters
 from ..trainer import build_model
 from .command import Parser, Report, Table, prepare
 from .training_step import TrainingStep, class_count

@@ -2,7 +2,7 @@
 
 No operator of this package is left in it, tokens stay channels-last wherever they are not convolved, and the scan is
 a few hundred operations at most, without a loop. BatchNorms are folded into convolutions. A test holds it to the
-definitions.
+reference implementations.
 """
 
 from copy import deepcopy
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.recurrence import scan_in_blocks
+from ...kernels.state_fusion import repeat_edges
 from ..models.spatial_mamba import (
     ConvLayer,
     DepthwiseConv,
@@ -153,11 +154,3 @@ def softplus(x: Tensor) -> Tensor:
     for denominator in ATANH_DENOMINATORS[2:]:
         series = series * square + 1 / denominator
     return F.relu(x) + 2 * s * series
-
-
-def repeat_edges(x: Tensor, reach: int) -> Tensor:
-    """Replicate padding of maps (B, H, W, D) by ``reach`` on all sides: concatenation moves whole tokens."""
-    for axis in (1, 2):
-        first, last = x.narrow(axis, 0, 1), x.narrow(axis, x.shape[axis] - 1, 1)
-        x = torch.cat([*[first] * reach, x, *[last] * reach], dim=axis)
-    return x

@@ -23,11 +23,13 @@ def height_and_width(size: Size) -> tuple[int, int]:
     """Height and width, of which a single number means both.
 
     Raises:
-        InputError: for less than 32 pixels.
+        InputError: for less than ``SMALLEST_SIZE`` pixels.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < SMALLEST_SIZE:
-        raise InputError(f"an image size of {height}x{width} is too small; height and width must be at least 32 pixels")
+        raise InputError(
+            f"an image size of {height}x{width} is too small; height and width must be at least {SMALLEST_SIZE} pixels"
+        )
     return height, width
 
 

@@ -29,7 +29,7 @@ from ...kernels import depthwise_conv, selective_scan, spatial_mixer, state_fusi
 from .architecture import PUBLISHED_KERNELS, describe_other_architecture
 from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubMixin
-from .preprocessing import CROP_SHARE, NORMALISATION
+from .preprocessing import CROP_SHARE, NORMALISATION, SMALLEST_SIZE
 from .safe_types import admit_for_good, config_types
 from .weights import encoder_weights, load_backbone_weights, plain_names, state_dict_of, under_own_names
 
@@ -815,7 +815,7 @@ def _cfg(accuracy: float, **kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
-        "min_input_size": (3, 32, 32),
+        "min_input_size": (3, SMALLEST_SIZE, SMALLEST_SIZE),
         "pool_size": (7, 7),
         "crop_pct": CROP_SHARE,
         "crop_mode": "center",

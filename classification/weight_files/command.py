@@ -73,8 +73,8 @@ def _verify(args: argparse.Namespace) -> None:
         raise InputError(f"{args.file}: holds {architecture}, not {args.variant}")
     print(f"loads strictly as {architecture}")
     print(f"weights  sha256 {verified.weights}")
-    print(f"outputs  sha256 {verified.outputs}  (fixed image, {IMAGE_SIZE}x{IMAGE_SIZE}, float64, rounded)")
     if verified.top5:
-        print(f"top-5 classes of the fixed image: {', '.join(map(str, verified.top5))}")
-    if args.expect and not verified.outputs.startswith(args.expect.lower()):
-        raise InputError(f"{args.file}: the digest of its outputs is {verified.outputs}, not {args.expect}")
+        largest = ", ".join(f"class {index} {logit:.6g}" for index, logit in verified.top5.items())
+        print(f"largest logits of the fixed image ({IMAGE_SIZE}x{IMAGE_SIZE}): {largest}")
+    if args.expect and not verified.weights.startswith(args.expect.lower()):
+        raise InputError(f"{args.file}: the digest of its weights is {verified.weights}, not {args.expect}")

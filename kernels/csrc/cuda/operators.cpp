@@ -1,5 +1,5 @@
 // The operators of torch.ops.spatial_mamba_cuda: they allocate, call the kernels and add up partial sums.
-// Arguments arrive checked and contiguous; shapes are those of kernels/operators.py.
+// Arguments arrive checked and contiguous; shapes are those of the modules in kernels/.
 #include <optional>
 #include <tuple>
 #include <vector>

@@ -1,6 +1,6 @@
 """Draw the overview of the model for the root README, its numbers read from the models themselves.
 
-python -m spatial_mamba.classification.models.overview [OUTPUT.png]
+python tests/overview.py [OUTPUT.png]
 """
 
 import argparse
@@ -13,14 +13,15 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Polygon
 
-from . import SpatialMamba, spatial_mamba_base, spatial_mamba_small, spatial_mamba_tiny
-from .spatial_mamba import FUSION_DILATIONS, Block
+from spatial_mamba import SpatialMamba, spatial_mamba_base, spatial_mamba_small, spatial_mamba_tiny
+from spatial_mamba.classification.models.spatial_mamba import FUSION_DILATIONS, Block
 
 WIDTH, HEIGHT, DPI, IMAGE = 1600, 1250, 100, 224  # the canvas in pixels, which are its coordinates, y downwards
 INK, MUTED, RULE, SCANNED = "#1f2933", "#55616b", "#c3cad0", "#dfe4e8"
 CONV, LINEAR, NORM, STATE = "#d3e8f6", "#fbe6b8", "#e8ebed", "#f2d3e5"
 KINDS = {"convolution": CONV, "linear": LINEAR, "normalisation": NORM, "state space": STATE}
 TAPS = (("#0072B2", "white"), ("#E69F00", INK), ("#009E73", "white"))  # fill (Okabe and Ito's) and text per dilation
+PICTURE = Path(__file__).parents[1] / "classification/models/overview.png"
 Point = tuple[float, float]
 
 
@@ -241,7 +242,7 @@ def draw() -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", nargs="?", type=Path, default=Path(__file__).with_name("overview.png"))
+    parser.add_argument("output", nargs="?", type=Path, default=PICTURE)
     draw().savefig(parser.parse_args().output, backend="agg", metadata={"Software": None})
 
 

@@ -1,7 +1,7 @@
 """Parameters and FLOPs of whole detectors and segmentors, as a table; the command line of both rooms.
 
 The convention is that of the published tables. A multiply-add counts as one, and what is counted is what
-``classification.models.complexity`` names. The whole model is counted in evaluation mode, as its ``tensor`` mode runs
+``classification.models.flops`` names. The whole model is counted in evaluation mode, as its ``tensor`` mode runs
 it on one image, without post-processing. For Mask R-CNN that is backbone, FPN, RPN, the box head on the proposals of
 the RPN (1,000 in the recipes, at their size) and the mask head on the first 100 of them; for UPerNet backbone and
 decode head. The auxiliary head, which only trains, is in the parameters and not in the FLOPs.
@@ -17,7 +17,8 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from ...classification.models.complexity import count_flops, count_parameters
+from ...classification.models.flops import count_flops, count_parameters
+from ...classification.models.preprocessing import SMALLEST_SIZE
 from .commands import Parser
 from .packages import SetupError
 from .tools import load_config
@@ -72,8 +73,8 @@ def print_table(
     parser.add_argument("--size", nargs=2, type=int, default=size, metavar=("HEIGHT", "WIDTH"), help="image, in pixels")
     args = parser.parse_args(argv)
     size = tuple(args.size)
-    if min(size) < 32:
-        raise SetupError(f"--size: height and width must be at least 32 pixels, got {size[0]} {size[1]}")
+    if min(size) < SMALLEST_SIZE:
+        raise SetupError(f"--size: height and width must be at least {SMALLEST_SIZE} pixels, got {size[0]} {size[1]}")
     configs = {name: load_config(package, name) for name in args.configs}
     width = max(map(len, configs)) + 2
     print(f"{'config':<{width}}{'size':>10}{'parameters':>14}{'GFLOPs':>10}")
