@@ -21,21 +21,9 @@ from .errors import InputError
 from .models.image_files import UNREADABLE, open_image
 from .models.preprocessing import NORMALISATION, preprocessing_of
 from .readers import READ_ERRORS, CachedReader, Reader, open_split
+from .seeding import random_seed
 
 _UNREADABLE = (*READ_ERRORS, *UNREADABLE)
-
-
-def random_seed(*key: int) -> int:
-    """A seed that depends on every number of the key, such as run seed, epoch and rank."""
-    return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])  # else trailing zeros would not count
-
-
-def seed_everything(*key: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators from the key."""
-    seed = random_seed(*key)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 class ImageData(Dataset):

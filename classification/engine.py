@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from .checkpoint import TrainingState
-from .data import seed_everything
 from .distributed import Process
 from .run_log import RunLog
+from .seeding import seed_everything
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,6 @@ from .data import (
     build_val_loader,
     check_classes,
     check_number,
-    seed_everything,
 )
 from .distributed import Process, start_process
 from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train_one_epoch
@@ -42,6 +41,7 @@ from .models.spatial_mamba import SpatialMamba
 from .models.weights import read_checkpoint
 from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler, learning_rate_scale
 from .run_log import RunLog, set_up_console
+from .seeding import seed_everything
 from .whole_files import lock
 
 logger = logging.getLogger(__name__)

@@ -40,7 +40,6 @@ from spatial_mamba.classification.data import (
     build_transform,
     build_val_loader,
     check_classes,
-    seed_everything,
 )
 from spatial_mamba.classification.digits import write_digits
 from spatial_mamba.classification.distributed import Process
@@ -51,6 +50,7 @@ from spatial_mamba.classification.models.image_files import ImageFileError, find
 from spatial_mamba.classification.models.weights import read_checkpoint
 from spatial_mamba.classification.optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
 from spatial_mamba.classification.readers import CachedReader, open_split
+from spatial_mamba.classification.seeding import seed_everything
 from spatial_mamba.classification.trainer import build_model, prepare
 
 ROOT = Path(__file__).parents[1]
