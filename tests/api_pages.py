@@ -182,18 +182,25 @@ def _lineage(shown: griffe.Class, sources: Sources) -> list[griffe.Class]:
 
 
 def _parameters(lineage: Sequence[griffe.Object], sources: Sources) -> list[tuple[str, str, str]]:
-    """Name, type and default of each; a bare ``*`` stands in front of those that are taken by keyword alone."""
-    owner = next((o for o in lineage if o.is_function or "__init__" in o.members), None)
-    if owner is None:  # of a data class they are the attributes
+    """Name, type and default of each; a bare ``*`` stands in front of those that are taken by keyword alone.
+
+    Options that a constructor passes on are those of the base class.
+    """
+    index = next((i for i, o in enumerate(lineage) if o.is_function or "__init__" in o.members), None)
+    if index is None:  # of a data class they are the attributes
         fields = [member for member in lineage[0].members.values() if member.is_attribute]
         return [(field.name, str(field.annotation), str(field.value or "")) for field in fields]
     found = []
-    for parameter in owner.parameters:
+    for parameter in lineage[index].parameters:
         kind, default = parameter.kind, str(parameter.default or "")
         if parameter.name in ("self", "cls"):
             continue
         if kind is griffe.ParameterKind.keyword_only and not any(name.startswith("*") for name, _, _ in found):
             found.append(("*", "", ""))
+        if kind is griffe.ParameterKind.var_keyword and (bases := lineage[index + 1 :]):
+            names = {name for name, _, _ in found}
+            found += [entry for entry in _parameters(bases, sources) if entry[0] not in names]
+            continue
         sigil, annotation = SIGILS.get(kind, ""), str(parameter.annotation or "")
         # In place of the names of constants and of types their values.
         annotation, default = (

@@ -549,8 +549,7 @@ class SpatialMamba(SpatialMambaEncoder):
         num_classes: size of the logits; 0 returns the pooled features instead.
         drop_rate: dropout in front of the classifier.
         global_pool: ``"avg"``, or ``""`` to classify every token.
-        in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, use_checkpoint, fusion_dilations,
-            fusion_kernel_sizes: see ``SpatialMambaEncoder``.
+        in_chans, **encoder_options: see ``SpatialMambaEncoder``.
 
     Raises:
         ValueError: for another pooling.
@@ -560,28 +559,12 @@ class SpatialMamba(SpatialMambaEncoder):
         self,
         in_chans: int = 3,
         num_classes: int = 1000,
-        dims: int = 64,
-        depths: Sequence[int] = (2, 4, 8, 4),
-        d_state: int = 1,
-        mlp_ratio: float = 4.0,
+        *,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.2,
-        use_checkpoint: bool = False,
         global_pool: str = "avg",
-        fusion_dilations: Sequence[int] = FUSION_DILATIONS,
-        fusion_kernel_sizes: int | Sequence[int] = FUSION_KERNEL_SIZE,
+        **encoder_options: Any,
     ) -> None:
-        super().__init__(
-            in_chans,
-            dims,
-            depths,
-            d_state,
-            mlp_ratio,
-            drop_path_rate,
-            use_checkpoint,
-            fusion_dilations,
-            fusion_kernel_sizes,
-        )
+        super().__init__(in_chans, **encoder_options)
         self.head_hidden_size = self.num_features
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
@@ -707,7 +690,7 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         out_indices: the stages whose maps are returned, in ascending order; the model ends with the last of them.
         pretrained: a classification checkpoint to start from, loaded strictly: only its classifier and final
             normalisation may be left over, and only the ``outnorm`` layers keep their initial values.
-        others: see ``SpatialMambaEncoder``.
+        in_chans, **encoder_options: see ``SpatialMambaEncoder``.
 
     Raises:
         ValueError: for an index that names no stage.
@@ -717,33 +700,18 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
     def __init__(
         self,
         in_chans: int = 3,
-        dims: int = 64,
-        depths: Sequence[int] = (2, 4, 8, 4),
-        d_state: int = 1,
-        mlp_ratio: float = 4.0,
-        drop_path_rate: float = 0.2,
-        use_checkpoint: bool = False,
+        *,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         pretrained: str | PathLike[str] | None = None,
-        fusion_dilations: Sequence[int] = FUSION_DILATIONS,
-        fusion_kernel_sizes: int | Sequence[int] = FUSION_KERNEL_SIZE,
+        **encoder_options: Any,
     ) -> None:
-        super().__init__(
-            in_chans,
-            dims,
-            depths,
-            d_state,
-            mlp_ratio,
-            drop_path_rate,
-            use_checkpoint,
-            fusion_dilations,
-            fusion_kernel_sizes,
-        )
+        super().__init__(in_chans, **encoder_options)
         self.out_indices = tuple(out_indices)
-        if not self.out_indices or sorted(set(self.out_indices) & set(range(len(depths)))) != list(self.out_indices):
-            raise ValueError(f"out_indices must be ascending stages of 0 to {len(depths) - 1}, got {self.out_indices}")
+        stages = range(len(self.layers))
+        if not self.out_indices or sorted(set(self.out_indices) & set(stages)) != list(self.out_indices):
+            raise ValueError(f"out_indices must be ascending stages of 0 to {stages[-1]}, got {self.out_indices}")
         end = self.out_indices[-1] + 1
-        self.ends_early = end < len(depths)
+        self.ends_early = end < len(stages)
         self.layers, self.feature_info = self.layers[:end], self.feature_info[:end]
         self.layers[-1].downsample = nn.Identity()
         self.num_features = self.feature_info[-1]["num_chs"]

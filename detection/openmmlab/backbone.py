@@ -1,6 +1,7 @@
 """MM_SpatialMamba: the backbone under the name, and with the options, that OpenMMLab's configs expect."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from os import PathLike
 from typing import Any
 
@@ -9,7 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...classification.models.spatial_mamba import FUSION_DILATIONS, FUSION_KERNEL_SIZE, SpatialMambaBackbone
+from ...classification.models.spatial_mamba import SpatialMambaBackbone, SpatialMambaEncoder
 from ...classification.models.weights import load_backbone_weights
 from .packages import SetupError
 
@@ -27,13 +28,12 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
             with its output norm and the downsampling behind it. What is frozen stays in evaluation mode.
         norm_eval: keep every BatchNorm (of the stem and the downsampling) in evaluation mode: its running
             statistics are used and stay as they are, its weights are trained.
-        with_cp: recompute the blocks' activations in the backward pass instead of storing them.
+        with_cp: OpenMMLab's name of ``use_checkpoint``.
         pretrained: a classification checkpoint, of this project or a published one; short for ``init_cfg``.
             ``None`` and ``""`` are none.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, or a list with one; ``prefix`` names the part of the
             file that holds the backbone, ``map_location`` has no effect.
-        in_chans, dims, depths, d_state, mlp_ratio, drop_path_rate, out_indices, fusion_dilations, fusion_kernel_sizes:
-            see ``SpatialMambaBackbone``.
+        **options: see ``SpatialMambaBackbone`` and ``SpatialMambaEncoder``.
 
     Raises:
         SetupError: for another ``init_cfg``, one next to ``pretrained``, an unknown option or one out of range.
@@ -41,48 +41,29 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
 
     def __init__(
         self,
-        in_chans: int = 3,
-        dims: int = 64,
-        depths: Sequence[int] = (2, 4, 8, 4),
-        d_state: int = 1,
-        mlp_ratio: float = 4.0,
-        drop_path_rate: float = 0.2,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
         pretrained: str | PathLike[str] | None = None,
         init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        fusion_dilations: Sequence[int] = FUSION_DILATIONS,
-        fusion_kernel_sizes: int | Sequence[int] = FUSION_KERNEL_SIZE,
-        **unknown: Any,
+        **options: Any,
     ) -> None:
-        if unknown:
+        known = {"out_indices", *signature(SpatialMambaEncoder).parameters}
+        if unknown := sorted(options.keys() - known):
             raise SetupError(
-                f"MM_SpatialMamba has no option {', '.join(sorted(unknown))}; options that a config inherits from "
+                f"MM_SpatialMamba has no option {', '.join(unknown)}; options that a config inherits from "
                 "another backbone are removed by _delete_=True in its dict(...)"
             )
         if pretrained and init_cfg:
             raise SetupError("pretrained and init_cfg both name weights to start from; give one of them")
         if pretrained:
             init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained)}
-        if not -1 <= frozen_stages <= len(depths):
-            raise SetupError(f"frozen_stages must be -1 (none) to {len(depths)} (all), got {frozen_stages}")
         try:
-            super().__init__(
-                in_chans,
-                dims,
-                depths,
-                d_state,
-                mlp_ratio,
-                drop_path_rate,
-                with_cp,
-                out_indices,
-                fusion_dilations=fusion_dilations,
-                fusion_kernel_sizes=fusion_kernel_sizes,
-            )
+            super().__init__(**{"use_checkpoint": with_cp, **options})
         except ValueError as error:
             raise SetupError(f"MM_SpatialMamba: {error}") from error
+        if not -1 <= frozen_stages <= len(self.layers):
+            raise SetupError(f"frozen_stages must be -1 (none) to {len(self.layers)} (all), got {frozen_stages}")
         self.init_cfg = _single_pretrained(init_cfg) if init_cfg else None
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
