@@ -151,16 +151,19 @@ def test_weights_are_not_loaded_into_a_fused_model() -> None:
         model.load_state_dict(weights)
 
 
-@pytest.mark.parametrize(
-    "differentiate",
-    [lambda model, x: model(x.requires_grad_()), lambda model, x: torch.func.jvp(model, (x,), (x,))],
-    ids=["reverse", "forward"],
-)
-def test_gradients_of_images_are_refused(differentiate: Callable[[nn.Module, Tensor], Any]) -> None:
+def test_gradients_of_images_are_refused() -> None:
     model = filled_classifier().eval().fuse()
     with pytest.raises(RuntimeError, match="a fused SpatialMamba has no gradients"):
-        differentiate(model, images())
+        model(images().requires_grad_())
     assert model(images()).grad_fn is None
+
+
+def test_forward_mode_is_that_of_the_model_before() -> None:
+    model = filled_classifier(depths=(1, 1)).eval()
+    x = images()
+    expected = torch.func.jvp(model, (x,), (x.flip(-1),))
+    for actual, wanted in zip(torch.func.jvp(model.fuse(), (x,), (x.flip(-1),)), expected, strict=True):
+        assert_near(actual, wanted, 1e-5)
 
 
 def test_other_norms_are_folded_or_refused_before_anything_has_changed() -> None:

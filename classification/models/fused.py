@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import backends, spatial_mixer
+from ...kernels import spatial_mixer
 from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
 from ...kernels.state_fusion import merge_taps
 
@@ -200,11 +200,7 @@ def refuse_gradients(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Hook in front of ``forward``.
 
     Raises:
-        RuntimeError: if more than outputs is asked for: gradients, transforms of torch.func, or an ONNX export.
+        RuntimeError: if the gradient of an image is asked for.
     """
-    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    if wanted or backends.custom_operators_fail():
-        raise RuntimeError(
-            f"a fused {type(model).__name__} has no gradients, no torch.func transforms and no ONNX form: "
-            "take the model as it was before fuse()"
-        )
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        raise RuntimeError(f"a fused {type(model).__name__} has no gradients: take the model as it was before fuse()")
