@@ -169,6 +169,9 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     """
     config, notes = default_config(), []
     path, shipped = Path(with_home(str(name))), CONFIG_FOLDER / f"{name}.yaml"
+    if not path.suffix and not path.exists() and not shipped.is_file():
+        names = [file.stem for file in CONFIG_FOLDER.glob("*.yaml")]
+        raise InputError(f"--cfg {name}: no such file, and no config of the package{_closest(str(name), names)}")
     _merge_file(config, shipped if not path.exists() and shipped.is_file() else path, notes, seen=())
     for key, value in overrides:
         _merge_value(config, *_meaning_of(key, value), "command line", notes)
@@ -385,6 +388,9 @@ def _meaning_of(name: str, value: Any) -> tuple[str, Any]:
 
 
 def _suggestion(key: str) -> str:
-    known = [name for name, _ in leaves(_C)]
-    close = difflib.get_close_matches(key, known, n=1)
+    return _closest(key.upper(), [name for name, _ in leaves(_C)])
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else ""

@@ -7,9 +7,9 @@ import posixpath
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, NoReturn, Protocol
+from typing import IO, Protocol
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -17,6 +17,9 @@ from .errors import InputError
 
 # A missing or damaged file or archive member, or one packed in a way that cannot be undone here.
 READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, tarfile.TarError)
+
+_LEFT_BEHIND = ("__MACOSX", "@eaDir", "lost+found")  # folders of macOS, of network storage and of file systems
+_DANGLING = " (a link that leads nowhere)"
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +46,8 @@ class Reader(Protocol):
 def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
     """Open ``data_path/split``: class folders, a folder of per-class tars, ``split.tar`` or ``split.zip``.
 
-    Names that start with a dot, ``__MACOSX`` and files that are no images or lie in no class folder are no data, in
-    whatever form; they are counted in one line of the log.
+    Names that start with a dot, folders such as ``__MACOSX``, links that lead nowhere, and files that are no images or
+    lie in no class folder are no data, in whatever form; they are counted in one line of the log.
 
     Args:
         data_path: folder of the data set.
@@ -147,23 +150,25 @@ class TarReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._places: dict[str, tuple[Path, int, int]] = {}  # file, first byte and length of each member
-        members, folders = [], set()
+        inside: set[str] = set()  # folders, and the tars that stand for them
         for archive in [path] if path.is_file() else _tar_files(path):
             prefix = "" if archive == path else f"{archive.name}/"
             try:
                 with archive.open("rb") as file:
-                    found = list(_tar_members(file, prefix))
+                    for name, place in _tar_members(file, prefix):
+                        if place is None:
+                            inside.add(name)
+                        else:
+                            self._places[name] = (archive, *place)
             except (OSError, EOFError, tarfile.TarError) as error:
                 raise InputError(f"{archive}: found no readable images in tar form ({error})") from error
-            self._places |= {name: (archive, first, size) for name, first, size in found}
-            if prefix and not any(_is_image(name) for name, _, _ in found):
-                folders.add(archive.stem)  # a class without images
-        for name in self._places:
-            folder = posixpath.basename(posixpath.dirname(name))
-            cls = folder[:-4] if folder.lower().endswith(".tar") else folder
-            members.append((cls, name))
-            if cls and _is_image(name):
-                folders.add(cls)
+            inside |= {archive.name} if prefix else set()
+        with_images = {posixpath.dirname(name) for name in self._places if _is_image(name)} - {""}
+        depths = {folder.count("/") for folder in with_images}
+        without = {name for name in inside if name.count("/") in depths and not _is_hidden(name)}
+        without -= {folder[:i] for folder in with_images for i in [*_slashes(folder), len(folder)]}
+        folders = {_class_of(folder) for folder in with_images | without}
+        members = [(_class_of(posixpath.dirname(name)), name) for name in self._places]
         self.classes, self.samples = _label_members(members, folders, path)
 
     def __len__(self) -> int:
@@ -210,9 +215,10 @@ class CachedReader:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a part of a path starts with a dot or is ``__MACOSX``: what editors, macOS and Jupyter leave behind."""
-    parts = name.split("/")
-    return any(part in ("__MACOSX", "__MACOSX.tar") or (part.startswith(".") and part != ".") for part in parts)
+    """Whether a part of a path starts with a dot or is in ``_LEFT_BEHIND``."""
+    return any(
+        part.removesuffix(".tar") in _LEFT_BEHIND or (part.startswith(".") and part != ".") for part in name.split("/")
+    )
 
 
 def _is_image(name: str) -> bool:
@@ -227,24 +233,25 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
     """
     folders: list[str] = []
     files: list[str] = []
-    above = {str(root): _with_parents(root)}  # the real folders on the way down to a folder
 
-    def stop(error: OSError) -> NoReturn:
-        raise error
+    def visit(folder: Path, prefix: str, above: set[Path]) -> None:
+        """``above`` are the real folders on the way down to this one, and itself."""
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.is_symlink() and not Path(entry.path).exists():
+                    files.append(name + _DANGLING)
+                elif not entry.is_dir():
+                    files.append(name)
+                elif entry.is_symlink() and Path(entry.path).resolve() in above:
+                    logger.warning("%s: a link to a folder above it, which is not followed", entry.path)
+                else:
+                    if not prefix and not _is_hidden(name):
+                        folders.append(name)
+                    path = Path(entry.path)
+                    visit(path, f"{name}/", above | (_with_parents(path) if entry.is_symlink() else {path.resolve()}))
 
-    for folder, inner, names in os.walk(root, followlinks=True, onerror=stop):
-        prefix = "" if folder == str(root) else f"{os.path.relpath(folder, root)}/".replace(os.sep, "/")
-        files += [prefix + name for name in names]
-        way = above.pop(folder)
-        for name in list(inner):
-            path = Path(folder, name)
-            if path.is_symlink() and path.resolve() in way:
-                logger.warning("%s: a link to a folder above it, which is not followed", path)
-                inner.remove(name)
-                continue
-            above[str(path)] = way | _with_parents(path) if path.is_symlink() else way | {path.resolve()}
-        if not prefix:
-            folders = [name for name in inner if not _is_hidden(name)]
+    visit(root, "", _with_parents(root))
     return folders, files
 
 
@@ -257,15 +264,51 @@ def _tar_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if not _is_hidden(path.name))
 
 
-def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple[str, int, int]]:
-    """Path, first byte and length of the members of a tar file and of the tars in it, for which those stand."""
+def _class_of(folder: str) -> str:
+    name = posixpath.basename(folder)
+    return name[:-4] if name.lower().endswith(".tar") else name
+
+
+def _slashes(path: str) -> list[int]:
+    return [i for i, letter in enumerate(path) if letter == "/"]
+
+
+def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """Path, and first byte and length, of the members of a tar file and of the tars in it, which stand for folders.
+
+    Folders have no place. Links have that of what they lead to.
+    """
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            name, first = prefix + posixpath.normpath(member.name), start + member.offset_data
+        members = {posixpath.normpath(member.name): member for member in archive}
+        members.pop(".", None)
+        for path, member in members.items():
+            name = prefix + path
+            if member.isdir():
+                yield name, None
+                continue
+            target = _target(member, members)
+            if target is None:
+                yield name + _DANGLING, (0, 0)
+                continue
+            member = target
             if member.isfile() and name.lower().endswith(".tar") and not _is_hidden(name):
-                yield from _tar_members(archive.extractfile(member), f"{name}/", first)
-            elif not member.isdir():
-                yield name, first, member.size
+                yield name, None
+                yield from _tar_members(archive.extractfile(member), f"{name}/", start + member.offset_data)
+            else:
+                yield name, (start + member.offset_data, member.size)
+
+
+def _target(member: tarfile.TarInfo, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """What a member of a tar file leads to: itself, unless it is a link; None if a link leads nowhere."""
+    seen = set()
+    while member.issym() or member.islnk():
+        folder = posixpath.dirname(member.name) if member.issym() else ""
+        name = posixpath.normpath(posixpath.join(folder, member.linkname))
+        if name in seen or name not in members:
+            return None
+        seen.add(name)
+        member = members[name]
+    return member
 
 
 def _label_members(

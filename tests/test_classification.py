@@ -451,6 +451,7 @@ def test_hidden_files_are_no_data(photos: Path, tmp_path: Path, form: str, caplo
         "0/.x.png",
         "0/.ipynb_checkpoints/x.png",
         "1/x.txt",
+        "@eaDir/0.png",
     ]
     for name in [*clutter, "__MACOSX/0/._x.png"]:
         path = messy / "train" / name
@@ -471,7 +472,7 @@ def test_hidden_files_are_no_data(photos: Path, tmp_path: Path, form: str, caplo
     assert len(reader) == len(clean)
     (message,) = {record.getMessage() for record in caplog.records}
     count = int(re.search(r"ignored (\d+) files", message)[1])
-    assert count == (4 if form == "tar per class" else 7), message  # hidden tars in a folder are not opened
+    assert count == (4 if form == "tar per class" else 8), message  # hidden tars in a folder are not opened
 
 
 @pytest.mark.parametrize(
@@ -493,6 +494,38 @@ def test_links_are_followed_but_not_back_up(photos: Path, tmp_path: Path, link: 
     (root / "train" / link).symlink_to(target.format(root=root))
     linked, plain = (open_split(str(folder), "train") for folder in (root, photos))
     assert (linked.classes, linked.samples) == (plain.classes, plain.samples)
+
+
+@pytest.mark.parametrize("form", ["folders", "tar"])
+def test_links_that_lead_nowhere_are_ignored_and_empty_classes_are_not(
+    photos: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(photos, root)
+    image = next((root / "train" / "0").iterdir())
+    (root / "train/0/broken.png").symlink_to("absent.png")
+    (root / "train/0/itself.png").symlink_to("itself.png")
+    (root / "train/2/link.png").symlink_to(f"../0/{image.name}")
+
+    def opened() -> Any:
+        if form == "folders":
+            return open_split(str(root), "train")
+        (tmp_path / "packed").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "packed/train.tar", "w") as archive:
+            archive.add(root / "train", ".")
+        return open_split(str(tmp_path / "packed"), "train")
+
+    with caplog.at_level("WARNING", logger="spatial_mamba"):
+        logging.getLogger("spatial_mamba").addHandler(caplog.handler)
+        reader = opened()
+        logging.getLogger("spatial_mamba").removeHandler(caplog.handler)
+    assert "ignored 2 files" in caplog.text
+    found = {reader.name(i)[-10:]: reader.read(i) for i in range(len(reader))}
+    assert found["2/link.png"] == image.read_bytes()
+    assert len(found) == len(open_split(str(photos), "train")) + 1
+    (root / "train/aaa").mkdir()
+    with pytest.raises(InputError, match="class folder aaa holds no image; fill or remove it"):
+        opened()
 
 
 def test_class_lists_of_every_make(photos: Path, tmp_path: Path) -> None:
@@ -1254,6 +1287,10 @@ WRONG = {
     "option without value": (add("--tag"), "argument --tag: expected one argument"),
     "text for a number": (add("--epochs", "many"), "argument --epochs: invalid int value: 'many'"),
     "odd opts": (add("--opts", "TRAIN.EPOCHS"), "--opts takes pairs of KEY VALUE"),
+    "unknown shipped config": (
+        add("--cfg", "spatialmamba_tny"),
+        "no config of the package; did you mean spatialmamba_tiny?",
+    ),
     "unknown opts key": (add("--opts", "TRAIN.EPOCH", "3"), "unknown config key TRAIN.EPOCH; did you mean"),
     "section as opts key": (add("--opts", "TRAIN", "3"), "TRAIN is a section"),
     "wrong opts type": (add("--opts", "TRAIN.EPOCHS", "few"), "TRAIN.EPOCHS takes a int, got 'few'"),

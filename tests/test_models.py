@@ -23,6 +23,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,6 +182,10 @@ def test_any_image_size(height: int, width: int) -> None:
         assert features.is_contiguous()
         assert features.isfinite().all()
     assert len(maps) == 4
+
+
+def test_one_out_index_and_no_weights_to_start_from() -> None:
+    assert micro_backbone(out_indices=2, pretrained="").out_indices == (2,)
 
 
 def test_out_indices_choose_among_the_same_maps() -> None:
@@ -845,6 +850,24 @@ def test_hooks_are_called_on_every_module(dtype: torch.dtype) -> None:
     assert called == {module for module in model.modules() if not isinstance(module, nn.ModuleList)}
 
 
+@pytest.mark.parametrize("name", ["conv2d", "state_fusion", "out_norm"])
+def test_what_replaces_forward_is_called(name: str) -> None:
+    """By tools that set a module's ``forward``, and by hooks of all modules."""
+    model = filled_classifier(depths=(1,))
+    expected = model(images())
+    module = model.layers[0].blocks[0].self_attention.get_submodule(name)
+    kind, forward = type(module), module.forward
+
+    hook = register_module_forward_hook(lambda module, args, output: 2 * output if type(module) is kind else None)
+    hooked = model(images())
+    hook.remove()
+    assert not torch.allclose(hooked, expected)
+    module.forward = lambda *args: 2 * forward(*args)
+    assert not torch.allclose(model(images()), expected)
+    with pytest.raises(RuntimeError, match=f"self_attention.{name} has hooks or is wrapped"):
+        model.eval().fuse()
+
+
 def test_pruning_and_parametrised_weights_take_part() -> None:
     """The former changes weights in a hook, the latter wherever they are read."""
     for change in (partial(prune.random_unstructured, name="weight", amount=0.5), weight_norm):
@@ -896,6 +919,7 @@ WRONG_IMAGES = {
         TypeError,
         r"are torch\.float64, but the weights are torch\.float32: call images\.to\(torch\.float32\) or model\.to\(",
     ),
+    "array": (np.zeros((1, 3, 32, 32), np.float32), TypeError, "must be a tensor, got ndarray"),
     "bytes": (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, r"are torch\.uint8, .* images\.to\(.* / 255"),
 }
 

@@ -172,7 +172,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     [
         (dict(pretrained="a.pth", init_cfg=init_cfg("b.pth")), "give one of them"),
         (dict(init_cfg=dict(type="Kaiming", layer="Conv2d")), "init_cfg must be"),
-        (dict(init_cfg=[init_cfg("a.pth"), dict(type="Kaiming", layer="Conv2d")]), "init_cfg must be"),
+        (dict(init_cfg=[init_cfg("a.pth"), dict(type="Kaiming", layer="Conv2d")]), "init_cfg must be .* a list of one"),
+        (dict(init_cfg=init_cfg("")), "init_cfg must be"),
         (
             dict(embed_dims=96, num_heads=[3, 6, 12, 24], window_size=7, convert_weights=True),  # Swin's
             "no option convert_weights, embed_dims, num_heads, window_size; .* removed by _delete_=True",

@@ -21,6 +21,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
@@ -120,6 +121,8 @@ def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
     """
     if torch.jit.is_tracing():  # shapes would become part of the graph
         return x
+    if not isinstance(x, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(x).__name__}: convert them with torch.as_tensor")
     if x.ndim != 4 or x.shape[1] != in_chans:
         if x.ndim == 3 and x.shape[0] == in_chans:
             remedy = "add a batch dimension with images[None]"
@@ -307,7 +310,9 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         xz = self.in_proj(x)  # (B, H, W, 2 D): tokens and gate
-        modified = any(_is_modified(getattr(self, name), kind) for name, kind in MIXER_PARTS.items())
+        modified = _has_any_global_hook() or any(
+            _is_modified(getattr(self, name), kind) for name, kind in MIXER_PARTS.items()
+        )
         return self.out_proj(self._mix_by_module(xz) if modified else self._mix(xz))
 
     def _mix(self, xz: Tensor) -> Tensor:
@@ -350,11 +355,12 @@ MIXER_PARTS = {"conv2d": DepthwiseConv, "state_fusion": StateFusion, "out_norm":
 
 
 def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module has hooks, or is no longer of its kind: wrapped, or sharded by FSDP.
+    """Whether the module has hooks or another ``forward``, or is no longer of its kind: wrapped, or sharded by FSDP.
 
     Parametrised weights (``torch.nn.utils.parametrize``) are as they should be wherever they are read.
     """
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    if any(hooks) or "forward" in module.__dict__:
         return True
     return type(module) is not kind and not is_parametrized(module)
 
@@ -701,12 +707,12 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         self,
         in_chans: int = 3,
         *,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
         pretrained: str | PathLike[str] | None = None,
         **encoder_options: Any,
     ) -> None:
         super().__init__(in_chans, **encoder_options)
-        self.out_indices = tuple(out_indices)
+        self.out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         stages = range(len(self.layers))
         if not self.out_indices or sorted(set(self.out_indices) & set(stages)) != list(self.out_indices):
             raise ValueError(f"out_indices must be ascending stages of 0 to {stages[-1]}, got {self.out_indices}")
@@ -717,7 +723,7 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         self.num_features = self.feature_info[-1]["num_chs"]
         for i in self.out_indices:
             self.add_module(f"outnorm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"], eps=LAYER_NORM_EPS))
-        if pretrained is not None:
+        if pretrained:
             load_backbone_weights(self, pretrained)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -54,6 +54,8 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         WeightsError: naming the file and what to do about it.
     """
+    if not str(path):
+        raise WeightsError("the path of the checkpoint is empty")
     if "://" in str(path):
         raise WeightsError(f"{path}: is an address; download the file and give its path")
     path = Path(os.path.expanduser(path))  # noqa: PTH111, Path.expanduser fails for unknown users

@@ -102,6 +102,11 @@ def _single_pretrained(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]]
     entries = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
     entry = dict(entries[0])
     allowed = {"type", "checkpoint", "prefix", "map_location"}
-    if len(entries) != 1 or entry.get("type") != "Pretrained" or not {"type", "checkpoint"} <= set(entry) <= allowed:
-        raise SetupError(f"init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")
+    if (
+        len(entries) != 1
+        or entry.get("type") != "Pretrained"
+        or not entry.get("checkpoint")
+        or not set(entry) <= allowed
+    ):
+        raise SetupError(f"init_cfg must be dict(type='Pretrained', checkpoint=FILE), or a list of one, got {init_cfg}")
     return entry
