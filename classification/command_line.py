@@ -9,9 +9,11 @@ from typing import NoReturn
 import timm
 import torch
 
+from ..kernels.options import whole_number
 from .errors import InputError
 from .models.home import with_home
 from .models.image_files import ImageFileError
+from .models.preprocessing import SMALLEST_SIZE
 from .models.trained import TrainedClassifier, load_classifier
 from .models.weights import WeightsError
 
@@ -27,6 +29,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the options)")
+
+
+def image_size(text: str) -> int:
+    """Type of an option: a side of at least ``SMALLEST_SIZE`` pixels."""
+    size = whole_number(text)
+    if size < SMALLEST_SIZE:
+        raise argparse.ArgumentTypeError(f"must be at least {SMALLEST_SIZE} pixels, got {size}")
+    return size
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from ..kernels.benchmark.options import whole_number
+from ..kernels.options import whole_number
 from .command_line import Parser, chosen_device, run_command
 from .errors import InputError
 from .models.image_files import ImageFileError, find_images, read_image

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from . import backends, build, native
-from .benchmark.options import user_path
+from .options import user_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

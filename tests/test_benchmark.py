@@ -1,22 +1,24 @@
-"""The benchmark of the kernels, its arithmetic and its report, and the runner of the GPU checks."""
+"""The benchmark of the kernels, what it shares with that of whole models, and the runner of the GPU checks."""
 
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from spatial_mamba.classification.benchmark import __main__ as models
 from spatial_mamba.kernels import gpu_check
-from spatial_mamba.kernels.benchmark import competitors, measure, options, report, trial
-from spatial_mamba.kernels.benchmark.__main__ import main
-from spatial_mamba.kernels.benchmark.cases import Case, all_cases
-from spatial_mamba.kernels.state_fusion import merge_taps
+from spatial_mamba.kernels.benchmark import __main__ as operators
+from spatial_mamba.kernels.benchmark import exercise, implementations, measure, report
+from spatial_mamba.kernels.benchmark.cases import Case, all_cases, compulsory_bytes
 
 CPU = torch.device("cpu")
+# Not in the process of the other tests: it would change how they get their memory.
+QUICK = ["--device", "cpu", "--no-keep-freed-memory", "--seconds", "0.001"]
 SMALL = [
     Case("core", "core", batch=2, height=7, width=9, dim=6, rank=3),
     Case("states", "states", batch=2, height=7, width=9, dim=6),
@@ -30,59 +32,32 @@ SMALL = [
 by_operator = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.operator)
 
 
-# --- what is counted --------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def small_instruments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "COPY_BYTES", 2**20)
+    monkeypatch.setattr(measure, "PEAK_SIZES", {"cpu": 64, "cuda": 64})
+
+
+# --- what is counted
+
+
+def counted(case: Case, dtype: torch.dtype = torch.float32) -> tuple[int, int, int]:
+    """Compulsory bytes of a forward pass, and of both passes, and FLOPs."""
+    inputs = case.inputs(CPU, dtype)
+    output, flops = measure.dry_run(implementations.OPERATORS[case.operator], **inputs)
+    return *(compulsory_bytes(list(inputs.values()), output, backward) for backward in (False, True)), flops
 
 
 def test_bytes_and_operations_of_the_core_by_hand() -> None:
     case = Case("by hand", "core", batch=2, height=3, width=5, dim=8, rank=4)
     u, projection = 2 * 3 * 5 * 8, 2 * 3 * 5 * (4 + 2)
-    weights = 8 * 4 + 3 * 8 + 3 * 8 * 9 + 3  # expansion of the step; bias, A_log and D; three 3x3 kernels; alpha
-    assert case.compulsory_bytes(torch.float32, backward=False) == 4 * (u + projection + weights + u)
-    assert case.compulsory_bytes(torch.bfloat16, backward=False) == 2 * (u + projection + u) + 4 * weights
+    weights = 8 * 4 + 3 * 8 + 3 * 8 * 9 + 3  # expansion of delta; bias, A_log and D; three 3x3 kernels; alpha
     inputs = 4 * (u + projection + weights)
-    forward, backward = inputs + 4 * u, inputs + 4 * u + inputs
-    assert case.compulsory_bytes(torch.float32, backward=True) == forward + backward
-    # per element: 4 multiply-adds for the step, 7 operations of the scan, 25 multiply-adds for the fusion
-    assert case.operations(backward=False) == u * (2 * 4 + 7 + 2 * 25)
-    assert case.operations(backward=True) == 3 * case.operations(backward=False)
-
-
-def test_states_are_counted_in_the_dtype_they_come_in() -> None:
-    case = Case("by hand", "states", batch=1, height=2, width=5, dim=3)
-    tokens, weights = 10 * 3 + 10 * 3 + 10, 3 + 3
-    assert case.compulsory_bytes(torch.bfloat16, backward=False) == 2 * tokens + 4 * weights + 4 * 30
-
-
-@by_operator
-def test_operations_are_those_of_the_flop_formulas(case: Case) -> None:
-    inputs = {name: x.to("meta") for name, x in case.inputs(CPU, torch.float32).items()}
-    operators, branches = torch.ops.spatial_mamba, ([3, 3, 3], [1, 3, 5])
-    kernels = [x for name, x in inputs.items() if name.startswith("kernel_")]
-    with FlopCounterMode(display=False) as counter:
-        if case.operator == "core":
-            names = ("u", "projection", "step_weight", "step_bias", "A_log", "D")
-            taps = merge_taps(kernels, inputs["alpha"], [1, 3, 5])
-            operators.structure_aware_scan(*(inputs[name] for name in names), taps, *branches, torch.float32)
-        elif case.operator == "mixer":
-            taps = merge_taps(kernels, inputs["alpha"], [1, 3, 5])
-            conv = (inputs["conv_weight"].flatten(1), inputs["conv_bias"])
-            core = (inputs[name] for name in ("projection_weight", "step_weight", "step_bias", "A_log", "D"))
-            norm = (inputs["norm_weight"], inputs["norm_bias"])
-            operators.spatial_mixer(inputs["xz"], *conv, *core, taps, *norm, *branches, 1e-5)
-        elif case.operator in ("conv", "position"):
-            operators.depthwise_conv(inputs["x"], inputs["conv_weight"].flatten(1), inputs["conv_bias"], "silu")
-        elif case.operator == "norm":
-            operators.gated_norm(*inputs.values(), 1e-5)
-        elif case.operator == "fusion":
-            taps = merge_taps(kernels, inputs["alpha"], [1, 3, 5])
-            operators.state_fusion(inputs["h"].permute(0, 2, 3, 1), taps, *branches)
-        else:
-            u, delta, A, B, C, D, z, bias = (
-                inputs.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-            )
-            B, C = (None if x is None else x[:, None] for x in (B, C))
-            operators.selective_scan(u, delta, A, B, C, D, z, bias, True)
-    assert counter.get_total_flops() == case.operations(backward=False)
+    # per element: 4 multiply-adds for delta, 7 operations of the scan, 25 multiply-adds for the fusion
+    assert counted(case) == (inputs + 4 * u, 2 * (inputs + 4 * u) + inputs, u * (2 * 4 + 7 + 2 * 25))
+    assert counted(case, torch.bfloat16)[0] == 2 * (u + projection + u) + 4 * weights
+    case = Case("by hand", "states", batch=1, height=2, width=5, dim=3)  # states come in float32
+    assert counted(case, torch.bfloat16)[0] == 2 * (10 * 3 + 10 * 3 + 10) + 4 * (3 + 3) + 4 * 30
 
 
 def test_cases_have_the_shapes_of_the_models() -> None:
@@ -93,36 +68,32 @@ def test_cases_have_the_shapes_of_the_models() -> None:
     assert (cases["mixer/tiny/stage2/224x224"].dim, cases["position/tiny/stage3/224x224"].dim) == (256, 256)
     large = cases["core/tiny/stage1/2048x2048"]
     assert (large.batch, large.height, large.width, large.dim, large.rank) == (1, 512, 512, 128, 4)
-
-
-def test_a_crop_keeps_the_image() -> None:
     case = Case("large", "core", batch=8, height=100, width=100, dim=128, rank=4)
     assert case.cropped(3_000_000) == Case("large", "core", batch=2, height=100, width=100, dim=128, rank=4)
     assert case.cropped(700_000) == Case("large", "core", batch=1, height=100, width=100, dim=64, rank=4)
 
 
-# --- who is timed -----------------------------------------------------------------------------------------------------
+# --- what is timed, and how
 
 
 @by_operator
-def test_competitors_compute_the_same(case: Case) -> None:
-    inputs, grad_output = case.inputs(CPU, torch.float32), case.grad_output(CPU, torch.float32)
-    doubles = {name: x.double() for name, x in inputs.items()}
-    expected = competitors.definition(case).bind(case, doubles, grad_output.double(), backward=True)()
-    names = ["output", *inputs]
-    entrants = [competitors.definition(case), *competitors.published(case, CPU, torch.float32)]
-    others = {"core": 3, "fusion": 2, "mixer": 1, "conv": 1, "position": 1, "norm": 1}
-    assert len(entrants) == 1 + others.get(case.operator, 0)
-    for entrant in entrants:
-        found = entrant.bind(case, inputs, grad_output, backward=True)()
-        error, where = measure.worst_error(names, found, expected)
-        assert error < 1e-5, (entrant.name, where)
-        [output] = entrant.bind(case, inputs, grad_output, backward=False)()
-        torch.testing.assert_close(output, found[0])
+def test_implementations_compute_the_same(case: Case) -> None:
+    found = [implementations.reference(case), *implementations.baselines(case, CPU, torch.float32)]
+    others = {"core": 2, "fusion": 2, "mixer": 1, "conv": 1, "position": 1, "norm": 1}
+    assert len(found) == 1 + others.get(case.operator, 0)
+    for name, errors in implementations.compare(case, found, CPU, torch.float32).items():
+        assert all(error < 1e-5 for error, _ in errors), (name, errors)
+    for implementation in found:
+        [output] = implementation.bind(case, case.inputs(CPU, torch.float32), None)()
         assert not output.requires_grad
 
 
-# --- how it is measured -----------------------------------------------------------------------------------------------
+def test_every_operator_is_exercised(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exercise.main(["torch", "--device", "cpu", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out == "torch, float32: 12 cases within tolerance\n"
+    monkeypatch.setitem(exercise.TOLERANCES, "float32", 0)
+    assert exercise.main(["torch", "--device", "cpu", "--dtype", "float32"]) == 1
+    assert " is off by " in capsys.readouterr().out
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
@@ -154,204 +125,182 @@ def test_calls_are_timed_in_turn() -> None:
 
     timings = measure.interleave({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, clock, 1e-9)
     assert turns == ["a", "b"] * 4  # one round of warming up
-    assert timings["a"] == measure.Timing(lower=4, median=5, upper=6, launch=0, rounds=3)
+    assert timings["a"] == dict(seconds=5, lower=4, upper=6, launch=0, rounds=3)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+def tiring(limit: int, failure: Exception) -> measure.Call:
+    """A call that works that many times."""
+    calls = []
+
+    def call() -> torch.Tensor:
+        calls.append(None)
+        if len(calls) > limit:
+            raise failure
+        return torch.ones(1)
+
+    return call
 
 
-def test_command_reports_a_small_case(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(trial, "MEMORY_COPY_BYTES", 2**20)
-    monkeypatch.setattr(measure, "PEAK_SIZES", {"cpu": 64})
-    # Not in the process of the other tests: it would change how they get their memory.
-    options = ["--device", "cpu", "--no-keep-freed-memory", "--batch", "1", "--seconds", "0.01", "--backends", "torch"]
-    assert main([*options, "--cases", "core/tiny/stage4/*", "--out", str(tmp_path)]) == 0
-
-    record = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [result["mode"] for result in record["results"]] == ["forward", "forward+backward"]
-    assert record["environment"]["torch"] == torch.__version__
-    assert record["environment"]["cpu"]
-    for result in record["results"]:
-        assert [row["competitor"] for row in result["rows"]] == [
-            "torch", "published, 3 convolutions", "published, dense 11x11", "separate operators",
-        ]  # fmt: skip
-        for row in result["rows"]:
-            assert 0 < row["lower"] <= row["median"] <= row["upper"]
-            assert row["rounds"] >= 3
-            assert row["bandwidth"] == pytest.approx(result["bytes"] / row["median"])
-            own_size = result["copies"][trial.OWN_COPY]
-            assert row[f"share of {trial.OWN_COPY}"] == pytest.approx(row["bandwidth"] / own_size["bandwidth"])
-            assert row["peak_bytes"] >= own_size["bytes"]
-            assert row["error"] < 1e-4
-    printed = capsys.readouterr().out
-    assert "core/tiny/stage4/224x224  float32  forward+backward\n" in printed
-    assert (tmp_path / "benchmark.txt").read_text().strip() in printed
-    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
-
-
-def out_of_order(h: torch.Tensor, *_: object) -> torch.Tensor:
-    raise RuntimeError("out of order\nand more")
-
-
-def not_a_number(h: torch.Tensor, kernels: list[torch.Tensor], alpha: torch.Tensor) -> torch.Tensor:
-    return torch.nan * competitors.dense_convolution(h, kernels, alpha)
+def absent() -> measure.Call:
+    raise measure.NotRunError("cannot take part")
 
 
 @pytest.mark.parametrize(
-    ("fusion", "failure"), [(out_of_order, "RuntimeError: out of order"), (not_a_number, "output is not finite")]
-)
-def test_a_failing_competitor_leaves_the_others(
-    monkeypatch: pytest.MonkeyPatch, fusion: Callable[..., torch.Tensor], failure: str
-) -> None:
-    monkeypatch.setattr(trial, "MEMORY_COPY_BYTES", 2**20)
-    monkeypatch.setattr(competitors, "three_convolutions", fusion)
-    bench = trial.Bench(trial.Choices(CPU, backends=["torch"], seconds=0.001))
-    forward, _ = bench.run(SMALL[3], torch.float32)
-    definition, failed, dense = forward["rows"]
-    assert failed["failure"] == failure
-    assert definition["faster_than_definition"] == 1
-    assert dense["error"] < 1e-5
-    assert f"failed: {failure}" in report.table(forward)
-
-
-def test_time_per_token_is_compared_between_images() -> None:
-    results = [
-        {"case": {"name": f"core/tiny/stage1/{image}", "batch": batch, "height": side, "width": side}}
-        | {"dtype": "float32", "mode": "forward", "rows": [{"competitor": "cpu", "median": seconds}]}
-        for image, batch, side, seconds in (("224x224", 2, 56, 2 * 56 * 56), ("2048x2048", 1, 512, 1.5 * 512 * 512))
-    ]
-    assert report.per_token(results) == [
-        "core/tiny/stage1  float32  forward  cpu: a token at 2048x2048 takes 1.50 times that at 224x224"
-    ]
-    assert report.per_token(results[:1]) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "key", "text"),
     [
-        (["--cases", "core/huge/*"], "--cases: 'core/huge/*' matches none of core/tiny/stage1/224x224, "),
-        (["--backends", "metal"], "--backends: 'metal' is none of cpu, cuda, triton, torch"),
-        (["--backends", "cuda"], "--backends: cuda cannot be timed in float32: "),
-        (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
-        (["--batch", "0"], "argument --batch: must be a whole number of at least 1, got '0'"),
-        (["--seconds", "soon"], "argument --seconds: must be a number of seconds above 0, got 'soon'"),
+        (absent, "not_run", "cannot take part"),
+        (lambda: lambda: torch.tensor(torch.nan), "failure", "FloatingPointError: the output is not finite"),
+        (lambda: tiring(0, RuntimeError("tired\nand more")), "failure", "RuntimeError: tired"),
+        (lambda: tiring(4, RuntimeError("tired")), "failure", "RuntimeError: tired"),  # when it is timed
+        (lambda: tiring(0, torch.OutOfMemoryError("too much")), "not_run", "out of memory"),
+        (lambda: tiring(4, RuntimeError("DefaultCPUAllocator: can't allocate")), "not_run", "out of memory"),
     ],
 )
-def test_wrong_options_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_that_fails_leaves_the_others(make: Callable[[], measure.Call], key: str, text: str) -> None:
+    entries = [measure.Entry("one", make), measure.Entry("other", lambda: lambda: torch.ones(250), {"family": "x"})]
+    one, other = measure.Trial(CPU, measure.WallClock(CPU), 1e-9).run(entries)
+    assert one[key] == text and text in one["note"] and "seconds" not in one
+    assert 0 < other["lower"] <= other["seconds"] <= other["upper"]
+    assert (other["name"], other["family"], other["rounds"]) == ("other", "x", 3)
+    assert 1000 <= other["peak_bytes"] < 1100
+
+
+def test_nothing_is_run_after_the_deadline() -> None:
+    trial = measure.Trial(CPU, measure.WallClock(CPU), 1e-9, deadline=time.perf_counter())
+    assert trial.run([measure.Entry("late", absent)]) == [
+        {"name": "late", "not_run": "out of time", "note": "not run: out of time"}
+    ]
+
+
+# --- the command
+
+
+def test_command_reports_a_small_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--batch", "1", "--backends", "torch", "--cases", "fusion/tiny/*", "core/tiny/stage4/*"]
+    assert operators.main([*QUICK, *options, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "operators.json").read_text())
+    assert [result["mode"] for result in record["results"]] == ["forward", "forward+backward"] * 2
+    assert record["environment"]["torch"] == torch.__version__ and record["environment"]["cpu"]
+    assert "--backends torch" in record["command"]
+    for result in record["results"]:
+        reference, *baselines, copy = result["rows"]
+        assert [row["name"] for row in baselines] == ["baseline, 3 convolutions", "baseline, dense 11x11"]
+        assert (reference["name"], reference["times_reference"], copy["name"]) == ("torch", 1, "memory copy")
+        for row in (reference, *baselines):
+            assert row["bandwidth"] == pytest.approx(result["bytes"] / row["seconds"])
+            assert row["fraction_of_copy"] == pytest.approx(row["bandwidth"] / copy["bandwidth"])
+            assert row["peak_bytes"] > 0 and row["error"] < 1e-4
+    printed = capsys.readouterr().out
+    assert "core/tiny/stage4/224x224  float32  forward+backward: batch 1, 7x7 tokens" in printed
+    assert (tmp_path / "operators.txt").read_text().strip() in printed
+
+
+def test_a_wrong_implementation_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = implementations.dense_convolution
+    monkeypatch.setattr(implementations, "three_convolutions", lambda *h, **weights: torch.nan * dense(*h, **weights))
+    monkeypatch.setattr(operators, "all_cases", lambda batch: [SMALL[3]])
+    assert operators.main([*QUICK, "--backends", "torch", "--out", str(tmp_path)]) == 1
+    _, failed, dense, _ = json.loads((tmp_path / "operators.json").read_text())["results"][0]["rows"]
+    assert failed["failure"] == "output is not finite" and "seconds" not in failed
+    assert dense["error"] < 1e-5
+
+
+def test_tables_in_text_and_markdown() -> None:
+    columns = (report.Column("name", "name"), report.Column("ms", "seconds", ".1f", 1e3), report.NOTE)
+    rows = [{"name": "a", "seconds": 0.0015}, {"name": "long", "note": "failed"}]
+    assert report.table("title", columns, rows) == "title\n  name   ms  note\n  a     1.5\n  long    -  failed"
+    assert report.table("title", columns, rows, markdown=True) == (
+        "title\n\n| name | ms | note |\n| --- | ---: | --- |\n| a | 1.5 |  |\n| long | - | failed |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (operators, ["--cases", "core/huge/*"], "--cases: 'core/huge/*' matches none of core/tiny/stage1/224x224, "),
+        (operators, ["--backends", "metal"], "--backends: 'metal' is none of cpu, cuda, triton, torch"),
+        (operators, ["--backends", "cuda"], "--backends: cuda cannot be timed in float32: "),
+        (operators, ["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (operators, ["--batch", "0"], "argument --batch: must be a whole number of at least 1, got '0'"),
+        (operators, ["--seconds", "soon"], "argument --seconds: must be a number of seconds above 0, got 'soon'"),
+        (operators, ["--out", __file__], f"--out {__file__}: cannot be written: File exists"),
+        (models, ["--models", "vgg*"], "--models: 'vgg*' matches none of spatial_mamba_tiny, "),
+        (models, ["--models", "resnet50", "--no-peers"], "--models: 'resnet50' matches none of spatial_mamba_tiny, "),
+        (models, ["--models", "*base*", "--relative-to", "resnet50"], "--relative-to: 'resnet50' is none of the mod"),
+        (models, ["--models", "resnet50", "--parts"], "--parts: only spatial_mamba_tiny, _small and _base have parts"),
+        (models, ["--form", "cudagraph"], "--form cudagraph: CUDA graphs need a GPU, but the device is cpu"),
+        (models, ["--form", "onnx", "--dtype", "bfloat16"], "--form onnx: exported files run in float32"),
+        (models, ["--resolution", "16"], "argument --resolution: must be at least 32 pixels, got 16"),
+        (models, ["--parts", "--processes", "2"], "argument --processes: not allowed with argument --parts"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    command: object, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["--device", "cpu", *options])
+        command.main([*QUICK, *options])
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-def refuse_to_write(dir: Path) -> None:
-    raise PermissionError(13, "Permission denied")
-
-
-def test_a_folder_that_cannot_be_written_is_found_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(options.tempfile, "TemporaryFile", refuse_to_write)  # else root may write everywhere
-    with pytest.raises(SystemExit):
-        main(["--device", "cpu", "--no-keep-freed-memory", "--out", str(tmp_path)])
-    assert capsys.readouterr().err == f"error: --out {tmp_path}: cannot be written: Permission denied\n"
-
-
-def test_roofline_leaves_out_what_was_not_timed(tmp_path: Path) -> None:
-    row = {"competitor": "torch", "median": 1.0}
-    result = {
-        "case": {"name": "core/tiny/stage1/224x224"},
-        "dtype": "float32",
-        "mode": "forward+backward",
-        "bytes": 10,
-        "operations": 100,
-        "copies": {trial.MEMORY_COPY: {"bandwidth": 1e9}},
-        "rows": [row, {"competitor": "cuda", "failure": "out of order"}],
-    }
-    report.roofline(tmp_path / "roofline.png", [result], peak=1e12)
-    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
-
-
-# --- make gpu ---------------------------------------------------------------------------------------------------------
+# --- make gpu
 
 
 def test_gpu_check_goes_on_after_failures(tmp_path: Path) -> None:
-    python = sys.executable
-    show_options = (
+    python, Step = sys.executable, gpu_check.Step
+    show = (
         "import importlib.util, os, sys; where = importlib.util.find_spec('spatial_mamba').origin;"
         "print(*sys.argv[1:], os.environ['COLOUR'], os.path.samefile(os.path.dirname(where), os.getcwd()))"
     )
     outcomes = gpu_check.run(
         [
-            gpu_check.Step("fails", (python, "-c", "print('about to fail'); raise SystemExit(3)"), 20),
-            gpu_check.Step("hangs", (python, "-c", "import time; time.sleep(60)"), 0.5),
-            gpu_check.Step("absent", ("no-such-command",), 20),
-            gpu_check.Step("works", (python, "-c", show_options, "{seconds}", "{out}/part"), 20, {"COLOUR": "blue"}),
-            gpu_check.Step("too late", (python, "--version"), 0),
-            gpu_check.Step("not needed", (python, "--version"), 0, optional=True),
+            Step("fails", (python, "-c", "print('about to fail'); raise SystemExit(3)"), 20),
+            Step("hangs", (python, "-c", "import time; time.sleep(60)"), 0.5),
+            Step("absent", ("no-such-command",), 20),
+            Step("works", (python, "-c", show, "{seconds}", "{out}/part"), 20, {"COLOUR": "blue"}),
+            Step("too late", (python, "--version"), 0),
+            Step("not needed", (python, "--version"), 0, optional=True),
         ],
         tmp_path,
     )
-    assert [(outcome.status, outcome.passed) for outcome in outcomes] == [
+    assert [(outcome["result"], outcome["passed"]) for outcome in outcomes] == [
         ("exit 3", False),
         ("ended after its 0.5 s", False),
-        ("not started: No such file or directory: no-such-command", False),
+        ("exit 127", False),
         ("exit 0", True),
         ("no time left", False),
         ("no time left", True),
     ]
-    assert 0.5 <= outcomes[1].seconds < 10
+    assert 0.5 <= outcomes[1]["seconds"] < 10
     log = (tmp_path / "log.txt").read_text()
-    assert "about to fail" in log
-    assert f"15 {tmp_path}/part blue True" in log
+    assert "about to fail" in log and f"15 {tmp_path}/part blue True" in log and "no-such-command" in log
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert not summary["passed"]
-    assert [step["name"] for step in summary["steps"]] == [outcome.name for outcome in outcomes]
+    assert not summary["passed"] and summary["steps"] == outcomes
     fails = next(line for line in (tmp_path / "summary.md").read_text().splitlines() if "| fails |" in line)
-    assert fails.startswith("| fails | **failed**: exit 3 |")
-    assert fails.endswith("| about to fail |")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "summary.json", "summary.md"]
+    assert fails.startswith("| fails | **failed**: exit 3 |") and fails.endswith("| about to fail |")
 
 
-def test_gpu_check_ends_in_time(tmp_path: Path) -> None:
-    sleep = (sys.executable, "-c", "import time; time.sleep(60)")
-    outcomes = gpu_check.run([gpu_check.Step("first", sleep, 30), gpu_check.Step("second", sleep, 30)], tmp_path, 0.5)
-    assert [outcome.status for outcome in outcomes] == ["ended after its 0.5 s", "no time left"]
-
-
-def test_gpu_check_starts_by_its_path() -> None:
-    command = [sys.executable, gpu_check.__file__, "--help"]
-    assert "folder for the results" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def test_gpu_check_covers_every_kind_of_check() -> None:
-    steps = gpu_check.steps()
-    commands = [" ".join(step.command) for step in steps]
-    for part in (
-        "kernels build",
-        "pytest -m gpu",
-        "memcheck",
-        "racecheck",
-        "kernels.benchmark --device cuda",
-        "classification.benchmark --device cuda",
-        "classification.benchmark.budget --device cuda",
-    ):
-        assert any(part in command for command in commands), part
-    assert not any(step.optional for step in steps if "pytest" in step.command or step.name.startswith("models"))
+def test_gpu_check_calls_commands_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers = {"spatial_mamba.kernels.benchmark": operators, "spatial_mamba.classification.benchmark": models}
+    called = []
+    for step in gpu_check.STEPS:
+        command = [part.format(out="folder", seconds=9) for part in step.command]
+        module = parsers.get(command[2])
+        if module is not None:
+            module._parser().parse_args(command[3:])
+            called.append(step.name)
+            assert not step.optional
+    assert called == ["models, inference", "models, compiled", "models, training", "models, parts", "benchmark"]
 
 
 def test_gpu_tests_are_found_without_the_trainers_packages() -> None:
     """A file that needs them is left out as a whole, where the machine has PyTorch, timm and little else."""
-    files = gpu_check._files_with_gpu_tests()
     code = (
         "import sys, pytest; sys.modules.update(dict.fromkeys(('yacs', 'fvcore', 'mmengine')));"
         "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', *sys.argv[1:]]))"
     )
-    command = [sys.executable, "-c", code, *files]
+    command = [sys.executable, "-c", code, *gpu_check.files_with_gpu_tests()]
     found = subprocess.run(command, capture_output=True, text=True, cwd=gpu_check.ROOT)
     assert found.returncode == 0, found.stdout
     assert "test_gpu_runs_the_forms" in found.stdout

@@ -1,40 +1,40 @@
-"""The benchmark of whole models: who takes part, what is measured, and what is reported."""
+"""The benchmark of whole models: who takes part, what is measured, parts, processes and data loading."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spatial_mamba import SpatialMamba
-from spatial_mamba.classification.benchmark import competitors, energy, report, roster, trial
-from spatial_mamba.classification.benchmark.__main__ import main
-from spatial_mamba.classification.benchmark.flops import forward_flops
-from spatial_mamba.classification.benchmark.published import as_published
+from spatial_mamba.classification.benchmark import parts, prepared, roster
+from spatial_mamba.classification.benchmark.__main__ import add_ratios, main
+from spatial_mamba.classification.benchmark.baseline import as_baseline
+from spatial_mamba.classification.benchmark.prepared import Case, entry, form_of
 from spatial_mamba.kernels.benchmark import measure
 
 CPU = torch.device("cpu")
 # Not in the process of the other tests: it would change how they get their memory.
 QUICK = ["--device", "cpu", "--no-keep-freed-memory", "--seconds", "0.001"]
-TIMING = measure.Timing(lower=1, median=2, upper=3, launch=0, rounds=3)
+FLOAT = 4  # bytes
 
 
 @pytest.fixture(autouse=True)
-def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_instruments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "COPY_BYTES", 2**20)
     monkeypatch.setattr(measure, "PEAK_SIZES", {"cpu": 64, "cuda": 64})
 
 
 def small_model(drop_path_rate: float = 0.0) -> SpatialMamba:
     """All weights of the mixer differ from their initial values, which hide what is done with them."""
     torch.manual_seed(0)
-    model = SpatialMamba(num_classes=5, dims=16, depths=(1, 1), drop_path_rate=drop_path_rate)
+    model = SpatialMamba(num_classes=10, dims=16, depths=(1, 2), drop_path_rate=drop_path_rate)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "state_fusion" in name or parameter.ndim == 1:
@@ -42,39 +42,51 @@ def small_model(drop_path_rate: float = 0.0) -> SpatialMamba:
     return model
 
 
+class SmallPeer(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000))
+
+
 def create_small(model: roster.Model, resolution: int) -> nn.Module:
-    if model.is_peer:
-        return nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000)
-        )
-    return SpatialMamba(dims=16, depths=(1, 1))
+    return SmallPeer() if model.is_peer else SpatialMamba(dims=16, depths=(1, 1))
 
 
-# --- who takes part ---------------------------------------------------------------------------------------------------
+@pytest.fixture
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster.Model, "create", create_small)
 
 
-def test_published_formulation_computes_the_same_in_inference() -> None:
+def record(folder: Path, name: str, *options: str) -> dict[str, Any]:
+    """What a run of the command writes."""
+    assert main([*QUICK, *options, "--out", str(folder)]) == 0
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+# --- who takes part
+
+
+def test_baseline_computes_the_same_in_inference() -> None:
     images = torch.randn(2, 3, 64, 48)
     expected = small_model().eval()(images)
-    published = as_published(small_model()).eval()
-    assert "dense" not in "".join(published.state_dict())
-    torch.testing.assert_close(published(images), expected, rtol=1e-4, atol=1e-5)
+    baseline = as_baseline(small_model()).eval()
+    assert "dense" not in "".join(baseline.state_dict())
+    torch.testing.assert_close(baseline(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_published_formulation_computes_the_same_in_training() -> None:
+def test_baseline_computes_the_same_in_training() -> None:
     images, labels = torch.randn(3, 3, 64, 48), torch.tensor([0, 3, 1])
     gradients = []
-    for model in (small_model(), as_published(small_model())):
+    for model in (small_model(), as_baseline(small_model())):
         loss = nn.functional.cross_entropy(model.train()(images), labels)
         gradients.append(dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, model.parameters()))))  # noqa: B905
-    ours, published = gradients
+    ours, baseline = gradients
     for name, gradient in ours.items():
-        torch.testing.assert_close(published[name], gradient, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(baseline[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_published_formulation_drops_paths() -> None:
-    model = as_published(small_model(drop_path_rate=0.9)).train()
-    block, tokens = model.layers[1].blocks[0], torch.ones(64, 4, 4, 32)
+def test_baseline_drops_paths() -> None:
+    model = as_baseline(small_model(drop_path_rate=0.9)).train()
+    block, tokens = model.layers[1].blocks[1], torch.ones(64, 4, 4, 32)
     assert block.residual_sum.drop_prob > 0
     outputs = block(tokens).flatten(1).detach()
     assert len(torch.unique(outputs.round(decimals=3), dim=0)) > 1  # equal samples come out different
@@ -85,381 +97,286 @@ def test_models_are_chosen_by_name_and_pattern() -> None:
     assert names[:4] == [
         "swin_tiny_patch4_window7_224", "spatial_mamba_tiny", "spatial_mamba_small", "spatial_mamba_base",
     ]  # fmt: skip
-    assert names[4:] == ["convnext_tiny", "mambaout_tiny", "published/spatial_mamba_tiny"]
+    assert names[4:] == ["convnext_tiny", "mambaout_tiny", "baseline/spatial_mamba_tiny"]
     assert all("spatial_mamba" in model.name for model in roster.choose(["*"], peers=False))
-    assert all(timm.is_model(model.name.removeprefix("published/")) for model in roster.MODELS)
+    assert all(timm.is_model(model.name.removeprefix("baseline/")) for model in roster.MODELS)
+    with torch.device("meta"):  # Swin is made for the size
+        assert roster.choose(["swin_tiny*"], peers=True)[0].create(256).patch_embed.img_size == (256, 256)
 
 
-def test_forms_that_a_model_lacks_are_run_without_it_and_once() -> None:
-    models = roster.choose(["spatial_mamba_tiny", "resnet50", "published/spatial_mamba_tiny"], peers=True)
-    choices = trial.Choices(CPU, models, forms=["eager", "fused", "fused+compile"])
+def test_forms_that_a_model_lacks_are_run_without_them() -> None:
+    ours, peer, baseline = roster.choose(["spatial_mamba_tiny", "resnet50", "baseline/*tiny"], peers=True)
+    forms = ("eager", "fused", "fused+compile", "checkpoint", "onnx", "aoti")
 
-    def forms(mode: str) -> list[tuple[str, str]]:
-        return [(model.name, form) for model, form in choices.entrants(mode)]
+    def run(model: roster.Model, mode: str) -> list[str]:
+        return [form_of(model, form, mode) for form in forms]
 
-    others = [("resnet50", "eager"), ("resnet50", "compile"), ("published/spatial_mamba_tiny", "eager")]
-    ours = [("spatial_mamba_tiny", form) for form in ("eager", "fused", "fused+compile")]
-    assert forms("inference") == ours + others
-    assert forms("train") == [("spatial_mamba_tiny", "eager"), ("spatial_mamba_tiny", "compile"), *others]
-
-
-def test_swin_is_made_for_the_size() -> None:
-    [swin] = roster.choose(["swin_tiny*"], peers=True)
-    with torch.device("meta"):
-        assert swin.create(256).patch_embed.img_size == (256, 256)
+    assert run(ours, "inference") == ["eager", "fused", "fused+compile", "eager", "onnx", "aoti"]
+    assert run(peer, "inference") == ["eager", "eager", "compile", "eager", "eager", "eager"]
+    assert run(ours, "train") == run(peer, "train") == ["eager", "eager", "compile", "checkpoint", "eager", "eager"]
+    assert run(baseline, "inference") == run(baseline, "train") == ["eager"] * 6
 
 
-# --- how it is measured -----------------------------------------------------------------------------------------------
+# --- how it is measured
 
 
-def test_flops_count_a_multiply_add_as_two() -> None:
-    convolution = nn.Conv2d(3, 8, 3, padding=1, bias=False).train()
-    assert forward_flops(convolution, 10) == 2 * 10 * 10 * 8 * 3 * 9
-    assert convolution.training
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_flops_count_a_multiply_add_as_two(fused: bool) -> None:
+    convolution = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    assert measure.dry_run(convolution, torch.empty(1, 3, 10, 10))[1] == 2 * 10 * 10 * 8 * 3 * 9
     with torch.device("meta"):
         model = timm.create_model("spatial_mamba_tiny")
+    model = model.to_empty(device="cpu").eval()
+    if fused:
+        model.fuse()
     # 4.5 GFLOPs as published, a multiply-add counted as one; element-wise operations are not counted here
-    assert forward_flops(model.to_empty(device="cpu"), 224) == pytest.approx(2 * 4.5e9, rel=0.03)
+    assert measure.dry_run(model, torch.empty(1, 3, 224, 224))[1] == pytest.approx(2 * 4.5e9, rel=0.03)
 
 
-class FakeNvml:
-    """The driver's library, of a GPU that has used 2.5 J."""
-
-    def nvmlInit_v2(self) -> int:  # noqa: N802
-        return 0
-
-    def nvmlDeviceGetHandleByUUID(self, name: Any, handle: Any) -> int:  # noqa: N802
-        return 0 if name.value == b"GPU-1234" else 6
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, millijoules: Any) -> int:  # noqa: N802
-        millijoules._obj.value = 2500
-        return 0
+def run_one(monkeypatch: pytest.MonkeyPatch, create: Callable, resolution: int = 32) -> dict[str, Any]:
+    """The row of ResNet-50's stand-in."""
+    monkeypatch.setattr(roster.Model, "create", lambda model, size: create())
+    [model], case = roster.choose(["resnet50"], peers=True), Case("inference", "float32", resolution, 3)
+    clock = measure.WallClock(CPU)
+    [row] = measure.Trial(CPU, clock, 1e-9).run([entry(model, "eager", case, CPU, clock)])
+    return row
 
 
-def test_energy_of_a_gpu_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _: FakeNvml())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
-    assert energy.counter_for(torch.device("cuda")).joules() == 2.5
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="5678"))
-    with pytest.raises(energy.NoCounterError, match="nvmlDeviceGetHandleByUUID fails with NVML status 6"):
-        energy.counter_for(torch.device("cuda"))
-    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetHandleByUUID")
-    with pytest.raises(energy.NoCounterError, match="this driver's NVML has no nvmlDeviceGetHandleByUUID"):
-        energy.counter_for(torch.device("cuda"))
+def test_a_peer_that_cannot_take_the_size_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create() -> nn.Module:
+        raise AssertionError("no")
+
+    assert run_one(monkeypatch, create)["not_run"] == "cannot take 32x32 images: no"
+    monkeypatch.setattr(prepared, "BASE_RESOLUTION", 32)  # which all can take
+    assert run_one(monkeypatch, create)["failure"] == "AssertionError: no"
 
 
-class FakeCounter:
-    source, shortest = "a fake", 1e-9
-
-    def __init__(self) -> None:
-        self.used = 100.0
-
-    def joules(self) -> float:
-        return self.used
-
-
-def test_energy_is_the_mean_over_calls() -> None:
-    counter = FakeCounter()
-
-    def call() -> None:
-        counter.used += 3.0
-
-    assert energy.joules_per_call(call, counter, CPU, 0.001) == pytest.approx(3)
-
-
-def test_energy_of_the_processor_survives_an_overflow(tmp_path: Path) -> None:
-    for i in range(2):
-        package = tmp_path / f"intel-rapl:{i}"
-        package.mkdir()
-        (package / "name").write_text(f"package-{i}\n")
-        (package / "max_energy_range_uj").write_text("1000000\n")
-        (package / "energy_uj").write_text("900000\n")
-    for domain, name in (("intel-rapl:0:0", "core"), ("intel-rapl:2", "psys")):  # would count twice
-        (tmp_path / domain).mkdir()
-        (tmp_path / domain / "name").write_text(f"{name}\n")
-    counter = energy.CpuCounter(tmp_path)
-    assert counter.joules() == 0
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("950000\n")
-    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("100000\n")
-    assert counter.joules() == pytest.approx(0.05 + 0.2)
-    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
-    with pytest.raises(energy.NoCounterError, match="RAPL's energy_uj cannot be read: No such file"):
-        counter.joules()
-
-
-def test_energy_that_is_not_told_has_a_reason(tmp_path: Path) -> None:
-    with pytest.raises(energy.NoCounterError, match="no RAPL counters"):
-        energy.CpuCounter(tmp_path)
-
-
-def run_one(monkeypatch: pytest.MonkeyPatch, create: Callable, mode: str = "inference") -> dict[str, Any]:
-    """The row of ResNet-50's stand-in, beside a competitor that works."""
-    works = create_small
-    monkeypatch.setattr(
-        roster.Model, "create", lambda model, size: create(size) if model.name == "resnet50" else works(model, size)
-    )
-    models = roster.choose(["convnext_tiny", "resnet50"], peers=True)
-    bench = trial.Bench(trial.Choices(CPU, models, seconds=0.001))
-    [result] = bench.run(mode, "float32", 32, [3])
-    works_row, row = result["rows"]
-    assert works_row["median"] > 0
-    report.add_ratios(result["rows"], "convnext_tiny")
-    return row | {"table": report.table(result)}
-
-
-def test_a_model_that_cannot_take_the_size_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def create(resolution: int) -> nn.Module:
-        raise AssertionError(f"no {resolution}")
-
-    row = run_one(monkeypatch, create)
-    assert row["not_run"] == "cannot run 32x32 images: AssertionError: no 32"
-    assert "failure" not in row
-    monkeypatch.setattr(competitors, "BASE_RESOLUTION", 32)  # which all can take
-    row = run_one(monkeypatch, create)
-    assert row["failure"] == "AssertionError: no 32" and "not_run" not in row
-
-
-def test_our_own_model_takes_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    def create(*_: object) -> nn.Module:
-        raise ValueError("no")
-
-    monkeypatch.setattr(roster.Model, "create", create)
-    models = roster.choose(["spatial_mamba_tiny"], peers=True)
-    [result] = trial.Bench(trial.Choices(CPU, models, seconds=0.001)).run("inference", "float32", 32, [1])
-    assert result["rows"][0]["failure"] == "ValueError: no"
-
-
-class TooLarge(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 3:  # the layouts were tried with fewer
-            raise torch.OutOfMemoryError("tried to allocate more than there is")
-        return super().forward(x)
-
-
-def test_a_batch_that_is_too_large_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = run_one(monkeypatch, lambda _: TooLarge(nn.Conv2d(3, 1000, 32), nn.Flatten()), "train")
-    assert row["not_run"] == "out of memory"
-    assert "failure" not in row
-
-
-class NotANumber(nn.Module):
+class Attentive(SmallPeer):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Conv2d(3, 1000, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nan * self.layer(x).flatten(1)
+        self.fused_attn = False
 
 
-class OutOfOrder(NotANumber):
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 3:
-            raise RuntimeError("out of order\nand more")
-        return super().forward(x)
+def test_the_faster_setting_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(prepared: prepared.Prepared, setting: tuple[bool, bool], images: int) -> float:
+        return times[setting]
+
+    monkeypatch.setattr(prepared.Prepared, "_shortest", seconds)
+    times = {(True, False): 1.02, (True, True): 3, (False, False): 3, (False, True): 1.0}
+    assert run_one(monkeypatch, Attentive)["note"] == "channels-last, plain attention"  # the other is hardly faster
+    times[False, True] = 0.9
+    assert run_one(monkeypatch, Attentive)["note"] == "contiguous, fused attention"
 
 
-class Tiring(NotANumber):
-    """Works until it is timed."""
-
-    passes = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 3:
-            self.passes += 1
-            if self.passes > 2:  # warming up, and measuring memory
-                raise RuntimeError("tired")
-        return self.layer(x).flatten(1)
-
-
-@pytest.mark.parametrize("first_failure", ["timing", "energy"])
-def test_one_that_fails_late_leaves_the_others(monkeypatch: pytest.MonkeyPatch, first_failure: str) -> None:
-    if first_failure == "energy":
-        monkeypatch.setattr(trial.measure, "interleave", lambda calls, *_: dict.fromkeys(calls, TIMING))
-    monkeypatch.setattr(trial, "counter_for", lambda _: FakeCounter())
-    row = run_one(monkeypatch, lambda _: Tiring())
-    assert row["failure"] == "RuntimeError: tired"
-    assert ("median" in row) == (first_failure == "energy")
-
-
-@pytest.mark.parametrize("mode", competitors.MODES)
-@pytest.mark.parametrize(
-    ("create", "failure"), [(NotANumber, "the output is not finite"), (OutOfOrder, "RuntimeError: out of order")]
-)
-def test_a_failing_competitor_leaves_the_others(
-    monkeypatch: pytest.MonkeyPatch, create: type[nn.Module], failure: str, mode: str
-) -> None:
-    row = run_one(monkeypatch, lambda _: create(), mode)
-    assert failure in row["failure"]
-    assert f"failed: {row['failure']}" in row["table"]
-
-
-# --- what is reported -------------------------------------------------------------------------------------------------
-
-
-def row_of(model: str, form: str, median: float, **more: Any) -> dict[str, Any]:
-    return {"competitor": f"{model}, {form}", "model": model, "form": form, "median": median} | more
+# --- the command
 
 
 def test_times_are_divided_by_the_reference_in_the_same_form() -> None:
     rows = [
-        row_of("ours", "eager", 3.0),
-        row_of("ours", "fused", 2.0),
-        row_of("peer", "eager", 6.0),
-        row_of("peer", "compile", 4.0),
-        {"competitor": "broken, eager", "model": "broken", "form": "eager", "failure": "it is"},
+        {"model": model, "form": form, "seconds": seconds}
+        for model, form, seconds in (("ours", "eager", 3.0), ("ours", "fused", 2.0), ("peer", "eager", 6.0))
     ]
-    report.add_ratios(rows, "ours")
-    assert [row.get("times_reference") for row in rows] == [1, 1, 2, 4 / 3, None]
-    assert rows[2]["relative_to"] == "ours, eager"
-    report.add_ratios(rows, "peer")
-    assert [row.get("times_reference") for row in rows] == [0.5, pytest.approx(1 / 3), 1, 1, None]
-    report.add_ratios(rows, "broken")
-    assert rows[0]["times_reference"] is None
+    rows.append({"model": "broken", "form": "eager", "failure": "it is"})
+    add_ratios(rows, "ours")
+    assert [row.get("times_reference") for row in rows] == [1, 1, 2, None]
+    add_ratios(rows, "peer")
+    assert [row.get("times_reference") for row in rows] == [0.5, pytest.approx(1 / 3), 1, None]
+    add_ratios(rows[1:], "broken")
+    assert rows[1]["times_reference"] == pytest.approx(1 / 3)
 
 
-def test_cost_per_pixel_is_relative_to_224() -> None:
-    def result(resolution: int, images: int, seconds: float, peak: float | None) -> dict[str, Any]:
-        pixels = images * resolution**2
-        row = row_of("ours", "eager", seconds * pixels, seconds_per_pixel=seconds)
-        row["peak_bytes"] = None if peak is None else peak * pixels
-        return dict(mode="inference", dtype="float32", batch=8, images=images, resolution=resolution, rows=[row])
-
-    costs = report.per_pixel([result(224, 8, 2.0, 50), result(1024, 1, 3.0, 40), result(512, 2, 1.0, None)])
-    assert [cost["resolution"] for cost in costs] == [512, 1024]
-    assert costs[1]["times_seconds"] == 1.5
-    assert costs[1]["times_bytes"] == pytest.approx(0.8)
-    [table] = report.per_pixel_tables(costs)
-    heading, sizes, ours = table.splitlines()
-    assert heading.startswith("inference  float32  batch 8: ")
-    assert sizes.split() == ["512x512", "1024x1024"]
-    assert ours.split() == ["ours,", "eager", "0.50,", "-", "1.50,", "0.80"]
-    assert report.per_pixel([result(512, 2, 1.0, 1)]) == []
-
-
-def test_command_times_models_as_they_are(tmp_path: Path) -> None:
-    options = ["--models", "spatial_mamba_tiny", "--no-peers", "--batch", "1", "--resolution", "32"]
-    assert main([*QUICK, *options, "--out", str(tmp_path)]) == 0
-    [result] = json.loads((tmp_path / "benchmark.json").read_text())["results"]
-    [row] = result["rows"]
-    weights = 4 * sum(p.numel() for p in timm.create_model("spatial_mamba_tiny").parameters())
-    assert weights <= row["weight_bytes"] < 1.01 * weights  # and statistics of BatchNorm
-
-
-def test_command_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(roster.Model, "create", create_small)
+def test_command_reports(tmp_path: Path, small_models: None, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--models", "spatial_mamba_tiny", "resnet50", "--form", "eager", "fused", "--relative-to", "resnet50"]
-    assert main([*QUICK, *options, "--batch", "1", "--resolution", "64", "224", "--out", str(tmp_path)]) == 0
-
-    record = json.loads((tmp_path / "benchmark.json").read_text())
-    assert record["environment"]["timm"] == timm.__version__
-    assert "--relative-to resnet50" in record["command"]
-    assert [result["resolution"] for result in record["results"]] == [64, 224]
-    for result in record["results"]:
-        assert [row["competitor"] for row in result["rows"]] == [
+    found = record(tmp_path, "models", *options, "--batch", "1", "--resolution", "64", "224")
+    assert found["environment"]["timm"] == timm.__version__
+    assert "--relative-to resnet50" in found["command"]
+    assert [result["resolution"] for result in found["results"]] == [64, 224]
+    for result in found["results"]:
+        assert [row["name"] for row in result["rows"]] == [
             "spatial_mamba_tiny, eager", "spatial_mamba_tiny, fused", "resnet50, eager",
         ]  # fmt: skip
-        reference = result["rows"][-1]
         for row in result["rows"]:
-            assert 0 < row["lower"] <= row["median"] <= row["upper"]
-            assert row["images_per_second"] == pytest.approx(1 / row["median"])
-            assert row["times_reference"] == pytest.approx(row["median"] / reference["median"])
-            assert row["mfu"] == pytest.approx(row["flops_per_image"] / row["median"] / result["peak"])
-            assert row["peak_bytes"] > 0
-            assert row["optimizer_bytes"] == 0
-    assert len(record["per_pixel"]) == 3
+            assert row["images_per_second"] == pytest.approx(1 / row["seconds"])
+            assert row["times_reference"] == pytest.approx(row["seconds"] / result["rows"][-1]["seconds"])
+            assert row["mfu"] == pytest.approx(row["flops_per_image"] / row["seconds"] / result["peak"])
+            assert row["bytes_per_pixel"] == pytest.approx(row["peak_bytes"] / result["resolution"] ** 2)
     printed = capsys.readouterr().out
-    assert "inference  float32  224x224  batch 1\n" in printed
-    assert (tmp_path / "benchmark.txt").read_text().strip() in printed
+    assert "inference  float32  224x224  batch 1: " in printed
+    assert (tmp_path / "models.txt").read_text().strip() in printed
     for name in ("accuracy.png", "resolution.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert "no batch.png: needs two batches" in printed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_command_times_training_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
-) -> None:
-    monkeypatch.setattr(roster.Model, "create", create_small)
-    models = ["--models", "*tiny", "published/spatial_mamba_tiny", "--mode", "train", "--dtype", dtype]
-    assert main([*QUICK, *models, "--batch", "2", "1", "--resolution", "32", "--out", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "benchmark.json").read_text())
-    two, one = record["results"]
-    assert (two["images"], one["images"]) == (2, 1)
-    flops = {row["model"]: row["flops_per_image"] for row in two["rows"]}
-    assert flops["published/spatial_mamba_tiny"] == flops["spatial_mamba_tiny"] > 0  # the same work, done otherwise
-    for row in two["rows"]:
-        assert row["optimizer_bytes"] >= 1.9 * (row["weight_bytes"] - 40_000)  # the dense kernels are not learned
-        assert row["peak_bytes"] > 0
-        assert row["images_per_second"] == pytest.approx(2 / row["median"])
-    assert (tmp_path / "batch.png").read_bytes().startswith(b"\x89PNG")
-    assert "no accuracy.png: needs inference at 224x224" in capsys.readouterr().out
+def test_command_times_training_steps(tmp_path: Path, small_models: None, dtype: str) -> None:
+    options = ["--models", "*tiny", "baseline/*tiny", "--mode", "train", "--dtype", dtype, "--resolution", "32"]
+    [result] = record(tmp_path, "models", *options, "--batch", "2")["results"]
+    flops = {row["model"]: row["flops_per_image"] for row in result["rows"]}
+    assert flops["baseline/spatial_mamba_tiny"] == flops["spatial_mamba_tiny"] > 0  # the same work, done otherwise
+    assert all(row["peak_bytes"] > 0 and row["images_per_second"] > 0 for row in result["rows"])
 
 
-def test_same_pixels_takes_fewer_large_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster.Model, "create", create_small)
-    models = roster.choose(["resnet50"], peers=True)
-    bench = trial.Bench(trial.Choices(CPU, models, seconds=0.001, same_pixels=True))
-    [result] = bench.run("inference", "float32", 448, [8])
-    assert (result["batch"], result["images"]) == (8, 2)
-    assert result["rows"][0]["images_per_second"] == pytest.approx(2 / result["rows"][0]["median"])
+def test_exported_files_and_checkpointing_are_timed(tmp_path: Path, small_models: None) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = ["--models", "spatial_mamba_tiny", "--batch", "2"]
+    [result] = record(tmp_path, "models", *model, "--form", "eager", "onnx", "--resolution", "32")["results"]
+    assert [(row["form"], row["peak_bytes"] is None) for row in result["rows"]] == [("eager", False), ("onnx", True)]
+    training = [*model, "--mode", "train", "--form", "eager", "checkpoint", "--resolution", "64"]
+    [result] = record(tmp_path, "models", *training)["results"]
+    assert result["rows"][1]["peak_bytes"] < result["rows"][0]["peak_bytes"]
 
 
-def test_command_stops_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(roster.Model, "create", create_small)
-    assert main([*QUICK, "--models", "resnet50", "--limit", "0.000001", "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "out of time: inference float32 224x224 batch 8\n" in printed
-    assert printed.endswith("\ncompetitors not measured: 0; cases out of time: 1\n")
-    assert json.loads((tmp_path / "benchmark.json").read_text())["results"] == []
+def test_same_pixels_takes_fewer_large_images(tmp_path: Path, small_models: None) -> None:
+    options = ["--models", "resnet50", "--resolution", "448", "--batch", "8", "--same-pixels"]
+    assert record(tmp_path, "models", *options)["results"][0]["images"] == 2
+
+
+def test_command_stops_in_time(tmp_path: Path, small_models: None, capsys: pytest.CaptureFixture[str]) -> None:
+    found = record(tmp_path, "models", "--models", "resnet50", "--limit", "0.000001")
+    assert found["results"] == [] and found["skipped"] == ["inference  float32  224x224  batch 8"]
+    assert capsys.readouterr().out.endswith("; failed: 0; not run: 1\n")
 
 
 def test_command_needs_no_package_of_the_trainer() -> None:
     """GPU machines have PyTorch, timm and little else."""
-    absent = "sys.modules.update(dict.fromkeys(('yacs', 'fvcore', 'mmengine', 'tensorboard', 'pynvml')))"
+    absent = "sys.modules.update(dict.fromkeys(('yacs', 'fvcore', 'mmengine', 'tensorboard', 'onnx')))"
     module = "spatial_mamba.classification.benchmark"
     code = f"import runpy, sys; {absent}; sys.argv[1:] = ['--help']; runpy.run_module({module!r}, run_name='__main__')"
     assert "--relative-to" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
 
 
-def test_command_fails_with_a_competitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster.Model, "create", lambda *_: NotANumber())
-    assert main([*QUICK, "--models", "resnet50", "--resolution", "32", "--out", str(tmp_path)]) == 1
+# --- parts
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--models", "vgg*"], "--models: 'vgg*' matches none of spatial_mamba_tiny, "),
-        (["--models", "resnet50", "--no-peers"], "--models: 'resnet50' matches none of spatial_mamba_tiny, "),
-        (["--models", "*base*", "--relative-to", "resnet50"], "--relative-to: 'resnet50' is none of the models that "),
-        (["--form", "cudagraph"], "--form cudagraph: CUDA graphs need a GPU, but the device is cpu"),
-        (["--form", "fast"], "argument --form: invalid choice: 'fast'"),
-        (["--batch", "0"], "argument --batch: must be a whole number of at least 1, got '0'"),
-        (["--resolution", "16"], "argument --resolution: must be at least 32 pixels, got 16"),
-        (["--limit", "soon"], "argument --limit: must be a number of seconds above 0, got 'soon'"),
-        (["--out", __file__], f"--out {__file__}: cannot be written: File exists"),
-    ],
-)
-def test_wrong_options_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*QUICK, *options])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+def bench(mode: str = "inference", dtype: str = "float32", fused: bool = False) -> parts.Bench:
+    return parts.Bench(small_model(), Case(mode, dtype, 64, 2), CPU, fused)
+
+
+def rows_of(bench: parts.Bench) -> dict[str, dict[str, Any]]:
+    bench.add_all()
+    return {row["name"]: row for row in bench.rows}
+
+
+def test_compulsory_bytes_by_hand() -> None:
+    rows, training = rows_of(bench()), rows_of(bench("train"))
+    tokens, dim, depth = 2 * 8 * 8, 32, 2  # of stage 2
+    inputs, outputs, weights = FLOAT * tokens * dim, 4 * FLOAT * tokens * dim, FLOAT * dim * 4 * dim
+    projection = rows["stage 2: in_proj"]
+    assert (projection["bytes"], projection["count"]) == (depth * (inputs + outputs + weights), depth)
+    assert projection["flops"] == depth * 2 * tokens * dim * 4 * dim
+    # forward, then inputs, weights and gradient of the output read, and gradients of inputs and weights written
+    assert training["stage 2: in_proj"]["bytes"] == depth * (3 * inputs + 3 * weights + 2 * outputs)
+    assert training["stage 2: in_proj"]["flops"] == 3 * projection["flops"]
+    assert training["stage 2: residual sums"]["bytes"] == 2 * rows["stage 2: residual sums"]["bytes"]
+    assert rows["stage 2: residual sums"]["bytes"] == depth * 2 * 3 * inputs
+    gradients = sum(FLOAT * p.numel() for p in small_model().patch_embed.parameters())
+    assert training["stem"]["bytes"] == 2 * rows["stem"]["bytes"] + gradients  # images need no gradient
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_operations_of_the_parts_are_those_of_the_model(fused: bool) -> None:
+    found = bench(fused=fused)
+    total = sum(row["flops"] for row in rows_of(found).values())
+    assert total == measure.dry_run(found.model, torch.empty(2, 3, 64, 64))[1]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_the_parts_of_a_block_make_the_block(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, own = bench(fused=fused), {}
+    add = parts.Bench.add
+
+    def spy(self: parts.Bench, name: str, count: int, function: Callable, *shapes: Any, **more: Any) -> Any:
+        own[name.removeprefix("stage 1: ")] = function
+        return add(self, name, count, function, *shapes, **more)
+
+    monkeypatch.setattr(parts.Bench, "add", spy)
+    block, x = found.model.layers[0].blocks[0], torch.randn(2, 16, 16, 16)
+    (found._add_fused_block if fused else found._add_block)("stage 1:", 1, block, x.shape)
+    with torch.no_grad():
+        expected = block(x)
+        x = own["cpe1 + x"](x)
+        if fused:
+            x = own["cpe2 + x"](own["out_proj + x"](own["mixer"](own["ln_1, in_proj"](x)), x))
+            x = own["ln_2, mlp + x"](x)
+        else:
+            branch = own["out_proj"](own["mixer"](own["in_proj"](own["ln_1"](x))))
+            x = own["cpe2 + x"](own["residual sums"](x, branch))
+            x = own["residual sums"](x, own["mlp"](own["ln_2"](x)))
+    torch.testing.assert_close(x, expected)
+
+
+def test_parts_add_up(tmp_path: Path, small_models: None) -> None:
+    options = ["--models", "*tiny*", "--parts", "--mode", "inference", "train", "--form", "fused"]
+    results = record(tmp_path, "parts", *options, "--dtype", "bfloat16", "--batch", "2", "--resolution", "64")
+    for result, form in zip(results["results"], ("fused", "eager"), strict=True):
+        *rows, total, whole = result["rows"]
+        assert result["form"] == form and whole["name"] == parts.WHOLE and whole["seconds"] > 0
+        assert total["bound"] == whole["bound"] == pytest.approx(sum(row["bound"] for row in rows))
+        for row in rows:
+            bounds = {"bytes": row["bytes"] / result["bandwidth"], "operations": row["flops"] / result["peak"]}
+            assert row["bound"] == pytest.approx(bounds[row["set_by"]]) == pytest.approx(max(bounds.values()))
+
+
+# --- processes
+
+
+def test_steps_are_timed_between_processes(tmp_path: Path) -> None:
+    options = ["--models", "spatial_mamba_tiny", "--processes", "1", "2", "--batch", "2", "--resolution", "32"]
+    [result] = record(tmp_path, "processes", *options)["results"]
+    alone, both = result["rows"]
+    assert (alone["processes"], both["processes"], alone["efficiency"]) == (1, 2, 1)
+    assert both["efficiency"] == pytest.approx(alone["seconds"] / both["seconds"])
+    assert both["visible"] == pytest.approx(both["seconds"] - both["unsynchronised"]) and both["all_reduce"] > 0
+    assert alone["gradient_bytes"] == both["gradient_bytes"] == FLOAT * 26_748_862
+
+
+# --- data loading
+
+
+def test_loading_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("yacs")
+    from spatial_mamba.classification.benchmark import loading
+
+    monkeypatch.setattr(loading, "MANY", 10)  # fewer than are taken: a pass ends, and another begins
+    common = ["--batch-size", "4", "--seconds", "0.01", "--workers", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert loading.main([*common, "--images-per-second", "1"]) == 0
+    found = json.loads((tmp_path / "loading.json").read_text())
+    assert found["data"]["images"] == 4 and found["data"]["kilobytes_per_image"] > 10
+    steps, loaders = (result["rows"] for result in found["results"])
+    assert {"read + decode", "Mixup"} <= {row["name"] for row in steps if row["images_per_second"] > 0}
+    assert loaders[0].keys() == {"workers", *loading.PIPELINES}
+    assert capsys.readouterr().out.count("1 loader processes keep up with 1 images/s") == len(loading.TRAINING)
+
+    loading.write_photos(tmp_path, 4)
+    damaged = tmp_path / "train" / "1" / "3.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    wrong = (["--data-path", str(tmp_path)], f"{damaged}: unreadable image")
+    for options, message in (wrong, (["--zip"], "--zip needs the folder"), (["--cfg", "none"], "--cfg none: no such")):
+        with pytest.raises(SystemExit):
+            loading.main([*common, *options])
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+# --- on a GPU
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
 @pytest.mark.parametrize(("mode", "forms"), [("inference", ["eager", "fused", "cudagraph"]), ("train", ["eager"])])
-def test_gpu_runs_the_forms(mode: str, forms: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster.Model, "create", create_small)
-    models = roster.choose(["spatial_mamba_tiny", "published/spatial_mamba_tiny"], peers=True)
-    bench = trial.Bench(trial.Choices(torch.device("cuda"), models, forms=forms, seconds=0.01))
-    [result] = bench.run(mode, "bfloat16", 64, [2])
-    for row in result["rows"]:
-        assert "failure" not in row, row
-        assert 0 < row["lower"] <= row["median"]
-        assert row["joules_per_image"] is None or row["joules_per_image"] > 0
+def test_gpu_runs_the_forms(mode: str, forms: list[str], tmp_path: Path, small_models: None) -> None:
+    common = [
+        "--device",
+        "cuda",
+        "--models",
+        "spatial_mamba_tiny",
+        "baseline/*tiny",
+        "--mode",
+        mode,
+        "--seconds",
+        "0.1",
+    ]
+    common += ["--dtype", "bfloat16", "--batch", "2", "--resolution", "64", "--out", str(tmp_path)]
+    assert main([*common, "--form", *forms]) == main([*common, "--parts"]) == main([*common, "--processes", "1"]) == 0
+    for row in json.loads((tmp_path / "models.json").read_text())["results"][0]["rows"]:
+        assert 0 < row["lower"] <= row["seconds"], row

@@ -1,182 +1,191 @@
-"""The parts of a classifier: the bytes and multiply-adds that each cannot do without, and how to run it alone."""
+"""Where the time goes: the parts of Spatial-Mamba, each compared with a lower bound of its time.
 
+The lower bound is the longer of the time that the compulsory bytes of a part take at the bandwidth of a memory copy and
+the time that its multiply-adds take at the speed of a large matrix product; both are measured in the same run.
+"""
+
+import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.benchmark.cases import Case
-from ...kernels.benchmark.measure import TRAINING_PASSES
-from ..models.fused import FusedBlock
-from ..models.spatial_mamba import Block, SpatialMamba, StructureAwareSSM
+from ...kernels.benchmark import measure
+from ...kernels.benchmark.report import Column, Report
+from ..models.spatial_mamba import SpatialMamba
+from .prepared import FUSED, TRAIN, Case
+from .roster import OURS, Model
 
-Shape = tuple[int, ...]
+COLUMNS = (
+    Column("part", "name"),
+    Column("times", "count", "d"),
+    Column("MB", "bytes", ".1f", 1e-6),
+    Column("GMAC", "flops", ".3f", 0.5e-9),
+    Column("bound ms", "bound", ".3g", 1e3),
+    Column("set by", "set_by"),
+    Column("ms", "seconds", ".3g", 1e3),
+    Column("x bound", "times_bound", ".2f"),
+    Column("of the time", "fraction", ".1%"),
+)
+WHOLE = "the model as a whole"
+Shape = Sequence[int]
 
 
-@dataclass(frozen=True)
-class Part:
-    """One part of the model, which may occur several times with the same shapes.
+def add_tables(
+    report: Report, takes_part: Sequence[tuple[Model, str]], case: Case, device: torch.device, seconds: float
+) -> None:
+    """One table per form of Spatial-Mamba, eager or fused; ``seconds`` of timing for each."""
+    for model, form in takes_part:
+        if model.family == OURS:
+            bench = Bench(model.create(case.resolution).to(device), case, device, is_fused=form == FUSED)
+            roofs = f"memory copy {bench.bandwidth / 1e9:.1f} GB/s, matrix product {bench.peak / 1e9:.0f} GFLOP/s"
+            setting = {"model": model.name, "form": form, "bandwidth": bench.bandwidth, "peak": bench.peak}
+            rows = bench.run(seconds)
+            report.add(f"{model.name}, {form}  {case}: {roofs}", COLUMNS, rows, **vars(case), **setting)
 
+
+class Bench:
+    """Measures the parts of one classifier.
+
+    Inference has weights and activations of the case's dtype; training has float32 weights, under autocast to it.
     What lies inside a part (the hidden layer of an MLP, the channels between two convolutions of the stem) need not
     go through memory, and is not counted.
     """
 
-    stage: str
-    name: str
-    count: int  # how often the model has it
-    inputs: tuple[Shape, ...]
-    output: Shape
-    macs: int  # multiply-adds of one forward pass; element-wise operations and statistics are not counted
-    weights: tuple[Tensor, ...]
-    call: Callable[..., Tensor]
-    is_sum: bool = False  # a residual connection, the backward pass of which adds the gradients at the fork
-    takes_images: bool = False  # no gradient of them is asked for
+    def __init__(self, model: SpatialMamba, case: Case, device: torch.device, is_fused: bool) -> None:
+        self.device, self.dtype, self.is_training = device, getattr(torch, case.dtype), case.mode == TRAIN
+        self.model = model.train() if self.is_training else model.eval().to(self.dtype)
+        if is_fused:
+            model.fuse()
+        self.images = (case.images, model.in_chans, case.resolution, case.resolution)
+        self.clock = measure.operator_clock(device)
+        copy_call = measure.memory_copy(device)
+        self.bandwidth = 2 * measure.COPY_BYTES / min(self.clock(copy_call, 0.0)[0] for _ in range(5))
+        self.peak = measure.matmul_peak(self.clock, device, self.dtype)
+        self.rows: list[measure.Row] = []
+        self.calls: dict[str, measure.Call] = {}
 
-    def compulsory_bytes(self, dtype: torch.dtype, backward: bool) -> int:
-        """The fewest bytes that one can move: each input and weight read once, the output written once.
+    def run(self, seconds: float) -> list[measure.Row]:
+        """A row per part, for all its occurrences together; their sum; the model as a whole. Times in seconds."""
+        self.add_all()
+        self.add(WHOLE, 1, self.model, self.images, reads=(self.model,), is_first=True)
+        for call in self.calls.values():
+            call()
+        timings = measure.interleave(self.calls, self.clock, seconds)
+        for row in self.rows:
+            row["seconds"] = row["count"] * timings[row["name"]]["seconds"]
+        *parts, whole = self.rows
+        sums = {key: sum(row[key] for row in parts) for key in ("bytes", "flops", "bound", "seconds")}
+        self.rows.insert(-1, {"name": "sum of all parts", **sums})
+        whole |= {key: sums[key] for key in ("bytes", "flops", "bound")} | {"set_by": "", "count": None}
+        for row in self.rows:
+            row |= {"times_bound": row["seconds"] / row["bound"], "fraction": row["seconds"] / sums["seconds"]}
+        return self.rows
 
-        With ``backward``, of both passes: inputs and weights are read again, the gradient of the output is read, and
-        one gradient per input and weight is written.
+    def add_all(self) -> None:
+        """Add the parts in the order they run in. The blocks of a stage have the same shapes: one stands for all."""
+        model = self.model
+        tokens = self.add("stem", 1, model.patch_embed, self.images, reads=(model.patch_embed,), is_first=True)
+        for i, stage in enumerate(model.layers, 1):
+            add = self._add_fused_block if model.fused else self._add_block
+            add(f"stage {i}:", len(stage.blocks), stage.blocks[-1], tokens)
+            if not isinstance(stage.downsample, nn.Identity):
+                down = stage.downsample
+                tokens = self.add(f"stage {i}: downsample", 1, down, tokens, reads=(down,))
+        self.add("head", 1, lambda x: model.forward_head(model.norm(x)), tokens, reads=(model.norm, model.head))
+
+    def _add_block(self, stage: str, depth: int, block: nn.Module, tokens: Shape) -> None:
+        ssm, inner, wide = block.self_attention, *_wider(tokens)
+        mixer = copy.deepcopy(ssm)  # what lies between the projections
+        mixer.in_proj = mixer.out_proj = nn.Identity()
+        modules = {
+            "cpe1 + x": (block.cpe1, tokens),
+            "ln_1": (block.ln_1, tokens),
+            "in_proj": (ssm.in_proj, tokens),
+            "mixer": (mixer, wide),
+            "out_proj": (ssm.out_proj, inner),
+            "cpe2 + x": (block.cpe2, tokens),
+            "ln_2": (block.ln_2, tokens),
+            "mlp": (block.mlp, tokens),
+        }
+        for name, (module, shape) in modules.items():
+            self.add(f"{stage} {name}", depth, module, shape, reads=(module,))
+        # Forward the sum with a branch; backward the sum of the gradients that meet at the fork.
+        count = 2 * depth * (2 if self.is_training else 1)
+        self.add(f"{stage} residual sums", count, block.residual_sum, tokens, tokens, has_backward=False)
+
+    def _add_fused_block(self, stage: str, depth: int, block: nn.Module, tokens: Shape) -> None:
+        inner, wide = _wider(tokens)
+
+        def in_proj(x: Tensor) -> Tensor:
+            return block.in_proj(x, block.ln_1)
+
+        def out_proj(y: Tensor, x: Tensor) -> Tensor:
+            return block.out_proj(y, residual=x)
+
+        self.add(f"{stage} cpe1 + x", depth, block.cpe1, tokens, reads=(block.cpe1,))
+        self.add(f"{stage} ln_1, in_proj", depth, in_proj, tokens, reads=(block.ln_1, block.in_proj))
+        self.add(f"{stage} mixer", depth, block.mixer, wide, reads=(block.mixer,))
+        self.add(f"{stage} out_proj + x", depth, out_proj, inner, tokens, reads=(block.out_proj,))
+        self.add(f"{stage} cpe2 + x", depth, block.cpe2, tokens, reads=(block.cpe2,))
+        self.add(f"{stage} ln_2, mlp + x", depth, block.mlp, tokens, reads=(block.mlp,))
+
+    def add(
+        self,
+        name: str,
+        count: int,
+        function: Callable[..., Tensor],
+        *shapes: Shape,
+        reads: Sequence[nn.Module] = (),
+        has_backward: bool = True,
+        is_first: bool = False,
+    ) -> Shape:
+        """Add a part: its bytes and FLOPs, the lower bound of its time, and a call of it.
+
+        Each input and weight is read once, the output written once. With a backward pass inputs and weights are read
+        again, the gradient of the output is read, and one gradient per input and weight is written.
 
         Args:
-            dtype: of the activations; weights count in their own.
-            backward: a forward and a backward pass instead of a forward pass alone.
+            count: how often the model has it; bytes, FLOPs and times are for all occurrences.
+            shapes: of its inputs.
+            reads: modules whose weights it reads.
+            has_backward: whether a training step asks for gradients.
+            is_first: leave out the gradients of the inputs.
+
+        Returns:
+            The shape of its output.
         """
-        inputs = dtype.itemsize * sum(map(math.prod, self.inputs))
-        weights = _bytes_of(self.weights)
-        output = dtype.itemsize * math.prod(self.output)
-        forward = inputs + weights + output
-        if not backward:
-            return forward
-        if self.is_sum:
-            return 2 * forward
-        gradients = _bytes_of(weight for weight in self.weights if weight.requires_grad)
-        return 2 * forward + gradients + (0 if self.takes_images else inputs)
 
-    def operations(self, backward: bool) -> int:
-        """Floating-point operations, two per multiply-add."""
-        return 2 * self.macs * (TRAINING_PASSES if backward else 1)
+        def forward(*tensors: Tensor) -> Tensor:
+            half = self.is_training and self.dtype != torch.float32
+            with torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext():
+                return function(*tensors)
 
-
-def parts_of(model: SpatialMamba, batch: int, height: int, width: int) -> list[Part]:
-    """The parts of a classifier, fused or not, for images (batch, in_chans, height, width), in the order they run in.
-
-    The blocks of a stage have the same shapes: the last one stands for all.
-    """
-    dim, hidden = model.feature_info[0]["num_chs"], model.feature_info[0]["num_chs"] // 2
-    half, tokens = (_halved(height), _halved(width)), (_halved(_halved(height)), _halved(_halved(width)))
-    stem_macs = math.prod(half) * 9 * hidden * (model.in_chans + 2 * hidden)
-    stem_macs += math.prod(tokens) * 4 * dim * (9 * hidden + dim)
-    parts = [
-        Part(
-            "stem",
-            "stem",
-            1,
-            ((batch, model.in_chans, height, width),),
-            (batch, *tokens, dim),
-            batch * stem_macs,
-            weights_of(model.patch_embed),
-            model.patch_embed,
-            takes_images=True,
-        )
-    ]
-    for i, stage in enumerate(model.layers):
-        name, dim = f"stage {i + 1}", model.feature_info[i]["num_chs"]
-        parts += _block_parts(name, len(stage.blocks), stage.blocks[-1], (batch, *tokens, dim))
-        if not isinstance(stage.downsample, nn.Identity):
-            smaller = tuple(map(_halved, tokens))
-            parts.append(
-                Part(
-                    name,
-                    "downsample",
-                    1,
-                    ((batch, *tokens, dim),),
-                    (batch, *smaller, 2 * dim),
-                    batch * (math.prod(tokens) * 8 * dim * dim + math.prod(smaller) * 8 * dim * (9 + 2 * dim)),
-                    weights_of(stage.downsample),
-                    stage.downsample,
-                )
-            )
-            tokens = smaller
-    classes = model.num_classes or dim
-    parts.append(
-        Part(
-            "head",
-            "head",
-            1,
-            ((batch, *tokens, dim),),
-            (batch, classes),
-            batch * dim * model.num_classes,
-            (*weights_of(model.norm), *weights_of(model.head)),
-            lambda x: model.forward_head(model.norm(x)),
-        )
-    )
-    return parts
+        tensors = [torch.randn(shape, device=self.device).to(self.dtype) for shape in shapes]
+        # Buffers take the place of parameters in a fused model.
+        weights = [x for module in reads for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()]
+        output, flops = measure.dry_run(forward, *tensors)
+        size = _bytes(tensors) + _bytes(weights) + _bytes([output])
+        if self.is_training and has_backward:
+            sources = [x for x in weights if x.requires_grad]
+            sources += [] if is_first else [x.requires_grad_() for x in tensors]
+            size, flops = 2 * size + _bytes(sources), flops * measure.TRAINING_PASSES
+            gradient = torch.randn_like(forward(*tensors))
+            self.calls[name] = lambda: torch.autograd.grad(forward(*tensors), sources, gradient)
+        else:
+            self.calls[name] = torch.no_grad()(lambda: forward(*tensors))
+        bounds = {"bytes": size / self.bandwidth, "operations": flops / self.peak}
+        set_by = max(bounds, key=lambda key: bounds[key])
+        row = {"bytes": count * size, "flops": count * flops, "bound": count * bounds[set_by]}
+        self.rows.append({"name": name, "count": count, "set_by": set_by, **row})
+        return output.shape
 
 
-def macs_per_image(model: SpatialMamba, height: int, width: int) -> int:
-    """Multiply-adds of a forward pass."""
-    return sum(part.count * part.macs for part in parts_of(model, 1, height, width))
+def _wider(tokens: Shape) -> tuple[Shape, Shape]:
+    """The shapes of the mixer's channels, and of these with their gate."""
+    return (*tokens[:-1], 2 * tokens[-1]), (*tokens[:-1], 4 * tokens[-1])
 
 
-def _block_parts(stage: str, depth: int, block: Block | FusedBlock, tokens: Shape) -> Iterable[Part]:
-    dim, inner = tokens[-1], 2 * tokens[-1]
-    count, wide, middle = math.prod(tokens[:-1]), (*tokens[:-1], 2 * inner), (*tokens[:-1], inner)
-
-    def part(name: str, inputs: Sequence[Shape], output: Shape, macs: int, call: nn.Module, *others: nn.Module) -> Part:
-        weights = tuple(weight for module in (call, *others) for weight in weights_of(module))
-        return Part(stage, name, depth, tuple(inputs), output, count * macs, weights, call)
-
-    if isinstance(block, FusedBlock):
-        mixer_macs = _mixer_macs(inner, block.mixer.step_weight.shape[1])
-        in_proj = part("ln_1, in_proj", [tokens], wide, 2 * dim * inner, block.in_proj, block.ln_1)
-        out_proj = part("out_proj + x", [middle, tokens], tokens, dim * inner, block.out_proj)
-        yield part("cpe1 + x", [tokens], tokens, 9 * dim, block.cpe1)
-        yield replace(in_proj, call=lambda x: block.in_proj(x, block.ln_1))
-        yield part("mixer", [wide], middle, mixer_macs, block.mixer)
-        yield replace(out_proj, call=lambda y, x: block.out_proj(y, residual=x))
-        yield part("cpe2 + x", [tokens], tokens, 9 * dim, block.cpe2)
-        yield part("ln_2, mlp + x", [tokens], tokens, 2 * dim * block.mlp.fc1.outputs, block.mlp)
-        return
-
-    ssm = block.self_attention
-    yield part("cpe1 + x", [tokens], tokens, 9 * dim, block.cpe1)
-    yield part("ln_1", [tokens], tokens, 0, block.ln_1)
-    yield part("in_proj", [tokens], wide, 2 * dim * inner, ssm.in_proj)
-    yield part("mixer", [wide], middle, _mixer_macs(inner, ssm.dt_rank), _without_projections(ssm))
-    yield part("out_proj", [middle], tokens, dim * inner, ssm.out_proj)
-    yield part("cpe2 + x", [tokens], tokens, 9 * dim, block.cpe2)
-    yield part("ln_2", [tokens], tokens, 0, block.ln_2)
-    yield part("mlp", [tokens], tokens, 2 * dim * block.mlp.fc1.out_features, block.mlp)
-    residual = part("residual sums", [tokens, tokens], tokens, 0, block.residual_sum)
-    yield replace(residual, count=2 * depth, is_sum=True)
-
-
-def weights_of(module: nn.Module) -> tuple[Tensor, ...]:
-    """What a module computes with: its parameters, and the buffers that take their place in a fused one."""
-    buffers = (buffer for buffer in module.buffers() if buffer.is_floating_point())
-    return *module.parameters(), *buffers
-
-
-def _without_projections(ssm: StructureAwareSSM) -> StructureAwareSSM:
-    """What lies between the two projections, as a module of its own."""
-    mixer = copy.deepcopy(ssm)
-    mixer.in_proj = mixer.out_proj = nn.Identity()
-    return mixer
-
-
-def _mixer_macs(inner: int, rank: int) -> int:
-    """Per token: the depthwise convolution, the projection to r, B and C, and the core."""
-    core = Case("token", "core", 1, 1, 1, dim=inner, rank=rank)
-    return inner * (9 + rank + 2) + core.operations(backward=False) // 2
-
-
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
-
-def _halved(size: int) -> int:
-    return math.ceil(size / 2)
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.itemsize for x in tensors)

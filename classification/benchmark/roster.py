@@ -1,4 +1,4 @@
-"""Who can be compared: Spatial-Mamba, its published formulation, and timm's models of the same sizes."""
+"""The models that can be compared: Spatial-Mamba, its baseline, and timm's models of the same sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,20 @@ from fnmatch import fnmatchcase
 import timm
 from torch import nn
 
-BASE_RESOLUTION = 224  # of the published accuracies, and what costs per pixel are relative to
+from .baseline import as_baseline
+
+BASE_RESOLUTION = 224  # of the published accuracies
 DROP_PATH_RATE = 0.2  # the same for all, so that training does the same kind of work in all
-OURS, PUBLISHED = "Spatial-Mamba", "Spatial-Mamba as published"
+OURS, BASELINE = "Spatial-Mamba", "baseline"
+# Where the accuracies below come from. A1 is timm's recipe (resnet50.a1_in1k); the original one reaches 76.1.
+SOURCES = {
+    OURS: "arXiv 2410.15091",
+    BASELINE: "arXiv 2410.15091",
+    "Swin": "arXiv 2103.14030",
+    "ConvNeXt": "arXiv 2201.03545",
+    "MambaOut": "arXiv 2405.07992",
+    "ResNet (A1)": "arXiv 2110.00476",
+}
 
 
 @dataclass(frozen=True)
@@ -25,62 +36,50 @@ class Model:
     accuracy: float
 
     @property
-    def fuses(self) -> bool:
-        """Whether it has an inference form of its own, ``fuse()``."""
-        return self.family == OURS
-
-    @property
-    def as_written(self) -> bool:
-        """Whether it takes part as it is written alone, whatever forms the others have."""
-        return self.family == PUBLISHED
-
-    @property
     def is_peer(self) -> bool:
-        return self.family not in (OURS, PUBLISHED)
+        """Whether it is one of timm's own."""
+        return self.family not in (OURS, BASELINE)
 
     @property
     def layouts(self) -> tuple[bool, ...]:
         """Which memory formats are worth a trial: channels-last (True), contiguous (False).
 
-        Spatial-Mamba keeps its tokens channels-last; its published formulation keeps maps contiguous where it
-        convolves, and Swin has a single convolution.
+        Spatial-Mamba keeps its tokens channels-last; the baseline keeps maps contiguous where it convolves, and Swin
+        has a single convolution.
         """
-        fixed = {OURS: (True,), PUBLISHED: (False,), "Swin": (False,)}
-        return fixed.get(self.family, (True, False))
+        return {OURS: (True,), BASELINE: (False,), "Swin": (False,)}.get(self.family, (True, False))
 
     def create(self, resolution: int) -> nn.Module:
-        """The model with random weights, in training mode, for images of that side; the published one in our form.
+        """The model with random weights, in training mode, for images of that side.
 
         Raises:
             Exception: whatever the model objects to the resolution with.
         """
         size = {"img_size": resolution} if self.family == "Swin" else {}
-        return timm.create_model(self.name.removeprefix("published/"), drop_path_rate=DROP_PATH_RATE, **size)
+        return timm.create_model(self.name.removeprefix("baseline/"), drop_path_rate=DROP_PATH_RATE, **size)
+
+    def finish(self, module: nn.Module) -> nn.Module:
+        """What ``create`` has made, in the baseline's formulation if this is one."""
+        return as_baseline(module) if self.family == BASELINE else module
 
 
-# Where the accuracies below come from. A1 is timm's recipe (resnet50.a1_in1k); the original one reaches 76.1.
-SOURCES = {
-    OURS: "arXiv 2410.15091",
-    PUBLISHED: "arXiv 2410.15091",
-    "Swin": "arXiv 2103.14030",
-    "ConvNeXt": "arXiv 2201.03545",
-    "MambaOut": "arXiv 2405.07992",
-    "ResNet (A1)": "arXiv 2110.00476",
-}
-_ACCURACIES = {
-    OURS: {"spatial_mamba_tiny": 83.5, "spatial_mamba_small": 84.6, "spatial_mamba_base": 85.3},
-    "Swin": {
-        "swin_tiny_patch4_window7_224": 81.3,
-        "swin_small_patch4_window7_224": 83.0,
-        "swin_base_patch4_window7_224": 83.5,
-    },
-    "ConvNeXt": {"convnext_tiny": 82.1, "convnext_small": 83.1, "convnext_base": 83.8},
-    "MambaOut": {"mambaout_tiny": 82.7, "mambaout_small": 84.1, "mambaout_base": 84.2},
-    "ResNet (A1)": {"resnet50": 80.4},
-}
 MODELS = [
-    *(Model(name, family, top1) for family, known in _ACCURACIES.items() for name, top1 in known.items()),
-    *(Model(f"published/{name}", PUBLISHED, top1) for name, top1 in _ACCURACIES[OURS].items()),
+    Model("spatial_mamba_tiny", OURS, 83.5),
+    Model("spatial_mamba_small", OURS, 84.6),
+    Model("spatial_mamba_base", OURS, 85.3),
+    Model("swin_tiny_patch4_window7_224", "Swin", 81.3),
+    Model("swin_small_patch4_window7_224", "Swin", 83.0),
+    Model("swin_base_patch4_window7_224", "Swin", 83.5),
+    Model("convnext_tiny", "ConvNeXt", 82.1),
+    Model("convnext_small", "ConvNeXt", 83.1),
+    Model("convnext_base", "ConvNeXt", 83.8),
+    Model("mambaout_tiny", "MambaOut", 82.7),
+    Model("mambaout_small", "MambaOut", 84.1),
+    Model("mambaout_base", "MambaOut", 84.2),
+    Model("resnet50", "ResNet (A1)", 80.4),
+    Model("baseline/spatial_mamba_tiny", BASELINE, 83.5),
+    Model("baseline/spatial_mamba_small", BASELINE, 84.6),
+    Model("baseline/spatial_mamba_base", BASELINE, 85.3),
 ]
 
 
@@ -92,7 +91,7 @@ def choose(globs: Sequence[str], peers: bool) -> list[Model]:
         peers: whether models other than Spatial-Mamba's take part.
 
     Raises:
-        ValueError: for a glob that matches none, or if no model is left.
+        ValueError: for a glob that matches none.
     """
     known = [model for model in MODELS if peers or not model.is_peer]
     chosen: dict[str, Model] = {}

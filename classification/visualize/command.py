@@ -7,8 +7,8 @@ from pathlib import Path
 import timm
 import torch
 
-from ...kernels.benchmark.options import image_size, whole_number
-from ..command_line import Parser, add_model_options, chosen_device, chosen_model, run_command
+from ...kernels.options import whole_number
+from ..command_line import Parser, add_model_options, chosen_device, chosen_model, image_size, run_command
 from ..errors import InputError
 from ..models import SpatialMamba
 from ..models.architecture import architecture_of

@@ -1,59 +1,64 @@
-"""Time the operators of Spatial-Mamba: every backend present, beside the published formulations in PyTorch.
+"""Time the operators of Spatial-Mamba: every backend that is here, compared with the published formulation in PyTorch.
 
-Prints tables, and writes benchmark.json, benchmark.txt and roofline.png.
+Prints tables, and writes operators.json and operators.txt.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
 from .. import backends
-from . import measure, report
-from .cases import Case, all_cases
-from .competitors import DEFINITION
-from .options import BATCHES, DTYPES, OneLineParser, seconds, user_path, whole_number
-from .trial import Bench, Choices
+from ..options import whole_number
+from . import implementations, measure
+from .cases import Case, all_cases, compulsory_bytes, gradient_like
+from .implementations import REFERENCE, Implementation
+from .report import BATCHES, DTYPES, NOTE, PEAK, TIMES, Column, Parser, Report
 
+COPY = "memory copy"
+MODES = ("forward", "forward+backward")
 QUICK_CASES, QUICK_SECONDS = ["*/tiny/stage1/224x224"], 0.5
+CPU_REFERENCE_ELEMENTS = 2**23  # a matter of patience
+REFERENCE_BYTES = 256  # of memory per element, twice what the float64 reference and its gradients take
+COLUMNS = (
+    Column("", "name"),
+    *TIMES,
+    Column("x reference", "times_reference", ".2f"),
+    Column("ns/token", "seconds_per_token", ".3g", 1e9),
+    Column("GB/s", "bandwidth", ".1f", 1e-9),
+    Column("of memory copy", "fraction_of_copy", ".1%"),
+    PEAK,
+    Column("error", "error", ".1e"),
+    Column("in", "error_in"),
+    NOTE,
+)
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="python -m spatial_mamba.kernels.benchmark", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is a GPU")
+def _parser() -> Parser:
+    parser = Parser("kernels.benchmark", __doc__, 5.0, "case, dtype and mode")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of the activations")
-    parser.add_argument("--threads", type=whole_number, help="of PyTorch on the CPU")
     parser.add_argument("--batch", type=whole_number, help="images of 224x224: by default 8 on a CPU, 128 on a GPU")
     parser.add_argument("--cases", nargs="+", metavar="GLOB", help="e.g. 'core/tiny/*'; by default all")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="by default all that can be used here")
-    parser.add_argument(
-        "--published", action=argparse.BooleanOptionalAction, default=True, help="the published formulations too"
-    )
+    parser.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True, help="the baselines too")
     parser.add_argument(
         "--compile",
         nargs="*",
         metavar="GLOB",
         help="cases on which torch.compile takes part, a minute each: by default all on a GPU, none on a CPU",
     )
-    parser.add_argument("--seconds", type=seconds, help="of timing per case, dtype and mode (default 5)")
     parser.add_argument("--quick", action="store_true", help="few cases, half a second each")
-    parser.add_argument("--limit", type=seconds, metavar="SECONDS", help="start no further case after that time")
-    parser.add_argument("--out", type=user_path, default=Path("output/benchmark"), help="folder for the results")
-    parser.add_argument(
-        "--keep-freed-memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="on a CPU: do not return freed memory to the system, as on a GPU",
-    )
     return parser
 
 
-def _cases(args: argparse.Namespace, device: torch.device, parser: OneLineParser) -> list[Case]:
+def _cases(args: argparse.Namespace, device: torch.device, parser: Parser) -> list[Case]:
     known = all_cases(args.batch or BATCHES[device.type])
     globs = args.cases or (QUICK_CASES if args.quick else ["*"])
     for glob in globs:
@@ -62,86 +67,114 @@ def _cases(args: argparse.Namespace, device: torch.device, parser: OneLineParser
     return [case for case in known if any(fnmatchcase(case.name, glob) for glob in globs)]
 
 
-def _choices(args: argparse.Namespace, device: torch.device, parser: OneLineParser) -> Choices:
+def _absent(args: argparse.Namespace, device: torch.device, parser: Parser) -> dict[str, dict[str, str]]:
+    """By dtype, the backends that cannot be timed, with the reason; it is an error to ask for one of them."""
     for name in args.backends or ():
         if name not in backends.BACKENDS:
             parser.error(f"--backends: {name!r} is none of {', '.join(backends.BACKENDS)}")
-    default = ["*"] if device.type == "cuda" else []
-    return Choices(
-        device,
-        # The definition comes first: the others are compared with it.
-        backends=sorted(args.backends or backends.BACKENDS, key=lambda name: name != DEFINITION),
-        published=args.published,
-        compiled=default if args.compile is None else args.compile,
-        seconds=args.seconds or (QUICK_SECONDS if args.quick else 5.0),
-    )
+    absent: dict[str, dict[str, str]] = {}
+    for dtype in args.dtype:
+        for name in args.backends or backends.BACKENDS:
+            if reason := implementations.why_not(name, device, getattr(torch, dtype)):
+                absent.setdefault(dtype, {})[name] = reason
+                if args.backends:
+                    parser.error(f"--backends: {name} cannot be timed in {dtype}: {reason}")
+    return absent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 0, or 1 if a competitor failed, or 2 for options that cannot be."""
+    """Run the benchmark; 0, or 1 if an implementation failed, or 2 for options that cannot be."""
     start = time.perf_counter()
     parser = _parser()
     args = parser.parse_args(argv)
     device = parser.device(args.device)
-    cases, choices = _cases(args, device, parser), _choices(args, device, parser)
-    dtypes = [getattr(torch, name) for name in args.dtype]
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    kept = device.type == "cpu" and args.keep_freed_memory and measure.keep_freed_memory()
-
-    absent = {str(dtype).removeprefix("torch."): choices.absent(dtype) for dtype in dtypes}
-    for dtype, reasons in absent.items():
-        for name in args.backends or ():
-            if name in reasons:
-                parser.error(f"--backends: {name} cannot be timed in {dtype}: {reasons[name]}")
-
-    parser.folder(args.out)
-
-    bench = Bench(choices)
-    record: dict[str, Any] = {
-        "environment": report.environment(device) | {"freed_memory_kept": kept},
-        "absent": absent,
-        "peak": bench.peak(),
-        "skipped": [],
-        "results": [],
-    }
-    lines: list[str] = []
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        lines.append(text)
-
-    say("; ".join(f"{name} {value}" for name, value in record["environment"].items()))
-    say(f"float32 matrix product: {record['peak'] / 1e9:.0f} GFLOP/s")
+    cases, absent = _cases(args, device, parser), _absent(args, device, parser)
+    report = Report("operators", parser, args, argv)
     for dtype, reasons in absent.items():
         for name, reason in reasons.items():
-            say(f"not timed: {name}, {dtype}: {reason}")
-    say("")
+            report.say(f"not timed: {name}, {dtype}: {reason}")
+    report.record["absent"] = absent
+
+    trial = measure.Trial(device, measure.operator_clock(device), QUICK_SECONDS if args.quick else args.seconds)
+    copy = measure.memory_copy(device)
+    globs = args.compile if args.compile is not None else ["*"] if device.type == "cuda" else []
     for case in cases:
-        for dtype in dtypes:
-            if args.limit and time.perf_counter() - start > args.limit:
-                record["skipped"].append(f"{case.name} {dtype}")
+        for dtype in args.dtype:
+            if time.perf_counter() - start > args.limit:
+                report.record["skipped"].append(f"{case.name} {dtype}")
                 continue
-            for result in bench.run(case, dtype):
-                record["results"].append(result)
-                say(report.table(result))
-            report.write(args.out, record, "\n".join(lines))  # what is measured is kept if the rest breaks off
-
-    for line in report.per_token(record["results"]):
-        say(line)
-    if record["skipped"]:
-        say(f"out of time: {', '.join(record['skipped'])}")
-    report.write(args.out, record, "\n".join(lines))
-    _draw(args.out / "roofline.png", record)
-    print(f"written to {args.out}")
-    return int(any("failure" in row for result in record["results"] for row in result["rows"]))
+            names = [name for name in args.backends or backends.BACKENDS if name not in absent.get(dtype, ())]
+            # The reference comes first: the others are compared with it.
+            found = implementations.native(case, sorted(names, key=lambda name: name != REFERENCE))
+            if any(fnmatchcase(case.name, glob) for glob in globs):
+                found.append(implementations.compiled(case))
+            if args.baseline:
+                found += implementations.baselines(case, device, getattr(torch, dtype))
+            measure_case(trial, case, dtype, found, copy, report)
+            torch.compiler.reset()  # compiled for this shape alone
+    return report.finish()
 
 
-def _draw(path: Path, record: dict[str, Any]) -> None:
-    try:
-        report.roofline(path, record["results"], record["peak"])
-    except ImportError as error:
-        print(f"no roofline plot: {error}", file=sys.stderr)
+def measure_case(
+    trial: measure.Trial,
+    case: Case,
+    dtype: str,
+    found: Sequence[Implementation],
+    copy: measure.Call,
+    report: Report,
+) -> None:
+    """Add the rows of both modes to the report, with a memory copy, timed in turn with the others, as the last."""
+    errors = _errors(trial.device, case, dtype, found)
+    inputs = case.inputs(trial.device, getattr(torch, dtype))
+    output, flops = measure.dry_run(implementations.OPERATORS[case.operator], **inputs)
+    grad_output = gradient_like(output, trial.device)
+    for i, mode in enumerate(MODES):
+        size = compulsory_bytes(list(inputs.values()), output, backward=i == 1)
+        gradient = grad_output if i else None
+        entries = [
+            measure.Entry(entry.name, partial(entry.bind, case, inputs, gradient), errors[entry.name][i])
+            for entry in found
+        ]
+        rows = trial.run([*entries, measure.Entry(COPY, lambda: copy)])
+        seconds = {row["name"]: row["seconds"] for row in rows if "seconds" in row}
+        for row in (row for row in rows if "seconds" in row):
+            row["bandwidth"] = (2 * measure.COPY_BYTES if row["name"] == COPY else size) / row["seconds"]
+        for row in (row for row in rows if "seconds" in row and row["name"] != COPY):
+            row["times_reference"] = (REFERENCE in seconds and seconds[REFERENCE] / row["seconds"]) or None
+            row["seconds_per_token"] = row["seconds"] / (case.batch * case.height * case.width)
+            row["fraction_of_copy"] = row["bandwidth"] * seconds[COPY] / (2 * measure.COPY_BYTES)
+        flops_of_mode = flops * (measure.TRAINING_PASSES if i else 1)
+        title = (
+            f"{case.name}  {dtype}  {mode}: batch {case.batch}, {case.height}x{case.width} tokens, dim {case.dim}, "
+            f"R {case.rank}, N {case.d_state}; compulsory {size / 1e6:.1f} MB, {flops_of_mode / 1e9:.2f} GFLOP, "
+            f"{flops_of_mode / size:.1f} FLOP/byte"
+        )
+        report.add(title, COLUMNS, rows, **asdict(case), dtype=dtype, mode=mode, bytes=size, flops=flops_of_mode)
+
+
+def _errors(
+    device: torch.device, case: Case, dtype: str, found: Sequence[Implementation]
+) -> dict[str, list[dict[str, Any]]]:
+    """Per implementation the facts of its rows, forward and forward+backward: its note, and error or failure.
+
+    Large cases are checked on fewer images or channels, of the full size: see ``Case.cropped``.
+    """
+    elements = CPU_REFERENCE_ELEMENTS
+    if device.type == "cuda":
+        elements = torch.cuda.get_device_properties(device).total_memory // REFERENCE_BYTES
+    facts: dict[str, list[dict[str, Any]]] = {}
+    for entry in found:
+        try:
+            errors = implementations.compare(case.cropped(elements), [entry], device, getattr(torch, dtype))
+            facts[entry.name] = [
+                {"note": entry.note, "error": error, "error_in": where}
+                if math.isfinite(error)
+                else {"failure": f"{where} is not finite"}
+                for error, where in errors[entry.name]
+            ]
+        except Exception as failure:  # whatever goes wrong in one is no reason to stop the others
+            facts[entry.name] = [measure.outcome(failure)] * 2
+    return facts
 
 
 if __name__ == "__main__":

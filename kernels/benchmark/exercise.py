@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import backends
-from . import competitors, measure
+from . import implementations
 from .cases import Case
 
 # Sizes that no block divides; images smaller than the reach of the fusion; more than one block of everything.
@@ -32,19 +32,6 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}  # of the larg
 ROUNDED_WITHIN = 4  # times as much for the mixer, between whose parts tokens are rounded
 
 
-def exercise(case: Case, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Run one case; the worst error of its output and gradients, relative to the largest magnitude, and where it is."""
-    cpu = torch.device("cpu")  # for all but the case itself: PyTorch's own kernels need not be watched
-    inputs, grad_output = case.inputs(cpu, dtype), case.grad_output(cpu, dtype)
-    [entrant] = competitors.native(case, [backend])
-    there = {name: x.to(device) for name, x in inputs.items()}
-    found = entrant.bind(case, there, grad_output.to(device), backward=True)()
-
-    doubles = {name: x.double() for name, x in inputs.items()}
-    reference = competitors.definition(case).bind(case, doubles, grad_output.double(), backward=True)()
-    return measure.worst_error(["output", *inputs], [x.cpu() for x in found], reference)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exercise backends; 0, or 1 if one is absent or wrong, or 2 without the device."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -55,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: PyTorch finds no usable GPU here", file=sys.stderr)
         return 2
-    device, status = torch.device(args.device), 0
+    status = 0
     for backend in args.backends:
         for dtype in args.dtype:
-            cases = [case for case in SHAPES if competitors.has_kernels(backend, case)]
-            wrong = _wrong(cases, backend, device, dtype)
+            cases = [case for case in SHAPES if implementations.has_kernels(backend, case)]
+            wrong = _wrong(cases, backend, torch.device(args.device), dtype)
             print(f"{backend}, {dtype}: {wrong or f'{len(cases)} cases within tolerance'}", flush=True)
             status |= bool(wrong)
     return status
@@ -67,12 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _wrong(cases: Sequence[Case], backend: str, device: torch.device, dtype: str) -> str | None:
     torch_dtype = getattr(torch, dtype)
-    reason = competitors.why_not(backend, device, torch_dtype)
+    reason = implementations.why_not(backend, device, torch_dtype)
     if reason is not None:
         return reason
     wrong = []
     for case in cases:
-        error, where = exercise(case, backend, device, torch_dtype)
+        # All but the case itself runs on the CPU: PyTorch's own kernels need not be watched.
+        cpu, [entry] = torch.device("cpu"), implementations.native(case, [backend])
+        error, where = implementations.compare(case, [entry], device, torch_dtype, compared_on=cpu)[backend][-1]
         tolerance = TOLERANCES[dtype] * (ROUNDED_WITHIN if case.operator == "mixer" else 1)
         if not error <= tolerance:
             wrong.append(f"{case.name}: {where} is off by {error:.1e}")

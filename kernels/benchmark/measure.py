@@ -1,55 +1,59 @@
-"""How it is measured: time, copy bandwidth, peak memory, and the error against float64."""
+"""How it is measured: time, peak memory, FLOPs, and the error against float64."""
 
 import ctypes
+import gc
 import json
 import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import backends
 
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU holds
+COPY_BYTES = 512 * 2**20  # more than any cache holds
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
 LONG_CALL = 0.1  # seconds; what takes longer has a working set that no cache keeps
-PEAK_SIZES = {"cpu": 2048, "cuda": 8192}  # of the square matrices that measure the compute roof
+WARM_UP = {"cpu": 1, "cuda": 3}  # calls; on a GPU libraries choose algorithms, and CUDA graphs are recorded
+PEAK_SIZES = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is timed
 TRAINING_PASSES = 3  # a backward pass counts as two forward passes, as is customary; nothing for what is recomputed
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in glibc's malloc.h
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
+Row = dict[str, Any]
+Clock = Callable[[Call, float], tuple[float, float]]
+"""Seconds of one call and of launching it, the latter expected to take as long as the second argument says."""
 
 
-class Timing(NamedTuple):
-    """Seconds: quartiles over the rounds, and the host's part of launching the call (the whole call on a CPU)."""
+class WallClock:
+    """Times a call from idle to idle, launching included, with its data as warm as the caches can hold it."""
 
-    lower: float
-    median: float
-    upper: float
-    launch: float
-    rounds: int
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
-
-class Clock(Protocol):
     def __call__(self, call: Call, launch: float) -> tuple[float, float]:
-        """Seconds of one call and of launching it, the latter expected to take ``launch``."""
+        found = self._once(call)
+        return self._once(call) if found[0] < LONG_CALL else found
 
-
-def clock_for(device: torch.device) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else cpu_clock
-
-
-def cpu_clock(call: Call, launch: float) -> tuple[float, float]:
-    """Time a call whose data is as warm as the caches can hold it: an untimed call comes right before."""
-    seconds = _wall_seconds(call)
-    if seconds < LONG_CALL:
-        seconds = _wall_seconds(call)
-    return seconds, seconds
+    def _once(self, call: Call) -> tuple[float, float]:
+        _synchronise(self.device)
+        start = time.perf_counter()
+        call()
+        launched = time.perf_counter()
+        _synchronise(self.device)
+        return time.perf_counter() - start, launched - start
 
 
 class CudaClock:
@@ -63,8 +67,7 @@ class CudaClock:
         self.device = device
         self.scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         self._flush(1)
-        self.flush_seconds, _ = self._elapsed(lambda: self._flush(10))
-        self.flush_seconds /= 10
+        self.flush_seconds = self._elapsed(lambda: self._flush(10))[0] / 10
 
     def __call__(self, call: Call, launch: float) -> tuple[float, float]:
         torch.cuda.synchronize(self.device)
@@ -76,21 +79,32 @@ class CudaClock:
             self.scratch.zero_()
 
     def _elapsed(self, call: Call) -> tuple[float, float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        launch = _wall_seconds(call)
-        end.record()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        begin = time.perf_counter()
+        call()
+        launch = time.perf_counter() - begin
+        events[1].record()
         torch.cuda.synchronize(self.device)
-        return start.elapsed_time(end) / 1e3, launch
+        return events[0].elapsed_time(events[1]) / 1e3, launch
 
 
-def interleave(calls: Mapping[str, Call], clock: Clock, seconds: float) -> dict[str, Timing]:
+def operator_clock(device: torch.device) -> Clock:
+    """The clock for calls that are parts of something larger."""
+    return CudaClock(device) if device.type == "cuda" else WallClock(device)
+
+
+def interleave(calls: Mapping[str, Call], clock: Clock, seconds: float) -> dict[str, Row]:
     """Time all calls in turn, round by round, so that drifts of the machine hit all alike.
 
     Args:
         calls: by name; each has run before.
         clock: times one call.
         seconds: aimed at in all; a few rounds are run however long they take.
+
+    Returns:
+        By name, ``seconds`` (the median), the quartiles ``lower`` and ``upper``, ``launch`` (the host's part, the
+        whole call on a CPU) and the number of ``rounds``.
     """
     start = time.perf_counter()
     launches = {name: clock(call, 0.0)[1] for name, call in calls.items()}
@@ -103,25 +117,127 @@ def interleave(calls: Mapping[str, Call], clock: Clock, seconds: float) -> dict[
             elapsed, launch = clock(call, launches[name])
             times[name].append(elapsed)
             launches[name] = min(launches[name], launch)  # a full queue makes a launch wait
-    return {
-        name: Timing(*statistics.quantiles(elapsed, n=4, method="inclusive"), launches[name], rounds)
-        for name, elapsed in times.items()
-    }
+    found = {}
+    for name, elapsed in times.items():
+        lower, median, upper = statistics.quantiles(elapsed, n=4, method="inclusive")
+        found[name] = dict(seconds=median, lower=lower, upper=upper, launch=launches[name], rounds=rounds)
+    return found
 
 
-def copy_of(size: int, device: torch.device) -> Call:
-    """A call that copies a buffer of ``size`` bytes onto another: the yardstick moves twice as many bytes."""
-    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return lambda: target.copy_(source)
+class NotRunError(Exception):
+    """Something cannot take part, which is no failure."""
+
+
+@dataclass
+class Entry:
+    """What takes part in a trial.
+
+    Attributes:
+        make: makes the call, which returns the tensors that it computes; may raise NotRunError.
+        facts: for its row, which ``make`` may add to; one with ``failure`` or ``not_run`` is not run at all.
+        has_memory: whether its peak memory can be measured.
+    """
+
+    name: str
+    make: Callable[[], Call]
+    facts: Row = field(default_factory=dict)
+    has_memory: bool = True
+
+
+class Trial:
+    """Runs entries on the same case: peak memory of each alone, then all timed in turn.
+
+    Args:
+        seconds: of timing per case, all entries together.
+        deadline: of ``time.perf_counter()``; no entry is made after it.
+    """
+
+    def __init__(self, device: torch.device, clock: Clock, seconds: float, deadline: float = math.inf) -> None:
+        self.device, self.clock, self.seconds, self.deadline = device, clock, seconds, deadline
+
+    def is_late(self) -> bool:
+        """Whether nothing more is to be started."""
+        return time.perf_counter() > self.deadline
+
+    def run(self, entries: Sequence[Entry]) -> list[Row]:
+        """One row per entry: its name, facts, ``peak_bytes``, and what ``interleave`` finds.
+
+        One that cannot run leaves the others, and says why: in ``not_run`` if memory or time do not suffice, in
+        ``failure`` for all else, also for results that are not finite; and for the table in ``note``.
+        """
+        rows = {entry.name: {"name": entry.name, **entry.facts} for entry in entries}
+        calls: dict[str, Call] = {}
+        for entry in entries:
+            row = rows[entry.name]
+            if self.is_late():
+                row.setdefault("not_run", "out of time")
+            if "failure" in row or "not_run" in row:
+                continue
+            try:
+                calls[entry.name] = self._ready(entry, row)
+            except Exception as failure:  # is no reason to stop the others
+                row |= outcome(failure)
+            release(self.device)
+        for name, timing in self._time(calls, rows).items():
+            try:
+                _check(calls[name]())
+                rows[name] |= timing
+            except Exception as failure:
+                rows[name] |= outcome(failure)
+        for row in rows.values():
+            if "failure" in row or "not_run" in row:
+                row["note"] = f"failed: {row['failure']}" if "failure" in row else f"not run: {row['not_run']}"
+        return list(rows.values())
+
+    def _ready(self, entry: Entry, row: Row) -> Call:
+        call = entry.make()
+        row |= entry.facts
+        for _ in range(WARM_UP[self.device.type]):
+            results = call()
+        _check(results)
+        del results
+        row["peak_bytes"] = peak_memory(call, self.device) if entry.has_memory else None
+        return call
+
+    def _time(self, calls: dict[str, Call], rows: Mapping[str, Row]) -> dict[str, Row]:
+        current = ""
+
+        def watched(name: str, call: Call) -> Call:
+            def run() -> object:
+                nonlocal current
+                current = name
+                return call()
+
+            return run
+
+        left = {name: watched(name, call) for name, call in calls.items()}
+        while left:
+            try:
+                return interleave(left, self.clock, self.seconds)
+            except Exception as failure:  # the clock's own come right after the call, as when a GPU reports late
+                rows[current] |= outcome(failure)
+                del left[current], calls[current]
+                release(self.device)
+        return {}
+
+
+def memory_copy(device: torch.device) -> Call:
+    """A call that copies ``COPY_BYTES``: twice as many are read and written."""
+    source, target = (torch.ones(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def copy() -> tuple[()]:
+        target.copy_(source)
+        return ()
+
+    return copy
 
 
 def matmul_peak(clock: Clock, device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Floating-point operations per second of a matrix product: the compute roof, best of five."""
+    """Floating-point operations per second of a matrix product, best of five."""
     size = PEAK_SIZES[device.type]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(a)
-    seconds = min(clock(lambda: torch.mm(a, b, out=out), 0.0)[0] for _ in range(5))
-    return 2 * size**3 / seconds
+    return 2 * size**3 / min(clock(lambda: torch.mm(a, b, out=out), 0.0)[0] for _ in range(5))
 
 
 def peak_memory(call: Call, device: torch.device) -> int:
@@ -154,6 +270,20 @@ def peak_memory(call: Call, device: torch.device) -> int:
     return peak
 
 
+def dry_run(function: Callable[..., Tensor], *tensors: Tensor, **named: Tensor) -> tuple[Tensor, int]:
+    """A fake of the output, with shape and dtype alone, and the FLOPs of one call, a multiply-add counted as two.
+
+    Nothing is computed. PyTorch's counter knows convolutions and matrix products, and this package's operators by the
+    formulas that they register; element-wise operations and norms count nothing.
+    """
+    counter = FlopCounterMode(display=False)
+    # An operator is counted as one, also where its reference implementation would run.
+    whole = patch.object(backends, "reference_serves", return_value=False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, counter, torch.no_grad(), whole:
+        output = function(*map(fake.from_tensor, tensors), **{name: fake.from_tensor(x) for name, x in named.items()})
+    return output, counter.get_total_flops()
+
+
 def worst_error(names: Iterable[str], actual: Iterable[Tensor], expected: Iterable[Tensor]) -> tuple[float, str]:
     """Largest absolute error relative to the largest magnitude expected, over all tensors, and the tensor it is in."""
     errors = {}
@@ -164,10 +294,22 @@ def worst_error(names: Iterable[str], actual: Iterable[Tensor], expected: Iterab
     return errors[worst], worst
 
 
-def failure_text(failure: Exception) -> str:
-    """The type and the first line of an exception."""
+def outcome(failure: Exception) -> Row:
+    """``not_run`` if memory does not suffice, else ``failure``: the type and the first line of an exception."""
+    if isinstance(failure, NotRunError):
+        return {"not_run": str(failure)}
+    # PyTorch has an exception of its own for GPUs alone.
+    if isinstance(failure, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(failure):
+        return {"not_run": "out of memory"}
     lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
+    return {"failure": f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__}
+
+
+def release(device: torch.device) -> None:
+    """Free what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> bool:
@@ -183,7 +325,12 @@ def keep_freed_memory() -> bool:
     return mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1
 
 
-def _wall_seconds(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _check(results: Tensor | Iterable[Tensor]) -> None:
+    tensors = [results] if isinstance(results, Tensor) else results
+    if not all(x.isfinite().all() for x in tensors):
+        raise FloatingPointError("the output is not finite")
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,42 +1,159 @@
-"""What is reported: the table, JSON, and the roofline plot."""
+"""What the commands share: options, the environment, the table printer, and the files that they write."""
 
+import argparse
 import json
+import math
 import os
 import platform
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from .trial import MEMORY_COPY, MODES, OWN_COPY
+from .. import options
+from ..options import user_path, whole_number
+from .measure import Row, keep_freed_memory
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+DTYPES = ("float32", "bfloat16", "float16")
+BATCHES = {"cpu": 8, "cuda": 128}  # images, unless the user chooses
 
-COLUMNS = (
-    ("", "<28"),
-    ("ms", ">10"),
-    ("quartiles", ">19"),
-    ("x definition", ">14"),
-    ("GB/s", ">8"),
-    ("of memory copy", ">16"),
-    ("of own-size copy", ">18"),
-    ("peak MB", ">10"),
-    ("error", ">9"),
-    ("  in", "<27"),
-)
-TOKEN_IMAGES = ("224x224", "2048x2048")  # 56x56 and 512x512 tokens
-MARKERS = "osD^vPX*<>"
+
+class Column(NamedTuple):
+    """A column of a table: its title, the key of the rows that it shows, times a factor, in a style of numbers."""
+
+    title: str
+    key: str
+    style: str = ""
+    factor: float = 1
+
+    def cell(self, row: Row) -> str:
+        """The text of a row; a dash where it has no figure."""
+        value = row.get(self.key)
+        if isinstance(value, int | float):
+            return f"{value if self.factor == 1 else self.factor * value:{self.style}}"
+        return value or ("" if self.key == "note" else "-")
+
+
+TIMES = (Column("ms", "seconds", ".4g", 1e3), Column("25%", "lower", ".4g", 1e3), Column("75%", "upper", ".4g", 1e3))
+PEAK = Column("peak MB", "peak_bytes", ".1f", 1e-6)
+NOTE = Column("note", "note")
+
+
+def table(title: str, columns: Sequence[Column], rows: Sequence[Row], markdown: bool = False) -> str:
+    """A table of text columns, left-aligned, and of figures, right-aligned."""
+    cells = [[column.title for column in columns], *([column.cell(row) for column in columns] for row in rows)]
+    left = [not column.style for column in columns]
+    if markdown:
+        cells.insert(1, ["---" if is_left else "---:" for is_left in left])
+        return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in cells)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:{'<' if is_left else '>'}{width}}" for cell, is_left, width in zip(line, left, widths, strict=True)
+        )
+        for line in cells
+    ]
+    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+
+
+class Parser(argparse.ArgumentParser):
+    """Options that all commands take; reports a wrong option in one line, without the usage, with status 2.
+
+    Args:
+        module: of the command, in this package.
+        description: for ``--help``.
+        seconds: default of ``--seconds``.
+        of: what that is the time for.
+    """
+
+    def __init__(self, module: str, description: str | None, seconds: float, of: str) -> None:
+        super().__init__(prog=f"python -m spatial_mamba.{module}", description=description)
+        add = self.add_argument
+        add("--device", choices=("cpu", "cuda"), help="by default cuda where there is a GPU")
+        add("--threads", type=whole_number, help="of PyTorch on the CPU")
+        add("--seconds", type=options.seconds, default=seconds, help=f"of timing per {of} (default %(default)s)")
+        add("--limit", type=options.seconds, default=math.inf, metavar="SECONDS", help="start nothing after that time")
+        add("--out", type=user_path, default=Path("output/benchmark"), help="folder for the results")
+        add("--markdown", action="store_true", help="tables in Markdown")
+        add(
+            "--keep-freed-memory",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="on a CPU: do not return freed memory to the system, as on a GPU",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+    def device(self, name: str | None) -> torch.device:
+        """The device of that name; by default the GPU where there is one. It is an error to ask for one in vain."""
+        if name == "cuda" and not torch.cuda.is_available():
+            self.error("--device cuda: PyTorch finds no usable GPU here")
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+class Report:
+    """Prints results as they come, and keeps them in ``NAME.json`` and ``NAME.txt`` (or ``.md``).
+
+    The JSON holds the command, the environment, what was skipped, and ``results``: settings and rows, one per table.
+    Making it prepares for timing: the number of threads is set, freed memory kept, and on a GPU cuDNN chooses the
+    fastest convolutions. A folder that cannot be written ends the command, before anything is measured.
+    """
+
+    def __init__(self, name: str, parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+        self.path, self.in_markdown, self.texts = args.out / name, args.markdown, []
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.out):
+                pass
+        except OSError as error:
+            parser.error(f"--out {args.out}: cannot be written: {error.strerror}")
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        device = parser.device(args.device)
+        torch.backends.cudnn.benchmark = device.type == "cuda"
+        kept = device.type == "cpu" and args.keep_freed_memory and keep_freed_memory()
+        command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
+        facts = environment(device) | {"freed_memory_kept": kept}
+        self.record: dict[str, Any] = {"command": command, "environment": facts, "skipped": [], "results": []}
+        self.say(command)
+        self.say("; ".join(f"{key} {value}" for key, value in facts.items()))
+
+    def say(self, text: str) -> None:
+        """Print a paragraph and keep it."""
+        print(text, end="\n\n", flush=True)
+        self.texts.append(text)
+
+    def add(self, title: str, columns: Sequence[Column], rows: Sequence[Row], **setting: Any) -> None:
+        """Print the rows of a setting as a table, keep both, and write what has been found so far."""
+        self.record["results"].append({**setting, "rows": list(rows)})
+        self.say(table(title, columns, rows, self.in_markdown))
+        self.write()
+
+    def write(self) -> None:
+        """Write the files."""
+        self.path.with_suffix(".md" if self.in_markdown else ".txt").write_text("\n\n".join(self.texts) + "\n")
+        self.path.with_suffix(".json").write_text(json.dumps(self.record, indent=1) + "\n")
+
+    def finish(self) -> int:
+        """Say what is missing and where the files are; the exit status, 1 if anything failed."""
+        rows = [row for result in self.record["results"] for row in result["rows"]]
+        if self.record["skipped"]:
+            self.say(f"out of time: {', '.join(self.record['skipped'])}")
+        self.write()
+        failed, not_run = (sum(key in row for row in rows) for key in ("failure", "not_run"))
+        print(f"written to {self.path.parent}; failed: {failed}; not run: {not_run + len(self.record['skipped'])}")
+        return int(failed > 0)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware and versions."""
     try:
-        import triton
-
-        triton_version = triton.__version__
+        from triton import __version__ as triton_version
     except ImportError:
         triton_version = None
     facts = {
@@ -55,144 +172,10 @@ def environment(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "gpu_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
-            "driver": _driver(),
             "cudnn": torch.backends.cudnn.version(),
             "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
         }
     return facts
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The rows of one case, dtype and mode."""
-    case, copies = result["case"], result["copies"]
-    size, operations = result["bytes"], result["operations"]
-    lines = [
-        f"{case['name']}  {result['dtype']}  {result['mode']}",
-        f"  batch {case['batch']}, {case['height']}x{case['width']} tokens, dim {case['dim']}, R {case['rank']}, "
-        f"N {case['d_state']}; compulsory {size / 1e6:.1f} MB, {operations / 1e9:.2f} GFLOP, "
-        f"{operations / size:.1f} FLOP/byte",
-        "  "
-        + "; ".join(
-            f"{name} ({yardstick['bytes'] / 1e6:.1f} MB): {yardstick['bandwidth'] / 1e9:.1f} GB/s"
-            for name, yardstick in copies.items()
-        ),
-        "  " + "".join(f"{title:{width}}" for title, width in COLUMNS).rstrip(),
-    ]
-    lines += ["  " + _line(row) for row in result["rows"]]
-    return "\n".join(lines) + "\n"
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    if "failure" in row:
-        return f"{row['competitor']:<28}failed: {row['failure']}"
-    speedup = row["faster_than_definition"]
-    cells = (
-        row["competitor"],
-        f"{1e3 * row['median']:.4g}",
-        f"{1e3 * row['lower']:.4g} - {1e3 * row['upper']:.4g}",
-        "-" if speedup is None else f"{speedup:.2f}",
-        f"{row['bandwidth'] / 1e9:.1f}",
-        f"{row[f'share of {MEMORY_COPY}']:.1%}",
-        f"{row[f'share of {OWN_COPY}']:.1%}",
-        f"{row['peak_bytes'] / 1e6:.1f}",
-        f"{row['error']:.1e}",
-        f"  {row['error_in']}",
-    )
-    line = "".join(f"{cell:{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
-    return (line + row["note"]).rstrip()
-
-
-def per_token(results: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One line per competitor: its time per token on the largest image, relative to that at 224x224."""
-    times: dict[tuple[str, ...], dict[str, float]] = {}
-    for result in results:
-        case = result["case"]
-        group, image = case["name"].rsplit("/", 1)
-        tokens = case["batch"] * case["height"] * case["width"]
-        for row in result["rows"]:
-            if image in TOKEN_IMAGES and "median" in row:
-                key = (group, result["dtype"], result["mode"], row["competitor"])
-                times.setdefault(key, {})[image] = row["median"] / tokens
-    small, large = TOKEN_IMAGES
-    return [
-        f"{'  '.join(key)}: a token at {large} takes {found[large] / found[small]:.2f} times that at {small}"
-        for key, found in times.items()
-        if len(found) == len(TOKEN_IMAGES)
-    ]
-
-
-def write(folder: Path, record: Mapping[str, Any], text: str) -> None:
-    """Write ``benchmark.json`` and ``benchmark.txt``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "benchmark.txt").write_text(text + "\n")
-
-
-def roofline(path: Path, results: Sequence[Mapping[str, Any]], peak: float) -> None:
-    """Draw operations per second over operations per compulsory byte, one panel per dtype and mode.
-
-    Cases whose operations are not counted are left out.
-
-    Args:
-        path: of the PNG.
-        results: of one run.
-        peak: operations per second of a float32 matrix product.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    results = [result for result in results if result["operations"]]
-    if not results:
-        return
-    dtypes = list(dict.fromkeys(result["dtype"] for result in results))
-    names = list(dict.fromkeys(row["competitor"] for result in results for row in result["rows"]))
-    figure = Figure(figsize=(13, 1 + 5 * len(dtypes)), layout="constrained")
-    panels = figure.subplots(len(dtypes), len(MODES), sharex=True, sharey=True, squeeze=False)
-    for i, dtype in enumerate(dtypes):
-        for panel, mode in zip(panels[i], MODES, strict=True):
-            chosen = [result for result in results if (result["dtype"], result["mode"]) == (dtype, mode)]
-            if chosen:
-                _panel(panel, chosen, names, peak)
-            panel.set_title(f"{dtype}, {mode}")
-    for panel in panels[-1]:
-        panel.set_xlabel("FLOP per compulsory byte")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("FLOP/s")
-    # No panel need have them all.
-    keys = {label: key for panel in panels.flat for key, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def _panel(panel: "Axes", results: Sequence[Mapping[str, Any]], names: Sequence[str], peak: float) -> None:
-    intensities = [result["operations"] / result["bytes"] for result in results]
-    bandwidth = max(result["copies"][MEMORY_COPY]["bandwidth"] for result in results)
-    left, right = min(intensities) / 2, 2 * max(*intensities, peak / bandwidth)
-    ridge = peak / bandwidth
-    panel.plot(
-        [left, ridge, right],
-        [bandwidth * left, peak, peak],
-        color="black",
-        label="roof: memory copy, float32 matrix product",
-    )
-    for name, marker in zip(names, MARKERS, strict=False):
-        points = [
-            (intensity, result["operations"] / row["median"])
-            for intensity, result in zip(intensities, results, strict=True)
-            for row in result["rows"]
-            if row["competitor"] == name and "median" in row
-        ]
-        if points:
-            panel.scatter(*zip(*points, strict=True), marker=marker, s=28, alpha=0.8, label=name)
-    labels = {result["case"]["name"].rsplit("/", 1)[0]: x for x, result in zip(intensities, results, strict=True)}
-    for label, intensity in labels.items():  # images of all sizes have nearly the same intensity
-        foot = panel.get_xaxis_transform()
-        panel.text(intensity, 0.01, label, transform=foot, rotation=90, fontsize=6, color="gray", ha="center")
-    panel.set(xscale="log", yscale="log")
-    panel.margins(y=0.25)
-    panel.grid(alpha=0.3)
 
 
 def _cpu_model() -> str:
@@ -201,11 +184,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -1,10 +1,10 @@
-"""The published formulation of Spatial-Mamba: the same weights, each step an operation of PyTorch's on its own.
+"""The baseline: the published formulation of Spatial-Mamba, with the same weights, in operations of PyTorch.
 
-What is written here is what the paper's code does, in the order and the layouts it does it in: nothing is fused, maps
-are (B, C, H, W) from the convolution to the read-out, the step is expanded by a matrix product, and the states are
-fused by three dilated convolutions of padded copies in training, by one dense 11x11 convolution with a kernel merged
-once and for all in inference. The published code has a native scan: here it is the fastest one that is at hand.
-States pass between operations in the dtype of the activations.
+It does what the paper's code does, in the same order and layouts: nothing is fused, maps are (B, C, H, W) from the
+convolution to the read-out, delta is expanded by a matrix product, and the states are fused by three dilated
+convolutions of padded copies in training, by one dense 11x11 convolution with a kernel merged once in inference. The
+published code has a native scan: here it is the fastest one available. States pass between operations in the dtype of
+the activations.
 """
 
 import torch
@@ -13,28 +13,28 @@ from timm.layers import drop_path
 from torch import Tensor, nn
 
 from ...kernels import selective_scan
-from ...kernels.benchmark.competitors import convolve_dense, merge_dense, three_convolutions
+from ...kernels.benchmark.implementations import convolve_dense, merge_dense, three_convolutions
 from ..models.spatial_mamba import Block, SpatialMamba, StructureAwareSSM
 
 
-def as_published(model: SpatialMamba) -> SpatialMamba:
+def as_baseline(model: SpatialMamba) -> SpatialMamba:
     """Give the blocks of a model the published formulation, in place; the weights stay what they are.
 
-    The merged kernels are made of the weights that the model has now, as those of the published code are made of the
-    weights at their first use: load weights before, and do not evaluate after training.
+    The merged kernels are made of the present weights, as those of the published code are made of the weights at
+    their first use: load weights before, and do not evaluate after training.
     """
     for module in model.modules():
         if isinstance(module, StructureAwareSSM):
-            module.__class__ = PublishedSSM
+            module.__class__ = BaselineSSM
             fusion = module.state_fusion
             with torch.no_grad():
                 module.register_buffer("dense", merge_dense(fusion.kernels, fusion.alpha), persistent=False)
         elif isinstance(module, Block):
-            module.__class__ = PublishedBlock
+            module.__class__ = BaselineBlock
     return model
 
 
-class PublishedBlock(Block):
+class BaselineBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         x = x + _convolve(x.permute(0, 3, 1, 2), self.cpe1).permute(0, 2, 3, 1)
         x = x + self._drop_path(self.self_attention(_normalise(x, self.ln_1)))
@@ -46,7 +46,7 @@ class PublishedBlock(Block):
         return drop_path(branch, self.residual_sum.drop_prob, self.training)
 
 
-class PublishedSSM(StructureAwareSSM):
+class BaselineSSM(StructureAwareSSM):
     def forward(self, x: Tensor) -> Tensor:
         x, gate = F.linear(x, self.in_proj.weight).chunk(2, dim=-1)
         maps = F.silu(_convolve(x.permute(0, 3, 1, 2).contiguous(), self.conv2d))  # (B, D, H, W)
