@@ -149,8 +149,12 @@ def add_table(
 
 
 def add_ratios(rows: Sequence[measure.Row], reference: str) -> None:
-    """Give each timed row its time over that of the reference in the same form, or else in its first form."""
-    forms = {row["form"]: row["seconds"] for row in rows if row["model"] == reference and "seconds" in row}
+    """Give each timed row its time over that of the reference in the same form, or else in its first form.
+
+    Exported files are compared with the first form.
+    """
+    found = [row for row in rows if row["model"] == reference and "seconds" in row and row["form"] not in EXPORTED]
+    forms = {row["form"]: row["seconds"] for row in found}
     for row in rows:
         if forms and "seconds" in row:
             row["times_reference"] = row["seconds"] / forms.get(row["form"], next(iter(forms.values())))
