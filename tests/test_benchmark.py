@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,9 @@ from spatial_mamba.kernels.benchmark.cases import Case, all_cases, compulsory_by
 CPU = torch.device("cpu")
 # Not in the process of the other tests: it would change how they get their memory.
 QUICK = ["--device", "cpu", "--no-keep-freed-memory", "--seconds", "0.001"]
-SMALL = [
-    Case("core", "core", batch=2, height=7, width=9, dim=6, rank=3),
-    Case("states", "states", batch=2, height=7, width=9, dim=6),
-    Case("scan", "scan", batch=2, height=7, width=9, dim=6, d_state=4),
-    Case("fusion", "fusion", batch=2, height=7, width=9, dim=6),
-    Case("mixer", "mixer", batch=2, height=7, width=9, dim=6, rank=3),
-    Case("conv", "conv", batch=2, height=7, width=9, dim=6),
-    Case("position", "position", batch=2, height=7, width=9, dim=6),
-    Case("norm", "norm", batch=2, height=7, width=9, dim=6),
-]
-by_operator = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.operator)
+OPERATORS = ("core", "states", "scan", "fusion", "mixer", "conv", "position", "norm")
+SMALL = {name: Case(name, name, batch=2, height=7, width=9, dim=6, rank=3) for name in OPERATORS}
+SMALL["scan"] = replace(SMALL["scan"], d_state=4)
 
 
 @pytest.fixture(autouse=True)
@@ -76,24 +69,22 @@ def test_cases_have_the_shapes_of_the_models() -> None:
 # --- what is timed, and how
 
 
-@by_operator
+@pytest.mark.parametrize("case", SMALL.values(), ids=OPERATORS)
 def test_implementations_compute_the_same(case: Case) -> None:
     found = [implementations.reference(case), *implementations.baselines(case, CPU, torch.float32)]
     others = {"core": 2, "fusion": 2, "mixer": 1, "conv": 1, "position": 1, "norm": 1}
     assert len(found) == 1 + others.get(case.operator, 0)
-    for name, errors in implementations.compare(case, found, CPU, torch.float32).items():
-        assert all(error < 1e-5 for error, _ in errors), (name, errors)
+    check = implementations.Check(case, CPU, torch.float32)
     for implementation in found:
+        error, where = check.worst(implementation, backward=True)
+        assert error < 1e-5, (implementation.name, where)
         [output] = implementation.bind(case, case.inputs(CPU, torch.float32), None)()
         assert not output.requires_grad
 
 
-def test_every_operator_is_exercised(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_operator_is_exercised(capsys: pytest.CaptureFixture[str]) -> None:
     assert exercise.main(["torch", "--device", "cpu", "--dtype", "float32"]) == 0
     assert capsys.readouterr().out == "torch, float32: 12 cases within tolerance\n"
-    monkeypatch.setitem(exercise.TOLERANCES, "float32", 0)
-    assert exercise.main(["torch", "--device", "cpu", "--dtype", "float32"]) == 1
-    assert " is off by " in capsys.readouterr().out
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
@@ -110,22 +101,21 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 
 def test_worst_error_names_the_tensor_and_never_passes_nan() -> None:
     expected = [torch.tensor([4.0, 1.0]), torch.tensor([10.0])]
-    error, where = measure.worst_error("ab", [torch.tensor([4.0, 1.5]), torch.tensor([10.5])], expected)
-    assert (error, where) == (0.125, "a")
-    error, where = measure.worst_error("ab", [torch.tensor([4.0, 1.0]), torch.tensor([torch.nan])], expected)
-    assert (error, where) == (float("inf"), "b")
+    assert measure.worst_error("ab", [torch.tensor([4.0, 1.5]), torch.tensor([10.5])], expected) == (0.125, "a")
+    wrong = [torch.tensor([4.0, 1.0]), torch.tensor([torch.nan])]
+    assert measure.worst_error("ab", wrong, expected) == (float("inf"), "b")
 
 
 def test_calls_are_timed_in_turn() -> None:
     turns = []
 
-    def clock(call: measure.Call, launch: float) -> tuple[float, float]:
+    def clock(call: measure.Call) -> float:
         call()
-        return float(len(turns)), 0.0
+        return float(len(turns))
 
     timings = measure.interleave({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, clock, 1e-9)
     assert turns == ["a", "b"] * 4  # one round of warming up
-    assert timings["a"] == dict(seconds=5, lower=4, upper=6, launch=0, rounds=3)
+    assert timings["a"] == dict(seconds=5, lower=4, upper=6, rounds=3)
 
 
 def tiring(limit: int, failure: Exception) -> measure.Call:
@@ -198,10 +188,10 @@ def test_command_reports_a_small_case(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_wrong_implementation_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = implementations.dense_convolution
     monkeypatch.setattr(implementations, "three_convolutions", lambda *h, **weights: torch.nan * dense(*h, **weights))
-    monkeypatch.setattr(operators, "all_cases", lambda batch: [SMALL[3]])
+    monkeypatch.setattr(operators, "all_cases", lambda batch: [SMALL["fusion"]])
     assert operators.main([*QUICK, "--backends", "torch", "--out", str(tmp_path)]) == 1
     _, failed, dense, _ = json.loads((tmp_path / "operators.json").read_text())["results"][0]["rows"]
-    assert failed["failure"] == "output is not finite" and "seconds" not in failed
+    assert failed["failure"] == "FloatingPointError: output is not finite" and "seconds" not in failed
     assert dense["error"] < 1e-5
 
 

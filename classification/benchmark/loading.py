@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
+from ...kernels.benchmark import measure
 from ...kernels.benchmark.report import Column, Parser, Report
 from ...kernels.options import positive, whole_number
 from ..config import load_config
@@ -129,18 +130,13 @@ def _arrivals_per_second(loader: DataLoader, mixup: Mixup | None, device: torch.
 
 def _rate(take: Callable[[], int], device: torch.device, seconds: float, warm_up: int) -> float:
     """Images per second, of calls that return how many they have processed."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     for _ in range(warm_up):
         take()
-    wait()
+    measure.synchronise(device)
     count, start = 0, time.perf_counter()
     while not count or time.perf_counter() - start < seconds:
         count += take()
-        wait()
+        measure.synchronise(device)
     return count / (time.perf_counter() - start)
 
 

@@ -61,7 +61,7 @@ class Bench:
         self.images = (case.images, model.in_chans, case.resolution, case.resolution)
         self.clock = measure.operator_clock(device)
         copy_call = measure.memory_copy(device)
-        self.bandwidth = 2 * measure.COPY_BYTES / min(self.clock(copy_call, 0.0)[0] for _ in range(5))
+        self.bandwidth = 2 * measure.COPY_BYTES / min(self.clock(copy_call) for _ in range(5))
         self.peak = measure.matmul_peak(self.clock, device, self.dtype)
         self.rows: list[measure.Row] = []
         self.calls: dict[str, measure.Call] = {}

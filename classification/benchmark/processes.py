@@ -124,8 +124,7 @@ def _rounds(calls: dict[str, Callable[[], object]], device: torch.device, second
             dist.barrier()
             begin = time.perf_counter()
             call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            measure.synchronise(device)
             times[name].append(_largest(time.perf_counter() - begin, device))
         rounds += 1
     return times

@@ -4,16 +4,15 @@ Prints tables, and writes operators.json and operators.txt.
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import backends
 from ..options import whole_number
@@ -124,17 +123,17 @@ def measure_case(
     report: Report,
 ) -> None:
     """Add the rows of both modes to the report, with a memory copy, timed in turn with the others, as the last."""
-    errors = _errors(trial.device, case, dtype, found)
+    elements = CPU_REFERENCE_ELEMENTS
+    if trial.device.type == "cuda":
+        elements = torch.cuda.get_device_properties(trial.device).total_memory // REFERENCE_BYTES
+    # Large cases are checked on fewer images or channels, of the full size.
+    check = implementations.Check(case.cropped(elements), trial.device, getattr(torch, dtype))
     inputs = case.inputs(trial.device, getattr(torch, dtype))
     output, flops = measure.dry_run(implementations.OPERATORS[case.operator], **inputs)
-    grad_output = gradient_like(output, trial.device)
-    for i, mode in enumerate(MODES):
-        size = compulsory_bytes(list(inputs.values()), output, backward=i == 1)
-        gradient = grad_output if i else None
-        entries = [
-            measure.Entry(entry.name, partial(entry.bind, case, inputs, gradient), errors[entry.name][i])
-            for entry in found
-        ]
+    for backward, mode in enumerate(MODES):
+        size = compulsory_bytes(list(inputs.values()), output, bool(backward))
+        gradient = gradient_like(output, trial.device) if backward else None
+        entries = [_entry(case, implementation, check, inputs, gradient) for implementation in found]
         rows = trial.run([*entries, measure.Entry(COPY, lambda: copy)])
         seconds = {row["name"]: row["seconds"] for row in rows if "seconds" in row}
         for row in (row for row in rows if "seconds" in row):
@@ -143,7 +142,7 @@ def measure_case(
             row["times_reference"] = (REFERENCE in seconds and seconds[REFERENCE] / row["seconds"]) or None
             row["seconds_per_token"] = row["seconds"] / (case.batch * case.height * case.width)
             row["fraction_of_copy"] = row["bandwidth"] * seconds[COPY] / (2 * measure.COPY_BYTES)
-        flops_of_mode = flops * (measure.TRAINING_PASSES if i else 1)
+        flops_of_mode = flops * (measure.TRAINING_PASSES if backward else 1)
         title = (
             f"{case.name}  {dtype}  {mode}: batch {case.batch}, {case.height}x{case.width} tokens, dim {case.dim}, "
             f"R {case.rank}, N {case.d_state}; compulsory {size / 1e6:.1f} MB, {flops_of_mode / 1e9:.2f} GFLOP, "
@@ -152,29 +151,20 @@ def measure_case(
         report.add(title, COLUMNS, rows, **asdict(case), dtype=dtype, mode=mode, bytes=size, flops=flops_of_mode)
 
 
-def _errors(
-    device: torch.device, case: Case, dtype: str, found: Sequence[Implementation]
-) -> dict[str, list[dict[str, Any]]]:
-    """Per implementation the facts of its rows, forward and forward+backward: its note, and error or failure.
+def _entry(
+    case: Case,
+    implementation: Implementation,
+    check: implementations.Check,
+    inputs: dict[str, Tensor],
+    gradient: Tensor | None,
+) -> measure.Entry:
+    facts: dict[str, Any] = {"note": implementation.note}
 
-    Large cases are checked on fewer images or channels, of the full size: see ``Case.cropped``.
-    """
-    elements = CPU_REFERENCE_ELEMENTS
-    if device.type == "cuda":
-        elements = torch.cuda.get_device_properties(device).total_memory // REFERENCE_BYTES
-    facts: dict[str, list[dict[str, Any]]] = {}
-    for entry in found:
-        try:
-            errors = implementations.compare(case.cropped(elements), [entry], device, getattr(torch, dtype))
-            facts[entry.name] = [
-                {"note": entry.note, "error": error, "error_in": where}
-                if math.isfinite(error)
-                else {"failure": f"{where} is not finite"}
-                for error, where in errors[entry.name]
-            ]
-        except Exception as failure:  # whatever goes wrong in one is no reason to stop the others
-            facts[entry.name] = [measure.outcome(failure)] * 2
-    return facts
+    def make() -> measure.Call:
+        facts["error"], facts["error_in"] = check.worst(implementation, gradient is not None)
+        return implementation.bind(case, inputs, gradient)
+
+    return measure.Entry(implementation.name, make, facts)
 
 
 if __name__ == "__main__":

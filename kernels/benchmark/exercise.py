@@ -60,8 +60,8 @@ def _wrong(cases: Sequence[Case], backend: str, device: torch.device, dtype: str
     wrong = []
     for case in cases:
         # All but the case itself runs on the CPU: PyTorch's own kernels need not be watched.
-        cpu, [entry] = torch.device("cpu"), implementations.native(case, [backend])
-        error, where = implementations.compare(case, [entry], device, torch_dtype, compared_on=cpu)[backend][-1]
+        check = implementations.Check(case, device, torch_dtype, compared_on=torch.device("cpu"))
+        error, where = check.worst(*implementations.native(case, [backend]), backward=True)
         tolerance = TOLERANCES[dtype] * (ROUNDED_WITHIN if case.operator == "mixer" else 1)
         if not error <= tolerance:
             wrong.append(f"{case.name}: {where} is off by {error:.1e}")

@@ -5,6 +5,7 @@ that runs over the image within each channel, (batch, dim, H, W), as the publish
 charged for transposing them; the others get channels-last memory, (batch, H, W, dim).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,37 +102,37 @@ def baselines(case: Case, device: torch.device, dtype: torch.dtype) -> list[Impl
     return []
 
 
-def compare(
-    case: Case,
-    implementations: Sequence[Implementation],
-    device: torch.device,
-    dtype: torch.dtype,
-    compared_on: torch.device | None = None,
-) -> dict[str, list[tuple[float, str]]]:
-    """Worst error against the reference implementation in float64, relative to the largest magnitude expected.
+class Check:
+    """Compares implementations of a case with the reference implementation in float64.
 
     Args:
         device: what the implementations run on.
         compared_on: what all else runs on, by default the same.
-
-    Returns:
-        Per implementation two errors, each with the tensor it is in: of the output, and of output and gradients.
-
-    Raises:
-        Exception: whatever an implementation fails with.
     """
-    compared_on = compared_on or device
-    inputs = case.inputs(compared_on, dtype)
-    grad_output = gradient_like(dry_run(OPERATORS[case.operator], **inputs)[0], compared_on)
-    doubles = {name: x.double() for name, x in inputs.items()}
-    expected = reference(case).bind(case, doubles, grad_output.double())()
-    names = ["output", *(f"gradient of {name}" for name in inputs)]
-    there = {name: x.to(device) for name, x in inputs.items()}
-    errors = {}
-    for implementation in implementations:
-        found = [x.to(compared_on) for x in implementation.bind(case, there, grad_output.to(device))()]
-        errors[implementation.name] = [worst_error(names[:n], found[:n], expected[:n]) for n in (1, len(names))]
-    return errors
+
+    def __init__(
+        self, case: Case, device: torch.device, dtype: torch.dtype, compared_on: torch.device | None = None
+    ) -> None:
+        self.case, self.device, self.compared_on = case, device, compared_on or device
+        self.inputs = case.inputs(self.compared_on, dtype)
+        self.grad_output = gradient_like(dry_run(OPERATORS[case.operator], **self.inputs)[0], self.compared_on)
+        doubles = {name: x.double() for name, x in self.inputs.items()}
+        self.expected = reference(case).bind(case, doubles, self.grad_output.double())()
+
+    def worst(self, implementation: Implementation, backward: bool) -> tuple[float, str]:
+        """The worst error of the output (and the gradients), relative to its largest magnitude, and what it is in.
+
+        Raises:
+            FloatingPointError: if something is not finite.
+        """
+        inputs = {name: x.to(self.device) for name, x in self.inputs.items()}
+        call = implementation.bind(self.case, inputs, self.grad_output.to(self.device) if backward else None)
+        found = [x.to(self.compared_on) for x in call()]
+        names = ["output", *(f"gradient of {name}" for name in inputs)]
+        error, where = worst_error(names[: len(found)], found, self.expected[: len(found)])
+        if not math.isfinite(error):
+            raise FloatingPointError(f"{where} is not finite")
+        return error, where
 
 
 def has_kernels(backend: str, case: Case) -> bool:

@@ -33,8 +33,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in glibc's malloc.h
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
-Clock = Callable[[Call, float], tuple[float, float]]
-"""Seconds of one call and of launching it, the latter expected to take as long as the second argument says."""
+Clock = Callable[[Call], float]  # seconds of one call
 
 
 class WallClock:
@@ -43,17 +42,16 @@ class WallClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def __call__(self, call: Call, launch: float) -> tuple[float, float]:
-        found = self._once(call)
-        return self._once(call) if found[0] < LONG_CALL else found
+    def __call__(self, call: Call) -> float:
+        seconds = self._once(call)
+        return self._once(call) if seconds < LONG_CALL else seconds
 
-    def _once(self, call: Call) -> tuple[float, float]:
-        _synchronise(self.device)
+    def _once(self, call: Call) -> float:
+        synchronise(self.device)
         start = time.perf_counter()
         call()
-        launched = time.perf_counter()
-        _synchronise(self.device)
-        return time.perf_counter() - start, launched - start
+        synchronise(self.device)
+        return time.perf_counter() - start
 
 
 class CudaClock:
@@ -67,9 +65,12 @@ class CudaClock:
         self.device = device
         self.scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         self._flush(1)
-        self.flush_seconds = self._elapsed(lambda: self._flush(10))[0] / 10
+        self.flush_seconds = self._elapsed(lambda: self._flush(10)) / 10
 
-    def __call__(self, call: Call, launch: float) -> tuple[float, float]:
+    def __call__(self, call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        launch = time.perf_counter() - start
         torch.cuda.synchronize(self.device)
         self._flush(1 + math.ceil(1.5 * launch / self.flush_seconds))
         return self._elapsed(call)
@@ -78,15 +79,13 @@ class CudaClock:
         for _ in range(times):
             self.scratch.zero_()
 
-    def _elapsed(self, call: Call) -> tuple[float, float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        begin = time.perf_counter()
+    def _elapsed(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         call()
-        launch = time.perf_counter() - begin
-        events[1].record()
+        end.record()
         torch.cuda.synchronize(self.device)
-        return events[0].elapsed_time(events[1]) / 1e3, launch
+        return start.elapsed_time(end) / 1e3
 
 
 def operator_clock(device: torch.device) -> Clock:
@@ -103,24 +102,23 @@ def interleave(calls: Mapping[str, Call], clock: Clock, seconds: float) -> dict[
         seconds: aimed at in all; a few rounds are run however long they take.
 
     Returns:
-        By name, ``seconds`` (the median), the quartiles ``lower`` and ``upper``, ``launch`` (the host's part, the
-        whole call on a CPU) and the number of ``rounds``.
+        By name, ``seconds`` (the median), the quartiles ``lower`` and ``upper`` and the number of ``rounds``; of a call
+        that fails its ``outcome``.
     """
-    start = time.perf_counter()
-    launches = {name: clock(call, 0.0)[1] for name, call in calls.items()}
-    round_seconds = time.perf_counter() - start
-    rounds = min(max(FEWEST_ROUNDS, int(seconds / round_seconds)), MOST_ROUNDS)
-
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            elapsed, launch = clock(call, launches[name])
-            times[name].append(elapsed)
-            launches[name] = min(launches[name], launch)  # a full queue makes a launch wait
-    found = {}
-    for name, elapsed in times.items():
+    found: dict[str, Row] = {}
+    rounds, start = 0, time.perf_counter()
+    while times and rounds < MOST_ROUNDS and (rounds <= FEWEST_ROUNDS or time.perf_counter() - start < seconds):
+        for name in list(times):
+            try:
+                times[name].append(clock(calls[name]))
+            except Exception as failure:  # is no reason to stop the others
+                found[name] = outcome(failure)
+                del times[name]
+        rounds += 1
+    for name, (_, *elapsed) in times.items():  # the first round warms up
         lower, median, upper = statistics.quantiles(elapsed, n=4, method="inclusive")
-        found[name] = dict(seconds=median, lower=lower, upper=upper, launch=launches[name], rounds=rounds)
+        found[name] = dict(seconds=median, lower=lower, upper=upper, rounds=rounds - 1)
     return found
 
 
@@ -134,7 +132,7 @@ class Entry:
 
     Attributes:
         make: makes the call, which returns the tensors that it computes; may raise NotRunError.
-        facts: for its row, which ``make`` may add to; one with ``failure`` or ``not_run`` is not run at all.
+        facts: for its row, which ``make`` may add to.
         has_memory: whether its peak memory can be measured.
     """
 
@@ -165,60 +163,28 @@ class Trial:
         One that cannot run leaves the others, and says why: in ``not_run`` if memory or time do not suffice, in
         ``failure`` for all else, also for results that are not finite; and for the table in ``note``.
         """
-        rows = {entry.name: {"name": entry.name, **entry.facts} for entry in entries}
+        rows: dict[str, Row] = {}
         calls: dict[str, Call] = {}
         for entry in entries:
-            row = rows[entry.name]
-            if self.is_late():
-                row.setdefault("not_run", "out of time")
-            if "failure" in row or "not_run" in row:
-                continue
+            row = rows[entry.name] = {"name": entry.name, **entry.facts}
             try:
-                calls[entry.name] = self._ready(entry, row)
+                if self.is_late():
+                    raise NotRunError("out of time")
+                call = entry.make()
+                row |= entry.facts
+                for _ in range(WARM_UP[self.device.type]):
+                    _check(call())
+                row["peak_bytes"] = peak_memory(call, self.device) if entry.has_memory else None
+                calls[entry.name] = call
             except Exception as failure:  # is no reason to stop the others
                 row |= outcome(failure)
             release(self.device)
-        for name, timing in self._time(calls, rows).items():
-            try:
-                _check(calls[name]())
-                rows[name] |= timing
-            except Exception as failure:
-                rows[name] |= outcome(failure)
+        for name, found in interleave(calls, self.clock, self.seconds).items():
+            rows[name] |= found
         for row in rows.values():
             if "failure" in row or "not_run" in row:
                 row["note"] = f"failed: {row['failure']}" if "failure" in row else f"not run: {row['not_run']}"
         return list(rows.values())
-
-    def _ready(self, entry: Entry, row: Row) -> Call:
-        call = entry.make()
-        row |= entry.facts
-        for _ in range(WARM_UP[self.device.type]):
-            results = call()
-        _check(results)
-        del results
-        row["peak_bytes"] = peak_memory(call, self.device) if entry.has_memory else None
-        return call
-
-    def _time(self, calls: dict[str, Call], rows: Mapping[str, Row]) -> dict[str, Row]:
-        current = ""
-
-        def watched(name: str, call: Call) -> Call:
-            def run() -> object:
-                nonlocal current
-                current = name
-                return call()
-
-            return run
-
-        left = {name: watched(name, call) for name, call in calls.items()}
-        while left:
-            try:
-                return interleave(left, self.clock, self.seconds)
-            except Exception as failure:  # the clock's own come right after the call, as when a GPU reports late
-                rows[current] |= outcome(failure)
-                del left[current], calls[current]
-                release(self.device)
-        return {}
 
 
 def memory_copy(device: torch.device) -> Call:
@@ -237,7 +203,7 @@ def matmul_peak(clock: Clock, device: torch.device, dtype: torch.dtype = torch.f
     size = PEAK_SIZES[device.type]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(a)
-    return 2 * size**3 / min(clock(lambda: torch.mm(a, b, out=out), 0.0)[0] for _ in range(5))
+    return 2 * size**3 / min(clock(lambda: torch.mm(a, b, out=out)) for _ in range(5))
 
 
 def peak_memory(call: Call, device: torch.device) -> int:
@@ -305,6 +271,12 @@ def outcome(failure: Exception) -> Row:
     return {"failure": f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__}
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def release(device: torch.device) -> None:
     """Free what nothing refers to any more."""
     gc.collect()
@@ -329,8 +301,3 @@ def _check(results: Tensor | Iterable[Tensor]) -> None:
     tensors = [results] if isinstance(results, Tensor) else results
     if not all(x.isfinite().all() for x in tensors):
         raise FloatingPointError("the output is not finite")
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
