@@ -3,9 +3,8 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -31,9 +30,6 @@ def small_instruments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "PEAK_SIZES", {"cpu": 64, "cuda": 64})
 
 
-# --- what is counted
-
-
 def counted(case: Case, dtype: torch.dtype = torch.float32) -> tuple[int, int, int]:
     """Compulsory bytes of a forward pass, and of both passes, and FLOPs."""
     inputs = case.inputs(CPU, dtype)
@@ -57,16 +53,13 @@ def test_cases_have_the_shapes_of_the_models() -> None:
     cases = {case.name: case for case in all_cases(batch=8)}
     assert len(cases) == 25
     stage = cases["core/base/stage3/224x224"]
-    assert (stage.batch, stage.height, stage.width, stage.dim, stage.rank) == (8, 14, 14, 768, 24)
+    assert astuple(stage)[2:7] == (8, 14, 14, 768, 24)
     assert (cases["mixer/tiny/stage2/224x224"].dim, cases["position/tiny/stage3/224x224"].dim) == (256, 256)
     large = cases["core/tiny/stage1/2048x2048"]
-    assert (large.batch, large.height, large.width, large.dim, large.rank) == (1, 512, 512, 128, 4)
-    case = Case("large", "core", batch=8, height=100, width=100, dim=128, rank=4)
-    assert case.cropped(3_000_000) == Case("large", "core", batch=2, height=100, width=100, dim=128, rank=4)
-    assert case.cropped(700_000) == Case("large", "core", batch=1, height=100, width=100, dim=64, rank=4)
-
-
-# --- what is timed, and how
+    assert astuple(large)[2:7] == (1, 512, 512, 128, 4)
+    assert large.cropped(70_000_000) == replace(large, batch=1)  # which it has
+    assert stage.cropped(400_000) == replace(stage, batch=2)
+    assert large.cropped(20_000_000) == replace(large, dim=64)  # the image keeps its size
 
 
 @pytest.mark.parametrize("case", SMALL.values(), ids=OPERATORS)
@@ -156,13 +149,8 @@ def test_one_that_fails_leaves_the_others(make: Callable[[], measure.Call], key:
 
 
 def test_nothing_is_run_after_the_deadline() -> None:
-    trial = measure.Trial(CPU, measure.WallClock(CPU), 1e-9, deadline=time.perf_counter())
-    assert trial.run([measure.Entry("late", absent)]) == [
-        {"name": "late", "not_run": "out of time", "note": "not run: out of time"}
-    ]
-
-
-# --- the command
+    [late] = measure.Trial(CPU, measure.WallClock(CPU), 1, deadline=0).run([measure.Entry("late", absent)])
+    assert late == {"name": "late", "not_run": "out of time", "note": "not run: out of time"}
 
 
 def test_command_reports_a_small_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,9 +222,6 @@ def test_wrong_options_are_one_line(
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-# --- make gpu
-
-
 def test_gpu_check_goes_on_after_failures(tmp_path: Path) -> None:
     python, Step = sys.executable, gpu_check.Step
     show = (
@@ -247,7 +232,6 @@ def test_gpu_check_goes_on_after_failures(tmp_path: Path) -> None:
         [
             Step("fails", (python, "-c", "print('about to fail'); raise SystemExit(3)"), 20),
             Step("hangs", (python, "-c", "import time; time.sleep(60)"), 0.5),
-            Step("absent", ("no-such-command",), 20),
             Step("works", (python, "-c", show, "{seconds}", "{out}/part"), 20, {"COLOUR": "blue"}),
             Step("too late", (python, "--version"), 0),
             Step("not needed", (python, "--version"), 0, optional=True),
@@ -257,14 +241,13 @@ def test_gpu_check_goes_on_after_failures(tmp_path: Path) -> None:
     assert [(outcome["result"], outcome["passed"]) for outcome in outcomes] == [
         ("exit 3", False),
         ("ended after its 0.5 s", False),
-        ("exit 127", False),
         ("exit 0", True),
         ("no time left", False),
         ("no time left", True),
     ]
     assert 0.5 <= outcomes[1]["seconds"] < 10
     log = (tmp_path / "log.txt").read_text()
-    assert "about to fail" in log and f"15 {tmp_path}/part blue True" in log and "no-such-command" in log
+    assert "about to fail" in log and f"15 {tmp_path}/part blue True" in log
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert not summary["passed"] and summary["steps"] == outcomes
     fails = next(line for line in (tmp_path / "summary.md").read_text().splitlines() if "| fails |" in line)

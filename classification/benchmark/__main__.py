@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if trial.is_late():
             report.record["skipped"].append(str(case))
         elif args.processes:
-            processes.add_tables(report, models, case, args)
+            processes.add_tables(report, models, case, device.type, args)
         else:
             takes_part = [(model, form_of(model, form, mode)) for model in models for form in args.form]
             takes_part = list(dict.fromkeys(takes_part))  # each once

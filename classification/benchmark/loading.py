@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image, features
-from timm.data import Mixup
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from yacs.config import CfgNode
 
 from ...kernels.benchmark import measure
@@ -39,12 +38,9 @@ PIPELINES = ("decode", *TRAINING, "evaluation")
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """Write ``train`` and ``val`` with the same ``count`` JPEG images in two classes.
-
-    Each is another crop of scikit-learn's sample photographs, or without scikit-learn of smooth noise.
-    """
+    """Write ``train`` and ``val`` with the same ``count`` JPEG images in two classes, each another crop."""
     generator = np.random.default_rng(0)
-    sources = _sample_photos() or [_smooth_noise(generator)]
+    sources = _sources(generator)
     for i in range(count):
         source = sources[i % len(sources)]
         scale = generator.uniform(0.5, 1.0)
@@ -102,7 +98,6 @@ def loader_rate(config: CfgNode, pipeline: str, device: torch.device, seconds: f
         pipeline: one of ``PIPELINES``; ``decode`` hands over nothing of the image.
     """
     process = Process(0, 1, device)
-    mixup: Mixup | None = None
     if pipeline == "evaluation":
         loader = build_val_loader(config, process)
         loader.sampler.indices = range(MANY)
@@ -111,13 +106,8 @@ def loader_rate(config: CfgNode, pipeline: str, device: torch.device, seconds: f
         loader.sampler.length = MANY
     if pipeline == "decode":
         loader.dataset.transform = _nothing_of
-    if pipeline == "train + Mixup":
-        mixup = build_mixup(config, len(loader.dataset.reader.classes))
-    return _arrivals_per_second(loader, mixup, device, seconds)
-
-
-def _arrivals_per_second(loader: DataLoader, mixup: Mixup | None, device: torch.device, seconds: float) -> float:
-    batches = _endless(loader)
+    mixup = build_mixup(config, len(loader.dataset.reader.classes)) if pipeline == "train + Mixup" else None
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def take() -> int:
         images, classes, _ = (x.to(device, non_blocking=True) for x in next(batches))
@@ -140,26 +130,18 @@ def _rate(take: Callable[[], int], device: torch.device, seconds: float, warm_up
     return count / (time.perf_counter() - start)
 
 
-def _endless(loader: DataLoader) -> Iterator[Sequence[Tensor]]:
-    while True:
-        yield from loader
-
-
 def _nothing_of(image: Image.Image) -> Tensor:
     return torch.empty(0)
 
 
-def _sample_photos() -> list[Image.Image]:
+def _sources(generator: np.random.Generator) -> list[Image.Image]:
+    """Scikit-learn's sample photographs, or without scikit-learn smooth noise."""
     try:
         from sklearn.datasets import load_sample_images
     except ImportError:
-        return []
+        noise = Image.fromarray(generator.integers(256, size=(60, 80, 3), dtype=np.uint8))
+        return [noise.resize((640, 480), Image.Resampling.BICUBIC)]
     return [Image.fromarray(photo) for photo in load_sample_images().images]
-
-
-def _smooth_noise(generator: np.random.Generator) -> Image.Image:
-    noise = Image.fromarray(generator.integers(256, size=(60, 80, 3), dtype=np.uint8))
-    return noise.resize((640, 480), Image.Resampling.BICUBIC)
 
 
 def _parser() -> Parser:

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,29 +29,15 @@ COLUMNS = (
 )
 
 
-class Work(NamedTuple):
-    """What every process does."""
-
-    model: Model
-    case: Case
-    processes: int
-    device_type: str
-    threads: int
-    seconds: float
-    keeps_memory: bool
-
-
-def add_tables(report: Report, models: Sequence[Model], case: Case, args: argparse.Namespace) -> None:
+def add_tables(report: Report, models: Sequence[Model], case: Case, device_type: str, args: argparse.Namespace) -> None:
     """One table per model, with a row per number of processes; efficiency is relative to the fewest.
 
     To their step without all-reduce, where there are several.
     """
-    device_type = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for model in models:
         rows: list[measure.Row] = []
         for count in sorted(set(args.processes)):
-            work = Work(model, case, count, device_type, args.threads or 1, args.seconds, args.keep_freed_memory)
-            row = {"processes": count, **time_steps(work)}
+            row = {"processes": count, **time_steps(model, case, count, device_type, args)}
             single = (rows or [row])[0]
             row["images_per_second"] = count * case.images / row["seconds"]
             row["efficiency"] = single.get("unsynchronised", single["seconds"]) / row["seconds"]
@@ -61,7 +46,7 @@ def add_tables(report: Report, models: Sequence[Model], case: Case, args: argpar
         report.add(title, COLUMNS, rows, model=model.name, **vars(case))
 
 
-def time_steps(work: Work) -> measure.Row:
+def time_steps(model: Model, case: Case, processes: int, device_type: str, args: argparse.Namespace) -> measure.Row:
     """Start the processes, with a GPU each on ``cuda``, and time their steps.
 
     Returns:
@@ -70,25 +55,28 @@ def time_steps(work: Work) -> measure.Row:
         of each round. ``gradient_bytes``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (work, folder), nprocs=work.processes)
+        work = (processes, model, case, device_type, args, folder)
+        torch.multiprocessing.spawn(_process, work, nprocs=processes)
         return torch.load(Path(folder) / "found.pt", weights_only=True)
 
 
-def _process(rank: int, work: Work, folder: str) -> None:
-    on_gpu = work.device_type == "cuda"
+def _process(
+    rank: int, processes: int, model: Model, case: Case, device_type: str, args: argparse.Namespace, folder: str
+) -> None:
+    on_gpu = device_type == "cuda"
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    torch.set_num_threads(work.threads)
+    torch.set_num_threads(args.threads or 1)
     if on_gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    elif work.keeps_memory:
+    elif args.keep_freed_memory:
         measure.keep_freed_memory()
     meeting = f"file://{folder}/meeting"
-    dist.init_process_group("nccl" if on_gpu else "gloo", meeting, rank=rank, world_size=work.processes)
-    prepared = Prepared(work.model, EAGER, work.case, device, measure.WallClock(device))
+    dist.init_process_group("nccl" if on_gpu else "gloo", meeting, rank=rank, world_size=processes)
+    prepared = Prepared(model, EAGER, case, device, measure.WallClock(device))
     size = sum(p.numel() * p.itemsize for p in prepared.module.parameters() if p.requires_grad)
     calls: dict[str, Callable[[], object]] = {"seconds": prepared.step}
-    if work.processes > 1:
+    if processes > 1:
         prepared.forward = parallel = DistributedDataParallel(  # as in the trainer
             prepared.module,
             device_ids=[rank] if on_gpu else None,
@@ -102,8 +90,8 @@ def _process(rank: int, work: Work, folder: str) -> None:
                 prepared.step()
 
         calls |= {"unsynchronised": unsynchronised, "all_reduce": lambda: dist.all_reduce(flat)}
-    found = {name: statistics.median(times) for name, times in _rounds(calls, device, work.seconds).items()}
-    if work.processes > 1:
+    found = {name: statistics.median(times) for name, times in _rounds(calls, device, args.seconds).items()}
+    if processes > 1:
         found["visible"] = found["seconds"] - found["unsynchronised"]
     if rank == 0:
         torch.save({**found, "gradient_bytes": size}, Path(folder) / "found.pt")

@@ -66,16 +66,15 @@ def _cases(args: argparse.Namespace, device: torch.device, parser: Parser) -> li
     return [case for case in known if any(fnmatchcase(case.name, glob) for glob in globs)]
 
 
-def _absent(args: argparse.Namespace, device: torch.device, parser: Parser) -> dict[str, dict[str, str]]:
-    """By dtype, the backends that cannot be timed, with the reason; it is an error to ask for one of them."""
-    for name in args.backends or ():
+def _absent(args: argparse.Namespace, device: torch.device, parser: Parser) -> dict[tuple[str, str], str]:
+    """By backend and dtype the reason why it cannot be timed; it is an error to ask for such a backend."""
+    absent = {}
+    for name in args.backends or backends.BACKENDS:
         if name not in backends.BACKENDS:
             parser.error(f"--backends: {name!r} is none of {', '.join(backends.BACKENDS)}")
-    absent: dict[str, dict[str, str]] = {}
-    for dtype in args.dtype:
-        for name in args.backends or backends.BACKENDS:
+        for dtype in args.dtype:
             if reason := implementations.why_not(name, device, getattr(torch, dtype)):
-                absent.setdefault(dtype, {})[name] = reason
+                absent[name, dtype] = reason
                 if args.backends:
                     parser.error(f"--backends: {name} cannot be timed in {dtype}: {reason}")
     return absent
@@ -89,11 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = parser.device(args.device)
     cases, absent = _cases(args, device, parser), _absent(args, device, parser)
     report = Report("operators", parser, args, argv)
-    for dtype, reasons in absent.items():
-        for name, reason in reasons.items():
-            report.say(f"not timed: {name}, {dtype}: {reason}")
-    report.record["absent"] = absent
-
+    report.record["absent"] = [f"{', '.join(key)}: {reason}" for key, reason in absent.items()]
+    report.say("\n".join(["not timed:", *report.record["absent"]]))
     trial = measure.Trial(device, measure.operator_clock(device), QUICK_SECONDS if args.quick else args.seconds)
     copy = measure.memory_copy(device)
     globs = args.compile if args.compile is not None else ["*"] if device.type == "cuda" else []
@@ -102,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if time.perf_counter() - start > args.limit:
                 report.record["skipped"].append(f"{case.name} {dtype}")
                 continue
-            names = [name for name in args.backends or backends.BACKENDS if name not in absent.get(dtype, ())]
+            names = [name for name in args.backends or backends.BACKENDS if (name, dtype) not in absent]
             # The reference comes first: the others are compared with it.
             found = implementations.native(case, sorted(names, key=lambda name: name != REFERENCE))
             if any(fnmatchcase(case.name, glob) for glob in globs):
@@ -136,12 +132,12 @@ def measure_case(
         entries = [_entry(case, implementation, check, inputs, gradient) for implementation in found]
         rows = trial.run([*entries, measure.Entry(COPY, lambda: copy)])
         seconds = {row["name"]: row["seconds"] for row in rows if "seconds" in row}
-        for row in (row for row in rows if "seconds" in row):
-            row["bandwidth"] = (2 * measure.COPY_BYTES if row["name"] == COPY else size) / row["seconds"]
-        for row in (row for row in rows if "seconds" in row and row["name"] != COPY):
+        for row in (row for row in rows[:-1] if "seconds" in row):
             row["times_reference"] = (REFERENCE in seconds and seconds[REFERENCE] / row["seconds"]) or None
             row["seconds_per_token"] = row["seconds"] / (case.batch * case.height * case.width)
+            row["bandwidth"] = size / row["seconds"]
             row["fraction_of_copy"] = row["bandwidth"] * seconds[COPY] / (2 * measure.COPY_BYTES)
+        rows[-1]["bandwidth"] = 2 * measure.COPY_BYTES / seconds[COPY]
         flops_of_mode = flops * (measure.TRAINING_PASSES if backward else 1)
         title = (
             f"{case.name}  {dtype}  {mode}: batch {case.batch}, {case.height}x{case.width} tokens, dim {case.dim}, "
