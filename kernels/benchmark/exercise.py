@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -42,30 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: PyTorch finds no usable GPU here", file=sys.stderr)
         return 2
-    status = 0
-    for backend in args.backends:
-        for dtype in args.dtype:
-            cases = [case for case in SHAPES if implementations.has_kernels(backend, case)]
-            wrong = _wrong(cases, backend, torch.device(args.device), dtype)
-            print(f"{backend}, {dtype}: {wrong or f'{len(cases)} cases within tolerance'}", flush=True)
-            status |= bool(wrong)
+    device, status = torch.device(args.device), 0
+    for backend, dtype in itertools.product(args.backends, args.dtype):
+        cases = [case for case in SHAPES if implementations.has_kernels(backend, case)]
+        reason = implementations.why_not(backend, device, getattr(torch, dtype))
+        wrong = reason or "; ".join(filter(None, (_wrong(case, backend, device, dtype) for case in cases)))
+        print(f"{backend}, {dtype}: {wrong or f'{len(cases)} cases within tolerance'}", flush=True)
+        status |= bool(wrong)
     return status
 
 
-def _wrong(cases: Sequence[Case], backend: str, device: torch.device, dtype: str) -> str | None:
-    torch_dtype = getattr(torch, dtype)
-    reason = implementations.why_not(backend, device, torch_dtype)
-    if reason is not None:
-        return reason
-    wrong = []
-    for case in cases:
-        # All but the case itself runs on the CPU: PyTorch's own kernels need not be watched.
-        check = implementations.Check(case, device, torch_dtype, compared_on=torch.device("cpu"))
-        error, where = check.worst(*implementations.native(case, [backend]), backward=True)
-        tolerance = TOLERANCES[dtype] * (ROUNDED_WITHIN if case.operator == "mixer" else 1)
-        if not error <= tolerance:
-            wrong.append(f"{case.name}: {where} is off by {error:.1e}")
-    return "; ".join(wrong) or None
+def _wrong(case: Case, backend: str, device: torch.device, dtype: str) -> str | None:
+    # All but the case itself runs on the CPU: PyTorch's own kernels need not be watched.
+    check = implementations.Check(case, device, getattr(torch, dtype), compared_on=torch.device("cpu"))
+    error, where = check.worst(*implementations.native(case, [backend]), backward=True)
+    tolerance = TOLERANCES[dtype] * (ROUNDED_WITHIN if case.operator == "mixer" else 1)
+    return None if error <= tolerance else f"{case.name}: {where} is off by {error:.1e}"
 
 
 if __name__ == "__main__":

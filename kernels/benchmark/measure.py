@@ -2,15 +2,13 @@
 
 import ctypes
 import gc
-import json
+import itertools
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -224,16 +222,8 @@ def peak_memory(call: Call, device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         results = call()
     del results
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        record.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    allocations = [event["args"] for event in events if event.get("name") == "[memory]"]
-    alive = peak = 0
-    for allocation in sorted(allocations, key=lambda args: args["Ev Idx"]):
-        alive += allocation["Bytes"]
-        peak = max(peak, alive)
-    return peak
+    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
 
 
 def dry_run(function: Callable[..., Tensor], *tensors: Tensor, **named: Tensor) -> tuple[Tensor, int]:
