@@ -207,6 +207,7 @@ def test_tables_in_text_and_markdown() -> None:
         (models, ["--models", "resnet50", "--parts"], "--parts: only spatial_mamba_tiny, _small and _base have parts"),
         (models, ["--form", "cudagraph"], "--form cudagraph: CUDA graphs need a GPU, but the device is cpu"),
         (models, ["--form", "onnx", "--dtype", "bfloat16"], "--form onnx: exported files run in float32"),
+        (models, ["--parts", "--form", "compile"], "--form compile: --parts takes eager and fused, --processes eager"),
         (models, ["--resolution", "16"], "argument --resolution: must be at least 32 pixels, got 16"),
     ],
 )

@@ -20,7 +20,7 @@ from ...kernels.options import whole_number
 from ..command_line import image_size
 from ..errors import InputError
 from . import parts, plots, processes, roster
-from .prepared import AOTI, CUDAGRAPH, EAGER, EXPORTED, FORMS, INFERENCE, MODES, TRAIN, Case, entry, form_of
+from .prepared import AOTI, CUDAGRAPH, EAGER, EXPORTED, FORMS, FUSED, INFERENCE, MODES, TRAIN, Case, entry, form_of
 
 COLUMNS = (
     Column("", "name"),
@@ -70,6 +70,9 @@ def _check(args: argparse.Namespace, models: Sequence[roster.Model], device: tor
         parser.error(f"--relative-to: {args.relative_to!r} is none of the models that take part: {', '.join(names)}")
     if CUDAGRAPH in args.form and device.type != "cuda":
         parser.error(f"--form {CUDAGRAPH}: CUDA graphs need a GPU, but the device is {device}")
+    for form in args.form:
+        if (args.parts and form not in (EAGER, FUSED)) or (args.processes and form != EAGER):
+            parser.error(f"--form {form}: --parts takes eager and fused, --processes eager")
     for form in set(args.form) & set(EXPORTED):
         if args.dtype != ["float32"]:
             parser.error(f"--form {form}: exported files run in float32; leave out --dtype")
