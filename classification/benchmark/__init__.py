@@ -1,1 +1,1 @@
-"""Whole-model measurements: speed beside other models, where the time goes, memory, data loading and scale."""
+"""Measurements of whole models: speed compared with others, their parts, processes and data loading."""
