@@ -129,7 +129,7 @@ def _run_step(step: Step, out: Path, environment: dict[str, str], seconds: float
         done = subprocess.run(
             ["timeout", "--signal=KILL", str(seconds), *command],
             cwd=ROOT,
-            env={**environment, **step.environment},
+            env={**environment, "PYTHONUNBUFFERED": "1", **step.environment},  # what is ended has said all
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
