@@ -21,7 +21,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as hooks_of_all_modules
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
@@ -310,7 +310,7 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         xz = self.in_proj(x)  # (B, H, W, 2 D): tokens and gate
-        modified = _has_any_global_hook() or any(
+        modified = _has_global_hooks() or any(
             _is_modified(getattr(self, name), kind) for name, kind in MIXER_PARTS.items()
         )
         return self.out_proj(self._mix_by_module(xz) if modified else self._mix(xz))
@@ -352,6 +352,12 @@ class StructureAwareSSM(nn.Module):
 
 # Modules whose weights operators read, in place of calling the modules.
 MIXER_PARTS = {"conv2d": DepthwiseConv, "state_fusion": StateFusion, "out_norm": nn.LayerNorm}
+
+
+def _has_global_hooks() -> bool:
+    """Whether hooks of all modules are registered, such as by ``register_module_forward_hook``."""
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    return any(getattr(hooks_of_all_modules, f"_global_{kind}_hooks") for kind in kinds)
 
 
 def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
