@@ -24,7 +24,7 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
-OLDEST_TRITON = (3, 4)  # that of PyTorch 2.8; older compilers lack what the kernels are written with
+OLDEST_TRITON = (3, 4)  # that of PyTorch 2.8; older versions lack features that the kernels use
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 FORCE_VARIABLE = "SPATIAL_MAMBA_BACKEND"
 REQUIRE_VARIABLE = "SPATIAL_MAMBA_REQUIRE_NATIVE"
@@ -32,7 +32,7 @@ REQUIRE_VARIABLE = "SPATIAL_MAMBA_REQUIRE_NATIVE"
 
 def _why_no_triton() -> str | None:
     spec = importlib.util.find_spec("triton")
-    if not spec or not spec.origin:  # a folder of that name is found, too
+    if not spec or not spec.origin:  # find_spec also finds a plain folder of that name
         return "Triton is not installed: pip install triton"
     if (version := _version_in(Path(spec.origin))) and version < OLDEST_TRITON:
         return "Triton {}.{} is too old, {}.{} is needed: upgrade PyTorch, which brings it".format(
@@ -62,10 +62,10 @@ def _read_force_variable() -> str | None:
     return name
 
 
-# Reasons why a backend cannot be used here; None where it can. Found once, at import, so that compilers see constants.
+# Why each backend is unavailable, or None. Determined once, at import, so that torch.compile sees constants.
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _missing = {"cpu": native.load("cpu"), "cuda": native.load("cuda"), "triton": _why_no_triton(), "torch": None}
-# A backend serves the operators that it has a file of.
+# A backend serves an operator if its folder contains a file of that name.
 _FOLDERS = {"cpu": "csrc/cpu", "cuda": "csrc/cuda", "triton": "triton"}
 _operators = {
     name: {file.stem for file in (Path(__file__).parent / where).glob("*")} for name, where in _FOLDERS.items()
@@ -105,7 +105,7 @@ def serving(
 ) -> str:
     """Name of the backend that serves tensors of this device type and dtype: the forced one, or the fastest here.
 
-    An operator that it does not define is served by the next one.
+    Operators that this backend lacks fall through to the next one.
 
     Raises:
         RuntimeError: if the forced backend cannot serve them, or native code is required and there is none.
@@ -134,7 +134,7 @@ def _defines(backend: str, operator: str) -> bool:
 
 
 def module_for(tensor: Tensor, operator: str) -> ModuleType | None:
-    """What runs an operator on this tensor: functions of the operators' names; None for the reference implementation.
+    """The namespace whose functions, named like the operators, run on this tensor; None for the reference.
 
     Raises:
         RuntimeError: as ``serving``.
@@ -152,9 +152,10 @@ def module_for(tensor: Tensor, operator: str) -> ModuleType | None:
 
 @torch.compiler.assume_constant_result
 def custom_operators_fail() -> bool:
-    """Whether PyTorch does something that it has rules for its own operators alone for.
+    """Whether PyTorch is doing something that it supports only for its own operators.
 
-    That is a transform of torch.func, forward-mode differentiation, or an ONNX export.
+    That is a transform of torch.func, forward-mode differentiation, or an ONNX export. Custom operators would give a
+    zero tangent there, or an error.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     return transformed or torch.onnx.is_in_onnx_export()

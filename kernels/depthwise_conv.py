@@ -64,7 +64,7 @@ def _backward(
     return grad_x, *backend.depthwise_conv_backward(grad_out, at_token_stride(x), *others, grad_x)
 
 
-def _flops(x: Sequence[int], *_: Any, **__: Any) -> int:
+def _flops(x: Sequence[int], *_: Any) -> int:
     return CONV_FLOPS * x[0] * x[1] * x[2] * x[3]
 
 

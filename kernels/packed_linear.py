@@ -208,11 +208,11 @@ def _mlp_forward(backend: ModuleType, x: Tensor, *others: Any) -> Tensor:
     return backend.packed_mlp(x, norm_weight, norm_bias, eps, *layers)
 
 
-def _linear_flops(x: Sequence[int], packed: Sequence[int], *others: Any, **_: Any) -> int:
+def _linear_flops(x: Sequence[int], packed: Sequence[int], *others: Any) -> int:
     return 2 * math.prod(x) * others[4]
 
 
-def _mlp_flops(x: Sequence[int], *others: Any, **_: Any) -> int:
+def _mlp_flops(x: Sequence[int], *others: Any) -> int:
     return 4 * math.prod(x) * others[3][0]
 
 

@@ -18,20 +18,23 @@ _AUTOGRAD_KEYS = [getattr(torch._C.DispatchKey, f"Autograd{name}") for name in (
 
 @dataclass
 class Operator:
-    """An operator ``spatial_mamba::NAME``. Its tensors come first; the first of them decides on the backend.
+    """An operator ``spatial_mamba::NAME``. Tensor arguments must precede all others; the first selects the backend.
 
-    A call runs the reference implementation as it is, which PyTorch differentiates, or one operator of PyTorch's.
+    Calling it, with positional arguments, runs either the reference implementation, left to autograd, or the registered
+    custom operator, which runs a native backend. On the backend "torch" the custom operator is thus not used, and FLOPs
+    are those of PyTorch's operators.
 
     Args:
-        schema: ``"NAME(ARGUMENTS) -> OUTPUTS"``.
-        reference: the reference implementation, from the arguments to the outputs.
-        forward: the same on a native backend, which comes in front of the arguments.
-        fake: from the arguments to empty outputs.
-        backward: from a backend, the gradients of the outputs, the tensors, the kept outputs and the other arguments
-            to the gradients of the tensors. Without it the operator has no gradients.
-        kept: number of last outputs that are for the backward pass alone; calls leave them out.
-        served_as: the operator whose backend serves this one; default itself.
-        flops: from the shapes of the arguments to a number.
+        schema: ``"NAME(ARGUMENTS) -> OUTPUTS"``, without defaults.
+        reference: ``reference(*arguments) -> outputs``, the reference implementation.
+        forward: ``forward(backend, *arguments) -> outputs``, computed by a native backend: the module or namespace that
+            holds its functions. Never called where no backend has a file of the operator.
+        fake: ``fake(*arguments) -> outputs``, empty, of the shapes and dtypes of the reference implementation's.
+        backward: ``backward(backend, *grads, *tensors, *kept, *others) -> gradients of the tensors``, computed by a
+            native backend. Without it the custom operator has no gradients.
+        kept: number of trailing outputs that only the backward pass needs; calls do not return them.
+        served_as: the operator whose backend serves this one, for an operator made of others.
+        flops: ``flops(*shapes) -> number``, from the shapes of the arguments, for PyTorch's FLOP counter.
     """
 
     schema: str
@@ -48,29 +51,31 @@ class Operator:
         inputs, _, returns = signature.partition(") -> ")
         inputs = inputs.split(", ")
         self.served_as = self.served_as or self.name
-        self.tensors = sum(argument.startswith("Tensor") for argument in inputs)
-        self.differentiable = returns.count("Tensor") - self.kept
+        self.num_tensors = sum(argument.startswith("Tensor") for argument in inputs)
+        if any("Tensor" in argument for argument in inputs[self.num_tensors :]):
+            raise ValueError(f"{self.schema}: tensor arguments must precede all others")
+        self.num_differentiable = returns.count("Tensor") - self.kept
 
         name = f"spatial_mamba::{self.name}"
         operator = custom_op(name, self.run, mutates_args=(), schema=f"({signature}")
         operator.register_fake(self.fake)
         if self.backward is not None:
-            grads = [f"Tensor grad{i}" for i in range(self.differentiable)]
+            grads = [f"Tensor grad{i}" for i in range(self.num_differentiable)]
             kept = [f"Tensor kept{i}" for i in range(self.kept)]
-            signature = ", ".join([*grads, *inputs[: self.tensors], *kept, *inputs[self.tensors :]])
-            schema = f"({signature}) -> ({', '.join(['Tensor'] * self.tensors)})"
+            signature = ", ".join([*grads, *inputs[: self.num_tensors], *kept, *inputs[self.num_tensors :]])
+            schema = f"({signature}) -> ({', '.join(['Tensor'] * self.num_tensors)})"
             gradients = custom_op(f"{name}_backward", self.run_backward, mutates_args=(), schema=schema)
             gradients.register_fake(self._fake_backward)
             operator.register_autograd(self._differentiate, setup_context=self._save)
         self.operator = getattr(torch.ops.spatial_mamba, self.name)
         if self.flops is not None:
-            register_flop_formula(self.operator)(self.flops)
+            register_flop_formula(self.operator)(lambda *shapes, **_: self.flops(*shapes))
 
     def __call__(self, *arguments: Any) -> Any:
         with without_autocast(arguments[0]):
             plain = backends.reference_serves(arguments[0], self.served_as)
             outputs = _as_tuple((self.reference if plain else self.operator)(*arguments))
-        return outputs[0] if self.differentiable == 1 else outputs[: self.differentiable]
+        return outputs[0] if self.num_differentiable == 1 else outputs[: self.num_differentiable]
 
     def run(self, *arguments: Any) -> Any:
         """The outputs, from the backend that serves the first tensor; not differentiable."""
@@ -78,48 +83,51 @@ class Operator:
             if backend := backends.module_for(arguments[0], self.served_as):
                 return self.forward(backend, *arguments)
             outputs = self.reference(*arguments)
-        if isinstance(outputs, Tensor):
-            return outputs.contiguous()
-        return tuple(x.clone(memory_format=torch.contiguous_format) for x in outputs)  # they may not share memory
+        # Copied, because outputs of custom operators may not share memory with anything.
+        copies = tuple(x.clone(memory_format=torch.contiguous_format) for x in _as_tuple(outputs))
+        return copies if isinstance(outputs, tuple) else copies[0]
 
     def run_backward(self, *arguments: Any, **into: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of the tensors, empty for None; native backends write into tensors that ``backward`` takes."""
-        first = arguments[self.differentiable]
+        """Gradients of the tensor arguments, an empty tensor for an absent one.
+
+        Keyword arguments are preallocated gradients for native backends to write into.
+        """
+        first = arguments[self.num_differentiable]
         with without_autocast(first):
             if backend := backends.module_for(first, self.served_as):
                 return tuple(self.backward(backend, *arguments, **into))
             return self._reference_gradients(*arguments, create_graph=False)
 
     def _fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        tensors = arguments[self.differentiable :][: self.tensors]
+        tensors = arguments[self.num_differentiable :][: self.num_tensors]
         return tuple(tensors[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        kept = _as_tuple(output)[self.differentiable :]
+        kept = _as_tuple(output)[self.num_differentiable :]
         ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(self.differentiable > 1)  # no zeros for kept outputs
-        ctx.save_for_backward(*inputs[: self.tensors], *kept)
-        ctx.others = inputs[self.tensors :]
+        ctx.set_materialize_grads(self.num_differentiable > 1)  # no zeros for kept outputs
+        ctx.save_for_backward(*inputs[: self.num_tensors], *kept)
+        ctx.others = inputs[self.num_tensors :]
 
     def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
-            return (None,) * (self.tensors + len(ctx.others))
-        saved = ctx.saved_tensors  # to be read only once, for activation checkpointing
-        arguments = (*(grad.contiguous() for grad in grads[: self.differentiable]), *saved, *ctx.others)
+            return (None,) * (self.num_tensors + len(ctx.others))
+        saved = ctx.saved_tensors  # read once: activation checkpointing allows a single unpack
+        arguments = (*(grad.contiguous() for grad in grads[: self.num_differentiable]), *saved, *ctx.others)
         if torch.is_grad_enabled():
             found = self._reference_gradients(*arguments, create_graph=True)
         else:
             found = getattr(torch.ops.spatial_mamba, f"{self.name}_backward")(*arguments)
-        found = (None if x is None else grad for x, grad in zip(saved[: self.tensors], found, strict=True))
+        found = (None if x is None else grad for x, grad in zip(saved[: self.num_tensors], found, strict=True))
         return *found, *(None for _ in ctx.others)
 
     def _reference_gradients(self, *arguments: Any, create_graph: bool) -> tuple[Tensor, ...]:
-        grads, inputs = arguments[: self.differentiable], arguments[self.differentiable :]
-        tensors, others = inputs[: self.tensors], inputs[self.tensors + self.kept :]
-        with torch.enable_grad(), _recorded():
+        grads, inputs = arguments[: self.num_differentiable], arguments[self.num_differentiable :]
+        tensors, others = inputs[: self.num_tensors], inputs[self.num_tensors + self.kept :]
+        with torch.enable_grad(), _autograd_enabled():
             if not create_graph:
                 tensors = [None if x is None else x.detach().requires_grad_() for x in tensors]
-            outputs = _as_tuple(self.reference(*tensors, *others))[: self.differentiable]
+            outputs = _as_tuple(self.reference(*tensors, *others))[: self.num_differentiable]
             leaves = [x for x in tensors if x is not None and x.requires_grad]
             found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=create_graph, materialize_grads=True))
         wanted = [x is not None and x.requires_grad for x in tensors]
@@ -131,8 +139,8 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def _recorded() -> Iterator[None]:
-    """Let autograd record, also inside an operator, below which PyTorch excludes it."""
+def _autograd_enabled() -> Iterator[None]:
+    """Enable autograd inside a custom operator, where PyTorch masks its dispatch keys."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:
         excluded = excluded.remove(key)

@@ -114,7 +114,7 @@ def _fake(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor | None, *_: 
     return out, A.new_empty(*u.shape[:2], A.shape[1])
 
 
-def _flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any, **__: Any) -> int:
+def _flops(u: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any) -> int:
     return SCAN_FLOPS * u[0] * u[2] * A[0] * A[1]
 
 

@@ -1,4 +1,4 @@
-"""All of a Spatial-Mamba block between its two linear projections, in one operator."""
+"""Everything between the two linear projections of a Spatial-Mamba block, as one operator."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -50,7 +50,7 @@ def spatial_mixer(
         xz: (batch, H, W, 2 dim), the tokens, then their gate.
         conv_weight: (dim, 1, 3, 3).
         conv_bias: (dim,).
-        projection_weight: (R + 2, dim), makes the low-rank step (R channels), B and C out of u.
+        projection_weight: (R + 2, dim), projects u to the low-rank step (R channels), B and C.
         step_weight: (dim, R), R >= 1, expands the low-rank step to the steps of all channels.
         step_bias: (dim,), added to the steps before the softplus.
         A_log: (dim,), logarithm of the rates of decay.
@@ -91,7 +91,7 @@ def spatial_mixer(
     _check_arguments(xz, weights, kernels, alpha, taps, dilations, kernel_sizes)
     compute_dtype = torch.promote_types(xz.dtype, torch.float32)
 
-    dtypes = {"projection_weight": xz.dtype}  # of a matrix product, which half-precision units are for
+    dtypes = {"projection_weight": xz.dtype}  # so that the product runs on half-precision units
     weights["conv_weight"] = conv_weight.flatten(1)
     weights = {name: weight.to(dtypes.get(name, compute_dtype)).contiguous() for name, weight in weights.items()}
     if taps is None:
@@ -179,7 +179,6 @@ def _flops(
     projection_weight: Sequence[int],
     step_weight: Sequence[int],
     *others: Any,
-    **_: Any,
 ) -> int:
     taps = others[3]
     per_element = CONV_FLOPS + 2 * projection_weight[0] + flops_per_element(step_weight[1], taps[0])

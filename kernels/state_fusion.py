@@ -111,7 +111,7 @@ def split_taps(taps: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> 
 
 
 def _offsets(size: int, dilation: int) -> list[tuple[int, int]]:
-    size = int(size)  # torch.jit.trace makes sizes tensors, which are no keys
+    size = int(size)  # torch.jit.trace turns sizes into tensors, which cannot serve as keys
     steps = [dilation * (i - size // 2) for i in range(size)]
     return [(row, column) for row in steps for column in steps]
 
@@ -130,7 +130,7 @@ def _backward(
     return backend.state_fusion_backward(grad_out, h, taps, tap_offsets(*branches))
 
 
-def _flops(h: Sequence[int], taps: Sequence[int], *_: Sequence[int], **__: Sequence[int]) -> int:
+def _flops(h: Sequence[int], taps: Sequence[int], *_: Sequence[int]) -> int:
     return 2 * h[0] * h[1] * h[2] * taps[0] * taps[1]
 
 

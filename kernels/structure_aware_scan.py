@@ -117,7 +117,7 @@ def flops_per_element(rank: int, taps: int) -> int:
     return 2 * rank + SCAN_FLOPS + 2 * taps
 
 
-def _flops(u: Sequence[int], projection: Sequence[int], step_weight: Sequence[int], *others: Any, **_: Any) -> int:
+def _flops(u: Sequence[int], projection: Sequence[int], step_weight: Sequence[int], *others: Any) -> int:
     return u[0] * u[1] * u[2] * u[3] * flops_per_element(step_weight[1], others[3][0])
 
 

@@ -1,4 +1,4 @@
-"""What all operators share about tensors: checks, the memory layout of tokens, and autocast switched off."""
+"""Tensor helpers shared by all operators: checks, the memory layout of tokens, and autocast switched off."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -29,13 +29,13 @@ def check_tensors(tensors: Mapping[str, Tensor | None]) -> None:
 def at_token_stride(x: Tensor) -> Tensor:
     """Tokens (batch, H, W, dim) at strides (H W s, W s, s, 1), as kernels read them.
 
-    They are returned as they are if they are contiguous channels of a wider map, else as a contiguous copy.
+    Returned unchanged if they are contiguous channels of a wider map, else as a contiguous copy.
     """
     height, width, dim = x.shape[1:]
     stride = x.stride(2)
     if stride >= dim and x.stride() == (height * width * stride, width * stride, stride, 1):
         return x
-    # Flattened because PyTorch leaves strides of axes of length 1 as they come.
+    # Flattened because PyTorch does not normalise the strides of axes of length 1.
     return x.contiguous().flatten().view(x.shape)
 
 
