@@ -408,7 +408,7 @@ def test_models_of_other_channels_start_from_rgb_weights(
     files: Path, channels: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = adapt_input_conv(channels, classifier().patch_embed.conv1.conv.weight)
-    backbone = SpatialMambaBackbone(channels, 8, (1, 1, 1, 1), pretrained=files / "bare.pth")
+    backbone = SpatialMambaBackbone(channels, dims=8, depths=(1, 1, 1, 1), pretrained=files / "bare.pth")
     assert caplog.messages == [f"{files / 'bare.pth'}: its first convolution, of 3 channels, is adapted to {channels}"]
     source = dict(file=str(files / "bare.pth"), num_classes=5)
     model = timm.create_model(
