@@ -54,7 +54,8 @@ def export_program(model: SpatialMambaEncoder, size: Size = 224) -> ExportedProg
     # A batch of 1 would be taken for a constant.
     images = torch.zeros(2, form.in_chans, height, width, device=device)
     with torch.no_grad(), quiet():
-        return torch.export.export(form, (images,), dynamic_shapes=({0: Dim("batch")},))
+        # PyTorch 2.6 needs both a bound of the batch and the mode that later became the default.
+        return torch.export.export(form, (images,), dynamic_shapes=({0: Dim("batch", max=2**31)},), strict=False)
 
 
 def export_aoti(
