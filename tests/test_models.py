@@ -848,6 +848,7 @@ def test_hooks_are_called_on_every_module(dtype: torch.dtype) -> None:
         module.register_forward_hook(lambda module, args, output: called.add(module))
     assert_near(model(x), expected, 1e-10 if dtype == torch.float64 else 2e-2)
     assert called == {module for module in model.modules() if not isinstance(module, nn.ModuleList)}
+    assert model.to("meta")(x.to("meta")).shape == expected.shape  # which knows no autocast
 
 
 @pytest.mark.parametrize("name", ["conv2d", "state_fusion", "out_norm"])

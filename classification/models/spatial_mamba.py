@@ -27,6 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import depthwise_conv, selective_scan, spatial_mixer, state_fusion
+from ...kernels.tensors import without_autocast
 from .architecture import PUBLISHED_KERNELS, describe_other_architecture
 from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubMixin
@@ -339,7 +340,7 @@ class StructureAwareSSM(nn.Module):
         u = self.conv2d(x)  # (B, H, W, D)
         projection = F.linear(u, self.x_proj_weight)
         compute_dtype = torch.promote_types(xz.dtype, torch.float32)
-        with torch.autocast(xz.device.type, enabled=False):
+        with without_autocast(xz):
             r, B, C = projection.to(compute_dtype).split([self.dt_rank, 1, 1], dim=-1)
             dt = F.linear(r, self.dt_projs_weight.to(compute_dtype))
             rows = [t.flatten(1, 2).transpose(1, 2) for t in (u.to(compute_dtype), dt, B)]  # (B, channels, L)
@@ -749,14 +750,16 @@ def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
     Raises:
         RuntimeError: naming a module that computes something else than its weights say, by a hook or a wrapper.
     """
-    mixer = dict(in_proj=nn.Linear, out_proj=nn.Linear) | MIXER_PARTS
-    parts = dict(ln_1=nn.LayerNorm, ln_2=nn.LayerNorm) | {f"self_attention.{name}": mixer[name] for name in mixer}
-    parts |= {"mlp.fc1": nn.Linear, "mlp.fc2": nn.Linear}
-    for name, block in model.named_modules():
-        for part, kind in parts.items() if isinstance(block, Block) else ():
-            if _is_modified(block.get_submodule(part), kind):
+    parts = {f"self_attention.{name}": kind for name, kind in MIXER_PARTS.items()}
+    parts |= dict.fromkeys(("ln_1", "ln_2"), nn.LayerNorm)
+    parts |= dict.fromkeys(("self_attention.in_proj", "self_attention.out_proj", "mlp.fc1", "mlp.fc2"), nn.Linear)
+    blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, Block)]
+    for name, block in blocks:
+        for part, kind in parts.items():
+            module = block.get_submodule(part)
+            if _is_modified(module, kind):
                 raise RuntimeError(
-                    f"{name}.{part} has hooks or is wrapped ({type(block.get_submodule(part)).__name__}): "
+                    f"{name}.{part} has hooks or is wrapped ({type(module).__name__}): "
                     "its weights alone would be used; remove the hooks, or merge and unwrap the layer"
                 )
 
