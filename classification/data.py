@@ -206,8 +206,8 @@ def check_classes(config: CfgNode, classes: list[str], other: list[str] | None =
     path = config.DATA.DATA_PATH
     if other is not None and classes != other:
         lone = sorted(set(classes) ^ set(other))
-        difference = f"only one of them has {lone[0]}" if lone else "they number them in different orders"
-        raise InputError(f"{path}: train and val must have the same classes; {difference}")
+        reason = f"only one of them has {lone[0]}" if lone else "they number them in different orders"
+        raise InputError(f"{path}: train and val must have the same classes; {reason}")
     check_number(config, len(classes), f"{path}: the data set")
     return len(classes)
 

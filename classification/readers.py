@@ -8,17 +8,17 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .errors import InputError
+from .models.image_files import is_hidden
 
 # A missing or damaged file or archive member, or one packed in a way that cannot be undone here.
 READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, tarfile.TarError)
 
-_LEFT_BEHIND = ("__MACOSX", "@eaDir", "lost+found")  # folders of macOS, of network storage and of file systems
 _DANGLING = " (a link that leads nowhere)"
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
             raise InputError(f"--zip: {archive} is missing")
         return ZipReader(archive, root / f"{split}_map.txt", split == "train")
     if folder.is_dir():
-        has_folders = any(entry.is_dir() and not _is_hidden(entry.name) for entry in folder.iterdir())
+        has_folders = any(entry.is_dir() and not is_hidden(entry.name) for entry in folder.iterdir())
         return FolderReader(folder) if has_folders or not _tar_files(folder) else TarReader(folder)
     if tar.is_file():
         return TarReader(tar)
@@ -123,7 +123,7 @@ class ZipReader:
             top = {name.partition("/")[0] for name in images}
             prefix = f"{top.pop()}/" if len(top) == 1 and any(name.count("/") > 1 for name in images) else ""
             inner = [(name, name.removeprefix(prefix).split("/")) for name in names]
-            folders = {parts[0] for name, parts in inner if len(parts) > 1 and not _is_hidden(name)} - {""}
+            folders = {parts[0] for name, parts in inner if len(parts) > 1 and not is_hidden(name)} - {""}
             members = [(parts[0] if len(parts) > 1 else "", name) for name, parts in inner if parts[-1]]
             self.classes, self.samples = _label_members(members, folders, path)
 
@@ -165,8 +165,10 @@ class TarReader:
             inside |= {archive.name} if prefix else set()
         with_images = {posixpath.dirname(name) for name in self._places if _is_image(name)} - {""}
         depths = {folder.count("/") for folder in with_images}
-        without = {name for name in inside if name.count("/") in depths and not _is_hidden(name)}
-        without -= {folder[:i] for folder in with_images for i in [*_slashes(folder), len(folder)]}
+        without = {name for name in inside if name.count("/") in depths and not is_hidden(name)}
+        without -= {
+            str(place) for folder in with_images for place in (PurePosixPath(folder), *PurePosixPath(folder).parents)
+        }
         folders = {_class_of(folder) for folder in with_images | without}
         members = [(_class_of(posixpath.dirname(name)), name) for name in self._places]
         self.classes, self.samples = _label_members(members, folders, path)
@@ -214,15 +216,8 @@ class CachedReader:
         return self._cache[index] if index in self._cache else self._reader.read(index)
 
 
-def _is_hidden(name: str) -> bool:
-    """Whether a part of a path starts with a dot or is in ``_LEFT_BEHIND``."""
-    return any(
-        part.removesuffix(".tar") in _LEFT_BEHIND or (part.startswith(".") and part != ".") for part in name.split("/")
-    )
-
-
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS) and not _is_hidden(name)
+    return name.lower().endswith(IMG_EXTENSIONS) and not is_hidden(name)
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
@@ -246,7 +241,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
                 elif entry.is_symlink() and Path(entry.path).resolve() in above:
                     logger.warning("%s: a link to a folder above it, which is not followed", entry.path)
                 else:
-                    if not prefix and not _is_hidden(name):
+                    if not prefix and not is_hidden(name):
                         folders.append(name)
                     path = Path(entry.path)
                     visit(path, f"{name}/", above | (_with_parents(path) if entry.is_symlink() else {path.resolve()}))
@@ -261,16 +256,12 @@ def _with_parents(folder: Path) -> set[Path]:
 
 
 def _tar_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.tar") if not _is_hidden(path.name))
+    return sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
 
 
 def _class_of(folder: str) -> str:
     name = posixpath.basename(folder)
     return name[:-4] if name.lower().endswith(".tar") else name
-
-
-def _slashes(path: str) -> list[int]:
-    return [i for i, letter in enumerate(path) if letter == "/"]
 
 
 def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple[str, tuple[int, int] | None]]:
@@ -291,7 +282,7 @@ def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple
                 yield name + _DANGLING, (0, 0)
                 continue
             member = target
-            if member.isfile() and name.lower().endswith(".tar") and not _is_hidden(name):
+            if member.isfile() and name.lower().endswith(".tar") and not is_hidden(name):
                 yield name, None
                 yield from _tar_members(archive.extractfile(member), f"{name}/", start + member.offset_data)
             else:

@@ -1,4 +1,4 @@
-"""``python -m spatial_mamba.kernels`` tells which backend serves what, and why no faster one; ``build`` builds."""
+"""``python -m spatial_mamba.kernels`` reports which backend serves what, and why none is faster; ``build`` builds."""
 
 import argparse
 import importlib.util

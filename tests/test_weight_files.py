@@ -234,7 +234,7 @@ def test_a_checkpoint_of_another_model_is_told_apart(tmp_path: Path, capsys: Cap
         assert capsys.readouterr().err == f"error: {tmp_path / 'other.pth'}: holds no weights of Spatial-Mamba\n"
 
 
-# --- what frameworks make of the names and put beside the weights
+# --- names that frameworks give, and what they save with the weights
 
 
 def averaged(model: SpatialMamba) -> dict[str, Tensor]:
@@ -720,8 +720,8 @@ def test_every_command_gives_help_without_what_only_posix_has() -> None:
         commands += " classification.main classification.digits classification.complexity classification.benchmark"
         commands += " classification.benchmark.loading"
         if openmmlab:
-            for room in (" detection", " segmentation"):
-                commands += f"{room}{room}.complexity{room}.digits{room}.tools.train{room}.tools.test"
+            for task in (" detection", " segmentation"):
+                commands += f"{task}{task}.complexity{task}.digits{task}.tools.train{task}.tools.test"
         for command in ["spatial_mamba", *(f"spatial_mamba.{name}" for name in commands.split())]:
             sys.argv = [command, "--help"]
             try:

@@ -10,12 +10,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LEFT_BEHIND = ("__MACOSX", "@eaDir", "lost+found")  # folders of macOS, of network storage and of file systems
 # What ``open_image`` raises on files that it cannot read; a decompression bomb counts as damage.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ImageFileError(ValueError):
     """A path is missing, no image, or damaged; the one-line message names it."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a part of a path, between slashes, starts with a dot or is in ``LEFT_BEHIND``."""
+    return any(
+        part.removesuffix(".tar") in LEFT_BEHIND or (part.startswith(".") and part != ".") for part in name.split("/")
+    )
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -32,7 +40,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     images: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            visible = [p for p in path.iterdir() if not p.name.startswith(".")]
+            visible = [p for p in path.iterdir() if not is_hidden(p.name)]
             found = [p for p in visible if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
             if not found:
                 raise ImageFileError(f"{path}: no images in this folder ({', '.join(IMAGE_ENDINGS)})")

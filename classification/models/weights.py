@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import pickle
 import re
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .architecture import FIRST_CONV, architecture_of, describe_other_architecture
+from .home import with_home
 from .safe_types import safe_types_admitted
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net")  # where checkpoints keep their weights
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         raise WeightsError("the path of the checkpoint is empty")
     if "://" in str(path):
         raise WeightsError(f"{path}: is an address; download the file and give its path")
-    path = Path(os.path.expanduser(path))  # noqa: PTH111, Path.expanduser fails for unknown users
+    path = Path(with_home(str(path)))
     if path.is_dir():
         raise WeightsError(f"{path}: is a folder; name the checkpoint file in it")
     if not path.is_file():
