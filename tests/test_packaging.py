@@ -13,7 +13,7 @@ import pytest
 
 from spatial_mamba.kernels import build
 
-from .test_build import needs_baseline, needs_compiler, write_sources
+from .kernels.test_build import needs_baseline, needs_compiler, write_sources
 
 setuptools = pytest.importorskip("setuptools", minversion="77")
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,11 @@ COMBINATIONS = {  # name: (Python, calls of pip install)
     "pinned": ("3.11", [["-r", "requirements.txt"], ["-r", "detection/requirements.txt"], ["--no-deps", "-e", "."]]),
     "newest": ("3.13", [["torch", "torchvision"], EXTRAS]),
 }
-TESTS = ("models", "kernels", "fused", "weight_files", "visualize", "build", "mmcv_operators", "detection")
+TESTS = [
+    *(f"kernels/test_{name}.py" for name in ("kernels", "build")),
+    *(f"classification/test_{name}.py" for name in ("models", "fused", "weight_files", "visualize")),
+    *(f"openmmlab/test_{name}.py" for name in ("mmcv_operators", "detection")),
+]
 SHOWN = ("torch", "torchvision", "triton", "timm", "numpy", "mmcv-lite")
 
 
@@ -53,7 +57,7 @@ def run(name: str) -> str:
     versions += f"for name in {SHOWN}:\n try: print(m.version(name))\n except m.PackageNotFoundError: print('none')"
     cells = subprocess.run([python, "-c", versions], check=True, capture_output=True, text=True).stdout.split()
     start = time.monotonic()
-    tests = [f"tests/test_{test}.py" for test in TESTS]
+    tests = [f"tests/{test}" for test in TESTS]
     with subprocess.Popen(
         [python, "-m", "pytest", "-q", *tests], cwd=ROOT, env=environment(name), stdout=subprocess.PIPE, text=True
     ) as process:

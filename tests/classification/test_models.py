@@ -35,7 +35,7 @@ from spatial_mamba.classification.models import WeightsError
 from spatial_mamba.kernels import selective_scan, state_fusion, use_backend
 from spatial_mamba.kernels.backends import reference_serves
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
 CONFIGS = {
     "tiny": dict(dims=64, depths=(2, 4, 8, 4)),

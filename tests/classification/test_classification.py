@@ -52,7 +52,7 @@ from spatial_mamba.classification.readers import CachedReader, open_split
 from spatial_mamba.classification.seeding import seed_everything
 from spatial_mamba.classification.trainer import build_model, prepare
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "classification" / "main.py"
 CPU = Process(0, 1, torch.device("cpu"))
 

@@ -37,7 +37,7 @@ from spatial_mamba.detection.openmmlab.checkpoints import check_fit
 from spatial_mamba.detection.openmmlab.resume import ExactResumeHook
 from spatial_mamba.segmentation.digits import write_digits as write_ade_digits
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = dict(dims=8, depths=(1, 2, 1, 1), drop_path_rate=0.0)
 
 

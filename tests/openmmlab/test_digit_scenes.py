@@ -20,7 +20,7 @@ from spatial_mamba.detection.openmmlab import scenes as scenes_module
 from spatial_mamba.detection.openmmlab.packages import SetupError
 from spatial_mamba.detection.openmmlab.scenes import Scene, Sources, compose, load_sources, scenes
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 COUNTS = {"train": 17, "val": 16}  # the sixteenth has no digit
 
 

@@ -1,6 +1,6 @@
 """mmcv's operators on torchvision, compared with outputs of compiled ones in ``data/mmcv_operators.npz``.
 
-``python tests/test_mmcv_operators.py`` writes that file, in an environment whose mmcv is compiled (it was mmcv 2.1.0).
+``python tests/openmmlab/test_mmcv_operators.py`` writes that file, in an environment whose mmcv is compiled (it was mmcv 2.1.0).
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, m
 
 from spatial_mamba_mmcv import MissingOperatorError
 
-REFERENCE = Path(__file__).parent / "data" / "mmcv_operators.npz"
+REFERENCE = Path(__file__).parents[1] / "data" / "mmcv_operators.npz"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 NMS = {
     "nms": lambda boxes, scores: ops.nms(boxes, scores, 0.5),

@@ -31,7 +31,7 @@ from spatial_mamba.detection.openmmlab.checkpoints import check_fit
 from spatial_mamba.detection.openmmlab.flops_table import build_model
 from spatial_mamba.detection.openmmlab.tools import load_config
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "detection"
+CONFIGS = Path(__file__).parents[2] / "configs" / "detection"
 RECIPES = {  # name: (variant, schedule)
     "mask_rcnn_spatialmamba_fpn_coco_tiny": ("tiny", "1x"),
     "mask_rcnn_spatialmamba_fpn_coco_small": ("small", "1x"),

@@ -441,8 +441,8 @@ def test_what_depends_on_the_processor_holds_with_avx2_alone() -> None:
     script = f"import pytest, sys, torch; print({capabilities}); sys.exit(pytest.main())"
     tests = "copied and True or packed_layers_are or packed_mlp_is"
     result = subprocess.run(
-        [sys.executable, "-c", script, "-q", "-p", "no:cacheprovider", "-k", tests, "tests/test_fused.py"],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", script, "-q", "-p", "no:cacheprovider", "-k", tests, "tests/classification/test_fused.py"],
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
         capture_output=True,
         text=True,

@@ -25,7 +25,7 @@ from spatial_mamba.kernels.state_fusion import STATE_FUSION, tap_offsets
 from spatial_mamba.kernels.structure_aware_scan import STRUCTURE_AWARE_SCAN
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parent / "kernels" / "csrc" / "cuda"
+SOURCES = HERE.parents[1] / "kernels" / "csrc" / "cuda"
 EMULATOR = HERE / "cuda_emulator"
 NAMESPACE = "spatial_mamba_cuda_emulated"
 TORCH = Path(torch.__file__).parent

@@ -26,7 +26,7 @@ from spatial_mamba.detection.openmmlab.tools import _keep_total_batch, _move_dat
 from spatial_mamba.segmentation import complexity
 from spatial_mamba.segmentation.__main__ import main
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "segmentation"
+CONFIGS = Path(__file__).parents[2] / "configs" / "segmentation"
 RECIPE = "upernet_spatialmamba_4xb4-160k_ade20k-512x512_{}"
 BASE = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
 VARIANTS = {
