@@ -1,0 +1,110 @@
+"""What the tests of the trainer share: a small recipe, ways to start it and to compare its results, other data sets."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spatial_mamba.classification.distributed import Process
+
+ROOT = Path(__file__).parents[2]
+
+
+MAIN = ROOT / "classification" / "main.py"
+
+
+CPU = Process(0, 1, torch.device("cpu"))
+
+
+# A model and a recipe as small as they come, with every part of the recipe switched on.
+MICRO = {
+    "DATA": {"IMG_SIZE": 32, "BATCH_SIZE": 4, "NUM_WORKERS": 0},
+    "MODEL": {"NAME": "micro", "DROP_PATH_RATE": 0.2, "SPATIAL_MAMBA": {"EMBED_DIM": 4, "DEPTHS": [1, 1, 1, 1]}},
+    "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 1, "BASE_LR": 0.05, "MODEL_EMA_DECAY": 0.5},
+    "AUG": {"MESA": 1.0, "MESA_START": 0.5},
+    "AMP_ENABLE": False,
+    "DEVICE": "cpu",
+    "PRINT_FREQ": 1,
+}
+
+
+def options(micro: Path, photos: Path, output: Path, *more: str) -> list[str]:
+    return ["--cfg", str(micro), "--data-path", str(photos), "--output", str(output), *more]
+
+
+def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*launcher, str(MAIN), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def accuracy_lines(text: str) -> list[str]:
+    return [line[line.index("acc@1") :].split(", loss")[0] for line in text.splitlines() if "acc@1" in line]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal to the last bit, through nested containers."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def pack(root: Path, form: str, folder: Path) -> Path:
+    """The same images in another form."""
+    target = folder / form
+    target.mkdir()
+    for split in ("train", "val"):
+        files = sorted(file for file in (root / split).rglob("*") if file.is_file())
+        if form == "tar":
+            with tarfile.open(target / f"{split}.tar", "w") as archive:
+                for file in files:
+                    archive.add(file, file.relative_to(root / split))
+        elif form in ("tar per class", "tar of tars"):
+            (target / split).mkdir()
+            for cls in sorted(folder for folder in (root / split).iterdir() if folder.is_dir()):
+                with tarfile.open(target / split / f"{cls.name}.tar", "w") as archive:
+                    for file in sorted(cls.iterdir()):
+                        archive.add(file, file.name)
+            if form == "tar of tars":
+                (target / split / "._0.tar").write_text("what macOS knows of 0.tar")
+                with tarfile.open(target / f"{split}.tar", "w") as archive:
+                    archive.add(target / split, ".")
+                shutil.rmtree(target / split)
+        else:
+            with zipfile.ZipFile(target / f"{split}.zip", "w") as archive:
+                for file in files:
+                    prefix = f"{split}/" if form == "zip with a folder" else ""
+                    archive.write(file, prefix + file.relative_to(root / split).as_posix())
+            if form == "zip with a map":
+                lines = [f"{f.relative_to(root / split).as_posix()}\t{f.parent.name}\n" for f in files]
+                (target / f"{split}_map.txt").write_text("".join(lines))
+    return target
+
+
+def renamed(photos: Path, folder: Path, names: dict[str, str]) -> Path:
+    """The photos with other names of classes; a class without one is left out."""
+    for split in ("train", "val"):
+        for old, new in names.items():
+            shutil.copytree(photos / split / old, folder / split / new)
+    return folder

@@ -1,0 +1,142 @@
+"""Checkpoints: written atomically, read from the published trainer and frameworks, refused if they do not fit."""
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spatial_mamba.classification import engine
+from spatial_mamba.classification.checkpoint import BEST, BEST_EMA, LATEST, save_checkpoint
+from spatial_mamba.classification.config import load_config
+from spatial_mamba.classification.main import main
+from spatial_mamba.classification.models.weights import read_checkpoint
+from spatial_mamba.classification.optim import build_scheduler
+from spatial_mamba.classification.trainer import prepare
+from spatial_mamba.kernels.errors import UserError
+
+from .published import published_checkpoint
+from .runs import accuracy_lines, assert_same, options
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = (folder / LATEST).read_bytes()
+    config, _ = load_config("spatialmamba_digits")
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    state = engine.TrainingState(
+        model, None, optimizer, build_scheduler(config, optimizer, 1, 1), torch.amp.GradScaler(enabled=False), ["a"]
+    )
+
+    def torn(content: Any, path: Path) -> None:
+        path.write_bytes(b"half a checkpoint")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", torn)
+        with pytest.raises(UserError, match=r"cannot be written \(disk full\)"):
+            save_checkpoint(state, config, folder / LATEST)
+    assert not [path for path in folder.iterdir() if "unfinished" in path.name]
+    assert (folder / LATEST).read_bytes() == before
+    save_checkpoint(state, config, folder / LATEST)
+    assert set(read_checkpoint(folder / LATEST)["model"]) == {"weight", "bias"}
+
+
+def test_auto_resume_takes_the_newest_whole_checkpoint(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "micro" / "default"
+    shutil.copytree(trained, folder)
+    torn = (folder / LATEST).read_bytes()[:5000]
+    (folder / LATEST).write_bytes(torn)
+    assert main(options(micro, photos, tmp_path)) == 0
+    output = capfd.readouterr().out
+    assert "skipping" in output and f"{LATEST}: " in output
+    assert f"resumed from {folder / BEST}" in output or f"resumed from {folder / BEST_EMA}" in output
+
+
+def test_published_checkpoints_load_and_resume(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    path = published_checkpoint(trained, tmp_path / "published.pth")
+    assert main(options(micro, photos, tmp_path, "--eval", "--pretrained", str(path))) == 0
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = accuracy_lines(capfd.readouterr().out)
+    assert f"{last['val_acc1']:.3f}%" in lines[0] and f"{last['ema_acc1']:.3f}%" in lines[1]
+
+    config, notes = load_config(
+        micro, [("DATA.DATA_PATH", str(photos)), ("OUTPUT", str(tmp_path)), ("MODEL.RESUME", str(path))]
+    )
+    job = prepare(config, notes)
+    assert capfd.readouterr().out == ""  # no setting differs in meaning
+    assert (job.state.epoch, job.state.updates) == (1, 12)
+    assert job.state.max_accuracy_ema == last["max_accuracy_ema"]
+    assert_same(job.state.optimizer.state_dict(), read_checkpoint(trained / LATEST)["optimizer"])
+
+
+def test_checkpoints_of_numpy_1_load(tmp_path: Path) -> None:
+    torch.save({"best": np.float64(83.5)}, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in new.namelist():
+            old.writestr(name, new.read(name).replace(b"numpy._core", b"numpy.core"))
+    assert read_checkpoint(tmp_path / "new.pth") == read_checkpoint(tmp_path / "old.pth") == {"best": 83.5}
+
+
+class Exploit:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_foreign_type_in_a_checkpoint_is_refused_unexecuted(
+    micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    torch.save({"model": {}, "extra": Exploit(tmp_path / "executed")}, tmp_path / "evil.pth")
+    assert main(options(micro, photos, tmp_path, "--eval", "--pretrained", str(tmp_path / "evil.pth"))) == 2
+    error = capfd.readouterr().err
+    assert "evil.pth: refused, because it asks to load posix.mkdir" in error
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_are_evaluated_under_the_names_of_frameworks(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    content = torch.load(trained / BEST, weights_only=True)
+    model = {f"net.{name}": tensor for name, tensor in content["model"].items()}
+    ema = {f"module.{name}": tensor for name, tensor in content["model_ema"].items()}
+    torch.save({"state_dict": model, "model_ema": ema, "config": content["config"]}, tmp_path / "framework.pth")
+    results = []
+    for path in (trained / BEST, tmp_path / "framework.pth"):
+        assert main(options(micro, photos, tmp_path, "--eval", "--pretrained", str(path))) == 0
+        output = capfd.readouterr().out
+        results.append(accuracy_lines(output))
+    assert results[0] == results[1] and len(results[0]) == 2
+    assert output.count("framework.pth: takes its weights named net.* without this prefix") == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "adam", "nadamw"])
+def test_the_state_of_another_optimiser_is_refused(
+    name: str, trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    arguments = options(micro, photos, tmp_path, "--optim", name, "--resume", str(trained / LATEST))
+    assert main(arguments) == 2
+    error = capfd.readouterr().err
+    assert f"was trained by adamw, this run by {name}; add --optim adamw, or start a new run" in error
+    if name == "sgd":
+        content = read_checkpoint(trained / LATEST)
+        del content["config"]
+        torch.save(content, tmp_path / "bare.pth")
+        assert main([*arguments[:-1], str(tmp_path / "bare.pth")]) == 2
+        assert "another optimiser than sgd: it keeps exp_avg, exp_avg_sq, step, sgd" in capfd.readouterr().err
+        assert main([*options(micro, photos, tmp_path), "--resume", str(tmp_path / "bare.pth")]) == 0

@@ -1,0 +1,115 @@
+"""Samplers, augmentation, images that cannot be read."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from spatial_mamba.classification.config import load_config
+from spatial_mamba.classification.data import (
+    EvalSampler,
+    ImageData,
+    TrainSampler,
+    build_train_loader,
+    build_transform,
+    build_val_loader,
+    check_classes,
+)
+from spatial_mamba.classification.distributed import Process
+from spatial_mamba.classification.models.image_files import read_image
+from spatial_mamba.classification.readers import open_split
+from spatial_mamba.classification.seeding import seed_everything
+from spatial_mamba.kernels.errors import UserError
+
+from .runs import CPU, pack
+
+
+def test_splits_must_number_their_classes_alike(micro: Path) -> None:
+    """A list of numbers counts 2 before 10, folders named by them do not."""
+    config, _ = load_config(micro)
+    assert check_classes(config, ["0", "1"], ["0", "1"]) == 2
+    with pytest.raises(UserError, match="number them in different orders"):
+        check_classes(config, ["10", "2"], ["2", "10"])
+
+
+def test_damaged_archive_members_count_as_unreadable(photos: Path, micro: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for split in ("train", "val"):
+        with zipfile.ZipFile(tmp_path / "set" / f"{split}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted((photos / split).glob("*/*.png")):
+                archive.writestr(f"{file.parent.name}/{file.name}", bytes(2000) + file.read_bytes())
+            first = archive.infolist()[0]
+    with (tmp_path / "set" / "train.zip").open("r+b") as file:
+        file.seek(len(first.filename) + 32)  # into the packed data behind the header
+        file.write(b"\xff" * 8)
+    data = ImageData(open_split(str(tmp_path / "set"), "train"), build_transform(load_config(micro)[0], True))
+    with pytest.raises(UserError, match="unreadable image"):
+        data[0, 0]
+
+
+def test_exif_turns_a_users_images_and_a_data_set_on_request(micro: Path, tmp_path: Path) -> None:
+    image, exif = Image.new("RGB", (64, 32)), Image.Exif()
+    image.paste((255, 255, 255), (0, 0, 32, 32))
+    exif[0x0112] = 6  # to be turned to the right, where the white half is at the top
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        path = tmp_path / split / "a" / "photo.jpg"
+        image.save(path, exif=exif)
+    assert read_image(path).size == (32, 64)
+    for turn in (False, True):
+        config, _ = load_config(
+            micro, [("DATA.DATA_PATH", str(tmp_path)), ("DATA.EXIF_ORIENTATION", turn), ("TEST.CROP", False)]
+        )
+        corner = build_val_loader(config, CPU).dataset[0, 0][0][0][2, -3]
+        assert (corner > 0) == turn
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_samplers_deal_out_every_image_once(world_size: int) -> None:
+    processes = [Process(rank, world_size, torch.device("cpu")) for rank in range(world_size)]
+    assert sorted(i for p in processes for i, _ in EvalSampler(10, p)) == list(range(10))
+
+    for sharded in (False, True):
+        samplers = [TrainSampler(10, p, seed=1, sharded=sharded) for p in processes]
+        epochs = []
+        for epoch in (0, 1, 0):
+            for sampler in samplers:
+                sampler.epoch = epoch
+            shares = [list(sampler) for sampler in samplers]
+            assert {len(share) for share in shares} == {10 // world_size} == {len(samplers[0])}
+            indices = [i for share in shares for i, _ in share]
+            assert len(set(indices)) == len(indices), "no image twice in an epoch"
+            if sharded:
+                assert all(i % world_size == rank for rank, share in enumerate(shares) for i, _ in share)
+            epochs.append(shares)
+        assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_augmentation_is_a_function_of_the_seed(photos: Path, micro: Path) -> None:
+    config, _ = load_config(micro)
+    data = ImageData(open_split(str(photos), "train"), build_transform(config, is_training=True))
+    seed_everything(0)
+    first = data[3, 7][0]
+    state = torch.get_rng_state()
+    other = data[3, 8][0]
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+    torch.randn(5)
+    assert torch.equal(data[3, 7][0], first)
+    assert not torch.equal(other, first)
+
+
+@pytest.mark.parametrize(("zipped", "mode"), [(False, "part"), (True, None), (True, "part"), (True, "no")])
+def test_processes_keep_to_their_own_images_with_zip_only(
+    photos: Path, micro: Path, tmp_path: Path, zipped: bool, mode: str | None
+) -> None:
+    settings = [("DATA.DATA_PATH", str(pack(photos, "zip", tmp_path) if zipped else photos))]
+    settings += [("DATA.ZIP_MODE", zipped), *([("DATA.CACHE_MODE", mode)] if mode else [])]
+    config, _ = load_config(micro, settings)
+    process = Process(1, 2, torch.device("cpu"))
+    seen = set()
+    loader = build_train_loader(config, process)
+    for loader.sampler.epoch in range(40):
+        seen |= {index for index, _ in loader.sampler}
+    assert seen == (set(range(1, 27, 2)) if zipped and mode != "no" else set(range(27)))

@@ -1,0 +1,253 @@
+"""Every way to use ``main.py`` wrongly: one line, status 2, and nothing is overwritten."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spatial_mamba import SpatialMamba
+from spatial_mamba.classification.checkpoint import BEST
+from spatial_mamba.classification.main import main
+from spatial_mamba.classification.models.weights import read_checkpoint
+
+from .runs import MAIN, options
+
+
+def damage_config(text: str) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        (folder / "bad.yaml").write_text(text)
+        return ["--cfg", str(folder / "bad.yaml")]
+
+    return make
+
+
+def damage_data(change: Callable[[Path], Any]) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        shutil.copytree(folder / "photos", folder / "damaged")
+        change(folder / "damaged")
+        return ["--data-path", str(folder / "damaged")]
+
+    return make
+
+
+def damage_checkpoint(content: Any) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        path = folder / "bad.pth"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        return ["--pretrained", str(path)]
+
+    return make
+
+
+def add(*arguments: str) -> Callable[[Path], list[str]]:
+    return lambda folder: [argument.replace("FOLDER", str(folder)) for argument in arguments]
+
+
+def truncate_image(root: Path) -> None:
+    for image in (root / "val" / "2").iterdir():
+        image.write_bytes(image.read_bytes()[:40])
+
+
+def break_zip(root: Path) -> None:
+    shutil.rmtree(root / "train")
+    (root / "train.zip").write_text("no archive")
+
+
+def break_tar(root: Path) -> None:
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    (root / "train" / "0.tar").write_text("no archive")
+
+
+def rewrap_checkpoint(folder: Path) -> list[str]:
+    content = read_checkpoint(folder / "run/micro/default" / BEST)
+    content["model"]["head.weight"] = torch.zeros(7, 32)
+    content["model"]["head.bias"] = torch.zeros(7)
+    torch.save(content, folder / "seven.pth")
+    return ["--pretrained", str(folder / "seven.pth")]
+
+
+def drop_optimizer(folder: Path) -> list[str]:
+    content = read_checkpoint(folder / "run/micro/default" / BEST)
+    torch.save({"model": content["model"]}, folder / "weights.pth")
+    return ["--resume", str(folder / "weights.pth")]
+
+
+def truncate_checkpoint(folder: Path) -> list[str]:
+    whole = (folder / "run/micro/default" / BEST).read_bytes()
+    (folder / "torn.pth").write_bytes(whole[: len(whole) // 2])
+    return ["--pretrained", str(folder / "torn.pth")]
+
+
+def other_variant(folder: Path) -> list[str]:
+    state = SpatialMamba(dims=8, depths=(1,), num_classes=3, fusion_dilations=()).state_dict()
+    torch.save({"model": state}, folder / "other.pth")
+    return ["--pretrained", str(folder / "other.pth")]
+
+
+def published_output(folder: Path) -> list[str]:
+    (folder / "20240923101550").mkdir()
+    (folder / "20240923101550" / "latest_ckpt.pth").touch()
+    return ["--output", str(folder / "20240923101550")]
+
+
+WRONG = {
+    # options
+    "unknown option": (add("--batchsize", "4"), "unrecognized arguments: --batchsize 4"),
+    "option without value": (add("--tag"), "argument --tag: expected one argument"),
+    "text for a number": (add("--epochs", "many"), "argument --epochs: invalid int value: 'many'"),
+    "odd opts": (add("--opts", "TRAIN.EPOCHS"), "--opts takes pairs of KEY VALUE"),
+    "unknown shipped config": (
+        add("--cfg", "spatialmamba_tny"),
+        "no config of the package; did you mean spatialmamba_tiny?",
+    ),
+    "unknown opts key": (add("--opts", "TRAIN.EPOCH", "3"), "unknown config key TRAIN.EPOCH; did you mean"),
+    "section as opts key": (add("--opts", "TRAIN", "3"), "TRAIN is a section"),
+    "wrong opts type": (add("--opts", "TRAIN.EPOCHS", "few"), "TRAIN.EPOCHS takes a int, got 'few'"),
+    "bool for a number": (add("--opts", "TRAIN.EPOCHS", "True"), "TRAIN.EPOCHS takes a int, got True"),
+    "model_ema": (add("--model_ema", "maybe"), "expected true or false, got 'maybe'"),
+    "batch size": (add("--batch-size", "0"), "DATA.BATCH_SIZE is 0; it must be at least 1"),
+    "odd batch for mixup": (add("--batch-size", "3"), "DATA.BATCH_SIZE is 3; it must be even"),
+    "huge batch": (add("--batch-size", "64"), "27 training images are fewer than the 64 of one update"),
+    "workers": (add("--workers", "-1"), "DATA.NUM_WORKERS is -1"),
+    "epochs": (add("--epochs", "0"), "TRAIN.EPOCHS is 0"),
+    "cache mode": (add("--cache-mode", "all"), "DATA.CACHE_MODE is 'all'; it must be no, full or part"),
+    "accumulation": (add("--accumulation-steps", "0"), "TRAIN.ACCUMULATION_STEPS is 0"),
+    "ema decay": (add("--model_ema_decay", "1.5"), "TRAIN.MODEL_EMA_DECAY is 1.5"),
+    "mesa without ema": (add("--model_ema", "false"), "AUG.MESA is 1.0; it must be 0 without TRAIN.MODEL_EMA"),
+    "precision": (add("--amp-dtype", "float8"), "AMP_DTYPE is 'float8'"),
+    "device": (add("--device", "tpu"), "DEVICE is 'tpu'"),
+    "optimiser": (add("--optim", "adamx"), "TRAIN.OPTIMIZER.NAME is 'adamx'"),
+    "seed": (add("--seed", "-3"), "SEED is -3"),
+    "throughput": (add("--throughput", "0"), "THROUGHPUT_BATCHES is [0]"),
+    "compiled checkpointing": (add("--compile", "--use-checkpoint"), "--compile with --use-checkpoint crashes"),
+    "eval without weights": (add("--eval"), "--eval needs the checkpoint"),
+    "output is a file": (add("--output", "FOLDER/micro.yaml"), "cannot be written"),
+    "overwriting a run": (add("--opts", "TRAIN.AUTO_RESUME", "False"), "holds a run that would be overwritten"),
+    # config files
+    "no config": (add("--cfg", "FOLDER/none.yaml"), "none.yaml: cannot read this config file"),
+    "config is no YAML": (damage_config("a: [1"), "bad.yaml: not valid YAML"),
+    "config is a list": (damage_config("- 1"), "must hold keys and values, found list"),
+    "unknown section": (damage_config("TRAINING: {EPOCHS: 3}"), "unknown config key TRAINING.EPOCHS; did you mean"),
+    "value of a section": (damage_config("TRAIN: 3"), "TRAIN is a section"),
+    "key given twice": (
+        damage_config("TRAIN: {EPOCHS: 3}\nDATA: {}\nTRAIN: {}"),
+        "TRAIN is given twice, in lines 1 and 3",
+    ),
+    "two names of a key": (
+        damage_config("AUG: {MESA: 1.0}\nTRAIN: {MESA: 2.0}"),
+        "AUG.MESA and TRAIN.MESA set the same to 1.0 and 2.0",
+    ),
+    "another initialisation": (
+        damage_config("MODEL: {SPATIALMAMBA: {DT_INIT: constant}}"),
+        "DT_INIT is 'constant', but what is built here is 'random'",
+    ),
+    "published run as output": (published_output, "is the folder of one run of the published trainer"),
+    "own base": (damage_config("BASE: [bad.yaml]"), "names itself through BASE"),
+    "another model": (damage_config("MODEL: {TYPE: swin}"), "MODEL.TYPE is 'swin'"),
+    "another architecture": (damage_config("MODEL: {VSSM: {SSM_RATIO: 1.0}}"), "what is built here is 2.0"),
+    "another norm": (damage_config("MODEL: {VSSM: {NORM_LAYER: bn}}"), "SPATIAL_MAMBA.NORM_LAYER is 'bn'"),
+    "blank value": (damage_config("TRAIN: {EPOCHS: }"), "TRAIN.EPOCHS takes a int, got None"),
+    "rate that is none": (damage_config("TRAIN: {BASE_LR: .nan}"), "TRAIN.BASE_LR is nan; it must be a finite number"),
+    "infinite rate": (damage_config("TRAIN: {BASE_LR: 1e999}"), "TRAIN.BASE_LR is inf; it must be a finite number"),
+    "depths": (damage_config("MODEL: {VSSM: {DEPTHS: [a]}}"), "SPATIAL_MAMBA.DEPTHS is ['a']"),
+    "grey images": (damage_config("MODEL: {VSSM: {IN_CHANS: 1}}"), "IN_CHANS is 1; it must be 3, for RGB"),
+    "betas": (damage_config("TRAIN: {OPTIMIZER: {BETAS: [2, x]}}"), "TRAIN.OPTIMIZER.BETAS is"),
+    "one beta": (damage_config("BASE: micro.yaml\nTRAIN: {OPTIMIZER: {BETAS: [0.9]}}"), "timm cannot build it"),
+    "policy": (damage_config("BASE: micro.yaml\nAUG: {AUTO_AUGMENT: foo}"), "AUG.AUTO_AUGMENT is 'foo'"),
+    "cutmix span": (damage_config("AUG: {CUTMIX_MINMAX: [3]}"), "AUG.CUTMIX_MINMAX is [3]"),
+    "base of no name": (damage_config("BASE: 5"), "BASE takes names of YAML files, got 5"),
+    "two states": (damage_config("BASE: [micro.yaml]\nMODEL: {VSSM: {SSM_D_STATE: 2}}"), "d_state must be 1, got 2"),
+    "long warm-up": (damage_config("TRAIN: {WARMUP_EPOCHS: 400}"), "TRAIN.WARMUP_EPOCHS is 400"),
+    "schedule": (damage_config("TRAIN: {LR_SCHEDULER: {NAME: magic}}"), "TRAIN.LR_SCHEDULER.NAME is 'magic'"),
+    "image size": (damage_config("DATA: {IMG_SIZE: 16}"), "DATA.IMG_SIZE is 16"),
+    "crop scale": (damage_config("AUG: {SCALE: [0.5, 2.0]}"), "AUG.SCALE is"),
+    # data
+    "no data path": (add("--data-path", "FOLDER/none"), "none: no such folder"),
+    "no train split": (damage_data(lambda root: shutil.rmtree(root / "train")), "the train split is missing"),
+    "no val split": (damage_data(lambda root: shutil.rmtree(root / "val")), "the val split is missing"),
+    "empty class": (damage_data(lambda root: (root / "train/9").mkdir()), "class folder 9 holds no image"),
+    "class in one split": (damage_data(lambda root: shutil.rmtree(root / "val/1")), "only one of them has 1"),
+    "no images": (add("--data-path", "FOLDER/run"), "the train split is missing"),
+    "no zip": (add("--zip"), "train.zip is missing"),
+    "broken zip": (damage_data(break_zip), "train.zip: not a readable zip archive"),
+    "broken tar": (damage_data(break_tar), "no readable images in tar"),
+    "class number": (add("--opts", "MODEL.NUM_CLASSES", "5"), "has 3 classes, MODEL.NUM_CLASSES is 5"),
+    "unreadable image": (damage_data(truncate_image), "unreadable image"),
+    # checkpoints
+    "no checkpoint": (add("--pretrained", "FOLDER/none.pth"), "none.pth: no such checkpoint file"),
+    "folder as checkpoint": (add("--pretrained", "FOLDER/run"), "run: is a folder; name the checkpoint file"),
+    "empty checkpoint": (damage_checkpoint(b""), "bad.pth: the file is empty"),
+    "text as checkpoint": (damage_checkpoint(b"hello"), "bad.pth: not a PyTorch checkpoint"),
+    "pickled nonsense": (damage_checkpoint(pickle.dumps(3)), "bad.pth"),
+    "torn checkpoint": (truncate_checkpoint, "torn.pth: not a PyTorch checkpoint, or a truncated one"),
+    "list as checkpoint": (damage_checkpoint([1]), "holds a list, not a checkpoint dictionary"),
+    "no weights": (damage_checkpoint({"epoch": 3}), "found no model weights"),
+    "other weights": (damage_checkpoint({"model": {"x": torch.zeros(1)}}), "does not fit this model"),
+    "other variant": (
+        other_variant,
+        "other.pth: holds another model, custom (dims 8, depths 1, fusion none; 3 classes), than the one that is to",
+    ),
+    "other classifier": (rewrap_checkpoint, "its classifier has 7 classes, this run has 3; to train a new classifier"),
+    "resume without optimiser": (drop_optimizer, "cannot resume, it holds no optimizer"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong_place(micro: Path, photos: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wrong")
+    shutil.copy(micro, folder / "micro.yaml")
+    shutil.copytree(photos, folder / "photos")
+    shutil.copytree(trained, folder / "run" / "micro" / "default")
+    return folder
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_overwrites_nothing(
+    case: str, wrong_place: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    make, expected = WRONG[case]
+    folder = tmp_path / "here"
+    shutil.copytree(wrong_place, folder)
+    arguments = ["--cfg", str(folder / "micro.yaml"), "--data-path", str(folder / "photos"), "--tag", "new"]
+    more = make(folder)
+    if case == "overwriting a run":
+        arguments = arguments[:-2]
+    before = snapshot(folder)
+    status = main([*arguments, *([] if "--output" in more else ["--output", str(folder / "run")]), *more])
+    error = capfd.readouterr().err.strip()
+    assert status == 2
+    assert error.startswith("error: ") and "\n" not in error, error
+    assert expected in error
+    after = snapshot(folder)
+    assert {path: after[path] for path in before} == before, "nothing is overwritten"
+    new = {path.name for path in after.keys() - before.keys()}
+    records = {"config.yaml", "log.txt", ".lock"}  # an unreadable image is found after the run has begun
+    assert not {name for name in new - records if "tfevents" not in name}
+
+
+def test_an_error_of_a_loader_process_arrives_as_one_line(
+    micro: Path, photos: Path, trained: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(photos, broken)
+    truncate_image(broken)
+    arguments = options(micro, broken, tmp_path, "--eval", "--pretrained", str(trained / BEST), "--workers", "1")
+    result = subprocess.run([sys.executable, str(MAIN), *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"error: {broken / 'val' / '2'}") and "unreadable image" in line
+    assert line.endswith("; replace or remove it"), "--skip-unreadable is for training"

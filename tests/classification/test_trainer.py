@@ -1,0 +1,152 @@
+"""Training, evaluation and resumption, in one process."""
+
+import fcntl
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from yacs.config import CfgNode
+
+from spatial_mamba import SpatialMamba
+from spatial_mamba.classification import engine, trainer
+from spatial_mamba.classification.checkpoint import BEST_EMA, LATEST
+from spatial_mamba.classification.main import main
+from spatial_mamba.classification.models.weights import read_checkpoint
+
+from .published import published_checkpoint
+from .runs import accuracy_lines, assert_same, options
+
+
+def test_unreadable_training_images_are_skipped_and_counted_on_request(
+    photos: Path, micro: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(photos, broken)
+    victim = sorted((broken / "train" / "1").iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:40])
+    arguments = options(micro, broken, tmp_path / "out", "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0")
+    assert main([*arguments, "DATA.SKIP_UNREADABLE", "True", "DATA.BATCH_SIZE", "26"]) == 0
+    record = json.loads((tmp_path / "out/micro/default/metrics.jsonl").read_text())
+    assert record["unreadable_images"] == 1
+
+
+def test_a_run_leaves_its_records(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    for line in lines:
+        assert line["skipped_updates"] == 0 and line["train_loss"] > 0 and line["images_per_second"] > 0
+        assert 0 <= line["val_acc1"] <= line["val_acc5"] <= 100 and 0 <= line["ema_acc1"] <= 100
+    assert lines[1]["updates"] == 2 * (27 // 4)
+    saved = CfgNode.load_cfg((trained / "config.yaml").read_text())
+    assert saved.TRAIN.EPOCHS == 2 and saved.AUG.MESA == 1.0
+    assert "epoch 2/2" in (trained / "log.txt").read_text()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained)).Reload()
+    assert {"train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_second", "train/data_time",
+            "val/acc1", "ema/acc1"} <= set(events.Tags()["scalars"])  # fmt: skip
+    assert len(events.Scalars("train/loss")) == 12
+
+
+def test_accumulation_and_activation_checkpointing(micro: Path, photos: Path, tmp_path: Path) -> None:
+    """Two steps make one update, and recomputed activations change nothing."""
+    more = ("--accumulation-steps", "2", "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0")
+    assert main(options(micro, photos, tmp_path / "a", *more)) == 0
+    assert main(options(micro, photos, tmp_path / "b", "--use-checkpoint", *more)) == 0
+    a, b = (read_checkpoint(tmp_path / name / "micro" / "default" / LATEST) for name in "ab")
+    assert a["steps"] == 27 // 4 // 2
+    assert_same(a["model"], b["model"])
+
+
+def test_pretrained_weights_are_evaluated_first(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    arguments = options(micro, photos, tmp_path, "--pretrained", str(trained / BEST_EMA), "--epochs", "1")
+    assert main([*arguments, "--opts", "TRAIN.WARMUP_EPOCHS", "0"]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "acc@1" in line]
+    best = max(json.loads(line)["ema_acc1"] for line in (trained / "metrics.jsonl").read_text().splitlines())
+    assert str(trained / BEST_EMA) in lines[0] and f"EMA   acc@1 {best:.3f}%" in lines[1]
+    assert "epoch 1/1" in lines[2]
+
+
+def test_throughput_is_printed_for_each_batch_size(
+    micro: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer, "measure_throughput", functools.partial(engine.measure_throughput, seconds=0.0))
+    assert main(["--cfg", str(micro), "--throughput", "2", "1"]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "throughput" in line]
+    assert [line.split("batch ")[1].split(",")[0] for line in lines] == ["1", "2"]
+    assert all("images/s" in line and "peak memory" in line for line in lines)
+
+
+def test_a_published_runs_folder_is_resumed(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "micro" / "20240923").mkdir(parents=True)
+    path = published_checkpoint(trained, tmp_path / "micro" / "20240923" / "latest_ckpt.pth")
+    flags = ["--fused_layernorm", "--model_ema_force_cpu", "False", "--memory_limit_rate", "0.9", "--ddp", "torch"]
+    flags += ["--enable_preload", "--enable_persistance", "--model_ema", "t"]
+    assert main(options(micro, photos, tmp_path, "--tag", "20240923", *flags)) == 0
+    output = capfd.readouterr().out
+    assert f"resumed from {path} after epoch 2" in output
+    ignored = ("fused_layernorm", "model_ema_force_cpu", "memory_limit_rate", "ddp", "enable_preload")
+    assert all(f"command line: --{option} has no effect here" in output for option in ignored)
+
+
+def test_pretrained_is_evaluated_first_whatever_the_folder_holds(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(trained, tmp_path / "micro" / "default")
+    torch.manual_seed(1)
+    other = SpatialMamba(dims=4, depths=(1, 1, 1, 1), num_classes=3)
+    torch.save({"model": other.state_dict()}, tmp_path / "other.pth")
+    command = options(micro, photos, tmp_path, "--pretrained", str(tmp_path / "other.pth"))
+    assert main([*command, "--eval"]) == 0
+    [alone] = accuracy_lines(capfd.readouterr().out)
+    before = read_checkpoint(tmp_path / "micro" / "default" / LATEST)
+    assert main(command) == 0
+    output = capfd.readouterr().out
+    assert accuracy_lines(output)[0] == alone
+    assert output.index("other.pth: model") < output.index("resumed from")
+    assert "training does not start from --pretrained" in output and "this run is finished" in output
+    assert_same(before["model"], read_checkpoint(tmp_path / "micro" / "default" / LATEST)["model"])
+
+
+def test_resuming_says_what_changed_and_keeps_the_records(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "micro" / "default"
+    shutil.copytree(trained, folder)
+    more = ("--epochs", "3", "--opts", "TRAIN.WEIGHT_DECAY", "0.1", "DATA.BATCH_SIZE", "6")
+    assert main(options(micro, photos, tmp_path, *more)) == 0
+    log = (folder / "log.txt").read_text()
+    assert "TRAIN.WEIGHT_DECAY was 0.05 when it was saved and is 0.1 now" in log
+    assert "its 2 epochs had 12 updates" in log and "they have 8" in log
+    assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert read_checkpoint(folder / LATEST)["steps"] == 3 * (27 // 6)
+
+
+def test_resuming_keeps_the_last_epoch_in_tensorboard(trained: Path, micro: Path, photos: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "micro" / "default"
+    shutil.copytree(trained, folder)
+    assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 0
+    scalars = EventAccumulator(str(folder)).Reload().Scalars("val/acc1")
+    assert [scalar.step for scalar in scalars] == [6, 12, 18]
+
+
+def test_two_trainings_do_not_share_a_folder(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "micro" / "default"
+    shutil.copytree(trained, folder)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 2
+    assert "another training is writing here" in capfd.readouterr().err
+    assert read_checkpoint(folder / LATEST)["epoch"] == 1
