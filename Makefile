@@ -13,7 +13,7 @@ MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) -
 
 # Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
 demo: .venv/ready $(LIBRARIES)
-	$(BIN)/python -m spatial_mamba.classification.digits $(DIGITS)
+	$(BIN)/python -m spatial_mamba.classification.demo_data $(DIGITS)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 $(MAIN) --output output --tag demo
 	$(BIN)/python $(MAIN) --eval --pretrained $(RUN)/best.pth
 
@@ -77,7 +77,7 @@ clean:
 
 # $(call OPENMMLAB_DEMO,room,config,data set): what is there already is not made again, and a broken-off run resumes.
 define OPENMMLAB_DEMO
-	$(BIN)/python -m spatial_mamba.$(1).digits $(1)/data/$(3)
+	$(BIN)/python -m spatial_mamba.$(1).demo_data $(1)/data/$(3)
 	cd $(1) && export PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= && \
 	bash ./tools/dist_train.sh $(2) 2 --resume && \
 	bash ./tools/dist_test.sh $(2) "$$(cat work_dirs/$(2)/last_checkpoint)" 1 --show-dir work_dirs/$(2)/drawn

@@ -25,7 +25,7 @@ from .models.weights import (
     state_dict_of,
 )
 from .optim import build_optimizer
-from .whole_files import whole_file
+from .atomic_write import atomic_write
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 PUBLISHED_LATEST = "latest_ckpt.pth"  # of the published trainer
@@ -80,7 +80,7 @@ def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
         "config": to_plain(config),
     }
     try:
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             torch.save(content, unfinished)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
         raise InputError(f"{path}: cannot be written ({error}); the checkpoint before it is kept") from error

@@ -42,7 +42,7 @@ from .models.weights import read_checkpoint
 from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler, learning_rate_scale
 from .run_log import RunLog, set_up_console
 from .seeding import seed_everything
-from .whole_files import lock
+from .atomic_write import lock
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..models.architecture import architecture_of
 from ..models.preprocessing import CROP_SHARE, NORMALISATION
 from ..models.trained import TrainedClassifier
-from ..whole_files import whole_file
+from ..atomic_write import atomic_write
 from .check import Function, largest_difference
 from .onnx_file import export_onnx, onnx_facts, onnx_function, require_onnx
 from .programs import export_aoti, export_program, height_and_width, require_compiler
@@ -53,7 +53,7 @@ def _command(argv: Sequence[str] | None) -> None:
 
     start = time.perf_counter()
     try:
-        with whole_file(args.output) as unfinished:
+        with atomic_write(args.output) as unfinished:
             FORMATS[args.format].write(classifier, unfinished, args, metadata_of(classifier, args.size))
             exported = time.perf_counter()
             function = FORMATS[args.format].read(unfinished, next(model.parameters()).device)

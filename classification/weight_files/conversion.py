@@ -22,7 +22,7 @@ from ..models.weights import (
     read_checkpoint,
     state_dict_of,
 )
-from ..whole_files import whole_file
+from ..atomic_write import atomic_write
 
 LAYOUTS = ("classifier", "backbone", "openmmlab", "trainer", "published")
 _ABOUT = ("classes", "config")  # what a classifier is used with
@@ -53,7 +53,7 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
         raise InputError(f"{target}: is the file to convert; name another one to write")
     content = converted(read_checkpoint(source), source, layout, ema, prefix)
     try:
-        with whole_file(target) as unfinished:
+        with atomic_write(target) as unfinished:
             if is_safetensors(target):
                 state = {name: tensor.contiguous().clone() for name, tensor in content.pop(_entry(layout)).items()}
                 metadata = {"format": "pt", METADATA_KEY: json.dumps({k: content[k] for k in _ABOUT if k in content})}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spatial_mamba.classification.digits import write_digits
+from spatial_mamba.classification.demo_data import write_digits
 from spatial_mamba.classification.main import main
 
 from .runs import MICRO

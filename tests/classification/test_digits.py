@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatial_mamba.classification.digits import write_digits
+from spatial_mamba.classification.demo_data import write_digits
 from spatial_mamba.kernels.errors import UserError
 
 

@@ -717,11 +717,11 @@ def test_every_command_gives_help_without_what_only_posix_has() -> None:
             for name in names.split():
                 delattr(module, name)
         commands = "checkpoint export visualize kernels kernels.benchmark kernels.benchmark.exercise kernels.gpu_check"
-        commands += " classification.main classification.digits classification.complexity classification.benchmark"
+        commands += " classification.main classification.demo_data classification.complexity classification.benchmark"
         commands += " classification.benchmark.loading"
         if openmmlab:
             for task in (" detection", " segmentation"):
-                commands += f"{task}{task}.complexity{task}.digits{task}.tools.train{task}.tools.test"
+                commands += f"{task}{task}.complexity{task}.demo_data{task}.tools.train{task}.tools.test"
         for command in ["spatial_mamba", *(f"spatial_mamba.{name}" for name in commands.split())]:
             sys.argv = [command, "--help"]
             try:

@@ -14,11 +14,11 @@ from PIL import Image
 pytest.importorskip("mmengine")
 pytest.importorskip("cv2")
 
-import spatial_mamba.detection.digits as coco
-import spatial_mamba.segmentation.digits as ade
-from spatial_mamba.detection.openmmlab import scenes as scenes_module
+import spatial_mamba.detection.demo_data as coco
+import spatial_mamba.segmentation.demo_data as ade
+from spatial_mamba.detection.openmmlab import digit_scenes as scenes_module
 from spatial_mamba.detection.openmmlab.packages import SetupError
-from spatial_mamba.detection.openmmlab.scenes import Scene, Sources, compose, load_sources, scenes
+from spatial_mamba.detection.openmmlab.digit_scenes import Scene, Sources, compose, load_sources, scenes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COUNTS = {"train": 17, "val": 16}  # the sixteenth has no digit

@@ -31,11 +31,11 @@ from mmengine.runner.loops import _InfiniteDataloaderIterator
 from spatial_mamba import SpatialMambaBackbone
 from spatial_mamba.classification.models.spatial_mamba import SpatialMamba
 from spatial_mamba.classification.models.weights import WeightsError, read_checkpoint
-from spatial_mamba.detection.digits import write_digits as write_coco_digits
+from spatial_mamba.detection.demo_data import write_digits as write_coco_digits
 from spatial_mamba.detection.openmmlab import packages, tools
 from spatial_mamba.detection.openmmlab.checkpoints import check_fit
 from spatial_mamba.detection.openmmlab.resume import ExactResumeHook
-from spatial_mamba.segmentation.digits import write_digits as write_ade_digits
+from spatial_mamba.segmentation.demo_data import write_digits as write_ade_digits
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(dims=8, depths=(1, 2, 1, 1), drop_path_rate=0.0)
@@ -476,7 +476,7 @@ class Finder:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Finder())
 sys.argv = ["command", "config.py"]
-import spatial_mamba.segmentation.digits, spatial_mamba.detection.digits  # need none of the packages
+import spatial_mamba.segmentation.demo_data, spatial_mamba.detection.demo_data  # need none of the packages
 runpy.{start}
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")

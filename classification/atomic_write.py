@@ -8,7 +8,7 @@ from typing import IO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to; once it is on the disk it takes the place of ``path``.
 
     An exception removes it, and what was at ``path`` before is kept.

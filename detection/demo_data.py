@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .openmmlab.data_folder import run_command, write_whole
-from .openmmlab.scenes import Scene, scenes
+from .openmmlab.digit_scenes import Scene, scenes
 
 COUNTS = {"train": 1200, "val": 160}
 CATEGORIES = [{"id": digit + 1, "name": str(digit), "supercategory": "digit"} for digit in range(10)]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..detection.openmmlab.data_folder import run_command, write_whole
-from ..detection.openmmlab.scenes import Scene, scenes
+from ..detection.openmmlab.digit_scenes import Scene, scenes
 
 COUNTS = {"train": 3200, "val": 160}
 FOLDERS = {"train": "training", "val": "validation"}
