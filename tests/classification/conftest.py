@@ -1,15 +1,24 @@
-"""Data sets of real images, a small config, and a finished run of it."""
+"""Golden values; data sets of real images, a small config, and a finished run of it."""
 
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from spatial_mamba.classification.demo_data import write_digits
 from spatial_mamba.classification.main import main
 
+from .micro_models import GOLDEN
 from .runs import MICRO
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """Reference values of tiny, computed in float64."""
+    with np.load(GOLDEN / "tiny.npz") as values:
+        return dict(values)
 
 
 @pytest.fixture(scope="session")

@@ -25,15 +25,9 @@ from spatial_mamba.kernels import use_backend
 from spatial_mamba.kernels.backends import reference_serves
 from spatial_mamba.kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
 
-from .test_models import GOLDEN, assert_near, filled_classifier, golden_fill, images, micro_backbone
+from .micro_models import assert_near, filled_classifier, golden_fill, images, micro_backbone
 
 packing = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="needs the cpu backend's matrix products")
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / "tiny.npz") as values:
-        return dict(values)
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
@@ -441,7 +435,17 @@ def test_what_depends_on_the_processor_holds_with_avx2_alone() -> None:
     script = f"import pytest, sys, torch; print({capabilities}); sys.exit(pytest.main())"
     tests = "copied and True or packed_layers_are or packed_mlp_is"
     result = subprocess.run(
-        [sys.executable, "-c", script, "-q", "-p", "no:cacheprovider", "-k", tests, "tests/classification/test_fused.py"],
+        [
+            sys.executable,
+            "-c",
+            script,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            tests,
+            "tests/classification/test_fused.py",
+        ],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
         capture_output=True,

@@ -20,7 +20,7 @@ from spatial_mamba.classification.optim import build_criterion, build_optimizer,
 from spatial_mamba.classification.run_log import RunLog
 from spatial_mamba.classification.trainer import build_model
 
-from .test_models import GOLDEN, golden_fill
+from .micro_models import GOLDEN, golden_fill
 
 EPOCHS, UPDATES, BATCH, CLASSES = 4, 5, 4, 10
 SETTINGS = {

@@ -1,0 +1,228 @@
+"""PyTorch's tools on the models: torch.func, tracing, compilation, checkpointing, FSDP, hooks, pruning, wrappers."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from spatial_mamba import SpatialMamba
+from spatial_mamba.classification.export.form import export_form
+
+from .micro_models import assert_near, assert_same_step, filled_classifier, images, micro_classifier, train_step
+
+
+def test_transforms_of_torch_func() -> None:
+    """Per-sample gradients and derivatives in forward mode are those of the reverse mode."""
+    model = filled_classifier(depths=(1, 1)).double().eval()
+    x, direction = images(2, 3, 32, 32).double(), images(2, 3, 32, 32).double().flip(-1)
+    labels = torch.tensor([0, 2])
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, (weights, buffers), (image[None],))
+        return F.cross_entropy(logits, label[None])
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, labels)
+    for i in range(2):
+        expected = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]), weights.values())
+        for name, gradient in zip(weights, expected, strict=True):
+            torch.testing.assert_close(per_sample[name][i], gradient, rtol=1e-9, atol=1e-9)
+
+    logits, tangent = torch.func.jvp(model, (x,), (direction,))
+    jacobian = torch.func.jacrev(model)(x)  # (2, classes, 2, 3, 32, 32)
+    torch.testing.assert_close(logits, model(x))
+    torch.testing.assert_close(tangent, torch.einsum("bcnxyz,nxyz->bc", jacobian, direction), rtol=1e-9, atol=1e-9)
+    assert tangent.abs().min() > 0
+
+
+def test_traces_for_any_size() -> None:
+    """As TensorBoard, fvcore and other tools trace a model."""
+    model = SpatialMamba(dims=8, depths=(1, 1), num_classes=3).eval()
+    traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        for shape in ((1, 3, 64, 64), (2, 3, 96, 64), (1, 3, 64, 33)):
+            images = torch.randn(shape)
+            assert torch.equal(traced(images), model(images))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_fx_traces_for_any_size(training: bool) -> None:
+    """As torchvision's feature extraction and PyTorch's quantization do."""
+    model = filled_classifier(depths=(1, 1)).train(training)
+    node = "layers.1.blocks.0.mlp.fc2"
+    traced, extractor = torch.fx.symbolic_trace(model), create_feature_extractor(model, [node, "head"])
+    for shape in ((1, 3, 64, 64), (2, 3, 96, 33)):
+        x = images(*shape)
+        logits, features = model(x), extractor(x)
+        assert torch.equal(traced(x), logits)
+        assert torch.equal(features["head"], logits)
+        assert features[node].shape == (shape[0], math.ceil(shape[2] / 8), math.ceil(shape[3] / 8), 16)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_compiles_in_one_graph(use_checkpoint: bool) -> None:
+    model = filled_classifier(depths=(1, 1), use_checkpoint=use_checkpoint)
+    x = images(2, 3, 32, 32)
+    expected = train_step(model, x)
+    torch._dynamo.reset()  # a graph of another test must not be counted as a recompilation
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = F.cross_entropy(compiled(x), torch.arange(2))
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert_same_step((loss.detach(), gradients), expected)
+
+
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
+def test_activation_checkpointing_changes_nothing_but_memory(drop_path_rate: float) -> None:
+    model = filled_classifier(depths=(2, 2), drop_path_rate=drop_path_rate).train()
+    start = deepcopy(model.state_dict())
+    block_calls = []
+    for stage in model.layers:
+        for block in stage.blocks:
+            block.register_forward_pre_hook(lambda module, args: block_calls.append(module))
+
+    def step_with(enable: bool) -> tuple[tuple[Tensor, dict[str, Tensor]], dict[str, Tensor], int]:
+        model.load_state_dict(start)
+        model.set_grad_checkpointing(enable)
+        block_calls.clear()
+        step = train_step(model, images(4, 3, 32, 32))
+        return step, deepcopy(model.state_dict()), len(block_calls)
+
+    expected, expected_state, calls = step_with(False)
+    assert calls == 4
+    step, state, calls = step_with(True)
+    assert calls == 8  # every block once more in the backward pass
+    assert_same_step(step, expected)
+    torch.testing.assert_close(state, expected_state)
+    assert step_with(False)[-1] == 4
+
+    other_seed = train_step(model, images(4, 3, 32, 32), seed=1)[0]
+    assert (other_seed.item() != expected[0].item()) == (drop_path_rate > 0)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shard(model: nn.Module, units: Sequence[str]) -> nn.Module:
+    """FSDP2 of the modules whose names end so, and of the model."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for name, module in model.named_modules():
+        if name.endswith(tuple(units)):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def shard_as_before(model: nn.Module, units: Sequence[str]) -> nn.Module:
+    """FSDP1 likewise."""
+    chosen = [module for name, module in model.named_modules() if name.endswith(tuple(units))]
+    policy = lambda module, recurse, **_: recurse or module in chosen  # noqa: E731
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+fsdp2 = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 on CPUs came with PyTorch 2.7")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [pytest.param(shard, marks=fsdp2), shard_as_before])
+@pytest.mark.parametrize("units", [["blocks.0"], ["conv2d", "state_fusion", "out_norm", "in_proj", "cpe1", "norm"]])
+def test_fsdp_of_any_unit(wrap: Callable[..., nn.Module], units: Sequence[str], process_group: None) -> None:
+    def losses(model: nn.Module) -> list[float]:
+        """Of two steps, the second with what the first has changed."""
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        values = []
+        for _ in range(2):
+            loss = F.cross_entropy(model(images(2, 3, 32, 32)), torch.arange(2))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(loss.item())
+        return values
+
+    model = micro_classifier(depths=(1, 1), drop_path_rate=0.0)
+    expected = losses(deepcopy(model))
+    assert losses(wrap(model, units)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_hooks_are_called_on_every_module(dtype: torch.dtype) -> None:
+    model = filled_classifier(depths=(1, 1)).to(dtype)
+    x = images(2, 3, 64, 48).to(dtype)
+    expected = model(x)
+    called = set()
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, output: called.add(module))
+    assert_near(model(x), expected, 1e-10 if dtype == torch.float64 else 2e-2)
+    assert called == {module for module in model.modules() if not isinstance(module, nn.ModuleList)}
+    assert model.to("meta")(x.to("meta")).shape == expected.shape  # which knows no autocast
+
+
+@pytest.mark.parametrize("name", ["conv2d", "state_fusion", "out_norm"])
+def test_what_replaces_forward_is_called(name: str) -> None:
+    """By tools that set a module's ``forward``, and by hooks of all modules."""
+    model = filled_classifier(depths=(1,))
+    expected = model(images())
+    module = model.layers[0].blocks[0].self_attention.get_submodule(name)
+    kind, forward = type(module), module.forward
+
+    hook = register_module_forward_hook(lambda module, args, output: 2 * output if type(module) is kind else None)
+    hooked = model(images())
+    hook.remove()
+    assert not torch.allclose(hooked, expected)
+    module.forward = lambda *args: 2 * forward(*args)
+    assert not torch.allclose(model(images()), expected)
+    with pytest.raises(RuntimeError, match=f"self_attention.{name} has hooks or is wrapped"):
+        model.eval().fuse()
+
+
+def test_pruning_and_parametrised_weights_take_part() -> None:
+    """The former changes weights in a hook, the latter wherever they are read."""
+    for change in (partial(prune.random_unstructured, name="weight", amount=0.5), weight_norm):
+        model = filled_classifier(depths=(1,)).double()
+        mixer = model.layers[0].blocks[0].self_attention
+        change(mixer.conv2d)
+        before = model(images().double())
+        with torch.no_grad():
+            for parameter in mixer.conv2d.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        after = model(images().double())
+        after.sum().backward()
+        assert not torch.allclose(before, after)
+        assert all(parameter.grad.abs().max() > 0 for parameter in mixer.conv2d.parameters())
+
+
+@pytest.mark.parametrize("use", [SpatialMamba.fuse, export_form])
+def test_weights_are_not_read_past_a_wrapper(use: Callable[[nn.Module], nn.Module]) -> None:
+    """As of LoRA, whose layers hold the weights that they were put around."""
+
+    class LowRank(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.weight = linear, linear.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.base_layer(x)
+
+    for name in ("self_attention.in_proj", "mlp.fc2"):
+        model = filled_classifier(depths=(1,)).eval()
+        block = model.layers[0].blocks[0]
+        expected = model(images())
+        block.set_submodule(name, LowRank(block.get_submodule(name)))
+        assert not torch.allclose(model(images()), expected)
+        with pytest.raises(RuntimeError, match=rf"layers.0.blocks.0.{name} has hooks or is wrapped \(LowRank\)"):
+            use(model)

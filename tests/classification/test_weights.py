@@ -1,0 +1,135 @@
+"""A backbone that starts from a classification checkpoint, and checkpoints that must be refused."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spatial_mamba.classification.models import WeightsError
+
+from .micro_models import filled_classifier, micro_backbone, micro_classifier
+
+
+def published_extras() -> dict[str, Any]:
+    """What a released checkpoint stores beside its weights."""
+    from yacs.config import CfgNode
+
+    config = CfgNode({"MODEL": {"TYPE": "spatial_mamba"}})
+    return dict(
+        model_ema={}, optimizer={}, epoch=299, max_accuracy=np.float64(83.5), max_accuray_ema=0.0, config=config
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state},
+        lambda state: {"state_dict": state},
+        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+        lambda state: {"model": state} | published_extras(),
+        lambda state: state,
+    ],
+    ids=["model", "state_dict", "distributed", "published", "bare"],
+)
+def test_pretrained_backbone(tmp_path: Path, wrap: Callable[[dict[str, Tensor]], dict[str, Any]]) -> None:
+    state = filled_classifier().state_dict()
+    torch.save(wrap(state), tmp_path / "classifier.pth")
+    loaded = micro_backbone(pretrained=tmp_path / "classifier.pth").state_dict()
+    expected = micro_backbone().state_dict()  # its outnorm layers
+    expected |= {name: value for name, value in state.items() if name in expected}
+    assert sum(name in state for name in expected) == len(state) - 4  # all but the classifier's norm and head
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
+
+
+def test_pretrained_backbone_that_ends_early(tmp_path: Path) -> None:
+    state = filled_classifier().state_dict()
+    torch.save({"model": state}, tmp_path / "classifier.pth")
+    loaded = micro_backbone(out_indices=(0, 1), pretrained=tmp_path / "classifier.pth").state_dict()
+    assert len(loaded) > 50
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded if not name.startswith("outnorm"))
+    with pytest.raises(WeightsError, match=r"another model.*depths=\(1, 1, 1, 1\)"):
+        micro_backbone(depths=(1, 1), out_indices=(0, 1), pretrained=tmp_path / "classifier.pth")
+
+
+def test_pretrained_backbone_leaves_out_unused_outnorms(tmp_path: Path) -> None:
+    torch.save({"model": filled_classifier().state_dict()}, tmp_path / "classifier.pth")
+    backbone = micro_backbone(out_indices=(3,), pretrained=str(tmp_path / "classifier.pth"))
+    assert torch.equal(backbone.patch_embed.conv1.conv.weight, filled_classifier().patch_embed.conv1.conv.weight)
+
+
+class LeavesATrace:
+    """Unpickled carelessly, it runs a function of its writer's choice: here one that makes a folder."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def save_truncated(path: Path, kept: float) -> None:
+    torch.save({"model": filled_classifier().state_dict()}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+
+
+def save_one_missing(path: Path) -> None:
+    state = filled_classifier().state_dict()
+    del state["layers.2.blocks.0.self_attention.A_logs"]
+    torch.save({"model": state}, path)
+
+
+def save_one_too_many(path: Path) -> None:
+    torch.save({"model": filled_classifier().state_dict() | {"layers.9.extra": torch.ones(1)}}, path)
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        pytest.param(lambda path: None, "no such checkpoint file", id="missing"),
+        pytest.param(lambda path: path.mkdir(), "is a folder", id="folder"),
+        pytest.param(lambda path: path.touch(), "empty", id="empty"),
+        pytest.param(lambda path: save_truncated(path, 0.5), "truncated", id="half"),
+        pytest.param(lambda path: save_truncated(path, 0.01), "truncated", id="a_hundredth"),
+        pytest.param(lambda path: path.write_text("<html>Not found</html>"), "not a PyTorch checkpoint", id="text"),
+        pytest.param(lambda path: path.write_text("Not found"), "not a PyTorch checkpoint", id="other_text"),
+        pytest.param(
+            lambda path: torch.save({"model": micro_classifier(dims=16).state_dict()}, path),
+            r"holds another model, custom \(dims 16, .* than the one that is to take it, custom \(dims 8,",
+            id="other_width",
+        ),
+        pytest.param(save_one_missing, "in 1 entries: .*blocks.0.self_attention.A_logs is missing", id="one_missing"),
+        pytest.param(save_one_too_many, "in 1 entries: layers.9.extra is not part of the model", id="one_too_many"),
+        pytest.param(lambda path: torch.save([torch.ones(2)], path), "holds a list", id="list"),
+        pytest.param(lambda path: torch.save({"model": {}}, path), "found no model weights", id="no_weights"),
+        pytest.param(lambda path: torch.save({"epoch": 3}, path), "found no model weights", id="no_model"),
+    ],
+)
+def test_unusable_pretrained_weights_are_an_error(tmp_path: Path, save: Callable[[Path], None], message: str) -> None:
+    path = tmp_path / "weights.pth"
+    save(path)
+    with pytest.raises(WeightsError, match=f"(?s)weights.pth: .*({message})"):
+        micro_backbone(pretrained=path)
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "pickle.dump"])
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, writer: str) -> None:
+    path, trace = tmp_path / "weights.pth", tmp_path / "trace"
+    content = {"model": filled_classifier().state_dict(), "config": LeavesATrace(trace)}
+    if writer == "torch.save":
+        torch.save(content, path)
+    else:
+        with path.open("wb") as file:
+            pickle.dump({"config": content["config"]}, file, protocol=2)
+    with pytest.raises(WeightsError, match=r"weights.pth: refused, .*mkdir"):
+        micro_backbone(pretrained=path)
+    assert not trace.exists()
+
+    torch.load(path, weights_only=False) if writer == "torch.save" else pickle.loads(path.read_bytes())
+    assert trace.exists()  # so the file was dangerous indeed
