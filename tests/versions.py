@@ -20,11 +20,12 @@ COMBINATIONS = {  # name: (Python, calls of pip install)
     "pinned": ("3.11", [["-r", "requirements.txt"], ["-r", "detection/requirements.txt"], ["--no-deps", "-e", "."]]),
     "newest": ("3.13", [["torch", "torchvision"], EXTRAS]),
 }
-TESTS = [
-    *(f"kernels/test_{name}.py" for name in ("kernels", "build")),
-    *(f"classification/test_{name}.py" for name in ("models", "fused", "weight_files", "visualize")),
-    *(f"openmmlab/test_{name}.py" for name in ("mmcv_operators", "detection")),
-]
+OPERATORS = "depthwise_conv gated_norm recurrence selective_scan spatial_mixer state_fusion structure_aware_scan"
+TESTS = {  # folder: tests
+    "kernels": f"build {OPERATORS}",
+    "classification": "fused initialisation pytorch_tools spatial_mamba timm visualize weight_files weights",
+    "openmmlab": "detection mmcv_operators",
+}
 SHOWN = ("torch", "torchvision", "triton", "timm", "numpy", "mmcv-lite")
 
 
@@ -57,7 +58,7 @@ def run(name: str) -> str:
     versions += f"for name in {SHOWN}:\n try: print(m.version(name))\n except m.PackageNotFoundError: print('none')"
     cells = subprocess.run([python, "-c", versions], check=True, capture_output=True, text=True).stdout.split()
     start = time.monotonic()
-    tests = [f"tests/{test}" for test in TESTS]
+    tests = [f"tests/{folder}/test_{test}.py" for folder, tests in TESTS.items() for test in tests.split()]
     with subprocess.Popen(
         [python, "-m", "pytest", "-q", *tests], cwd=ROOT, env=environment(name), stdout=subprocess.PIPE, text=True
     ) as process:

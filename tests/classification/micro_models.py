@@ -15,8 +15,6 @@ from spatial_mamba import SpatialMamba, SpatialMambaBackbone
 from spatial_mamba.kernels.backends import reference_serves
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-
-
 PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
 
 
@@ -28,8 +26,6 @@ CONFIGS = {
 
 
 MICRO = dict(dims=8, depths=(1, 1, 1, 1), drop_path_rate=0.0)
-
-
 half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 

@@ -15,11 +15,7 @@ from torch import Tensor
 from spatial_mamba.classification.distributed import Process
 
 ROOT = Path(__file__).parents[2]
-
-
 MAIN = ROOT / "classification" / "main.py"
-
-
 CPU = Process(0, 1, torch.device("cpu"))
 
 

@@ -1,0 +1,94 @@
+"""The reference implementation of the mixer compared with its parts."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spatial_mamba.kernels import (
+    spatial_mixer,
+    structure_aware_scan,
+)
+from spatial_mamba.kernels.state_fusion import merge_taps
+
+from .inputs import BATCH, DIM, assert_near, assert_types_and_devices_are_refused, core_inputs, generator
+
+pytestmark = pytest.mark.usefixtures("reference_backend")
+
+
+def mixer_inputs(merged: bool = False) -> dict[str, Any]:
+    core = core_inputs()
+    del core["u"], core["projection"]
+    g = generator(1)
+    if merged:
+        taps = merge_taps(core["kernels"], core["alpha"], (1, 3, 5))
+        core |= dict(kernels=None, alpha=None, taps=taps)
+    return (
+        dict(
+            xz=torch.randn(BATCH, 4, 5, 2 * DIM, generator=g),
+            conv_weight=torch.randn(DIM, 1, 3, 3, generator=g),
+            conv_bias=torch.randn(DIM, generator=g),
+            projection_weight=torch.randn(5, DIM, generator=g),
+            norm_weight=torch.randn(DIM, generator=g),
+            norm_bias=torch.randn(DIM, generator=g),
+        )
+        | core
+    )
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_mixer_is_its_parts_in_a_row(merged: bool) -> None:
+    core = mixer_inputs()
+    x, gate = core.pop("xz").split(DIM, dim=-1)
+    conv_weight, conv_bias, projection_weight, norm_weight, norm_bias = (
+        core.pop(name) for name in ("conv_weight", "conv_bias", "projection_weight", "norm_weight", "norm_bias")
+    )
+    u = F.silu(F.conv2d(x.permute(0, 3, 1, 2), conv_weight, conv_bias, padding=1, groups=DIM)).permute(0, 2, 3, 1)
+    y = structure_aware_scan(u, u @ projection_weight.T, **core)
+    expected = F.layer_norm(y, (DIM,), norm_weight, norm_bias) * F.silu(gate)
+    assert_near(spatial_mixer(**mixer_inputs(merged)), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"xz": torch.ones(BATCH, 4, 5, 2 * DIM + 1)}, "^xz must be"),
+        ({"xz": torch.ones(BATCH, 4, 0, 2 * DIM)}, "^xz must be"),
+        ({"xz": torch.ones(4, 5, 2 * DIM)}, "^xz must be"),
+        ({"conv_weight": torch.ones(DIM, 9)}, "^conv_weight must be"),
+        ({"conv_bias": torch.ones(1)}, "^conv_bias must be"),
+        ({"projection_weight": torch.ones(4, DIM)}, r"^projection_weight must be \(R \+ 2, dim\) = \(5, 4\), got"),
+        ({"step_weight": torch.ones(DIM, 0)}, "^step_weight must be .* R >= 1"),
+        ({"step_weight": torch.ones(DIM + 1, 3)}, "^step_weight must be"),
+        ({"step_bias": torch.ones(DIM, 1)}, "^step_bias must be"),
+        ({"A_log": torch.ones(DIM, 1)}, "^A_log must be"),
+        ({"D": torch.ones(1)}, "^D must be"),
+        ({"norm_weight": torch.ones(1)}, "^norm_weight must be"),
+        ({"norm_bias": torch.ones(1)}, "^norm_bias must be"),
+        ({"alpha": torch.ones(2)}, r"alpha of \(2,\)"),
+        ({"dilations": (0, 1, 2)}, "^dilations must be"),
+        ({"alpha": None}, "^give either kernels and alpha, or taps; got kernels$"),
+        ({"kernels": None, "alpha": None}, "^give either kernels and alpha, or taps; got none of them$"),
+        ({"taps": torch.ones(25, DIM)}, "^give either kernels and alpha, or taps; got kernels, alpha, taps$"),
+        (
+            {"kernels": None, "alpha": None, "taps": torch.ones(27, DIM)},
+            r"^taps must be .* = \(25, 4\) for kernels of sizes \(3, 3, 3\) with dilations \(1, 3, 5\), got \(27, 4\)",
+        ),
+        (
+            {"kernels": None, "alpha": None, "taps": torch.ones(25, DIM), "kernel_sizes": (3, 4, 3)},
+            r"^kernel_sizes must be odd, one per dilation of \(1, 3, 5\), got \(3, 4, 3\)",
+        ),
+        (
+            {"kernels": None, "alpha": None, "taps": torch.ones(25, DIM), "dilations": (1, 0, 5)},
+            "^dilations must be",
+        ),
+    ],
+)
+def test_mixer_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spatial_mixer(**mixer_inputs() | change)
+
+
+def test_mixer_refuses_types_and_devices() -> None:
+    assert_types_and_devices_are_refused(spatial_mixer, mixer_inputs())

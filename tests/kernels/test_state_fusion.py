@@ -1,0 +1,119 @@
+"""The reference implementation of the fusion compared with a lookup of every neighbour."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from spatial_mamba.kernels import state_fusion
+from spatial_mamba.kernels.state_fusion import merge_taps, split_taps, tap_offsets
+
+from .inputs import BATCH, DIM, assert_near, fuse_by_gathering, fusion_inputs, generator, half_types
+
+pytestmark = pytest.mark.usefixtures("reference_backend")
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 7), (5, 3), (8, 9)])
+@pytest.mark.parametrize(("dilations", "size"), [((1, 3, 5), 3), ((1,), 3), ((2, 4), 3), ((1, 2), 5)])
+def test_fusion_matches_gathering(height: int, width: int, dilations: tuple[int, ...], size: int) -> None:
+    h, kernels, alpha = fusion_inputs(height, width, len(dilations), size)
+    fused = state_fusion(h, kernels, alpha, dilations)
+    assert fused.dtype == torch.float32
+    assert_near(fused, fuse_by_gathering(h, kernels, alpha, dilations), 1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 7)])
+def test_fusion_gradcheck(height: int, width: int) -> None:
+    h, kernels, alpha = fusion_inputs(height, width, 2)
+    tensors = [t.double().requires_grad_() for t in (h, *kernels, alpha)]
+    assert gradcheck(lambda h, k1, k2, alpha: state_fusion(h, (k1, k2), alpha, (1, 3)), tensors)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda h: h.contiguous(memory_format=torch.channels_last),
+        lambda h: h.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda h: F.pad(h, (1, 2, 3, 4))[:, :, 3:-4, 1:-2],
+        lambda h: h[:1].expand_as(h),
+    ],
+    ids=["channels_last", "transposed", "sliced", "expanded"],
+)
+def test_fusion_accepts_any_memory_layout(layout: Callable[[Tensor], Tensor]) -> None:
+    h, kernels, alpha = fusion_inputs(6, 7)
+    h = layout(h)
+    assert not h.is_contiguous()
+    assert_near(state_fusion(h, kernels, alpha), fuse_by_gathering(h, kernels, alpha, (1, 3, 5)), 1e-6)
+
+
+@half_types
+def test_fusion_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    h, kernels, alpha = fusion_inputs(6, 7)
+    h, alpha, kernels = h.to(dtype), alpha.to(dtype), [k.to(dtype) for k in kernels]
+    fused = state_fusion(h, kernels, alpha)
+    assert fused.dtype == dtype
+    assert torch.equal(fused, state_fusion(h.float(), [k.float() for k in kernels], alpha.float()).to(dtype))
+
+
+def test_states_beyond_the_range_of_fp16_stay_finite_under_autocast() -> None:
+    h = torch.full((1, DIM, 4, 4), 70000.0)
+    kernels = [torch.ones(DIM, 1, 3, 3) for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.float16):
+        fused = state_fusion(h, kernels, torch.ones(3))
+    assert fused.dtype == torch.float32
+    assert_near(fused, 27 * h, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h": torch.ones(DIM, 4, 4)}, "^h must be"),
+        ({"h": torch.ones(BATCH, DIM, 0, 4)}, "^h must be"),
+        ({"kernels": [], "alpha": torch.ones(0), "dilations": ()}, "^kernels must hold at least one"),
+        ({"kernels": [torch.ones(DIM, 1, 3, 3)]}, "1 kernels"),
+        ({"alpha": torch.ones(2)}, r"alpha of \(2,\)"),
+        ({"alpha": torch.ones(3, 1)}, r"alpha of \(3, 1\)"),
+        ({"dilations": (1, 3)}, r"dilations \(1, 3\)"),
+        ({"dilations": (1, 0, 5)}, r"dilations must be positive integers, got \(1, 0, 5\)"),
+        ({"dilations": (1, 3.0, 5)}, r"dilations must be positive integers, got \(1, 3.0, 5\)"),
+        ({"kernels": [torch.ones(DIM + 1, 1, 3, 3)] * 3}, r"fusion kernel must be .* got \(5, 1, 3, 3\)"),
+        ({"kernels": [torch.ones(DIM, 1, 2, 2)] * 3}, r"fusion kernel must be .* odd k, got \(4, 1, 2, 2\)"),
+        ({"kernels": [torch.ones(DIM, 1, 3, 5)] * 3}, r"fusion kernel must be .* got \(4, 1, 3, 5\)"),
+        ({"kernels": [torch.ones(DIM, 3, 3)] * 3}, r"fusion kernel must be .* got \(4, 3, 3\)"),
+    ],
+)
+def test_fusion_refuses(change: dict[str, Any], message: str) -> None:
+    h, kernels, alpha = fusion_inputs(4, 4)
+    with pytest.raises(ValueError, match=message):
+        state_fusion(**dict(h=h, kernels=kernels, alpha=alpha, dilations=(1, 3, 5)) | change)
+
+
+@pytest.mark.parametrize("name", ["h", "kernels[1]", "alpha"])
+def test_fusion_refuses_types_and_devices(name: str) -> None:
+    h, kernels, alpha = fusion_inputs(4, 4)
+
+    def fuse_with(change: Callable[[Tensor], Tensor]) -> None:
+        changed = {"h": h, "kernels[1]": kernels[1], "alpha": alpha}
+        changed[name] = change(changed[name])
+        state_fusion(changed["h"], [kernels[0], changed["kernels[1]"], kernels[2]], changed["alpha"])
+
+    with pytest.raises(TypeError, match=f"^{re.escape(name)} must be of a real floating-point type, got torch.int64"):
+        fuse_with(lambda tensor: tensor.long())
+    with pytest.raises(ValueError, match=r"must be on the device of h"):
+        fuse_with(lambda tensor: tensor.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dilations"), [((3, 3, 3), (1, 3, 5)), ((3,), (2,)), ((5, 3), (1, 2)), ((1, 1), (1, 4))]
+)
+def test_split_taps_merge_again(sizes: tuple[int, ...], dilations: tuple[int, ...]) -> None:
+    count = len(tap_offsets(sizes, dilations)) // 2
+    taps = torch.randn(count, DIM, generator=generator())
+    kernels = split_taps(taps, sizes, dilations)
+    assert [kernel.shape for kernel in kernels] == [(DIM, 1, size, size) for size in sizes]
+    assert torch.equal(merge_taps(kernels, torch.ones(len(dilations)), dilations), taps)
