@@ -1,0 +1,168 @@
+"""Checkpoints of mmengine: loaded with ``weights_only``, refused if they are harmful or do not fit."""
+
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mmdet", reason="OpenMMLab's packages are not installed", exc_type=ImportError)
+pytest.importorskip("mmseg", exc_type=ImportError)
+
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import HOOKS
+
+from spatial_mamba.classification.models.weights import WeightsError, read_checkpoint
+from spatial_mamba.detection.openmmlab.checkpoints import check_fit
+
+
+def mmengine_checkpoint(**more: object) -> dict:
+    """As a runner of mmengine saves it: histories of logged values, NumPy arrays and scalars beside the weights."""
+    history = HistoryBuffer([0.5, 0.25], [1, 1])
+    return {
+        "meta": {"epoch": 1, "iter": 4, "dataset_meta": {"classes": ("a", "b")}, "seed": 7},
+        "state_dict": {"backbone.weight": torch.arange(3.0)},
+        "message_hub": {
+            "log_scalars": {"train/loss": history},
+            "runtime_info": {"best": np.float32(0.5), "sizes": np.arange(3), "flag": np.bool_(True), **more},
+        },
+    }
+
+
+class Harmful:
+    """What a checkpoint must not be able to do."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("harm-done",)
+
+
+class Reaching:
+    """getattr on a harmless object leads to everything."""
+
+    def __reduce__(self) -> tuple:
+        return getattr, (HistoryBuffer, "__init__")
+
+
+def rename_numpy_1(path: Path) -> None:
+    """Give NumPy's functions the names they had before NumPy 2, as in the released files."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {item: archive.read(item) for item in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for item, content in entries.items():
+            renamed = content.replace(b"numpy._core.", b"numpy.core.") if item.filename.endswith(".pkl") else content
+            archive.writestr(item, renamed)
+
+
+@pytest.mark.parametrize("numpy_version", [1, 2])
+def test_mmengine_checkpoints_load_with_weights_only(tmp_path: Path, numpy_version: int) -> None:
+    path = tmp_path / "epoch_1.pth"
+    torch.save(mmengine_checkpoint(), path)
+    if numpy_version == 1:
+        rename_numpy_1(path)
+        assert b"numpy.core.multiarray" in zipfile.ZipFile(path).read("epoch_1/data.pkl")
+    for _ in range(2):  # reading one takes nothing away that the next needs
+        for checkpoint in (torch.load(path, weights_only=True), read_checkpoint(path)):
+            hub = checkpoint["message_hub"]
+            history = hub["log_scalars"]["train/loss"]
+            assert history.mean(2) == 0.375
+            assert history.statistics("current") == 0.25
+            assert hub["runtime_info"]["sizes"].tolist() == [0, 1, 2]
+            assert hub["runtime_info"]["best"] == np.float32(0.5)
+
+
+@pytest.mark.parametrize(
+    ("thing", "name"), [(Harmful(), "mkdir"), (Reaching(), "getattr"), (re.compile("x"), "re._compile")]
+)
+def test_foreign_types_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thing: object, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(mmengine_checkpoint(thing=thing), "bad.pth")
+    with pytest.raises(pickle.UnpicklingError, match=name):
+        torch.load("bad.pth", weights_only=True)
+    with pytest.raises(WeightsError, match=rf"bad\.pth: refused, because it asks to load .*{name}"):
+        read_checkpoint("bad.pth")
+    assert not Path("harm-done").exists()
+
+
+class Pickled:
+    """Pickles as a call, and a state set afterwards."""
+
+    def __init__(self, *parts: object) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> tuple:
+        return self.parts
+
+
+RECONSTRUCT = np.zeros(0).__reduce__()[0]
+FIELDS = (3, "<", None, ("a",), {"a": (np.dtype("f8"), 0)}, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        np.array([object()]),
+        np.array(["text"]),
+        np.zeros(2, ">f8"),
+        np.dtype([("a", "f8")]),
+        Pickled(np.dtype, ("O8",)),
+        Pickled(np.ndarray, ((4,), np.dtype("u1"), np.zeros(4, np.uint8))),
+        Pickled(RECONSTRUCT, (HistoryBuffer, (0,), b"b")),
+        Pickled(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (2,), np.dtype("f8"), False, [1.0, 2.0])),
+        Pickled(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (9,), np.dtype("f8"), False, b"short")),
+    ],
+    ids=str,
+)
+def test_forged_numpy_objects_are_refused(tmp_path: Path, thing: object) -> None:
+    torch.save(mmengine_checkpoint(thing=thing), tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match=r"bad\.pth: "):
+        read_checkpoint(tmp_path / "bad.pth")
+
+
+def test_files_change_no_type(tmp_path: Path) -> None:
+    """Neither the methods of all histories, nor NumPy's dtypes; what was read is saved as what it stands for."""
+    forged = HistoryBuffer([1.0, 3.0], [1, 1])
+    forged._statistics_methods = {"mean": "harm"}
+    torch.save({"forged": forged, "array": np.arange(3), "strange": Pickled(np.dtype, ("f8",), FIELDS)}, tmp_path / "a")
+    checkpoint = read_checkpoint(tmp_path / "a")
+    assert type(checkpoint["forged"]) is HistoryBuffer
+    assert checkpoint["forged"].statistics("mean") == HistoryBuffer([1.0, 3.0], [1, 1]).statistics("mean") == 2
+    assert np.dtype("f8").fields is None
+    assert isinstance(checkpoint["array"], np.ndarray)
+    assert type(pickle.loads(pickle.dumps(checkpoint["array"]))) is np.ndarray
+
+
+def test_a_config_inside_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    checkpoint = {"meta": {"config": "import os"}, "state_dict": model.state_dict()}
+    runner = SimpleNamespace(model=model, _load_from="a.pth")
+    HOOKS.build(dict(type="StrictLoadHook")).after_load_checkpoint(runner, checkpoint)
+    assert checkpoint["meta"] == {}  # where mmengine would look for it afterwards
+
+
+def test_names_of_wrappers_in_a_checkpoint_reach_mmengine_plain() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    state = nn.DataParallel(nn.Sequential(torch.compile(model[0]))).state_dict()
+    checkpoint = {"state_dict": state}
+    runner = SimpleNamespace(model=model, _load_from="a.pth")
+    HOOKS.build(dict(type="StrictLoadHook")).after_load_checkpoint(runner, checkpoint)
+    assert checkpoint["state_dict"].keys() == model.state_dict().keys()
+    assert checkpoint["state_dict"]._metadata["0"] == dict(version=2)
+
+
+def test_a_checkpoint_must_fit_in_every_entry() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    state = model.state_dict()
+    check_fit(model, {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, "x.pth")
+    del state["1.bias"]
+    with pytest.raises(WeightsError, match=r"x\.pth: does not fit this model in 1 entries: 1\.bias is missing"):
+        check_fit(model, {"state_dict": state}, "x.pth")
+    check_fit(model, {"state_dict": state}, "x.pth", may_differ=("1.",))
+    assert HOOKS.build(dict(type="StrictLoadHook", may_differ=["1."])).may_differ == ("1.",)

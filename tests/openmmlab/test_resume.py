@@ -1,0 +1,55 @@
+"""Resumed loops go on with the same images and augmentation."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+
+pytest.importorskip("mmdet", reason="OpenMMLab's packages are not installed", exc_type=ImportError)
+pytest.importorskip("mmseg", exc_type=ImportError)
+
+from mmdet.datasets.samplers import AspectRatioBatchSampler
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset, InfiniteSampler
+from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner.loops import _InfiniteDataloaderIterator
+
+from spatial_mamba.detection.openmmlab.resume import ExactResumeHook
+
+
+class Noise(BaseDataset):
+    """Samples of a width, a height and a random number, which the pipeline draws."""
+
+    def load_data_list(self) -> list[dict]:
+        return [dict(width=1 + i % 3, height=2, number=i) for i in range(11)]
+
+
+def draw(results: dict) -> tuple[int, float]:
+    return results["number"], np.random.rand()
+
+
+def batches(group: type[BatchSampler], workers: int, done: int) -> list:
+    """The batches 0 to 9 of a loop that counts iterations, as a runner sees them that has done the first ``done``."""
+    torch.manual_seed(done)  # whatever came before
+    dataset = Noise(pipeline=[draw])
+    sampler = group(InfiniteSampler(dataset, seed=99 + done), batch_size=2, drop_last=False)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list)
+    loop = object.__new__(IterBasedTrainLoop)
+    loop.dataloader, loop.dataloader_iterator = loader, _InfiniteDataloaderIterator(loader)
+    cfg = Config(dict(train_dataloader=dict(sampler=dict(type="InfiniteSampler"))))
+    ExactResumeHook().before_train(SimpleNamespace(train_loop=loop, seed=5, iter=done, cfg=cfg))
+    return [next(loop.dataloader_iterator) for _ in range(10)]
+
+
+@pytest.mark.parametrize("group", [BatchSampler, AspectRatioBatchSampler])
+def test_a_resumed_loop_goes_on_with_the_same_images_and_augmentation(group: type[BatchSampler]) -> None:
+    expected = batches(group, workers=0, done=0)
+    numbers = [sample for batch in expected for sample in batch]
+    assert len({number for number, _ in numbers[:11]}) >= 9  # all but those that wait for a partner
+    assert len({noise for _, noise in numbers}) == 20
+    resumed = batches(group, workers=2, done=4)
+    assert resumed[4:] == expected[4:]
+    if group is BatchSampler:
+        assert resumed[:4] == [None] * 4  # not loaded

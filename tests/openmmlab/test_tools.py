@@ -1,0 +1,265 @@
+"""The tools: train, test and resume with the scripts of this project and of the packages; wrong inputs."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("mmdet", reason="OpenMMLab's packages are not installed", exc_type=ImportError)
+pytest.importorskip("mmseg", exc_type=ImportError)
+
+from mmengine.registry import HOOKS
+
+from spatial_mamba.detection.demo_data import write_digits as write_coco_digits
+from spatial_mamba.detection.openmmlab import tools
+from spatial_mamba.segmentation.demo_data import write_digits as write_ade_digits
+
+from .test_checkpoints import mmengine_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_home_folder_is_known_in_configs_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    (tmp_path / "own.py").write_text("a = dict(b=[dict(root='~/data')], c=('~/x', 1))\nload_from = '~/w.pth'\n")
+    config = tools.load_config("mmdet", "~/own.py", {"work_dir": "~/work"})
+    assert [config.load_from, config.work_dir] == [str(tmp_path / "w.pth"), str(tmp_path / "work")]
+    assert config.a.b[0].root == str(tmp_path / "data") and config.a.c == (str(tmp_path / "x"), 1)
+    args = tools._common_parser("train.py", "").parse_args(["~/own.py", "--work-dir=~/work", "--cfg-options", "a=~/b"])
+    assert [args.config, args.work_dir] == [str(tmp_path / "own.py"), str(tmp_path / "work")]
+    assert args.cfg_options == {"a": str(tmp_path / "b")}
+
+
+def share_buffers(rank: int, folder: Path) -> None:
+    """One of two processes: their BatchNorm statistics differ until they evaluate."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.fill_(rank + 1)
+    HOOKS.build(dict(type="SameBuffersHook")).before_val(SimpleNamespace(model=norm))
+    torch.save(norm.running_mean, folder / f"{rank}.pth")
+
+
+def test_all_processes_evaluate_with_the_buffers_of_the_first(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(share_buffers, (tmp_path,), nprocs=2, start_method="fork")
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pth").tolist() == [1, 1, 1]
+
+
+CRASH = """
+import os, signal
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class CrashHook(Hook):
+    def after_train_iter(self, runner, **kwargs):
+        if runner.iter + 1 == int(os.environ.get("CRASH_AFTER", 0)):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+SMALLER = """
+_base_ = "{base}"
+custom_imports = dict(imports=["spatial_mamba.{room}", "crash"])
+custom_hooks = [
+    dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook"), dict(type="CrashHook")
+]
+model = dict(backbone=dict(dims=8, depths=(1, 1, 1, 1), drop_path_rate=0.3), {necks})
+pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"{annotations})]
+pipeline += [dict(type="PhotoMetricDistortion"), dict(type="RandomFlip", prob=0.5), dict(type="Pack{kind}Inputs")]
+train_dataloader = dict(batch_size=2, num_workers=1, dataset=dict(data_root="data", pipeline=pipeline))
+val_dataloader = dict(batch_size=2, dataset=dict(data_root="data"))
+test_dataloader = val_dataloader
+{more}
+"""
+
+
+class Room:
+    """A folder with a small data set and config, and the results of an undisturbed run of two processes."""
+
+    def __init__(self, folder: Path, name: str, package: str, last: str, metric: str) -> None:
+        self.folder, self.name, self.package, self.last, self.metric = folder, name, package, last, metric
+        self.tools = ROOT / name / "tools"
+        self.stock = Path(sys.modules[package].__file__).parent / ".mim/tools"
+
+    def run(self, *command: object, fails: bool = False, **environment: str) -> str:
+        """Run a command in the folder, on the CPU; returns its output."""
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(self.folder),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PORT": str(29500 + os.getpid() % 10000),
+            **environment,
+        }
+        result = subprocess.run(
+            [str(part) for part in command],
+            cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        output = result.stdout + result.stderr
+        assert (result.returncode != 0) == fails, output[-3000:]
+        return output
+
+    def scores(self, output: str) -> str:
+        """The metrics of the last evaluation in an output, as printed."""
+        lines = [line for line in output.splitlines() if self.metric in line]
+        return re.sub(r"(data_)?time: \S+", "", lines[-1].split("]    ")[1]).strip()
+
+
+@pytest.fixture(scope="module", params=["detection", "segmentation"])
+def room(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Room:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "crash.py").write_text(CRASH)
+    counts = {"train": 12, "val": 5}
+    if request.param == "detection":
+        write_coco_digits(folder / "data", counts)
+        base, room = "mask_rcnn_spatialmamba_fpn_digits.py", Room(folder, "detection", "mmdet", "epoch_3.pth", "mAP:")
+        necks = "neck=dict(in_channels=[8, 16, 32, 64])"
+        data = dict(kind="Det", annotations=", with_bbox=True, with_mask=True")
+        more = "train_cfg = dict(max_epochs=3, val_interval=3)\ntest_evaluator = val_evaluator = "
+        more += 'dict(ann_file="data/annotations/instances_val.json")'
+    else:
+        write_ade_digits(folder / "data", counts)
+        base, room = "upernet_spatialmamba_digits.py", Room(folder, "segmentation", "mmseg", "iter_9.pth", "mIoU:")
+        norm = "norm_cfg=dict(type='SyncBN')"
+        necks = f"decode_head=dict(in_channels=[8, 16, 32, 64], {norm}), auxiliary_head=dict(in_channels=32, {norm})"
+        data = dict(kind="Seg", annotations="")
+        more = "train_cfg = dict(max_iters=9, val_interval=9)\ndefault_hooks = dict(checkpoint=dict(interval=3))"
+    base = ROOT / "configs" / request.param / base
+    config = SMALLER.format(base=base, room=request.param, necks=necks, more=more, **data)
+    (folder / "small.py").write_text(config)
+    room.trained = room.run("bash", room.tools / "dist_train.sh", "small.py", 2, "--work-dir", "undisturbed")
+    return room
+
+
+def tensors(part: object, name: str = "") -> dict[str, Tensor]:
+    """All tensors of nested containers, by their place."""
+    if isinstance(part, Tensor):
+        return {name: part}
+    items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list | tuple) else ()
+    return {place: tensor for key, child in items for place, tensor in tensors(child, f"{name}/{key}").items()}
+
+
+def test_a_killed_run_resumes_to_the_same_state(room: Room) -> None:
+    train = "bash", room.tools / "dist_train.sh", "small.py", 2, "--work-dir", "killed"
+    # In the second of three parts: after a checkpoint, and with work beyond it that is lost. Without loader processes,
+    # which outlive a killed parent; that makes no difference, nor does it to the augmentation.
+    workers = "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"
+    room.run(*train, "--cfg-options", *workers, fails=True, CRASH_AFTER="5")
+    assert not (room.folder / "killed" / room.last).exists()
+    output = room.run(*train, "--resume")
+    assert re.search(r"resumed epoch: \d, iter: 3", output)
+    expected, got = (
+        torch.load(room.folder / work / room.last, weights_only=True) for work in ("undisturbed", "killed")
+    )
+    for part in ("state_dict", "optimizer"):
+        one, other = tensors(expected[part]), tensors(got[part])
+        assert one.keys() == other.keys()
+        assert len(one) > 100
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert expected["param_schedulers"] == got["param_schedulers"]
+    assert room.scores(output) == room.scores(room.trained)
+
+
+def test_the_distributed_test_repeats_the_score_and_draws(room: Room) -> None:
+    out = "out.pkl" if room.name == "detection" else "out"
+    test = "small.py", f"undisturbed/{room.last}"
+    output = room.run("bash", room.tools / "dist_test.sh", *test, 2, "--work-dir", "tested", "--out", out)
+    assert room.scores(output) == room.scores(room.trained)
+    assert ("2 layers of type SyncBN become BN" in room.trained) == (room.name == "segmentation")  # no GPU
+    if room.name == "detection":
+        predictions = pickle.loads((room.folder / out).read_bytes())
+        assert sorted(p["img_id"] for p in predictions) == [1, 2, 3, 4, 5]
+    else:
+        assert len(list((room.folder / out).glob("*.png"))) == 5
+    more = ["--tta"] if room.name == "segmentation" else []
+    output = room.run(
+        sys.executable, room.tools / "test.py", *test, "--work-dir", "drawn", "--ddp", "--show-dir", "shown", *more
+    )
+    assert len(list((room.folder / "shown").rglob("*.png"))) == 5
+    assert "--ddp has no effect here" in output
+
+
+def test_the_packages_own_tools_run_the_config(room: Room) -> None:
+    short = "train_cfg.max_epochs=1" if room.name == "detection" else "train_cfg.max_iters=3"
+    val = "train_cfg.val_interval=1" if room.name == "detection" else "train_cfg.val_interval=3"
+    first = "epoch_1.pth" if room.name == "detection" else "iter_3.pth"
+    stock = sys.executable, room.stock / "train.py", "small.py", "--work-dir", "stock", "--cfg-options", short, val
+    trained = room.run(*stock)
+    tested = room.run(sys.executable, room.stock / "test.py", "small.py", f"stock/{first}", "--work-dir", "stock")
+    assert room.scores(tested) == room.scores(trained)
+
+
+def test_slurm_scripts_hand_on_what_they_are_given(room: Room) -> None:
+    (room.folder / "bin").mkdir(exist_ok=True)
+    for name, body in (
+        ("srun", 'echo "srun $*" >&2; while [[ $1 != python ]]; do shift; done; exec "$@"'),
+        ("scontrol", "echo 127.0.0.1"),
+    ):
+        path = room.folder / "bin" / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    output = room.run(
+        "bash", room.tools / "slurm_test.sh", "part", "job", "small.py", f"undisturbed/{room.last}", "--work-dir", "s",
+        PATH=f"{room.folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        MASTER_PORT=str(29500 + os.getpid() % 10000),
+        GPUS="1", SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_NODELIST="n[1]", SLURM_LOCALID="0",
+        SRUN_ARGS="--time=10 --mem=4G",
+    )  # fmt: skip
+    assert "srun -p part --job-name=job --gres=gpu:1 --ntasks=1 --ntasks-per-node=1" in output
+    assert "--time=10 --mem=4G python -u" in output
+    assert room.scores(output) == room.scores(room.trained)
+
+
+def test_wrong_input_gets_one_line(room: Room) -> None:
+    (room.folder / "broken.py").write_text("_base_ = 'mmdet::absent.py'")
+    (room.folder / "program.py").write_text("model = undefined")
+    (room.folder / "empty.pth").write_bytes(b"")
+    torch.save(mmengine_checkpoint(), room.folder / "misfit.pth")
+    checkpoint = f"undisturbed/{room.last}"
+    data = "train_dataloader.dataset.data_root=absent"
+    cases = [
+        ("train", ["absent.py"], r"absent\.py: no such config; give a path, or one of .*_digits"),
+        ("train", ["broken.py"], r"broken\.py: cannot be read as a config \("),
+        ("train", ["program.py"], r"program\.py: cannot be read as a config \(NameError: "),
+        ("train", ["small.py", "--fast"], r"unrecognized arguments: --fast"),
+        ("train", ["small.py", "--cfg-options", "model"], r"--cfg-options takes KEY=VALUE"),
+        ("train", ["small.py", "--cfg-options", "model.backbone.frozen_stages=9"], r"frozen_stages must be -1"),
+        ("train", ["small.py", "--launcher", "slurm"], r"--launcher slurm: start the processes with"),
+        ("train", ["small.py", "--launcher", "pytorch"], r"--launcher pytorch: start the processes with"),
+        ("train", ["small.py", "--resume", "absent.pth"], r"absent\.pth: no such checkpoint file"),
+        ("train", ["small.py", "--cfg-options", "model.backbone.pretrained=absent.pth"], r"absent\.pth: no such"),
+        ("train", ["small.py", "--cfg-options", data], r"No such file or directory: '.*absent"),
+        ("train", ["small.py", "--data-path", "absent"], r"No such file or directory: '.*absent"),
+        ("train", ["small.py", "--amp"], r"--amp: .* GPU"),
+        ("test", ["small.py", "empty.pth"], r"empty\.pth: the file is empty"),
+        ("test", ["small.py", "misfit.pth"], r"misfit\.pth: does not fit this model in \d+ entries: "),
+        ("test", ["small.py", checkpoint, "--launcher", "boat"], r"argument --launcher: invalid choice: 'boat'"),
+    ]
+    if room.name == "detection":
+        cases.append(("test", ["small.py", checkpoint, "--out", "a.json"], r"--out: a\.json must end in \.pkl"))
+        cases.append(("test", ["small.py", checkpoint, "--tta"], r"--tta: small\.py has no tta_model"))
+        pool = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
+        cases.append(("train", ["small.py", "--cfg-options", pool], r"pool_mode='max' needs mmcv's compiled operators"))
+    # All in one process, for each takes seconds to import the packages.
+    calls = [(tool, [*arguments, "--work-dir", "wrong"]) for tool, arguments, _ in cases]
+    code = "from spatial_mamba.detection.openmmlab.commands import run_command as run\n"
+    call = f"run({room.package!r}, 'detection.openmmlab.tools', tool, {room.package!r}, arguments)"
+    code += f"for tool, arguments in {calls}: print('status', {call})"
+    output = room.run(sys.executable, "-u", "-W", "ignore", "-c", f"import sys; sys.stderr = sys.stdout\n{code}")
+    *parts, rest = output.split("status 2\n")
+    assert rest == "", output[-2000:]
+    for (_, _, message), part in zip(cases, parts, strict=True):
+        errors = [line for line in part.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert re.search(message, errors[0]), errors[0]
