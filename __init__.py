@@ -1,7 +1,5 @@
 """Spatial-Mamba: a vision backbone with one selective scan and structure-aware state fusion."""
 
-from pathlib import Path
-
 from .classification.models import (
     SpatialMamba,
     SpatialMambaBackbone,
@@ -11,7 +9,6 @@ from .classification.models import (
 )
 
 __version__ = "0.1.0"
-__path__.append(str(Path(__file__).parent / "classification" / "commands"))  # python -m spatial_mamba[.NAME]
 
 __all__ = [
     "SpatialMamba",

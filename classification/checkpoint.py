@@ -13,9 +13,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from yacs.config import CfgNode
 
+from ..kernels.errors import UserError
+from .atomic_write import atomic_write
 from .config import RATES, by_meaning, is_published_run, leaves, to_plain
 from .data import difference
-from .errors import InputError
 from .models.weights import (
     WEIGHT_KEYS,
     WeightsError,
@@ -25,7 +26,6 @@ from .models.weights import (
     state_dict_of,
 )
 from .optim import build_optimizer
-from .atomic_write import atomic_write
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 PUBLISHED_LATEST = "latest_ckpt.pth"  # of the published trainer
@@ -63,7 +63,7 @@ def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
     """Write a whole checkpoint or none: to a file beside ``path`` first, renamed once it is on the disk.
 
     Raises:
-        InputError: if the disk does not take it; what was there before is kept.
+        UserError: if the disk does not take it; what was there before is kept.
     """
     content = {
         "model": state.model.state_dict(),
@@ -83,7 +83,7 @@ def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
         with atomic_write(path) as unfinished:
             torch.save(content, unfinished)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
-        raise InputError(f"{path}: cannot be written ({error}); the checkpoint before it is kept") from error
+        raise UserError(f"{path}: cannot be written ({error}); the checkpoint before it is kept") from error
 
 
 def restore_checkpoint(
@@ -104,11 +104,11 @@ def restore_checkpoint(
 
     Raises:
         WeightsError: if the weights do not fit.
-        InputError: if the checkpoint lacks what training needs, or belongs to other classes or another optimiser.
+        UserError: if the checkpoint lacks what training needs, or belongs to other classes or another optimiser.
     """
     missing = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
     if missing:
-        raise InputError(f"{path}: cannot resume, it holds no {missing[0]}; {_NEW_RUN}")
+        raise UserError(f"{path}: cannot resume, it holds no {missing[0]}; {_NEW_RUN}")
     _require_same_classes(state, checkpoint, path)
     _require_same_optimizer(config, checkpoint, path)
     load_strictly(state.model, state_dict_of(checkpoint, path), path)
@@ -122,7 +122,7 @@ def restore_checkpoint(
         groups = [{**own_group, "params": saved_group["params"]} for own_group, saved_group in groups]
         state.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: its optimiser does not fit this run ({error}); {_NEW_RUN}") from error
+        raise UserError(f"{path}: its optimiser does not fit this run ({error}); {_NEW_RUN}") from error
     if checkpoint.get("scaler") and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint["scaler"])
     state.epoch = int(checkpoint["epoch"])
@@ -172,7 +172,7 @@ def load_pretrained(
 
     Raises:
         WeightsError: if the weights do not fit.
-        InputError: if the classifier is for other classes and ``finetune`` is off.
+        UserError: if the classifier is for other classes and ``finetune`` is off.
     """
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
     rows = _rows_to_take(checkpoint, path, len(own["head.weight"]), finetune, classes)
@@ -246,11 +246,11 @@ def _rows_to_take(
         logger.warning("%s: its classifier is for other classes; a new one is trained in its place", path)
         return None
     if saved_count != count:
-        raise InputError(
+        raise UserError(
             f"{path}: its classifier has {saved_count} classes, this run has {count}; "
             "to train a new classifier on top of these weights, add --finetune"
         )
-    raise InputError(
+    raise UserError(
         f"{path}: its classifier is for other classes: {difference(classes, saved)}; "
         "to train a new classifier on top of these weights, add --finetune"
     )
@@ -265,7 +265,7 @@ def _require_same_classes(state: TrainingState, checkpoint: Mapping[str, Any], p
         what = f"it has {count}, the data {own_count}"
     else:
         return
-    raise InputError(
+    raise UserError(
         f"{path}: cannot resume with other classes: {what}; start a new run under another --output or --tag; "
         "to start it from these weights, give them by --pretrained with --finetune, in place of --resume"
     )
@@ -276,14 +276,14 @@ def _require_same_optimizer(config: CfgNode, checkpoint: Mapping[str, Any], path
     now, saved = config.TRAIN.OPTIMIZER.NAME.lower(), checkpoint.get("config")
     before = by_meaning(saved).get("TRAIN.OPTIMIZER.NAME") if isinstance(saved, dict) else None
     if before is not None and str(before).lower() != now:
-        raise InputError(f"{path}: was trained by {before}, this run by {now}; add --optim {before}, or {_NEW_RUN}")
+        raise UserError(f"{path}: was trained by {before}, this run by {now}; add --optim {before}, or {_NEW_RUN}")
     if before is None and (kept := _kept_values(checkpoint["optimizer"])):
         probe = nn.Linear(2, 2)
         optimizer = build_optimizer(config, probe, world_size=1)
         probe(torch.ones(1, 2)).sum().backward()
         optimizer.step()
         if kept != (own := _kept_values(optimizer.state_dict())):
-            raise InputError(
+            raise UserError(
                 f"{path}: was trained by another optimiser than {now}: it keeps {', '.join(sorted(kept))}, "
                 f"{now} {', '.join(sorted(own)) or 'nothing'}; give the same --optim, or {_NEW_RUN}"
             )

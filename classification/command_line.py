@@ -1,34 +1,15 @@
-"""What the commands for users share: errors in one line, and the options that choose the model they work on."""
+"""The options that choose the model a command works on."""
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import timm
 import torch
 
-from ..kernels.options import whole_number
-from .errors import InputError
-from .models.home import with_home
-from .models.image_files import ImageFileError
+from ..kernels.command_line import whole_number
+from ..kernels.errors import UserError
 from .models.preprocessing import SMALLEST_SIZE
 from .models.trained import TrainedClassifier, load_classifier
-from .models.weights import WeightsError
-
-USER_ERRORS = (InputError, WeightsError, ImageFileError)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, as every other wrong input is, and knows the home folder in paths, ``~``."""
-
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse; the shell expands ``~`` only at the start of a word."""
-        return argparse.Namespace(**with_home(vars(super().parse_args(args))))
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (--help lists the options)")
 
 
 def image_size(text: str) -> int:
@@ -39,45 +20,30 @@ def image_size(text: str) -> int:
     return size
 
 
-def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:
-    """Run a command; returns the exit status: 0, or 2 after one line that names what is wrong."""
-    try:
-        command(argv)
-    except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
-        sys.stdout = None  # else Python would fail to flush it on leaving
-        return 141
-    return 0
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a model: a checkpoint, or an untrained model by name."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; they tell the variant")
+def add_model_options(parser: argparse.ArgumentParser, untrained: bool = True) -> None:
+    """Add the options of ``chosen_model``: a checkpoint or, if ``untrained``, a model by name; EMA weights; device."""
+    source = parser.add_mutually_exclusive_group(required=True) if untrained else parser
     source.add_argument(
-        "--model", choices=timm.list_models("spatial_mamba_*"), help="an untrained model in place of a checkpoint"
+        "--checkpoint", type=Path, required=not untrained, metavar="FILE", help="weights, which also give the variant"
     )
-    parser.add_argument("--ema", action="store_true", help="take the EMA weights of the checkpoint")
+    if untrained:
+        names = timm.list_models("spatial_mamba_*")
+        source.add_argument("--model", choices=names, help="an untrained model instead of a checkpoint")
+    parser.add_argument("--ema", action="store_true", help="use the EMA weights of the checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def chosen_model(args: argparse.Namespace) -> TrainedClassifier:
-    """The model that ``add_model_options`` describe, in evaluation mode on the device asked for.
+    """The model that ``add_model_options`` describe, in evaluation mode on its device.
 
     Raises:
-        InputError: for options that contradict each other, or a GPU where there is none.
-        WeightsError: if the checkpoint cannot be used.
+        UserError: for options that contradict each other, a GPU where there is none, or an unusable checkpoint.
     """
     device = chosen_device(args.device)
     if args.checkpoint is not None:
         classifier = load_classifier(args.checkpoint, ema=args.ema)
     elif args.ema:
-        raise InputError("--ema: an untrained model has no EMA weights; give a --checkpoint")
+        raise UserError("--ema: an untrained model has no EMA weights; give a --checkpoint")
     else:
         torch.manual_seed(0)
         classifier = TrainedClassifier(timm.create_model(args.model).eval())
@@ -89,8 +55,8 @@ def chosen_device(name: str) -> torch.device:
     """The device of that name; ``auto`` is the GPU where there is one.
 
     Raises:
-        InputError: for a GPU where there is none.
+        UserError: for a GPU where there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no usable GPU here; take auto or cpu")
+        raise UserError("--device cuda: PyTorch finds no usable GPU here; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

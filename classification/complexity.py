@@ -1,34 +1,42 @@
-"""Parameters and FLOPs of a config: ``python -m spatial_mamba.classification.complexity --cfg spatialmamba_tiny``."""
+"""Count the parameters and FLOPs of configs."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import torch
 
+from ..kernels.command_line import Parser, run_command
+from ..kernels.errors import UserError
+from .command_line import image_size
 from .config import load_config
-from .errors import InputError
 from .models.flops import count_flops, count_parameters
 from .trainer import build_model
 
+RECIPES = ("spatialmamba_tiny", "spatialmamba_small", "spatialmamba_base")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cfg", nargs="+", required=True, help="YAML configs, or names of those in the package")
-    parser.add_argument("--size", type=int, help="image size, if not the config's")
+    """Run the command; returns the exit status."""
+    return run_command(_command, argv)
+
+
+def _command(argv: Sequence[str] | None) -> None:
+    parser = Parser("spatial-mamba complexity", __doc__, "spatialmamba_tiny --size 384")
+    parser.add_argument(
+        "configs", nargs="*", default=RECIPES, metavar="CONFIG", help="YAML files, or names of shipped configs"
+    )
+    parser.add_argument("--size", type=image_size, metavar="N", help="side of the image (default: the config's)")
     args = parser.parse_args(argv)
+    configs = [load_config(name)[0] for name in args.configs]
     print(f"{'config':<24}{'size':>6}{'parameters':>14}{'GFLOPs':>10}")
-    try:
-        for name in args.cfg:
-            config, _ = load_config(name)
-            size = args.size or config.DATA.IMG_SIZE
-            model = build_model(config, config.MODEL.NUM_CLASSES or 1000)
+    for config in configs:
+        size = args.size or config.DATA.IMG_SIZE
+        model = build_model(config, config.MODEL.NUM_CLASSES or 1000)
+        try:
             flops = count_flops(model, torch.zeros(1, model.in_chans, size, size))
-            print(f"{config.MODEL.NAME:<24}{size:>6}{count_parameters(model):>14,}{flops / 1e9:>10.3f}")
-    except (InputError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        except ImportError as error:
+            raise UserError(str(error)) from error
+        print(f"{config.MODEL.NAME:<24}{size:>6}{count_parameters(model):>14,}{flops / 1e9:>10.3f}", flush=True)
 
 
 if __name__ == "__main__":

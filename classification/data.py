@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from yacs.config import CfgNode
 
+from ..kernels.errors import UserError
 from .config import uses_mixup
 from .distributed import Process
-from .errors import InputError
 from .models.image_files import UNREADABLE, open_image
 from .models.preprocessing import NORMALISATION, preprocessing_of
 from .readers import READ_ERRORS, CachedReader, Reader, open_split
@@ -70,12 +70,12 @@ class ImageData(Dataset):
                     continue
                 reason = str(error).split(" <_io")[0]  # Pillow names the buffer it was given
                 remedy = "" if self.skip_unreadable is None else ", or train with --skip-unreadable"
-                raise InputError(
+                raise UserError(
                     f"{self.reader.name(position)}: unreadable image ({reason}); replace or remove it{remedy}"
                 ) from error
             with _seeded(seed):
                 return self.transform(image), self.numbers[self.reader.label(position)], skipped
-        raise InputError(f"{self.reader.name(0)} and all other images of the split are unreadable")
+        raise UserError(f"{self.reader.name(0)} and all other images of the split are unreadable")
 
 
 class TrainSampler(Sampler):
@@ -121,14 +121,14 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
     """timm's transform of PIL images to normalised tensors (3, IMG_SIZE, IMG_SIZE).
 
     Raises:
-        InputError: for an augmentation policy that timm does not know.
+        UserError: for an augmentation policy that timm does not know.
     """
     if not is_training:
         return preprocessing_of(config).transform()
     aug = config.AUG
     policy = aug.AUTO_AUGMENT
     if policy not in ("", "none") and not policy.startswith(("rand", "augmix", "3a", "original", "v0")):
-        raise InputError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm's, such as rand-m9")
+        raise UserError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm's, such as rand-m9")
     transform = create_transform(
         input_size=config.DATA.IMG_SIZE,
         is_training=True,
@@ -154,12 +154,12 @@ def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
     """Batches ``(images (B, 3, S, S), classes (B,), passed over (B,))`` of whole size only.
 
     Raises:
-        InputError: if the split cannot be opened, or is smaller than one update of all processes.
+        UserError: if the split cannot be opened, or is smaller than one update of all processes.
     """
     dataset = _open_dataset(config, process, "train")
     per_update = config.DATA.BATCH_SIZE * process.world_size * config.TRAIN.ACCUMULATION_STEPS
     if len(dataset) < per_update:
-        raise InputError(
+        raise UserError(
             f"{config.DATA.DATA_PATH}: {len(dataset)} training images are fewer than the {per_update} of one update "
             "(batch size x processes x accumulation steps); lower one of these"
         )
@@ -174,7 +174,7 @@ def build_val_loader(config: CfgNode, process: Process, known: Sequence[str] | N
         known: number the classes as in this list, by name; by default as the data set does.
 
     Raises:
-        InputError: if the split cannot be opened, or has a class that is not in ``known``.
+        UserError: if the split cannot be opened, or has a class that is not in ``known``.
     """
     dataset = _open_dataset(config, process, "val", known)
     return _build_loader(config, process, dataset, EvalSampler(len(dataset), process), drop_last=False)
@@ -201,21 +201,21 @@ def check_classes(config: CfgNode, classes: list[str], other: list[str] | None =
     """Number of classes of the data set, which the config and the other split must agree with.
 
     Raises:
-        InputError: naming both numbers, or a class that only one split has.
+        UserError: naming both numbers, or a class that only one split has.
     """
     path = config.DATA.DATA_PATH
     if other is not None and classes != other:
         lone = sorted(set(classes) ^ set(other))
         reason = f"only one of them has {lone[0]}" if lone else "they number them in different orders"
-        raise InputError(f"{path}: train and val must have the same classes; {reason}")
+        raise UserError(f"{path}: train and val must have the same classes; {reason}")
     check_number(config, len(classes), f"{path}: the data set")
     return len(classes)
 
 
 def check_number(config: CfgNode, number: int, owner: str) -> None:
-    """Raise InputError if the config says another number of classes than what ``owner`` names has."""
+    """Raise UserError if the config says another number of classes than what ``owner`` names has."""
     if config.MODEL.NUM_CLASSES not in (0, number):
-        raise InputError(
+        raise UserError(
             f"{owner} has {number} classes, MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
             f"add --opts MODEL.NUM_CLASSES {number} if that is meant"
         )
@@ -237,7 +237,7 @@ def _open_dataset(config: CfgNode, process: Process, split: str, known: Sequence
     numbers = None
     if known is not None and reader.has_names:
         if not set(reader.classes) <= set(known):
-            raise InputError(
+            raise UserError(
                 f"{config.DATA.DATA_PATH}: the classes are not those of the checkpoint: "
                 f"{difference(reader.classes, known)}; evaluate it on classes that it knows, by the same names"
             )

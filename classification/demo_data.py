@@ -1,67 +1,50 @@
-"""Writes scikit-learn's 1,797 handwritten digits as an ImageNet-style folder: ``python -m ... digits FOLDER``."""
+"""Scikit-learn's 1,797 handwritten digits as an ImageNet-style folder."""
 
-import argparse
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
-from .models.home import with_home
+from ..kernels.errors import UserError
+from .data_folder import run_demo_data, write_folder
 
-VAL_SHARE = 0.2
+VAL_FRACTION = 0.2
 
 
-def write_digits(folder: Path) -> dict[str, int]:
-    """Write ``folder/{train,val}/{0..9}/*.png`` (8x8 grey), split 80/20 with the classes in equal shares.
+def write_digits(folder: Path) -> str:
+    """Write handwritten digits as ``FOLDER/{train,val}/{0..9}/*.png`` (8x8, grey).
 
-    The same images go to the same split every time. The folder appears whole or not at all.
+    Every class is split 80/20, and the same images go to the same split every time.
 
     Returns:
-        The number of images of each split.
+        What the folder holds, in words.
 
     Raises:
-        InputError: if the folder holds something else, or scikit-learn is missing.
+        UserError: if the folder holds something else, or scikit-learn is missing.
     """
-    if folder.exists():
-        counts = {split: len(list(folder.glob(f"{split}/[0-9]/*.png"))) for split in ("train", "val")}
-        if sum(counts.values()) == 1797:
-            return counts
-        raise InputError(f"{folder}: exists and is not the digits data set; remove it or choose another folder")
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise InputError("scikit-learn, which holds the digits, is missing: pip install scikit-learn") from error
+        raise UserError("scikit-learn, which holds the digits, is missing: pip install scikit-learn") from error
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
-    train, val = train_test_split(np.arange(len(pixels)), test_size=VAL_SHARE, stratify=digits.target, random_state=0)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for split, indices in (("train", train), ("val", val)):
-        for index in indices:
-            path = unfinished / split / str(digits.target[index]) / f"{index:04d}.png"
+    indices = np.arange(len(pixels))
+    train, val = train_test_split(indices, test_size=VAL_FRACTION, stratify=digits.target, random_state=0)
+    splits = {"train": train, "val": val}
+    files = {f"{split}/{digits.target[i]}/{i:04d}.png": i for split in splits for i in splits[split]}
+
+    def write(unfinished: Path) -> None:
+        for name, index in files.items():
+            path = unfinished / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[index]).save(path)
-    unfinished.rename(folder)
-    return {"train": len(train), "val": len(val)}
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    folder = with_home(parser.parse_args().folder)
-    try:
-        counts = write_digits(folder)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{folder}: {counts['train']} training and {counts['val']} validation images of handwritten digits")
-    return 0
+    write_folder(folder, files, write)
+    return f"{len(train)} training and {len(val)} validation images of handwritten digits"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_demo_data("classification", write_digits))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from .errors import InputError
+from ..kernels.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ class Process:
             dist.destroy_process_group()
 
 
-def launched_rank() -> int:
-    """Rank given by the launcher (torchrun, torch.distributed.launch); 0 without one."""
-    return int(os.environ.get("RANK", 0))
-
-
 def start_process(device: str) -> Process:
     """Join the other processes of the run, over NCCL on GPUs and gloo on CPUs; alone if there was no launcher.
 
@@ -53,18 +48,18 @@ def start_process(device: str) -> Process:
         device: ``auto`` (a GPU where there is one), ``cuda`` or ``cpu``.
 
     Raises:
-        InputError: if the device asked for is not there.
+        UserError: if the device asked for is not there.
     """
-    rank, world_size = launched_rank(), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise InputError("--device cuda: PyTorch finds no GPU here; use --device cpu, or check the driver")
+            raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or check the driver")
         wanted, present = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if wanted > present:
-            raise InputError(
+            raise UserError(
                 f"{wanted} processes on this machine need a GPU each, there are {present}; lower --nproc_per_node"
             )
         torch.cuda.set_device(local_rank)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from ..kernels.errors import UserError
 from .checkpoint import TrainingState
 from .distributed import Process
 from .run_log import RunLog
@@ -23,7 +24,7 @@ from .seeding import seed_everything
 logger = logging.getLogger(__name__)
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(UserError):
     """Training produces non-finite values update after update."""
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from yacs.config import CfgNode
 
 from ..kernels.build import cpu_features
+from ..kernels.errors import UserError
 from .config import uses_mixup
-from .errors import InputError
 
 FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "nesterov", "momentum")  # PyTorch's own that update in one kernel
 
@@ -28,7 +28,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
     PyTorch's own optimisers run fused: a pass over each parameter and its state instead of one per operation.
 
     Raises:
-        InputError: for an optimiser that timm does not know.
+        UserError: for an optimiser that timm does not know.
     """
     optimizer = config.TRAIN.OPTIMIZER
     name = optimizer.NAME.lower()
@@ -47,7 +47,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
             **arguments,
         )
     except (ValueError, AssertionError, TypeError, IndexError, RuntimeError) as error:
-        raise InputError(f"TRAIN.OPTIMIZER.NAME is {optimizer.NAME!r}: timm cannot build it ({error})") from error
+        raise UserError(f"TRAIN.OPTIMIZER.NAME is {optimizer.NAME!r}: timm cannot build it ({error})") from error
 
 
 def build_scheduler(

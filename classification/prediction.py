@@ -1,4 +1,4 @@
-"""Classifies images, a line each: ``python -m spatial_mamba IMAGE ... --checkpoint FILE``."""
+"""Classify images; prints one line per image."""
 
 import json
 import sys
@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
+from tqdm import tqdm
 
-from ..kernels.options import whole_number
-from .command_line import Parser, chosen_device, run_command
-from .errors import InputError
+from ..kernels.command_line import Parser, run_command, whole_number
+from ..kernels.errors import UserError
+from .command_line import add_model_options, chosen_model
 from .models.image_files import ImageFileError, find_images, read_image
-from .models.trained import TrainedClassifier, load_classifier
+from .models.trained import TrainedClassifier
 
 BATCH_SIZE = 16
 
@@ -34,7 +35,7 @@ def classify(
         classifier: on the device to compute on, fused or not.
         images: any number of files.
         names: one per class.
-        top_k: how many classes to tell.
+        top_k: number of classes to report.
 
     Yields:
         For each image a dictionary: ``image``, and ``classes``, from the most probable on, of ``name``, ``index`` and
@@ -49,16 +50,16 @@ def classify(
         top = iter(())
         if readable:
             with torch.inference_mode():
-                shares = classifier.model(torch.stack(readable).to(device)).softmax(dim=1)
-            values, indices = shares.topk(min(top_k, len(names)))
+                probabilities = classifier.model(torch.stack(readable).to(device)).softmax(dim=1)
+            values, indices = probabilities.topk(min(top_k, len(names)))
             top = zip(values.tolist(), indices.tolist(), strict=True)
         for path, tensor in zip(paths, tensors, strict=True):
             if isinstance(tensor, ImageFileError):
                 yield tensor
                 continue
             classes = [
-                {"name": names[index], "index": index, "probability": share}
-                for share, index in zip(*next(top), strict=True)
+                {"name": names[index], "index": index, "probability": probability}
+                for probability, index in zip(*next(top), strict=True)
             ]
             yield {"image": str(path), "classes": classes}
 
@@ -74,16 +75,16 @@ def class_names(classifier: TrainedClassifier, file: Path | None = None) -> list
     """Names of the classes: of a file with a line each, else of the checkpoint, else of ImageNet, else numbers.
 
     Raises:
-        InputError: for a file that cannot be read, or does not have one line per class.
+        UserError: for a file that cannot be read, or does not have one line per class.
     """
     count = classifier.model.num_classes
     if file is not None:
         try:
             names = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--classes {file}: cannot be read ({error})") from error
+            raise UserError(f"--classes {file}: cannot be read ({error})") from error
         if len(names) != count:
-            raise InputError(f"--classes {file}: has {len(names)} lines, the model {count} classes; give a line each")
+            raise UserError(f"--classes {file}: has {len(names)} lines, the model {count} classes; give a line each")
         return names
     imagenet = ImageNetInfo("imagenet-1k")
     synsets = imagenet.label_names()
@@ -96,23 +97,24 @@ def class_names(classifier: TrainedClassifier, file: Path | None = None) -> list
 
 def _command(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
-    device = chosen_device(args.device)
     images = find_images(args.images)
-    classifier = load_classifier(args.checkpoint, ema=args.ema)
+    classifier = chosen_model(args)
     if classifier.model.num_classes == 0 or classifier.model.in_chans != 3:
         found = f"{classifier.model.num_classes} classes and {classifier.model.in_chans} channels"
-        raise InputError(f"{args.checkpoint}: a classifier of RGB images is needed, this has {found}")
+        raise UserError(f"{args.checkpoint}: a classifier of RGB images is needed, this has {found}")
     names = class_names(classifier, args.classes)
-    classifier.model.to(device).fuse()
+    classifier.model.fuse()
     unreadable = 0
-    for result in classify(classifier, images, names, args.top_k):
+    results = classify(classifier, images, names, args.top_k)
+    bar = sys.stdout.isatty() or None  # lines on a terminal show the progress; None: off where there is no terminal
+    for result in tqdm(results, total=len(images), unit="image", disable=bar):
         if isinstance(result, ImageFileError):
             unreadable += 1
             print(f"error: {result}", file=sys.stderr)
         else:
             print(json.dumps(result) if args.json else _line(result), flush=True)
     if unreadable:
-        raise InputError(f"{unreadable} of {len(images)} images could not be read, see above")
+        raise UserError(f"{unreadable} of {len(images)} images could not be read, see above")
 
 
 def _line(result: dict[str, Any]) -> str:
@@ -121,12 +123,10 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser("python -m spatial_mamba", description=__doc__)
+    parser = Parser("spatial-mamba predict", __doc__, "photo.jpg photos/ --checkpoint spatialmamba_tiny.pth")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, folder, or pattern such as '*.jpg'")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights; they tell the variant")
-    parser.add_argument("--ema", action="store_true", help="take the EMA weights of the checkpoint")
+    add_model_options(parser, untrained=False)
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, a line each")
     parser.add_argument("--top-k", type=whole_number, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object per image")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser

@@ -13,7 +13,7 @@ from typing import IO, Protocol
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .errors import InputError
+from ..kernels.errors import UserError
 from .models.image_files import is_hidden
 
 # A missing or damaged file or archive member, or one packed in a way that cannot be undone here.
@@ -56,15 +56,15 @@ def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
             (lines of ``member<TAB>class number``) that list is followed, else the class folders in the archive.
 
     Raises:
-        InputError: naming the path that is missing, empty or inconsistent.
+        UserError: naming the path that is missing, empty or inconsistent.
     """
     root = Path(data_path)
     if not root.is_dir():
-        raise InputError(f"--data-path {data_path}: no such folder")
+        raise UserError(f"--data-path {data_path}: no such folder")
     folder, tar, archive = root / split, root / f"{split}.tar", root / f"{split}.zip"
     if zip_mode:
         if not archive.is_file():
-            raise InputError(f"--zip: {archive} is missing")
+            raise UserError(f"--zip: {archive} is missing")
         return ZipReader(archive, root / f"{split}_map.txt", split == "train")
     if folder.is_dir():
         has_folders = any(entry.is_dir() and not is_hidden(entry.name) for entry in folder.iterdir())
@@ -73,7 +73,7 @@ def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
         return TarReader(tar)
     if archive.is_file():
         return ZipReader(archive, root / f"{split}_map.txt", split == "train")
-    raise InputError(f"{data_path}: the {split} split is missing; expected {split}/, {split}.tar or {split}.zip in it")
+    raise UserError(f"{data_path}: the {split} split is missing; expected {split}/, {split}.tar or {split}.zip in it")
 
 
 class FolderReader:
@@ -85,7 +85,7 @@ class FolderReader:
         try:
             folders, files = _walk(root)
         except OSError as error:
-            raise InputError(f"{root}: cannot be listed ({error})") from error
+            raise UserError(f"{root}: cannot be listed ({error})") from error
         members = ((name.partition("/")[0] if "/" in name else "", name) for name in files)
         self.root = root
         self.classes, self.samples = _label_members(members, folders, root)
@@ -114,7 +114,7 @@ class ZipReader:
             with zipfile.ZipFile(path) as archive:
                 names = list(dict.fromkeys(archive.namelist()))  # an update repeats the name
         except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: not a readable zip archive ({error})") from error
+            raise UserError(f"{path}: not a readable zip archive ({error})") from error
         if not self.has_names:
             self.classes, self.samples = _read_map(map_file, set(names), path, needs_all_classes)
         else:
@@ -161,7 +161,7 @@ class TarReader:
                         else:
                             self._places[name] = (archive, *place)
             except (OSError, EOFError, tarfile.TarError) as error:
-                raise InputError(f"{archive}: found no readable images in tar form ({error})") from error
+                raise UserError(f"{archive}: found no readable images in tar form ({error})") from error
             inside |= {archive.name} if prefix else set()
         with_images = {posixpath.dirname(name) for name in self._places if _is_image(name)} - {""}
         depths = {folder.count("/") for folder in with_images}
@@ -320,10 +320,10 @@ def _label_members(
         else:
             ignored.append(name)
     if not samples:
-        raise InputError(f"{source}: found no images in class folders ({', '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"{source}: found no images in class folders ({', '.join(IMG_EXTENSIONS)})")
     empty = sorted(set(range(len(classes))) - {label for _, label in samples})
     if empty:
-        raise InputError(f"{source}: class folder {classes[empty[0]]} holds no image; fill or remove it")
+        raise UserError(f"{source}: class folder {classes[empty[0]]} holds no image; fill or remove it")
     if ignored:
         logger.warning(
             "%s: ignored %d files that are hidden, no images or in no class folder, such as %s",
@@ -341,7 +341,7 @@ def _read_map(
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{map_file}, line {number}: not UTF-8 text; save the file in that encoding") from error
+        raise UserError(f"{map_file}, line {number}: not UTF-8 text; save the file in that encoding") from error
     samples: list[tuple[str, int]] = []
     line_of: dict[int, int] = {}  # the first of each class
     for number, line in enumerate(text.split("\n"), start=1):
@@ -349,17 +349,17 @@ def _read_map(
             continue
         name, _, label = line.strip().partition("\t")
         if not (label.isascii() and label.isdigit() and len(label) <= 6):
-            raise InputError(f"{map_file}, line {number}: expected a member name, a tab and a class number")
+            raise UserError(f"{map_file}, line {number}: expected a member name, a tab and a class number")
         if name not in names:
-            raise InputError(f"{map_file}, line {number}: {archive} has no member {name}")
+            raise UserError(f"{map_file}, line {number}: {archive} has no member {name}")
         samples.append((name, int(label)))
         line_of.setdefault(int(label), number)
     if not samples:
-        raise InputError(f"{map_file}: lists no images")
+        raise UserError(f"{map_file}: lists no images")
     largest = max(line_of)
     missing = next(label for label in itertools.count() if label not in line_of)
     if needs_all_classes and missing < largest:
-        raise InputError(
+        raise UserError(
             f"{map_file}, line {line_of[largest]}: class {largest}, but no line has class {missing}; "
             "number the classes from 0 on, without gaps"
         )

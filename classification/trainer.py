@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from ..kernels.errors import UserError
+from .atomic_write import lock
 from .checkpoint import (
     BEST,
     BEST_EMA,
@@ -36,13 +38,11 @@ from .data import (
 )
 from .distributed import Process, start_process
 from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train_one_epoch
-from .errors import InputError
 from .models.spatial_mamba import SpatialMamba
 from .models.weights import read_checkpoint
 from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler, learning_rate_scale
 from .run_log import RunLog, set_up_console
 from .seeding import seed_everything
-from .atomic_write import lock
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +66,13 @@ def prepare(config: CfgNode, notes: list[str]) -> Job:
         notes: lines on config keys that have no effect, for the log.
 
     Raises:
-        InputError, WeightsError: naming what is wrong and the remedy.
+        UserError, WeightsError: naming what is wrong and the remedy.
     """
     kind = ThroughputJob if config.THROUGHPUT_MODE else EvaluationJob if config.EVAL_MODE else TrainingJob
     if kind is not ThroughputJob and not config.DATA.DATA_PATH:
-        raise InputError("--data-path is missing: the folder that holds the train and val splits")
+        raise UserError("--data-path is missing: the folder that holds the train and val splits")
     if kind is EvaluationJob and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
-        raise InputError("--eval needs the checkpoint to evaluate: add --pretrained FILE")
+        raise UserError("--eval needs the checkpoint to evaluate: add --pretrained FILE")
     process = start_process(config.DEVICE)
     set_up_console(process.is_main)
     for note in notes:
@@ -87,7 +87,7 @@ def build_model(config: CfgNode, num_classes: int) -> SpatialMamba:
     """The classifier that a config describes.
 
     Raises:
-        InputError: naming the config key whose value the model refuses.
+        UserError: naming the config key whose value the model refuses.
     """
     model = config.MODEL.SPATIAL_MAMBA
     sizes = model.FUSION_KERNEL_SIZES
@@ -106,7 +106,7 @@ def build_model(config: CfgNode, num_classes: int) -> SpatialMamba:
             fusion_kernel_sizes=sizes[0] if len(sizes) == 1 else tuple(sizes),
         )
     except ValueError as error:
-        raise InputError(f"MODEL.SPATIAL_MAMBA: {error}") from error
+        raise UserError(f"MODEL.SPATIAL_MAMBA: {error}") from error
 
 
 class ThroughputJob:
@@ -148,7 +148,7 @@ class EvaluationJob:
         reader = self.loader.dataset.reader
         found, num_classes = len(reader.classes), class_count(checkpoint, self.path) or len(reader.classes)
         if found > num_classes or (found < num_classes and reader.has_names and known is None):
-            raise InputError(
+            raise UserError(
                 f"{config.DATA.DATA_PATH}: the data set has {found} classes, the classifier of {self.path} has "
                 f"{num_classes}; evaluate it on the classes that it was trained on"
             )
@@ -170,9 +170,9 @@ class TrainingJob:
         self.config, self.process = config, process
         if config.COMPILE and config.TRAIN.USE_CHECKPOINT and process.device.type == "cpu":
             # Seen with 2.11: Inductor's backward pass of two checkpointed blocks dies of a segmentation fault.
-            raise InputError("--compile with --use-checkpoint crashes PyTorch on a CPU; leave one of them out")
+            raise UserError("--compile with --use-checkpoint crashes PyTorch on a CPU; leave one of them out")
         if (Path(config.OUTPUT) / PUBLISHED_LATEST).is_file():
-            raise InputError(
+            raise UserError(
                 f"--output {config.OUTPUT}: is the folder of one run of the published trainer; name another folder, "
                 f"and continue that run with --resume {Path(config.OUTPUT) / PUBLISHED_LATEST}"
             )
@@ -318,12 +318,12 @@ class TrainingJob:
         records = (LATEST, BEST, BEST_EMA, "metrics.jsonl")
         if not self.resumed_from and any((folder / name).exists() for name in records):
             remedy = "remove it" if config.TRAIN.AUTO_RESUME else "let it resume (TRAIN.AUTO_RESUME True)"
-            raise InputError(
+            raise UserError(
                 f"{folder}: holds a run that would be overwritten; choose another --output or --tag, or {remedy}"
             )
         # Also keeps a process from finding the folder of another and taking it for an earlier run's.
         if process.sum([self.state.epoch])[0] != process.world_size * self.state.epoch:
-            raise InputError(
+            raise UserError(
                 f"{folder}: not all processes find the same checkpoint; --output must be a folder that all share"
             )
         if not process.is_main:
@@ -336,9 +336,9 @@ class TrainingJob:
             (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
             return RunLog(process, folder, self.state.updates + 1, self.state.epoch + 1)
         except BlockingIOError as error:
-            raise InputError(f"{folder}: another training is writing here; end it or choose another --tag") from error
+            raise UserError(f"{folder}: another training is writing here; end it or choose another --tag") from error
         except OSError as error:
-            raise InputError(f"--output {folder}: cannot be written ({error})") from error
+            raise UserError(f"--output {folder}: cannot be written ({error})") from error
 
 
 def _parallel(model: nn.Module, process: Process) -> nn.Module:

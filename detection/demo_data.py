@@ -1,4 +1,4 @@
-"""Writes scenes of handwritten digits on photographs as a data set in COCO's form: ``python -m ... digits FOLDER``."""
+"""Scenes of handwritten digits on photographs, as a data set in COCO's format."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .openmmlab.data_folder import run_command, write_whole
+from ..classification.data_folder import run_demo_data, write_folder
 from .openmmlab.digit_scenes import Scene, scenes
 
 COUNTS = {"train": 1200, "val": 160}
@@ -17,7 +17,7 @@ CATEGORIES = [{"id": digit + 1, "name": str(digit), "supercategory": "digit"} fo
 
 
 def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
-    """Write ``folder/{train,val}/*.png`` and ``folder/annotations/instances_{train,val}.json``, the same every time.
+    """Write scenes of digits: ``FOLDER/{train,val}/*.png`` and ``FOLDER/annotations/instances_{train,val}.json``.
 
     Args:
         counts: images per split.
@@ -26,8 +26,7 @@ def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
         What the folder holds, in words.
 
     Raises:
-        SetupError: if scikit-learn is missing.
-        ValueError: if the folder holds something else.
+        UserError: if the folder holds something else, or scikit-learn is missing.
     """
     files = [f"{split}/{_name(number)}" for split, count in counts.items() for number in range(count)]
     files += [f"annotations/instances_{split}.json" for split in counts]
@@ -46,8 +45,8 @@ def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
             content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
             (unfinished / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
-    write_whole(folder, files, write)
-    return f"{counts['train']} training and {counts['val']} validation images of digits on photographs, in COCO's form"
+    write_folder(folder, files, write)
+    return f"{counts['train']} training and {counts['val']} validation images of digits on photographs, for COCO"
 
 
 def outline(mask: np.ndarray) -> list[list[int]]:
@@ -96,9 +95,5 @@ def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, A
     return annotations
 
 
-def main() -> int:
-    return run_command(__doc__, write_digits)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_demo_data("detection", write_digits))

@@ -1,39 +1,48 @@
-"""``python -m spatial_mamba.kernels`` reports which backend serves what, and why none is faster; ``build`` builds."""
+"""Report which backend serves each device and dtype, and why none is faster; ``build`` compiles libraries."""
 
-import argparse
 import importlib.util
 import os
 import platform
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from . import backends, build, native
-from .options import user_path
+from .command_line import Parser, run_command
+from .errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def main() -> int:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run_command(_command, argv)
+
+
+def _command(argv: Sequence[str] | None) -> None:
+    arguments = _parser().parse_args(argv)
     if arguments.command is None:
         print(report())
-        return 0
+        return
+    for name in arguments.names:
+        if name not in build.LIBRARIES:
+            raise UserError(f"there is no library {name!r}: choose from {', '.join(build.LIBRARIES)}")
     try:
         build.build(arguments.names, arguments.arch, arguments.out)
     except build.BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise UserError(str(error)) from error
     if arguments.out and arguments.out.absolute() != build.library_folder().absolute():
         print(f"to load from there: export {build.FOLDER_VARIABLE}={arguments.out.absolute()}")
-    return 0
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m spatial_mamba.kernels", description=report.__doc__)
-    builder = parser.add_subparsers(dest="command").add_parser("build", help="compile the libraries for this machine")
+def _parser() -> Parser:
+    parser = Parser("spatial-mamba kernels", __doc__, "build")
+    commands = parser.add_subparsers(dest="command")
+    builder = commands.add_parser("build", help="compile the libraries for this machine", example="cpu cuda --arch 9.0")
     builder.add_argument("names", nargs="*", metavar="cpu|cuda", help="default: cpu, and cuda where that is possible")
     builder.add_argument(
         "--arch",
@@ -43,12 +52,8 @@ def _parse() -> argparse.Namespace:
         help="compute capabilities; default: TORCH_CUDA_ARCH_LIST, else those of the GPUs here, else "
         + ", ".join(build.ARCHITECTURES),
     )
-    builder.add_argument("--out", type=user_path, metavar="FOLDER", help=f"default: {build.library_folder()}")
-    arguments = parser.parse_args()
-    for name in getattr(arguments, "names", ()):
-        if name not in build.LIBRARIES:
-            builder.error(f"there is no library {name!r}: choose from {', '.join(build.LIBRARIES)}")
-    return arguments
+    builder.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {build.library_folder()}")
+    return parser
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,11 @@ class Device:
 
 
 def report() -> str:
-    """Which backend serves each device and dtype here, why not the others, and what was found to tell by."""
+    """Which backend serves each device and dtype here, why not the others, and what was found here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the hints that operators give are part of the report
         serving = {device: [_serving(device, dtype) for dtype in DTYPES] for device in _devices()}
-    return "\n\n".join("\n".join(part) for part in (_table(serving), _back_ends(serving), _libraries(), _found()))
+    return "\n\n".join("\n".join(part) for part in (_table(serving), _backends(serving), _libraries(), _found()))
 
 
 def _devices() -> list[Device]:
@@ -97,7 +102,7 @@ def _table(serving: dict[Device, list[str]]) -> list[str]:
     return lines
 
 
-def _back_ends(serving: dict[Device, list[str]]) -> list[str]:
+def _backends(serving: dict[Device, list[str]]) -> list[str]:
     """For each device, from the fastest backend to the slowest: what it serves, or why it does not."""
     lines = ["backends, fastest first"]
     for device, names in serving.items():

@@ -1,4 +1,4 @@
-"""Writes scenes of handwritten digits on photographs in ADE20K's layout: ``python -m ... digits FOLDER``."""
+"""Scenes of handwritten digits on photographs, as a data set in ADE20K's layout."""
 
 import sys
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..detection.openmmlab.data_folder import run_command, write_whole
+from ..classification.data_folder import run_demo_data, write_folder
 from ..detection.openmmlab.digit_scenes import Scene, scenes
 
 COUNTS = {"train": 3200, "val": 160}
@@ -15,7 +15,7 @@ FOLDERS = {"train": "training", "val": "validation"}
 
 
 def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
-    """Write ``folder/images/{training,validation}/*.jpg`` and label maps ``folder/annotations/.../*.png``.
+    """Write scenes of digits: ``FOLDER/images/{training,validation}/*.jpg``, label maps in ``FOLDER/annotations``.
 
     Args:
         counts: images per split.
@@ -24,8 +24,7 @@ def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
         What the folder holds, in words.
 
     Raises:
-        SetupError: if scikit-learn is missing.
-        ValueError: if the folder holds something else.
+        UserError: if the folder holds something else, or scikit-learn is missing.
     """
     stems = {split: [f"{FOLDERS[split]}/{number + 1:06d}" for number in range(counts[split])] for split in counts}
     files = [f"images/{stem}.jpg" for split in stems for stem in stems[split]]
@@ -39,7 +38,7 @@ def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
                 Image.fromarray(scene.image).save(unfinished / f"images/{stem}.jpg", quality=95)
                 Image.fromarray(label_map(scene)).save(unfinished / f"annotations/{stem}.png")
 
-    write_whole(folder, files, write)
+    write_folder(folder, files, write)
     return f"{counts['train']} training and {counts['val']} validation images of digits on photographs, with label maps"
 
 
@@ -51,9 +50,5 @@ def label_map(scene: Scene) -> np.ndarray:
     return labels
 
 
-def main() -> int:
-    return run_command(__doc__, write_digits)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_demo_data("segmentation", write_digits))

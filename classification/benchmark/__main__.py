@@ -16,9 +16,9 @@ import torch
 
 from ...kernels.benchmark import measure
 from ...kernels.benchmark.report import BATCHES, DTYPES, NOTE, PEAK, TIMES, Column, Parser, Report
-from ...kernels.options import whole_number
+from ...kernels.command_line import whole_number
+from ...kernels.errors import UserError
 from ..command_line import image_size
-from ..errors import InputError
 from . import parts, plots, processes, roster
 from .prepared import AOTI, CUDAGRAPH, EAGER, EXPORTED, FORMS, FUSED, INFERENCE, MODES, TRAIN, Case, entry, form_of
 
@@ -83,7 +83,7 @@ def _check(args: argparse.Namespace, models: Sequence[roster.Model], device: tor
 
         try:
             (require_compiler if form == AOTI else require_onnx)()
-        except InputError as error:
+        except UserError as error:
             parser.error(f"--form {form}: {error}")
     if args.parts and not any(model.family == roster.OURS for model in models):
         parser.error("--parts: only spatial_mamba_tiny, _small and _base have parts; name one of them in --models")

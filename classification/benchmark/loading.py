@@ -24,11 +24,11 @@ from yacs.config import CfgNode
 
 from ...kernels.benchmark import measure
 from ...kernels.benchmark.report import Column, Parser, Report
-from ...kernels.options import positive, whole_number
+from ...kernels.command_line import positive, whole_number
+from ...kernels.errors import UserError
 from ..config import load_config
 from ..data import build_mixup, build_train_loader, build_val_loader
 from ..distributed import Process
-from ..errors import InputError
 from ..models.image_files import open_image
 
 PHOTO_SIZE, PHOTO_QUALITY = (500, 375), 96  # width and height; of ImageNet's usual photograph, of about 110 kB
@@ -174,8 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             photos = build_train_loader(config, Process(0, 1, parser.device(args.device))).dataset.reader
             report = Report("loading", parser, args, argv)
             _run(report, args, config, photos)
-    except InputError as error:  # from a loader process it comes with that one's traceback in front
-        parser.error(str(error).strip().splitlines()[-1].split("InputError: ")[-1])
+    except UserError as error:  # from a loader process it comes with that one's traceback in front
+        parser.error(str(error).strip().splitlines()[-1].split("UserError: ")[-1])
     return report.finish()
 
 

@@ -1,4 +1,4 @@
-"""Exports a classifier to a file that runs without this package: ONNX, a `torch.export` program, or AOTInductor."""
+"""Export a classifier to a file that runs without this package: ONNX, a `torch.export` program, or AOTInductor."""
 
 import argparse
 import json
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from ..command_line import Parser, add_model_options, chosen_model, run_command
-from ..errors import InputError
-from ..models.architecture import architecture_of
-from ..models.preprocessing import CROP_SHARE, NORMALISATION
-from ..models.trained import TrainedClassifier
+from ...kernels.command_line import Parser, run_command
+from ...kernels.errors import UserError
 from ..atomic_write import atomic_write
+from ..command_line import add_model_options, chosen_model
+from ..models.architecture import architecture_of
+from ..models.preprocessing import CROP_FRACTION, NORMALISATION
+from ..models.trained import TrainedClassifier
 from .check import Function, largest_difference
 from .onnx_file import export_onnx, onnx_facts, onnx_function, require_onnx
 from .programs import export_aoti, export_program, height_and_width, require_compiler
@@ -60,12 +61,12 @@ def _command(argv: Sequence[str] | None) -> None:
             difference = largest_difference(function, model, args.size)
             tolerance = INT8_TOLERANCE if args.int8 else TOLERANCE
             if not difference <= tolerance:
-                raise InputError(
+                raise UserError(
                     f"{args.output}: not written, for its outputs differ from the model's by {difference:.2g} of the "
                     f"largest, more than {tolerance:g}; please report the model and the versions of the packages"
                 )
     except OSError as error:
-        raise InputError(f"--output {args.output}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"--output {args.output}: cannot be written ({error.strerror or error})") from error
     seconds = (exported - start, time.perf_counter() - exported)
     print(_report(args, model, difference, seconds))
 
@@ -88,7 +89,7 @@ def metadata_of(classifier: TrainedClassifier, size: tuple[int, int]) -> dict[st
         "image_size": size,
         **NORMALISATION,
         "crop": preprocessing.crop,
-        "crop_share": CROP_SHARE if preprocessing.crop else 1.0,
+        "crop_share": CROP_FRACTION if preprocessing.crop else 1.0,
         "interpolation": preprocessing.interpolation,
     }
     if classifier.class_names is not None:
@@ -135,23 +136,23 @@ def _check_options(args: argparse.Namespace) -> None:
     """Find the format, and refuse what makes no sense, before any work.
 
     Raises:
-        InputError: naming the option.
+        UserError: naming the option.
     """
     if args.size and len(args.size) > 2:
-        raise InputError(f"--size {' '.join(map(str, args.size))}: give one number, or height and width")
+        raise UserError(f"--size {' '.join(map(str, args.size))}: give one number, or height and width")
     if args.format is None:
         endings = {".onnx": "onnx", ".pt2": "torch"}
         args.format = endings.get(args.output.suffix) if args.output else "onnx"
         if args.format is None:
-            raise InputError(f"--output {args.output}: must end in .onnx or .pt2, or name a --format")
+            raise UserError(f"--output {args.output}: must end in .onnx or .pt2, or name a --format")
     ending = FORMATS[args.format].ending
     if args.output and args.output.suffix != ending:
-        raise InputError(f"--output {args.output}: a file of the format {args.format} must end in {ending}")
+        raise UserError(f"--output {args.output}: a file of the format {args.format} must end in {ending}")
     if args.int8 and args.format != "onnx":
-        raise InputError(f"--int8: only ONNX files are quantised, not the format {args.format}; take --format onnx")
+        raise UserError(f"--int8: only ONNX files are quantised, not the format {args.format}; take --format onnx")
     if args.format != "aoti":
         if args.device == "cuda":
-            raise InputError(f"--device cuda: a file of the format {args.format} is for any device; leave it out")
+            raise UserError(f"--device cuda: a file of the format {args.format} is for any device; leave it out")
         args.device = "cpu"
     if args.format == "onnx":
         require_onnx()
@@ -161,9 +162,9 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _check_output(path: Path) -> None:
     if path.is_dir():
-        raise InputError(f"--output {path}: is a folder; name the file to write")
+        raise UserError(f"--output {path}: is a folder; name the file to write")
     if not path.parent.is_dir():
-        raise InputError(f"--output {path}: there is no folder {path.parent}; make it first")
+        raise UserError(f"--output {path}: there is no folder {path.parent}; make it first")
 
 
 def _report(args: argparse.Namespace, model: torch.nn.Module, difference: float, seconds: tuple[float, float]) -> str:
@@ -185,16 +186,16 @@ def _report(args: argparse.Namespace, model: torch.nn.Module, difference: float,
 
 
 def _parser() -> Parser:
-    parser = Parser("python -m spatial_mamba.export", description=__doc__)
+    parser = Parser("spatial-mamba export", __doc__, "--checkpoint spatialmamba_tiny.pth --output tiny.onnx")
     add_model_options(parser)
-    parser.add_argument("--format", choices=tuple(FORMATS), help="by default that of the output's ending, else onnx")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="default: by the ending of --output, else onnx")
     parser.add_argument(
         "--size",
         type=int,
         nargs="+",
         metavar="N",
-        help="of the images: a side, or height and width (default: that of evaluation)",
+        help="images: one side, or height and width (default: the size of evaluation)",
     )
     parser.add_argument("--int8", action="store_true", help="quantise the linear layers; ONNX only")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="by default named after the model, in this folder")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: named after the model, in this folder")
     return parser

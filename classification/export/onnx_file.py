@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ...kernels.errors import UserError
 from ..models.spatial_mamba import SpatialMambaBackbone, SpatialMambaEncoder
 from .programs import Size, export_program, quiet
 
@@ -43,7 +43,7 @@ def export_onnx(
             are multiplied with.
 
     Raises:
-        InputError: for too small a size, or without the packages that this needs.
+        UserError: for too small a size, or without the packages that this needs.
         RuntimeError: for a fused model, or one in training mode.
     """
     require_onnx()
@@ -121,7 +121,7 @@ def onnx_session(path: str | PathLike[str], threads: int = 0) -> Any:
     """ONNX Runtime's session of a file, on the CPU; ``threads`` of 0 leaves their number to it.
 
     Raises:
-        InputError: without ONNX Runtime.
+        UserError: without ONNX Runtime.
     """
     require_onnx()
     import onnxruntime
@@ -136,17 +136,17 @@ def onnx_function(path: str | PathLike[str]) -> Callable[[Tensor], tuple[Tensor,
     """The file as a function of images, computed by ONNX Runtime on the CPU.
 
     Raises:
-        InputError: without ONNX Runtime.
+        UserError: without ONNX Runtime.
     """
     session = onnx_session(path)
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
 def require_onnx() -> None:
-    """Raise InputError unless the packages that write and run ONNX files are installed."""
+    """Raise UserError unless the packages that write and run ONNX files are installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"ONNX files need more packages: pip install {' '.join(missing)}")
+        raise UserError(f"ONNX files need more packages: pip install {' '.join(missing)}")
 
 
 @dataclass(frozen=True)

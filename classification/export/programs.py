@@ -11,7 +11,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
-from ..errors import InputError
+from ...kernels.errors import UserError
 from ..models.preprocessing import SMALLEST_SIZE
 from ..models.spatial_mamba import SpatialMambaEncoder
 from .form import export_form
@@ -23,11 +23,11 @@ def height_and_width(size: Size) -> tuple[int, int]:
     """Height and width, of which a single number means both.
 
     Raises:
-        InputError: for less than ``SMALLEST_SIZE`` pixels.
+        UserError: for less than ``SMALLEST_SIZE`` pixels.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < SMALLEST_SIZE:
-        raise InputError(
+        raise UserError(
             f"an image size of {height}x{width} is too small; height and width must be at least {SMALLEST_SIZE} pixels"
         )
     return height, width
@@ -45,7 +45,7 @@ def export_program(model: SpatialMambaEncoder, size: Size = 224) -> ExportedProg
         The program, from images (batch, in_chans, height, width) to what the model returns.
 
     Raises:
-        InputError: for too small a size.
+        UserError: for too small a size.
         RuntimeError: for a fused model, or one in training mode.
     """
     height, width = height_and_width(size)
@@ -75,7 +75,7 @@ def export_aoti(
         metadata: kept in the package.
 
     Raises:
-        InputError: for too small a size, or without a C++ compiler.
+        UserError: for too small a size, or without a C++ compiler.
         RuntimeError: for a fused model, or one in training mode.
     """
     require_compiler()
@@ -87,11 +87,11 @@ def export_aoti(
 
 
 def require_compiler() -> None:
-    """Raise InputError unless there is a C++ compiler for AOTInductor."""
+    """Raise UserError unless there is a C++ compiler for AOTInductor."""
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise InputError("AOTInductor needs a C++ compiler: install g++, or name one in the variable CXX") from error
+        raise UserError("AOTInductor needs a C++ compiler: install g++, or name one in the variable CXX") from error
 
 
 @contextmanager

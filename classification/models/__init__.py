@@ -1,4 +1,4 @@
-"""Spatial-Mamba models; importing this room registers them with timm."""
+"""Spatial-Mamba models. Importing this package registers them with timm."""
 
 from .spatial_mamba import (
     SpatialMamba,

@@ -1,4 +1,4 @@
-"""Reads off the names and shapes of weights which Spatial-Mamba they belong to."""
+"""Infers the architecture of a Spatial-Mamba from the names and shapes of its weights."""
 
 import re
 from collections import Counter
@@ -11,17 +11,17 @@ from torch import Tensor
 VARIANTS = {"tiny": (64, (2, 4, 8, 4)), "small": (64, (2, 4, 21, 5)), "base": (96, (2, 4, 21, 5))}
 PUBLISHED_KERNELS = {"kernel_3": (1, 3), "kernel_3_1": (3, 3), "kernel_3_2": (5, 3)}  # dilation and size
 
-FIRST_CONV = "patch_embed.conv1.conv.weight"  # of every encoder
+FIRST_CONV = "patch_embed.conv1.conv.weight"
 
 PUBLISHED_FUSION = "3x3 dilation 1, 3x3 dilation 3, 3x3 dilation 5"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The options of the encoder that weights tell, and what stands on it.
+    """The options of a model that its weights determine.
 
     Attributes:
-        num_classes: of a classifier, 0 for one without its last layer; None for a backbone.
+        num_classes: of a classifier, 0 if it has no last layer; None for a backbone.
         out_indices: the stages of a backbone that have an output norm; empty for a classifier.
         others: see ``SpatialMambaEncoder``.
     """
@@ -37,7 +37,7 @@ class Architecture:
 
     @property
     def encoder(self) -> "Architecture":
-        """The same without what stands on the encoder."""
+        """The same architecture without classifier and output norms."""
         return replace(self, num_classes=None, out_indices=())
 
     @property
@@ -49,12 +49,12 @@ class Architecture:
 
     @property
     def fusion(self) -> str:
-        """The fusion in words."""
+        """The fusion kernels, for messages."""
         branches = zip(self.fusion_kernel_sizes, self.fusion_dilations, strict=True)
         return ", ".join(f"{size}x{size} dilation {d}" for size, d in branches) or "none"
 
     def options(self) -> dict[str, Any]:
-        """Arguments for ``SpatialMamba``, or for ``SpatialMambaBackbone`` if there is no classifier."""
+        """Arguments of ``SpatialMamba``, or of ``SpatialMambaBackbone`` if there is no classifier."""
         options = asdict(self)
         del options["num_classes" if self.num_classes is None else "out_indices"]
         return options
@@ -68,10 +68,10 @@ class Architecture:
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
-    """The architecture that weights belong to, or None if they are none of a whole Spatial-Mamba.
+    """The architecture that the weights belong to, or None if they are not a complete Spatial-Mamba.
 
     Args:
-        state: the state dict of a classifier or backbone; parameters of other models among them do not matter.
+        state: the state dict of a classifier or backbone; parameters of other models in it are ignored.
     """
     shapes = {name: tuple(entry.shape) for name, entry in state.items() if isinstance(entry, Tensor)}
     try:
@@ -96,7 +96,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
 
 
 def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """How the architectures of a model and a file differ, with the remedy; None if they do not, or cannot be told."""
+    """How the architectures of a model and a file differ, and the fix; None if they agree or cannot be inferred."""
     model, file = architecture_of(own), architecture_of(state)
     if model is None or file is None or model == file:
         return None
@@ -104,20 +104,19 @@ def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, T
         theirs, ours = file.encoder.options(), model.encoder.options()
         changes = ", ".join(f"{name}={value}" for name, value in theirs.items() if value != ours[name])
         return (
-            f"holds another model, {file}, than the one that is to take it, {model}; "
-            f"choose that model or config, with {changes}"
+            f"holds another model, {file}, than the one to load, {model}; choose that model or config, with {changes}"
         )
     if model.num_classes is None and file.num_classes is None:
         if not all(name.startswith("outnorm") for name in own.keys() ^ state.keys()):
             return None
         return (
             f"its output norms are those of out_indices={file.out_indices}, the model has {model.out_indices}; "
-            "make the model with those, or start from the file by pretrained=FILE"
+            "make the model with those, or start from the file with pretrained=FILE"
         )
     if model.num_classes is None:
-        return "holds a classifier, the model is a backbone; start from the file by pretrained=FILE"
+        return "holds a classifier, the model is a backbone; start from the file with pretrained=FILE"
     if file.num_classes is None:
-        return "holds a backbone, the model is a classifier; take the file of a classifier"
+        return "holds a backbone, the model is a classifier; use the file of a classifier"
     return (
         f"its classifier has {file.num_classes} classes, the model has {model.num_classes}; "
         f"make the model with num_classes={file.num_classes}, or replace its classifier after loading"
@@ -125,7 +124,7 @@ def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, T
 
 
 def _depths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Number of blocks of each stage; KeyError if one in between is missing, or there is none."""
+    """Number of blocks of each stage; KeyError if a block is missing or there are none."""
     found = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.ln_1\.weight$", name) for name in shapes]
     blocks = {(int(match[1]), int(match[2])) for match in found if match}
     counts = Counter(stage for stage, _ in blocks)
@@ -136,16 +135,16 @@ def _depths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _mlp_ratio(hidden: Sequence[int], dims: int) -> float:
-    """The ratio that makes MLPs of these hidden widths, one per stage, out of widths that double from ``dims`` on."""
+    """The MLP ratio that gives these hidden widths, one per stage; the stages are ``dims * 2**i`` wide."""
     width = dims * 2 ** (len(hidden) - 1)
     ratio = hidden[-1] / width
-    # Hidden widths are rounded down: a ratio in the middle of those that give the last one gives the others, too.
+    # Hidden widths are rounded down. The midpoint of the ratios that give the last width also gives the others.
     fits = all(int(ratio * dims * 2**i) == size for i, size in enumerate(hidden))
     return ratio if fits else (hidden[-1] + 0.5) / width
 
 
 def _fusion_kernels(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Dilation and size of each fusion kernel of the first block, in order; KeyError for a size that is none."""
+    """Dilation and size of each fusion kernel of the first block, sorted; KeyError if shape and name disagree."""
     prefix = "layers.0.blocks.0.self_attention.state_fusion."
     found = []
     for name in (name.removeprefix(prefix) for name in shapes if name.startswith(f"{prefix}kernel_")):

@@ -1,11 +1,11 @@
-"""The inference form of a model: what can be computed once from the weights is, and takes their place.
+"""The inference form of a model: everything that depends on the weights alone is computed once and replaces them.
 
-Nothing of the trained weights is kept beside what was made of them, so it cannot go stale. A fused model gives the
-same numbers but for rounding, has no gradients, and neither loads weights nor trains.
+The trained weights are not kept, so nothing can go stale. A fused model gives the same numbers up to rounding. It has
+no gradients, cannot be trained and loads no weights.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,35 +15,43 @@ from ...kernels import spatial_mixer
 from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
 from ...kernels.state_fusion import merge_taps
 
-# Of the widest activations at once, where they go through memory: few enough for a CPU's cache, and for large images.
+if TYPE_CHECKING:
+    from timm.layers import Mlp
+
+    from .spatial_mamba import Block, StructureAwareSSM
+
+# Memory budget for the widest intermediate. On a CPU it fits the cache; on a GPU it bounds the memory of large images.
 HIDDEN_BYTES = {"cpu": 2**23, "cuda": 2**28}
 
 
-def _how_many(x: Tensor, width: int) -> int:
-    """Items of ``width`` hidden values, in the dtype of ``x``, that may be in memory at once; all under a compiler."""
+def _items_in_budget(x: Tensor, width: int) -> int:
+    """Number of items of ``width`` values in the dtype of ``x`` that fit the budget; no limit under a compiler."""
     if torch.compiler.is_compiling():
         return x.numel()
     return max(1, HIDDEN_BYTES.get(x.device.type, HIDDEN_BYTES["cuda"]) // (width * x.element_size()))
 
 
 class PackedLinear(nn.Module):
-    """Weights of a linear layer, packed where the device and the dtype have kernels for it, else as they are."""
+    """A linear layer whose weight is packed if there is a kernel for its device and dtype."""
+
+    weight: Tensor
+    bias: Any  # Tensor or None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.outputs = len(weight)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self._keep(weight.detach())
+        self._set_weight(weight.detach())
 
-    def _keep(self, weight: Tensor) -> None:
+    def _set_weight(self, weight: Tensor) -> None:
         self.packed = can_pack(weight)
         self.register_buffer("weight", pack_weight(weight) if self.packed else weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if self.packed:  # packing depends on the device and the dtype, which are what changes here
+        if self.packed:  # packing depends on the device and the dtype, which this method changes
             self.weight, self.packed = unpack_weight(self.weight, self.outputs), False
         super()._apply(fn, recurse)
-        self._keep(self.weight)
+        self._set_weight(self.weight)
         return self
 
     def forward(
@@ -52,16 +60,18 @@ class PackedLinear(nn.Module):
         """``relu(linear(norm(x)))`` or ``linear(norm(x)) + residual``: (..., inputs) to (..., outputs).
 
         Raises:
-            TypeError: for activations of another dtype than the weights, as autocast makes them.
+            TypeError: if activations and weights have different dtypes, as under autocast.
         """
         if x.dtype != self.weight.dtype:
             raise TypeError(
-                f"a fused model computes in the dtype of its weights, {self.weight.dtype}, and got activations of "
-                f"{x.dtype}: cast the model with .to({x.dtype}) in place of autocast"
+                f"a fused model computes in the dtype of its weights, {self.weight.dtype}, but got activations of "
+                f"{x.dtype}: cast the model with .to({x.dtype}) instead of using autocast"
             )
         if self.packed:
-            scale = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-            return packed_linear(x, self.weight, self.outputs, self.bias, *scale, relu, residual)
+            before: dict[str, Any] = {}
+            if norm is not None:
+                before = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+            return packed_linear(x, self.weight, self.outputs, self.bias, relu=relu, residual=residual, **before)
         x = F.linear(x if norm is None else norm(x), self.weight, self.bias)
         if relu:
             x = F.relu_(x)
@@ -69,9 +79,9 @@ class PackedLinear(nn.Module):
 
 
 class FusedMlp(nn.Module):
-    """LayerNorm, MLP and residual sum: tokens (B, H, W, C) to the same."""
+    """``x + MLP(LayerNorm(x))`` for tokens (B, H, W, C)."""
 
-    def __init__(self, norm: nn.LayerNorm, mlp: nn.Module) -> None:
+    def __init__(self, norm: nn.LayerNorm, mlp: "Mlp") -> None:
         super().__init__()
         self.norm = norm
         self.fc1 = PackedLinear(mlp.fc1.weight, mlp.fc1.bias)
@@ -82,19 +92,19 @@ class FusedMlp(nn.Module):
             norm, fc1, fc2 = self.norm, self.fc1, self.fc2
             return packed_mlp(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         tokens = x.flatten(0, 2)
-        size = _how_many(x, self.fc1.outputs)
+        size = _items_in_budget(x, self.fc1.outputs)
         if size >= len(tokens):
-            return self._all(x)
-        return torch.cat([self._all(part) for part in tokens.split(size)]).view(x.shape)
+            return self._compute(x)
+        return torch.cat([self._compute(part) for part in tokens.split(size)]).view(x.shape)
 
-    def _all(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x, self.norm)), residual=x)
 
 
 class FusedDownsample(nn.Module):
-    """Inverted bottleneck of stride 2: tokens (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C), in parts.
+    """Inverted bottleneck of stride 2: tokens (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C).
 
-    The hidden activations, eight times as wide as the tokens, are the widest of the network.
+    Its hidden activations, eight times as wide as the tokens, are the widest of the network, so it works in parts.
     """
 
     def __init__(self, expand: nn.Conv2d, depthwise: nn.Conv2d, project: nn.Conv2d) -> None:
@@ -105,31 +115,34 @@ class FusedDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        rows = _how_many(x, width * self.expand.outputs)
+        rows = _items_in_budget(x, width * self.expand.outputs)
         if rows >= height or batch == 0:
             images = rows // height
-            return torch.cat([self._all(part) for part in x.split(images)]) if 0 < images < batch else self._all(x)
-        # Rows of outputs at a time. The two rows of inputs in front make one more output, of the wrong neighbours.
+            if not 0 < images < batch:
+                return self._compute(x)
+            return torch.cat([self._compute(part) for part in x.split(images)])
+        # Bands of output rows. Each band also reads the two input rows before it; the extra output row they give has
+        # wrong neighbours and is dropped.
         step = max(1, rows // 2 - 1)
         bands = []
         for first in range(0, (height + 1) // 2, step):
             start = max(0, 2 * first - 2)
-            band = torch.cat([self._all(image[None]) for image in x[:, start : 2 * (first + step)]])
+            band = torch.cat([self._compute(image[None]) for image in x[:, start : 2 * (first + step)]])
             bands.append(band if first == 0 else band[:, 1:])
         return torch.cat(bands, dim=1)
 
-    def _all(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         hidden = self.expand(x, relu=True).permute(0, 3, 1, 2)
         return self.project(F.relu_(self.depthwise(hidden)).permute(0, 2, 3, 1))
 
 
 class FusedMixer(nn.Module):
-    """What lies between the projections of a block, its kernels merged: (B, H, W, 2 D) to (B, H, W, D)."""
+    """`spatial_mixer` with merged fusion kernels: (B, H, W, 2 D) to (B, H, W, D). Buffers have its argument names."""
 
-    def __init__(self, ssm: nn.Module) -> None:
+    def __init__(self, ssm: "StructureAwareSSM") -> None:
         super().__init__()
         self.eps = ssm.out_norm.eps
-        # In the dtype that kernels take them in, which spares conversions in half-precision models.
+        # Stored in the dtype that the kernels compute in, which saves conversions in half-precision models.
         compute_dtype = torch.promote_types(ssm.conv2d.weight.dtype, torch.float32)
         weights = {
             "conv_weight": ssm.conv2d.weight,
@@ -149,30 +162,22 @@ class FusedMixer(nn.Module):
         self.register_buffer("taps", merge_taps(kernels, alpha.to(compute_dtype), self.dilations).detach())
 
     def forward(self, xz: Tensor) -> Tensor:
+        weights: dict[str, Any] = self._buffers
         return spatial_mixer(
             xz,
-            self.conv_weight,
-            self.conv_bias,
-            self.projection_weight,
-            self.step_weight,
-            self.step_bias,
-            self.A_log,
-            self.D,
-            None,
-            None,
-            self.norm_weight,
-            self.norm_bias,
-            self.dilations,
-            self.eps,
-            taps=self.taps,
+            kernels=None,
+            alpha=None,
+            dilations=self.dilations,
             kernel_sizes=self.kernel_sizes,
+            eps=self.eps,
+            **weights,
         )
 
 
 class FusedBlock(nn.Module):
-    """A block, of six operators: tokens (B, H, W, C) to the same."""
+    """``Block`` as six operators, for tokens (B, H, W, C)."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: "Block") -> None:
         super().__init__()
         self.cpe1, self.cpe2 = block.cpe1, block.cpe2
         self.ln_1 = block.ln_1
@@ -197,10 +202,10 @@ def refuse_to_load(model: nn.Module, *_: Any) -> None:
 
 
 def refuse_gradients(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Hook in front of ``forward``.
+    """Hook that runs before ``forward``.
 
     Raises:
-        RuntimeError: if the gradient of an image is asked for.
+        RuntimeError: if an image requires a gradient.
     """
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        raise RuntimeError(f"a fused {type(model).__name__} has no gradients: take the model as it was before fuse()")
+        raise RuntimeError(f"a fused {type(model).__name__} has no gradients: use the model as it was before fuse()")

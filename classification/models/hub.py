@@ -1,26 +1,30 @@
-"""Saving models to folders and to the Hugging Face Hub, and loading them strictly: ``huggingface_hub``'s mixin."""
+"""Saves models to folders and to the Hugging Face Hub, and loads them strictly."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
 
 from .weights import describe_differences, encoder_weights, load_strictly, read_checkpoint, state_dict_of
 
 
-class HubMixin(
+class HubModule(
+    nn.Module,
     PyTorchModelHubMixin,
     library_name="spatial-mamba",
     license="apache-2.0",
     paper_url="https://arxiv.org/abs/2410.15091",
     tags=["spatial-mamba", "state-space-model"],
 ):
-    """``save_pretrained``, ``push_to_hub`` and ``from_pretrained``: ``config.json`` and ``model.safetensors``.
+    """A module with ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
 
-    ``config.json`` holds the arguments of the constructor, ``from_pretrained`` calls it with them. Loading takes
-    exactly the model's weights.
+    ``config.json`` holds the arguments of the constructor and ``model.safetensors`` the weights; they must match
+    exactly.
     """
+
+    _hub_mixin_config: dict[str, Any]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights.
@@ -30,22 +34,22 @@ class HubMixin(
         """
         if self.fused:
             raise RuntimeError("a fused model cannot be saved: save the model as it was before fuse()")
-        for file_of_this_machine in ("pretrained", "init_cfg"):
-            self._hub_mixin_config.pop(file_of_this_machine, None)
+        for local_file in ("pretrained", "init_cfg"):
+            self._hub_mixin_config.pop(local_file, None)
         if hasattr(self, "num_classes"):
             self._hub_mixin_config |= dict(num_classes=self.num_classes, global_pool=self.global_pool)
         with torch.device("meta"):
-            again = type(self)(**self._hub_mixin_config)
-        if problems := describe_differences(again.state_dict(), self.state_dict()):
-            raise RuntimeError(f"the model cannot be saved, for it has been changed since it was made: it {problems}")
+            rebuilt = type(self)(**self._hub_mixin_config)
+        if problems := describe_differences(rebuilt.state_dict(), self.state_dict()):
+            raise RuntimeError(f"the model cannot be saved because it has changed since it was made: it {problems}")
         super()._save_pretrained(save_directory)
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        """Load strictly, whatever ``strict`` says.
+        """Load strictly, whatever ``strict`` is.
 
         Raises:
-            WeightsError: if the file is missing or damaged, or does not fit the config beside it.
+            WeightsError: if the file is missing or damaged, or does not fit the config next to it.
         """
         state = encoder_weights(state_dict_of(read_checkpoint(model_file), model_file), model_file)
         load_strictly(model, state, model_file)

@@ -1,4 +1,4 @@
-"""Finds the image files that a command line names, in files, folders and patterns, and reads them."""
+"""Finds image files by path, folder or pattern, and reads them."""
 
 import glob
 from collections.abc import Sequence
@@ -9,30 +9,31 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
+from ...kernels.errors import UserError
+
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-LEFT_BEHIND = ("__MACOSX", "@eaDir", "lost+found")  # folders of macOS, of network storage and of file systems
-# What ``open_image`` raises on files that it cannot read; a decompression bomb counts as damage.
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found")  # made by macOS, network storage and file systems
+# What ``open_image`` raises on files that it cannot read; a decompression bomb counts as damaged.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-class ImageFileError(ValueError):
+class ImageFileError(UserError):
     """A path is missing, no image, or damaged; the one-line message names it."""
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a path, between slashes, starts with a dot or is in ``LEFT_BEHIND``."""
+    """Whether a component of a path starts with a dot or is one of ``SYSTEM_FOLDERS``."""
     return any(
-        part.removesuffix(".tar") in LEFT_BEHIND or (part.startswith(".") and part != ".") for part in name.split("/")
+        part.removesuffix(".tar") in SYSTEM_FOLDERS or (part.startswith(".") and part != ".")
+        for part in name.split("/")
     )
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Image files among ``paths``, directly in the folders among them, and matching the patterns among them.
+    """The images that ``paths`` name: files, folders (their direct contents), and patterns.
 
-    Hidden files in a folder, whose names start with a dot, are ignored.
-
-    A path that exists is taken as it is; another one with ``*``, ``?`` or ``[`` in it is a pattern (``**`` for any
-    depth of folders).
+    Hidden files in a folder are ignored. A path that does not exist and contains ``*``, ``?`` or ``[`` is a pattern,
+    where ``**`` matches any depth of folders.
 
     Raises:
         ImageFileError: naming a path that is missing, has another ending, or holds or matches no image.
@@ -60,37 +61,36 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """A user's image, see ``open_image``, turned as its EXIF orientation says.
+    """Read an image with ``open_image`` and rotate it by its EXIF orientation.
 
     Raises:
-        ImageFileError: for a damaged file, or one that holds no image of 8 or 16 bits.
+        ImageFileError: for a damaged file, or one without an image of 8 or 16 bits.
     """
     try:
-        return open_image(path, turn=True)
+        return open_image(path, rotate=True)
     except UNREADABLE as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise ImageFileError(f"{path}: cannot be read as an image ({reason})") from error
 
 
-def open_image(source: Path | BinaryIO, turn: bool = False) -> Image.Image:
-    """The whole image, in RGB with 8 bits per channel. Greyscale of 16 bits is scaled: divided by 257 and rounded.
+def open_image(source: Path | BinaryIO, rotate: bool = False) -> Image.Image:
+    """Decode an image to RGB with 8 bits per channel. 16-bit greyscale is scaled: divided by 257 and rounded.
 
     Args:
         source: path, or open file.
-        turn: turn the image as its EXIF orientation says. Pillow turns TIFF files in any case.
+        rotate: rotate the image by its EXIF orientation. Pillow always does this for TIFF files.
 
     Raises:
-        UNREADABLE: for a damaged file, or one that holds no image.
-        ValueError: for floating-point or 32-bit pixels, whose range the file does not say.
+        UNREADABLE: for a damaged file, or one without an image.
+        ValueError: for floating-point or 32-bit pixels, whose range is unknown.
     """
-    with Image.open(source) as image:
-        kind, is_16_bit = image.mode, _is_16_bit(image)
+    with Image.open(source) as file:
+        kind, is_16_bit = file.mode, _is_16_bit(file)
         if kind in ("F", "I") and not is_16_bit:
             pixels = "floating-point" if kind == "F" else "32-bit integer"
             raise ValueError(f"{pixels} pixels have no known range; save it with 8 or 16 bits per channel")
-        largest = 4095 if getattr(image, "tag_v2", {}).get(Base.BitsPerSample) == (12,) else 65535
-        if turn:
-            image = ImageOps.exif_transpose(image)
+        largest = 4095 if getattr(file, "tag_v2", {}).get(Base.BitsPerSample) == (12,) else 65535
+        image = ImageOps.exif_transpose(file) if rotate else file
         if is_16_bit:
             values = np.asarray(image).astype(np.uint32)
             image = Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
@@ -98,5 +98,5 @@ def open_image(source: Path | BinaryIO, turn: bool = False) -> Image.Image:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Whether an opened file is greyscale of 16 bits; Pillow gives PGM, and in older versions PNG, 32."""
+    """Whether an open file is 16-bit greyscale. Pillow reports 32 bits for PGM, and in older versions for PNG."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))

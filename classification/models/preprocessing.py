@@ -1,4 +1,4 @@
-"""From image files to what a classifier is evaluated on; training augments in `classification.data`."""
+"""Turns images into the input of a classifier at evaluation. Augmentation for training is in `classification.data`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 
-CROP_SHARE = 224 / 256  # of the short side that the crop keeps
+CROP_FRACTION = 224 / 256  # of the resized short side
 SMALLEST_SIZE, LARGEST_SIZE = 32, 16384  # pixels
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
-NORMALISATION = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+NORMALISATION: dict[str, Any] = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are brought to the size of a model's evaluation.
+    """How images are resized and cropped for evaluation.
 
     Attributes:
-        image_size: height and width in pixels of the result.
-        crop: resize the short side to 256/224 of the size and crop the centre, else squash the image to the size.
+        image_size: height and width of the result, in pixels.
+        crop: resize the short side to 256/224 of the size and crop the centre; otherwise squash the image to the size.
         interpolation: ``"bicubic"``, ``"bilinear"``, ``"nearest"`` or ``"lanczos"``.
     """
 
@@ -33,17 +33,17 @@ class Preprocessing:
         return create_transform(
             input_size=self.image_size,
             interpolation=self.interpolation,
-            crop_pct=CROP_SHARE if self.crop else 1.0,
+            crop_pct=CROP_FRACTION if self.crop else 1.0,
             crop_mode="center" if self.crop else "squash",
             **NORMALISATION,
         )
 
 
 def preprocessing_of(config: Any) -> Preprocessing:
-    """What a config, as checkpoints hold it, says of evaluation; the ImageNet recipe where it says nothing.
+    """The preprocessing that the config of a checkpoint describes; missing keys have the values of the ImageNet recipe.
 
     Raises:
-        ValueError: naming the key, for a value that means nothing.
+        ValueError: naming the key with an invalid value.
     """
     default = Preprocessing()
     size = _setting(config, "DATA", "IMG_SIZE", default.image_size)

@@ -1,7 +1,7 @@
-"""Stand-ins for NumPy's types in pickles from elsewhere; what NumPy's own would do with forged data is not known.
+"""Stand-ins for NumPy's types in untrusted pickles.
 
-NumPy fills arrays and dtypes from a pickle without much checking: a forged dtype makes it take numbers for addresses
-of objects, an array filled twice leaves others pointing at freed memory. These take numbers only, of a few formats.
+NumPy's own types barely check what a pickle puts into them: a forged dtype makes NumPy treat numbers as addresses of
+objects, and filling an array twice leaves others with freed memory. The stand-ins accept only numbers, in a few formats.
 """
 
 import pickle
@@ -13,7 +13,7 @@ _CODES = {"?", "b1", *(kind + size for kind in "iuf" for size in "1248")} - {"f1
 
 
 class _Dtype:
-    """In place of ``numpy.dtype``: a format of numbers in little-endian order."""
+    """Stands in for ``numpy.dtype``: a format of little-endian numbers."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
         if code not in _CODES:
@@ -26,7 +26,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """In place of ``numpy.ndarray``; saved again it is one."""
+    """Stands in for ``numpy.ndarray``, and is pickled as one."""
 
     def __new__(cls, *args: object) -> NoReturn:
         raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.ndarray as a function")
@@ -34,31 +34,31 @@ class _Array(np.ndarray):
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, content = state
         if type(dtype) is not _Dtype or type(content) is not bytes:
-            raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.ndarray of other things than numbers")
+            raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.ndarray of anything but numbers")
         super().__setstate__((1, shape, dtype.numpy, is_fortran, content))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> str | tuple:
         return self.view(np.ndarray).__reduce__()
 
 
 def _reconstruct(kind: type, shape: tuple, code: bytes) -> np.ndarray:
-    """In place of NumPy's function, which makes the empty array that is filled then."""
+    """Stands in for NumPy's function, which makes the empty array to be filled."""
     if kind is not _Array:
         raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.core.multiarray._reconstruct of another type")
-    return np.ndarray.__new__(_Array, (0,))
+    return np.empty(0).view(_Array)
 
 
 def _scalar(dtype: _Dtype, content: bytes) -> np.generic:
-    """In place of NumPy's function for a single number."""
+    """Stands in for NumPy's function that makes a single number."""
     if type(dtype) is not _Dtype:
         raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.core.multiarray.scalar of another type")
     return np.frombuffer(content, dtype.numpy, count=1)[0]
 
 
 def safe_numpy_types() -> list[tuple[Any, str]]:
-    """NumPy's scalars and arrays, by the names that the pickles of NumPy 1 and 2 know them by."""
-    admitted: list[tuple[Any, str]] = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray")]
+    """Stand-ins for NumPy's scalars and arrays, with their names in pickles of NumPy 1 and 2."""
+    allowed: list[tuple[Any, str]] = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray")]
     for core in ("core", "_core"):
-        admitted.append((_scalar, f"numpy.{core}.multiarray.scalar"))
-        admitted.append((_reconstruct, f"numpy.{core}.multiarray._reconstruct"))
-    return admitted
+        allowed.append((_scalar, f"numpy.{core}.multiarray.scalar"))
+        allowed.append((_reconstruct, f"numpy.{core}.multiarray._reconstruct"))
+    return allowed

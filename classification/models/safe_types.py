@@ -1,4 +1,4 @@
-"""Types beyond PyTorch's own that published checkpoints hold, each read by a stand-in that executes no code."""
+"""Types in published checkpoints that PyTorch does not allow by itself; a stand-in that runs no code reads each."""
 
 import pickle
 from collections import OrderedDict
@@ -13,23 +13,22 @@ import torch
 
 from .safe_numpy import safe_numpy_types
 
-Admitted = tuple[Any, str]  # a stand-in, and the name of what it stands for
+SafeType = tuple[Any, str]  # a stand-in and the name of the type it replaces
 
 HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 
 
-class Forgotten:
-    """In place of objects that nobody asks for, such as mmengine's histories of logged values."""
+class Discarded:
+    """Stands in for objects that are not needed, such as mmengine's histories of logged values."""
 
     def __setstate__(self, state: object) -> None:
         """Keep nothing."""
 
 
-def history_types(kind: type) -> list[Admitted]:
-    """What reads mmengine's histories as ``kind``.
+def history_types(kind: type) -> list[SafeType]:
+    """Stand-ins that read mmengine's histories as ``kind``.
 
-    They name their methods by ``getattr``, which could reach anything: in its place comes a function that reaches
-    nothing.
+    Histories refer to their methods through ``getattr``, which could reach anything; its stand-in reaches nothing.
     """
 
     def method(owner: object, name: str) -> None:
@@ -39,46 +38,48 @@ def history_types(kind: type) -> list[Admitted]:
     return [(kind, HISTORY), (method, "builtins.getattr")]
 
 
-def config_types() -> list[Admitted]:
-    """What reads the settings and notes in checkpoints.
+def config_types() -> list[SafeType]:
+    """Stand-ins that read the settings and notes in checkpoints.
 
-    That is yacs configs and ``defaultdict``, which come back as plain ordered dictionaries, since the reader fills no
-    other subclass of dict; paths, in their pure form where they are another system's; dates and times; simple
-    namespaces; and the options of timm's scripts, of which nothing is kept.
+    - yacs configs and ``defaultdict`` become ordered dictionaries, the only subclass of dict that the reader fills
+    - paths of another operating system become pure paths
+    - dates, times and simple namespaces stay as they are
+    - options of timm's scripts are discarded
     """
     paths = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath, type(Path()).__name__: type(Path())}
     paths |= {kind.__name__: kind for kind in (PurePosixPath, PureWindowsPath)}
     return [
         (OrderedDict, "yacs.config.CfgNode"),
         (_ordered, "collections.defaultdict"),
-        *((kind, f"builtins.{kind.__name__}") for kind in (dict, float, int, list, str, tuple)),  # makers of its values
+        *((kind, f"builtins.{kind.__name__}") for kind in (dict, float, int, list, str, tuple)),  # default factories
         (SimpleNamespace, "types.SimpleNamespace"),
-        (Forgotten, "argparse.Namespace"),
-        # Python 3.13 has its paths in another module.
+        (Discarded, "argparse.Namespace"),
+        # Python 3.13 defines paths in another module.
         *((kind, f"{module}.{name}") for name, kind in paths.items() for module in ("pathlib", "pathlib._local")),
         *((kind, f"datetime.{kind.__name__}") for kind in (date, datetime, time, timedelta, timezone)),
     ]
 
 
 def _ordered(factory: object = None) -> OrderedDict:
-    """In place of ``defaultdict``, without the values that it would make."""
+    """Stands in for ``defaultdict``, without its default values."""
     return OrderedDict()
 
 
-def safe_types() -> list[Admitted]:
-    """What the published classification checkpoints hold: configs, and NumPy's scalars and arrays."""
+def safe_types() -> list[SafeType]:
+    """Stand-ins for the types in published classification checkpoints: configs, NumPy's scalars and arrays."""
     return [*safe_numpy_types(), *config_types()]
 
 
 @contextmanager
-def safe_types_admitted() -> Iterator[None]:
-    """Let ``torch.load`` take safe types, and histories of mmengine, of which nothing is kept unless it is at work.
+def safe_types_allowed() -> Iterator[None]:
+    """Let ``torch.load`` read safe types and mmengine's histories; the latter are discarded unless mmengine is in use.
 
-    What the process admits under the same names is set aside meanwhile: of two stand-ins PyTorch would take any.
+    Types that the process already allows under the same names are set aside meanwhile, because PyTorch would choose
+    between two entries of one name arbitrarily.
     """
     before = torch.serialization.get_safe_globals()
-    mmengine_is_at_work = any(isinstance(kind, tuple) and kind[1] == HISTORY for kind in before)
-    own = [*safe_types(), *([] if mmengine_is_at_work else history_types(Forgotten))]
+    mmengine_is_in_use = any(isinstance(kind, tuple) and kind[1] == HISTORY for kind in before)
+    own = [*safe_types(), *([] if mmengine_is_in_use else history_types(Discarded))]
     names = {name for _, name in own}
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([*(kind for kind in before if _name(kind) not in names), *own])
@@ -89,12 +90,12 @@ def safe_types_admitted() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def admit_for_good(types: list[Admitted]) -> None:
-    """Let ``torch.load`` take types in this process, from now on, but for names that it takes already."""
+def allow_permanently(types: list[SafeType]) -> None:
+    """Let ``torch.load`` read these types for the rest of the process, except names that it already allows."""
     known = set(map(_name, torch.serialization.get_safe_globals()))
     torch.serialization.add_safe_globals([kind for kind in types if kind[1] not in known])
 
 
 def _name(kind: Any) -> str:
-    """By which pickles know an entry of PyTorch's list."""
+    """The name in pickles of an entry of PyTorch's list."""
     return kind[1] if isinstance(kind, tuple) else f"{kind.__module__}.{kind.__qualname__}"

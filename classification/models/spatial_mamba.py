@@ -1,7 +1,7 @@
 """Spatial-Mamba (arXiv 2410.15091): the backbone, the ImageNet classifier and their registration with timm.
 
-Inside the network tokens are kept as (B, H, W, C). Convolutions see them through a channels-last (B, C, H, W) view,
-so nothing is copied to change the layout. `fused` has the inference form.
+Tokens are kept as (B, H, W, C). Convolutions see them through a channels-last (B, C, H, W) view, so changing the
+layout copies nothing. `fused` holds the inference form.
 """
 
 import math
@@ -14,11 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
@@ -28,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ...kernels import depthwise_conv, selective_scan, spatial_mixer, state_fusion
 from ...kernels.tensors import without_autocast
-from .architecture import PUBLISHED_KERNELS, describe_other_architecture
+from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
 from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
-from .hub import HubMixin
-from .preprocessing import CROP_SHARE, NORMALISATION, SMALLEST_SIZE
-from .safe_types import admit_for_good, config_types
+from .hub import HubModule
+from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
+from .safe_types import allow_permanently, config_types
 from .weights import encoder_weights, load_backbone_weights, plain_names, state_dict_of, under_own_names
 
 __all__ = [
@@ -48,6 +44,7 @@ FUSION_DILATIONS = (1, 3, 5)
 FUSION_KERNEL_SIZE = 3
 
 # Leaves for torch.fx: their checks of shapes, devices and dtypes cannot be traced.
+torch.fx.wrap("checked_images")
 torch.fx.wrap("depthwise_conv")
 torch.fx.wrap("selective_scan")
 torch.fx.wrap("spatial_mixer")
@@ -56,17 +53,19 @@ torch.fx.wrap("_strided_depthwise_conv")
 
 
 class StridedDepthwiseConv(nn.Conv2d):
-    """Depthwise convolution (B, C, H, W) that trains in float32 on CPUs, whatever the dtype of its input.
+    """Depthwise convolution (B, C, H, W). On CPUs it trains in float32, whatever the dtype of its input.
 
-    There, PyTorch's backward pass in half precision takes several times as long.
+    PyTorch's backward pass in half precision takes several times as long there.
     """
+
+    bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         return _strided_depthwise_conv(x, self.weight, self.bias, self.stride, self.padding, self.groups)
 
 
 def _strided_depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], padding: tuple[int, int], groups: int
+    x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...], padding: str | tuple[int, ...], groups: int
 ) -> Tensor:
     if x.device.type != "cpu" or x.dtype.itemsize > 2 or not torch.is_grad_enabled():
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
@@ -75,7 +74,7 @@ def _strided_depthwise_conv(
 
 
 class ConvLayer(nn.Module):
-    """Convolution with the same padding on all sides, then optional BatchNorm and ReLU; (B, C, H, W)."""
+    """Convolution padded by half its kernel, then optional BatchNorm and ReLU; (B, C, H, W)."""
 
     def __init__(
         self,
@@ -95,18 +94,18 @@ class ConvLayer(nn.Module):
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
     def folded(self) -> nn.Conv2d:
-        """The convolution with the BatchNorm, as its statistics are now, in its weights; folded in float32 at least.
+        """The convolution with the current BatchNorm folded into its weights, computed in float32 or wider.
 
         Raises:
-            RuntimeError: for a norm that is no BatchNorm.
+            RuntimeError: if the norm is not a BatchNorm.
         """
         if isinstance(self.norm, nn.Identity):
             return self.conv
-        if not isinstance(self.norm, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm is one, too
+        if not isinstance(self.norm, nn.modules.batchnorm._BatchNorm):  # includes SyncBatchNorm
             raise RuntimeError(f"only BatchNorms can be folded into convolutions, not {type(self.norm).__name__}")
         dtype = self.conv.weight.dtype
         compute_dtype = torch.promote_types(dtype, torch.float32)
-        conv, norm = (deepcopy(module).to(compute_dtype) for module in (self.conv, self.norm))
+        conv, norm = deepcopy(self.conv).to(compute_dtype), deepcopy(self.norm).to(compute_dtype)
         return fuse_conv_bn_eval(conv, norm).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,13 +113,13 @@ class ConvLayer(nn.Module):
 
 
 def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
-    """The images ``x`` themselves, if they are (B, in_chans, H, W) in the dtype of ``weight`` or one for autocast.
+    """Return ``x`` if it is (B, in_chans, H, W) and has the dtype of ``weight``, or one that autocast converts.
 
     Raises:
-        ValueError: for another shape.
-        TypeError: for another dtype.
+        ValueError: for any other shape.
+        TypeError: for any other type or dtype.
     """
-    if torch.jit.is_tracing():  # shapes would become part of the graph
+    if torch.jit.is_tracing():  # the checks would become part of the graph
         return x
     if not isinstance(x, Tensor):
         raise TypeError(f"images must be a tensor, got {type(x).__name__}: convert them with torch.as_tensor")
@@ -134,7 +133,7 @@ def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
         else:
             remedy = "give one batch of images at a time"
         raise ValueError(f"images must have shape (B, {in_chans}, H, W), got {tuple(x.shape)}: {remedy}")
-    if x.dtype != weight.dtype and not _autocast_takes(x, weight):
+    if x.dtype != weight.dtype and not _autocast_converts(x, weight):
         remedy = f"call images.to({weight.dtype}) or model.to({x.dtype})"
         if not x.dtype.is_floating_point:
             remedy = f"call images.to({weight.dtype}) / 255 for 8-bit images, and normalise them as in training"
@@ -142,15 +141,12 @@ def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
     return x
 
 
-def _autocast_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether autocast brings images and weights of different dtypes together: all floating ones but float64."""
+def _autocast_converts(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast is on and reconciles two different dtypes: it handles floating-point types except float64."""
     dtypes = (x.dtype, weight.dtype)
     if torch.float64 in dtypes or not all(dtype.is_floating_point for dtype in dtypes):
         return False
     return torch.is_autocast_enabled(x.device.type)
-
-
-torch.fx.wrap("checked_images")  # a leaf, because its checks cannot be traced
 
 
 class Stem(nn.Module):
@@ -170,9 +166,9 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv1.conv
-        if isinstance(conv, nn.Conv2d):  # and not what adapters put in its place
+        if isinstance(conv, nn.Conv2d):  # an adapter may have replaced it
             x = checked_images(x, conv.in_channels, conv.weight)
-        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last, in a way that vmap knows
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last, in a form that vmap supports
         x = self.conv1(x)
         x = x + self.conv2(x)
         return self.conv3(x).permute(0, 2, 3, 1)
@@ -194,18 +190,26 @@ class Downsample(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise 3x3 convolution of tokens (B, H, W, C), zero padding, and what follows it: see `depthwise_conv`."""
+    """Depthwise 3x3 convolution of tokens (B, H, W, C) with zero padding, then SiLU."""
 
-    def __init__(self, dim: int, epilogue: str) -> None:
+    bias: nn.Parameter
+    epilogue = "silu"  # see `depthwise_conv`
+
+    def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim)
-        self.epilogue = epilogue
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv(x, self.weight, self.bias, self.epilogue)
 
 
+class PositionEncoding(DepthwiseConv):
+    """Conditional position encoding: tokens (B, H, W, C) plus their depthwise 3x3 convolution with zero padding."""
+
+    epilogue = "residual"
+
+
 class ResidualSum(nn.Module):
-    """``x + branch``; in training, the branches of whole samples are dropped at random and the others scaled up."""
+    """``x + branch`` with stochastic depth: training drops the branch of random samples and scales up the others."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -225,14 +229,14 @@ class ResidualSum(nn.Module):
 
 
 class StateFusion(nn.Module):
-    """Structure-aware state fusion of states (B, dim, H, W): one depthwise kernel per dilation, and their mixture.
+    """Structure-aware state fusion of states (B, dim, H, W): a weighted sum of dilated depthwise convolutions.
 
-    The names of the kernels tell their sizes and dilations, so that weights of another fusion never fit by accident;
-    3x3 kernels with dilations 1, 3 and 5 have the published names. Without dilations there are no weights.
+    Parameter names contain the size and dilation of each kernel, so weights of a different fusion never load by
+    accident; 3x3 kernels with dilations 1, 3 and 5 have the published names. Without dilations there are no weights.
 
     Args:
         dim: channels of the states.
-        dilations: of the kernels, ascending.
+        dilations: one per kernel, ascending.
         kernel_sizes: one per kernel.
     """
 
@@ -247,15 +251,15 @@ class StateFusion(nn.Module):
 
     @property
     def kernels(self) -> tuple[Tensor, ...]:
-        """The kernels (dim, 1, k, k), in the order of the dilations."""
+        """The kernels, each (dim, 1, k, k), in the order of the dilations."""
         return tuple(getattr(self, name) for name in self.kernel_names)
 
     def branches(self, like: Tensor) -> tuple[tuple[Tensor, ...], Tensor, tuple[int, ...]]:
-        """Kernels, alpha and dilations as operators take them; without fusion one 1x1 kernel that changes nothing.
+        """Kernels, alpha and dilations as the operators take them; without fusion, a single 1x1 identity kernel.
 
-        ``like`` has the device and the dtype of that kernel.
+        The identity kernel takes its device and dtype from ``like``.
         """
-        if self.dilations:
+        if self.alpha is not None:
             return self.kernels, self.alpha, self.dilations
         return (like.new_ones(self.dim, 1, 1, 1),), like.new_ones(1), (1,)
 
@@ -273,14 +277,15 @@ def _fusion_kernel_names(dilations: Sequence[int], kernel_sizes: Sequence[int]) 
 
 
 class StructureAwareSSM(nn.Module):
-    """Selective scan over the raster of tokens whose states are fused in 2-D before they are read out.
+    """Selective scan over the tokens in row-major order; its states are fused in 2-D before they are read out.
 
     ``h_t = exp(delta_t a) h_(t-1) + delta_t B_t u_t``, ``y = C SASF(h) + D u`` (paper, section 4.1), with a
-    gate as in Mamba. Everything from the step size to the gated output is float32 under autocast: with fusion
-    kernels that start at 1 the states grow 27-fold, more than half precision can hold.
+    gate as in Mamba. Everything from delta to the gated output is float32 under autocast: fusion kernels start at 1,
+    so fusion scales the states up to 27-fold, which half precision may not hold.
 
-    One operator computes all between the two projections from the weights of ``conv2d``, ``state_fusion`` and
-    ``out_norm``. If one of these is hooked, wrapped or sharded, the modules are called one after the other instead.
+    One operator computes everything between the two projections. It reads the weights of ``conv2d``, ``state_fusion``
+    and ``out_norm`` directly. If one of these modules has hooks or is wrapped or sharded, the modules are called one
+    by one instead.
     """
 
     def __init__(self, dim: int, fusion_dilations: Sequence[int], fusion_kernel_sizes: Sequence[int]) -> None:
@@ -289,7 +294,7 @@ class StructureAwareSSM(nn.Module):
         self.dt_rank = dt_rank = math.ceil(dim / 16)
 
         self.in_proj = nn.Linear(dim, 2 * inner_dim, bias=False)
-        self.conv2d = DepthwiseConv(inner_dim, "silu")
+        self.conv2d = DepthwiseConv(inner_dim)
         self.x_proj_weight = nn.Parameter(torch.empty(dt_rank + 2, inner_dim))
         self.dt_projs_weight = nn.Parameter(torch.empty(inner_dim, dt_rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(inner_dim))
@@ -301,13 +306,13 @@ class StructureAwareSSM(nn.Module):
         self.reset_scan_parameters()
 
     def reset_scan_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
-        """Initialise the projections of B, C and the step; at the start softplus(bias) is log-uniform."""
+        """Initialise the projections to B, C and delta; softplus(bias) is log-uniform in [dt_min, dt_max]."""
         nn.init.kaiming_uniform_(self.x_proj_weight, a=math.sqrt(5))  # as nn.Linear does
         nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():
             span = math.log(dt_max) - math.log(dt_min)
-            step = torch.exp(torch.rand(self.inner_dim) * span + math.log(dt_min)).clamp(min=dt_floor)
-            self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse softplus
+            dt = torch.exp(torch.rand(self.inner_dim) * span + math.log(dt_min)).clamp(min=dt_floor)
+            self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
 
     def forward(self, x: Tensor) -> Tensor:
         xz = self.in_proj(x)  # (B, H, W, 2 D): tokens and gate
@@ -343,28 +348,32 @@ class StructureAwareSSM(nn.Module):
         with without_autocast(xz):
             r, B, C = projection.to(compute_dtype).split([self.dt_rank, 1, 1], dim=-1)
             dt = F.linear(r, self.dt_projs_weight.to(compute_dtype))
-            rows = [t.flatten(1, 2).transpose(1, 2) for t in (u.to(compute_dtype), dt, B)]  # (B, channels, L)
+            tokens, dt, B = (t.flatten(1, 2).transpose(1, 2) for t in (u.to(compute_dtype), dt, B))  # (B, channels, L)
             A = -torch.exp(self.A_logs.to(compute_dtype))
-            h = selective_scan(*rows[:2], A, rows[2], delta_bias=self.dt_projs_bias, delta_softplus=True)
+            h = selective_scan(tokens, dt, A, B, delta_bias=self.dt_projs_bias, delta_softplus=True)
             h = self.state_fusion(h.squeeze(2).unflatten(2, u.shape[1:3])).permute(0, 2, 3, 1)
             y = self.out_norm((C * h + self.Ds * u).to(self.out_norm.weight.dtype))
             return (y * F.silu(gate.to(compute_dtype))).to(xz.dtype)
 
 
-# Modules whose weights operators read, in place of calling the modules.
-MIXER_PARTS = {"conv2d": DepthwiseConv, "state_fusion": StateFusion, "out_norm": nn.LayerNorm}
+# Modules that are not called: an operator reads their weights.
+MIXER_PARTS: dict[str, type[nn.Module]] = {
+    "conv2d": DepthwiseConv,
+    "state_fusion": StateFusion,
+    "out_norm": nn.LayerNorm,
+}
 
 
 def _has_global_hooks() -> bool:
-    """Whether hooks of all modules are registered, such as by ``register_module_forward_hook``."""
+    """Whether any hook applies to every module, such as one of ``register_module_forward_hook``."""
     kinds = ("forward_pre", "forward", "backward_pre", "backward")
     return any(getattr(hooks_of_all_modules, f"_global_{kind}_hooks") for kind in kinds)
 
 
 def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module has hooks or another ``forward``, or is no longer of its kind: wrapped, or sharded by FSDP.
+    """Whether the module has hooks, has another ``forward``, or is no longer of type ``kind``: wrapped or sharded.
 
-    Parametrised weights (``torch.nn.utils.parametrize``) are as they should be wherever they are read.
+    Parametrised weights (``torch.nn.utils.parametrize``) do not count: reading them gives the right values.
     """
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     if any(hooks) or "forward" in module.__dict__:
@@ -384,10 +393,10 @@ class Block(nn.Module):
         fusion_kernel_sizes: Sequence[int],
     ) -> None:
         super().__init__()
-        self.cpe1 = DepthwiseConv(dim, "residual")
+        self.cpe1 = PositionEncoding(dim)
         self.ln_1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.self_attention = StructureAwareSSM(dim, fusion_dilations, fusion_kernel_sizes)
-        self.cpe2 = DepthwiseConv(dim, "residual")
+        self.cpe2 = PositionEncoding(dim)
         self.ln_2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.residual_sum = ResidualSum(drop_path)
@@ -400,7 +409,9 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width and the downsampling that follows them, if any; ``block_options`` are those of ``Block``."""
+    """Blocks of one width, then an optional downsampling; ``block_options`` are passed to ``Block``."""
+
+    blocks: Any  # nn.ModuleList of Block, which PyTorch cannot express
 
     def __init__(self, dim: int, drop_paths: Sequence[float], downsample: bool, **block_options: Any) -> None:
         super().__init__()
@@ -409,7 +420,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, H, W, C) to the same tokens after the blocks, and to those of the next stage."""
+        """Tokens (B, H, W, C) to the output of the blocks, (B, H, W, C), and the input of the next stage."""
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -418,8 +429,8 @@ class Stage(nn.Module):
         return x, self.downsample(x)
 
 
-class SpatialMambaEncoder(nn.Module, HubMixin):
-    """Stem and stages: what the classifier and the backbone have in common.
+class SpatialMambaEncoder(HubModule):
+    """Stem and stages, shared by the classifier and the backbone.
 
     Args:
         in_chans: channels of the images.
@@ -429,13 +440,15 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
         mlp_ratio: hidden width of the MLPs, in widths.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         use_checkpoint: recompute the blocks' activations in the backward pass instead of storing them.
-        fusion_dilations: of the kernels that fuse the states, in any order; the model is published with (1, 3, 5),
-            and without any it is a plain scan.
-        fusion_kernel_sizes: of these kernels, odd numbers: one for all, or one per dilation.
+        fusion_dilations: dilations of the fusion kernels, in any order; the published model has (1, 3, 5), and
+            without any the model is a plain scan.
+        fusion_kernel_sizes: odd sizes of these kernels: one for all, or one per dilation.
 
     Raises:
-        ValueError: for a ``d_state`` other than 1, an odd width, a stage without blocks, or a fusion that cannot be.
+        ValueError: for a ``d_state`` other than 1, an odd width, a stage without blocks, or an invalid fusion.
     """
+
+    layers: Any  # nn.ModuleList of Stage, which PyTorch cannot express
 
     def __init__(
         self,
@@ -459,12 +472,11 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
         block_options = dict(mlp_ratio=mlp_ratio) | _fusion_options(fusion_dilations, fusion_kernel_sizes)
 
         widths = [dims * 2**i for i in range(len(depths))]
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)  # a list per stage
         self.patch_embed = Stem(in_chans, dims)
         self.layers = nn.ModuleList(
-            Stage(width, drop_paths, downsample=i < len(depths) - 1, **block_options)
-            for i, (width, drop_paths) in enumerate(
-                zip(widths, calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True), strict=True)
-            )
+            Stage(width, drop_paths[i], downsample=i < len(depths) - 1, **block_options)
+            for i, width in enumerate(widths)
         )
         self.in_chans = in_chans
         self.num_features = widths[-1]
@@ -477,19 +489,21 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
 
     @torch.jit.ignore
     def fuse(self) -> "SpatialMambaEncoder":
-        """Turn the model into its inference form, in place and for good: see `fused`. Move and cast it before or after.
+        """Convert the model, in place and irreversibly, to its inference form; see `fused`.
+
+        The model may be moved and cast before and after.
 
         Returns:
             The model itself.
 
         Raises:
-            RuntimeError: in training mode; for norms in place of the BatchNorms that cannot be folded; for hooks and
-                wrappers (LoRA, FSDP) on modules whose weights are read.
+            RuntimeError: in training mode; if a BatchNorm was replaced by a norm that cannot be folded; or if a
+                module whose weights are read has hooks or wrappers (LoRA, FSDP).
         """
         if self.training:
             raise RuntimeError("only a model in evaluation mode can be fused: call eval() first")
         if not self.fused:
-            # All that may fail comes before the first change.
+            # Everything that can fail comes before the first change.
             refuse_modified_parts(self)
             layers = [module for module in self.modules() if isinstance(module, ConvLayer)]
             folded = [layer.folded() for layer in layers]
@@ -498,7 +512,7 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
                 layer.conv, layer.norm = conv, nn.Identity()
             for stage, fused_blocks in zip(self.layers, blocks, strict=True):
                 stage.blocks = nn.ModuleList(fused_blocks)
-                if isinstance(stage.downsample, Downsample):
+                if not isinstance(stage.downsample, nn.Identity):
                     stage.downsample = FusedDownsample(*(layer.conv for layer in stage.downsample.conv))
             self.requires_grad_(False)
             self.register_load_state_dict_pre_hook(refuse_to_load)
@@ -510,18 +524,18 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
         """Set training or evaluation mode.
 
         Raises:
-            RuntimeError: if a fused model is to be trained.
+            RuntimeError: if a fused model is set to training mode.
         """
         if mode and self.__dict__.get("fused"):
-            raise RuntimeError(f"a fused {type(self).__name__} cannot be trained: make it anew and load its weights")
+            raise RuntimeError(f"a fused {type(self).__name__} cannot be trained: build it again and load its weights")
         return super().train(mode)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights, as every module does, also under the names that wrappers and training frameworks give them.
+        """Load weights like any module, and accept names with the prefixes of wrappers and training frameworks.
 
         Raises:
-            WeightsError: for weights of several models.
-            RuntimeError: for names or shapes that do not fit; in one line, if they are those of another Spatial-Mamba.
+            WeightsError: if there are weights of several models.
+            RuntimeError: if names or shapes do not match; one line if they belong to a different Spatial-Mamba.
         """
         own = self.state_dict()
         if state_dict.keys() != own.keys():
@@ -533,20 +547,20 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turn activation checkpointing of the blocks on or off."""
+        """Switch activation checkpointing of the blocks on or off."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names exempt from weight decay beyond biases and 1-D parameters, which timm exempts itself: none."""
+        """No names: weight decay skips only biases and 1-D parameters, which timm excludes by itself."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which parameters belong together, from the images to the logits, for timm's layer-wise learning rates.
+        """Groups of parameters, ordered from input to output, for timm's layer-wise learning rates.
 
-        A group is a block, with the downsampling or the last norm that follows it; or, if ``coarse``, a stage.
+        A group is a block with the downsampling or final norm that follows it, or a stage if ``coarse``.
         """
         follows = (99999,)  # timm's number for "in the group before"
         stages = [(r"^layers\.(\d+)", None)]
@@ -556,16 +570,16 @@ class SpatialMambaEncoder(nn.Module, HubMixin):
 
 
 class SpatialMamba(SpatialMambaEncoder):
-    """Spatial-Mamba classifier: images (B, in_chans, H, W), of any H and W of at least 32, to logits (B, num_classes).
+    """Spatial-Mamba classifier: images (B, in_chans, H, W) with H, W >= 32 to logits (B, num_classes).
 
     Args:
-        num_classes: size of the logits; 0 returns the pooled features instead.
-        drop_rate: dropout in front of the classifier.
+        num_classes: number of logits; 0 returns the pooled features instead.
+        drop_rate: dropout before the classifier.
         global_pool: ``"avg"``, or ``""`` to classify every token.
         in_chans, **encoder_options: see ``SpatialMambaEncoder``.
 
     Raises:
-        ValueError: for another pooling.
+        ValueError: for any other pooling.
     """
 
     def __init__(
@@ -581,7 +595,7 @@ class SpatialMamba(SpatialMambaEncoder):
         self.head_hidden_size = self.num_features
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
-        self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
 
@@ -591,7 +605,7 @@ class SpatialMamba(SpatialMambaEncoder):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a freshly initialised classifier of another size in place, on the model's device and dtype.
+        """Replace the classifier by a newly initialised one of another size, in the model's device and dtype.
 
         Raises:
             ValueError: for a pooling other than ``"avg"`` and ``""``.
@@ -601,39 +615,35 @@ class SpatialMamba(SpatialMambaEncoder):
                 raise ValueError(f'global_pool must be "avg" or "", got {global_pool!r}')
             self.global_pool = global_pool
         self.num_classes = num_classes
-        if num_classes > 0:
-            head = nn.Linear(self.num_features, num_classes)
-            _init_weights(head)
-            like = next(self.parameters())
-            self.head = head.to(device=like.device, dtype=like.dtype)
-        else:
-            self.head = nn.Identity()
-        self.head.train(self.training)
+        head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        _init_weights(head)
+        like = next(self.parameters())
+        self.head = head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The features of some stages, in front of their downsampling, and those of ``forward_features``.
+        """The features of some stages, taken before their downsampling, and the result of ``forward_features``.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: of the stages, negative ones from the last; a number for that many last ones; None for all.
-            norm: apply the final norm to the features of the last stage, the only ones that it fits.
-            stop_early: end after the last stage asked for; the first result is then that of this stage.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``, of the intermediate features alone.
-            intermediates_only: return only those.
+            indices: stages to return, negative ones counted from the end; a number n for the last n; None for all.
+            norm: apply the final norm to the features of the last stage, the only ones it fits.
+            stop_early: stop after the last requested stage; the first result is then the output of that stage.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``, for the intermediate features only.
+            intermediates_only: return only the intermediate features.
 
         Returns:
-            The features of ``forward_features``, and a list of maps (B, C_i, H_i, W_i) or (B, H_i, W_i, C_i).
+            The result of ``forward_features``, and a list of maps (B, C_i, H_i, W_i) or (B, H_i, W_i, C_i).
 
         Raises:
-            ValueError: for another format.
+            ValueError: for any other format.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')
@@ -652,14 +662,14 @@ class SpatialMamba(SpatialMambaEncoder):
         return (features if stop_early and end < last else self.norm(x)), intermediates
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop, in place, what the features of some stages do not need.
+        """Remove, in place, everything that the features of some stages do not need.
 
         Args:
-            indices: see ``forward_intermediates``.
-            prune_norm: drop the final norm, too.
-            prune_head: drop the classifier and the pooling, too. Both go in any case if the last stage does.
+            indices: stages to keep, see ``forward_intermediates``.
+            prune_norm: also remove the final norm.
+            prune_head: also remove the classifier and the pooling. Norm and head always go if the last stage goes.
 
         Returns:
             The indices of the stages, none of them negative.
@@ -684,7 +694,7 @@ class SpatialMamba(SpatialMambaEncoder):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, H, W, num_features) to logits, or with ``pre_logits`` to the features in front of them."""
+        """Tokens (B, H, W, num_features) to logits, or with ``pre_logits`` to the features before the classifier."""
         if self.global_pool == "avg":
             x = x.mean(dim=(1, 2))
         x = self.head_drop(x)
@@ -697,17 +707,17 @@ class SpatialMamba(SpatialMambaEncoder):
 class SpatialMambaBackbone(SpatialMambaEncoder):
     """Spatial-Mamba as a feature pyramid: images (B, in_chans, H, W) to one map (B, C_i, H_i, W_i) per out_index.
 
-    Map i has stride 4 * 2**i; it is taken in front of that stage's downsampling and normalised by ``outnorm{i}``.
+    Map i has stride 4 * 2**i. It is taken before the downsampling of stage i and normalised by ``outnorm{i}``.
 
     Args:
-        out_indices: the stages whose maps are returned, in ascending order; the model ends with the last of them.
+        out_indices: the stages whose maps are returned, ascending; later stages are left out of the model.
         pretrained: a classification checkpoint to start from, loaded strictly: only its classifier and final
-            normalisation may be left over, and only the ``outnorm`` layers keep their initial values.
+            norm may be unused, and only the ``outnorm`` layers keep their initial values.
         in_chans, **encoder_options: see ``SpatialMambaEncoder``.
 
     Raises:
-        ValueError: for an index that names no stage.
-        WeightsError: if ``pretrained`` is missing, unsafe, damaged or does not fit.
+        ValueError: for an index without a stage.
+        WeightsError: if ``pretrained`` is missing, unsafe or damaged, or does not fit.
     """
 
     def __init__(
@@ -739,18 +749,18 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         for i, stage in enumerate(self.layers):
             features, x = stage(x)
             if i in self.out_indices:
-                # Copied into the usual layout: operators downstream (RoIAlign among them) read memory as if it had it.
+                # Copied: operators downstream, such as RoIAlign, assume the default memory layout.
                 maps.append(getattr(self, f"outnorm{i}")(features).permute(0, 3, 1, 2).contiguous())
         return tuple(maps)
 
 
 def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
-    """For what reads the weights of all blocks.
+    """Check that the weights of all blocks describe what the blocks compute, before reading them.
 
     Raises:
-        RuntimeError: naming a module that computes something else than its weights say, by a hook or a wrapper.
+        RuntimeError: naming a module with a hook or a wrapper.
     """
-    parts = {f"self_attention.{name}": kind for name, kind in MIXER_PARTS.items()}
+    parts: dict[str, type[nn.Module]] = {f"self_attention.{name}": kind for name, kind in MIXER_PARTS.items()}
     parts |= dict.fromkeys(("ln_1", "ln_2"), nn.LayerNorm)
     parts |= dict.fromkeys(("self_attention.in_proj", "self_attention.out_proj", "mlp.fc1", "mlp.fc2"), nn.Linear)
     blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, Block)]
@@ -760,7 +770,7 @@ def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
             if _is_modified(module, kind):
                 raise RuntimeError(
                     f"{name}.{part} has hooks or is wrapped ({type(module).__name__}): "
-                    "its weights alone would be used; remove the hooks, or merge and unwrap the layer"
+                    "only its weights would be used; remove the hooks, or merge and unwrap the layer"
                 )
 
 
@@ -772,15 +782,15 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _fusion_options(dilations: Sequence[int], kernel_sizes: int | Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """The options of ``Block`` that describe the fusion, in ascending order of the dilations.
+    """The options of ``Block`` for the fusion, sorted by dilation.
 
     Raises:
-        ValueError: naming the option that is wrong.
+        ValueError: naming the invalid option.
     """
     dilations = tuple(dilations)
     sizes = (kernel_sizes,) * len(dilations) if isinstance(kernel_sizes, int) else tuple(kernel_sizes)
     if any(not isinstance(dilation, int) or dilation < 1 for dilation in dilations):
-        raise ValueError(f"fusion_dilations must be positive whole numbers (none: no fusion), got {dilations}")
+        raise ValueError(f"fusion_dilations must be positive integers, or empty for no fusion, got {dilations}")
     if len(sizes) != len(dilations):
         raise ValueError(f"fusion_kernel_sizes must be one number, or one per dilation of {dilations}, got {sizes}")
     if any(not isinstance(size, int) or size < 1 or size % 2 == 0 for size in sizes):
@@ -800,7 +810,7 @@ def _cfg(accuracy: float, **kwargs: Any) -> dict[str, Any]:
         "input_size": (3, 224, 224),
         "min_input_size": (3, SMALLEST_SIZE, SMALLEST_SIZE),
         "pool_size": (7, 7),
-        "crop_pct": CROP_SHARE,
+        "crop_pct": CROP_FRACTION,
         "crop_mode": "center",
         "interpolation": "bicubic",
         **NORMALISATION,
@@ -825,28 +835,32 @@ default_cfgs = generate_default_cfgs(
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The weights in a checkpoint of any layout that is known, under the names of ``model``; for timm."""
-    path = f"the file for {type(model).__name__}"  # timm does not say which
+    """For timm: the weights of a checkpoint in any known layout, under the names of ``model``."""
+    path = f"the file for {type(model).__name__}"  # timm does not pass its path
     return encoder_weights(state_dict_of(state_dict, path), path)
 
 
-def _create_spatial_mamba(
+def _create_model(
     variant: str,
     pretrained: bool,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
-) -> nn.Module:
-    """A classifier, or with ``features_only`` its feature maps, on a device and in a dtype."""
-    admit_for_good(config_types())  # for timm, which reads the file of checkpoint_path once the model is there
+) -> SpatialMamba:
+    """Build a classifier, or with ``features_only`` a module of its feature maps, on a device and in a dtype."""
+    # timm's create_model(checkpoint_path=...) calls torch.load after this function has returned, without a hook, so
+    # the types of published checkpoints cannot be allowed for that call alone.
+    allow_permanently(config_types())
+    dims, depths = VARIANTS[variant]
+    options: dict[str, Any] = {"dims": dims, "depths": depths, **kwargs}
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
             SpatialMamba,
-            variant,
+            f"spatial_mamba_{variant}",
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-            **kwargs,
+            **options,
         )
     return model if dtype is None else model.to(dtype)
 
@@ -858,17 +872,16 @@ def spatial_mamba_tiny(
     """Spatial-Mamba-T: 27M parameters, 4.5 GFLOPs at 224x224.
 
     Args:
-        num_classes: size of the logits.
+        num_classes: number of logits.
         drop_path_rate: stochastic depth of the last block.
-        pretrained: refused unless timm is told of a file: ``pretrained_cfg_overlay=dict(file=FILE)``.
-        **kwargs: of ``SpatialMamba``, and of timm's ``create_model``: ``features_only``, ``out_indices``, ``device``,
-            ``dtype``, ``pretrained_cfg_overlay``, ...
+        pretrained: nothing can be downloaded, so this needs a file: ``pretrained_cfg_overlay=dict(file=FILE)``.
+        **kwargs: options of ``SpatialMamba`` and of timm's ``create_model``: ``features_only``, ``out_indices``,
+            ``device``, ``dtype``, ``pretrained_cfg_overlay``, ...
 
     Returns:
         The classifier; with ``features_only`` a module that returns feature maps (B, C_i, H_i, W_i).
     """
-    config = dict(dims=64, depths=(2, 4, 8, 4), num_classes=num_classes, drop_path_rate=drop_path_rate)
-    return _create_spatial_mamba("spatial_mamba_tiny", pretrained, **config | kwargs)
+    return _create_model("tiny", pretrained, num_classes=num_classes, drop_path_rate=drop_path_rate, **kwargs)
 
 
 @register_model
@@ -876,8 +889,7 @@ def spatial_mamba_small(
     num_classes: int = 1000, drop_path_rate: float = 0.3, *, pretrained: bool = False, **kwargs: Any
 ) -> SpatialMamba:
     """Spatial-Mamba-S: 43M parameters, 7.1 GFLOPs at 224x224; arguments and result as for ``spatial_mamba_tiny``."""
-    config = dict(dims=64, depths=(2, 4, 21, 5), num_classes=num_classes, drop_path_rate=drop_path_rate)
-    return _create_spatial_mamba("spatial_mamba_small", pretrained, **config | kwargs)
+    return _create_model("small", pretrained, num_classes=num_classes, drop_path_rate=drop_path_rate, **kwargs)
 
 
 @register_model
@@ -885,5 +897,4 @@ def spatial_mamba_base(
     num_classes: int = 1000, drop_path_rate: float = 0.5, *, pretrained: bool = False, **kwargs: Any
 ) -> SpatialMamba:
     """Spatial-Mamba-B: 96M parameters, 15.8 GFLOPs at 224x224; arguments and result as for ``spatial_mamba_tiny``."""
-    config = dict(dims=96, depths=(2, 4, 21, 5), num_classes=num_classes, drop_path_rate=drop_path_rate)
-    return _create_spatial_mamba("spatial_mamba_base", pretrained, **config | kwargs)
+    return _create_model("base", pretrained, num_classes=num_classes, drop_path_rate=drop_path_rate, **kwargs)

@@ -1,4 +1,4 @@
-"""A classifier as a checkpoint holds it: the architecture is read off the weights, the rest off the config."""
+"""Builds a model from a checkpoint: the weights determine the architecture, the config the preprocessing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,12 +23,12 @@ from .weights import (
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A classifier in evaluation mode, and what is needed to use it.
+    """A classifier in evaluation mode and the information needed to use it.
 
     Attributes:
-        model: on the CPU when it comes from ``load_classifier``.
-        preprocessing: of the images it was evaluated on.
-        class_names: one per logit, if the checkpoint names them.
+        model: the classifier; ``load_classifier`` puts it on the CPU.
+        preprocessing: how its images are prepared.
+        class_names: one per logit, if the checkpoint has them.
     """
 
     model: SpatialMamba
@@ -37,15 +37,15 @@ class TrainedClassifier:
 
 
 def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClassifier:
-    """The classifier in a checkpoint of this project or a published one, whatever its variant; strictly loaded.
+    """Load the classifier of any variant strictly from a checkpoint of this project or a published one.
 
     Args:
-        path: of the file.
-        ema: take the EMA weights.
+        path: the checkpoint.
+        ema: load the EMA weights.
 
     Raises:
-        WeightsError: if the file is missing, unsafe or damaged, holds no classifier or no EMA weights, or a config that
-            means nothing.
+        WeightsError: if the file is missing, unsafe or damaged, has no classifier or no EMA weights, or has an invalid
+            config.
     """
     checkpoint = read_checkpoint(path)
     state = encoder_weights(ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path), path)
@@ -59,21 +59,22 @@ def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClas
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
     model = model_of(architecture, state, path)
+    assert isinstance(model, SpatialMamba)
     return TrainedClassifier(model, preprocessing, _class_names(checkpoint, model))
 
 
 def model_of(
     architecture: Architecture, state: Mapping[str, Tensor], path: str | PathLike[str]
 ) -> SpatialMamba | SpatialMambaBackbone:
-    """The classifier or backbone of an architecture, in evaluation mode, with all its weights, strictly.
+    """Build a classifier or backbone in evaluation mode and load its weights strictly.
 
     Args:
-        architecture: read off the weights.
+        architecture: inferred from the weights.
         state: the weights.
-        path: of the file that they are from, for messages.
+        path: the file they come from, for messages.
 
     Raises:
-        WeightsError: if the weights are none of such a model, which is found before memory is taken for one.
+        WeightsError: if the weights do not fit such a model. This is checked before memory is allocated for it.
     """
     kind = SpatialMambaBackbone if architecture.num_classes is None else SpatialMamba
     try:

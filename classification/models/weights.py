@@ -1,4 +1,4 @@
-"""Reads checkpoint files safely and loads them strictly, with one clear error for everything that can be wrong."""
+"""Reads checkpoint files safely and loads them strictly, with one clear error for whatever is wrong."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -16,43 +16,46 @@ from safetensors import SafetensorError
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from ...kernels.errors import UserError
+from ...kernels.home import with_home
 from .architecture import FIRST_CONV, architecture_of, describe_other_architecture
-from .home import with_home
-from .safe_types import safe_types_admitted
+from .safe_types import safe_types_allowed
+
+if TYPE_CHECKING:
+    from .spatial_mamba import SpatialMambaBackbone, SpatialMambaEncoder
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net")  # where checkpoints keep their weights
-METADATA_KEY = "spatial_mamba"  # of what a safetensors file of this project tells in JSON beside its weights
+METADATA_KEY = "spatial_mamba"  # metadata in JSON that a safetensors file of this project has with its weights
 EMA_KEYS = ("model_ema", "state_dict_ema")  # the second is timm's
-CLASSIFIER_ONLY = ("norm.weight", "norm.bias", "head.weight", "head.bias")  # what backbones leave out
-# Modules that hold the model, or a part of it, and put their name into those of the weights: DDP's, torch.compile's,
-# activation checkpointing's and FSDP's.
+CLASSIFIER_ONLY = ("norm.weight", "norm.bias", "head.weight", "head.bias")  # not in backbones
+# Names that wrapper modules insert into those of the weights: DDP, torch.compile, activation checkpointing and FSDP.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_fpw_module)\."
 )
-# What the readers of PyTorch's two file formats raise on other files and on damaged ones.
+# What the readers of PyTorch's two file formats raise for damaged files and for other formats.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError)
 _OTHER_CLASSES = (
-    "; the backbone fits, so mostly the numbers of classes differ: set num_classes of the heads in the config to those "
-    "of the checkpoint, or start from its backbone alone with model.backbone.pretrained=FILE in place of load_from"
+    "; the backbone fits, so the numbers of classes probably differ: set num_classes of the heads in the config to "
+    "those of the checkpoint, or start from its backbone alone with model.backbone.pretrained=FILE instead of load_from"
 )
 
 logger = logging.getLogger(__name__)
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A checkpoint file is missing, unsafe, damaged, or does not fit the model."""
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU without executing anything it contains.
+    """Load a checkpoint onto the CPU without executing anything in it.
 
-    A file that ends in ``.safetensors`` holds tensors alone. PyTorch's own formats may also hold plain containers,
-    paths, dates, simple namespaces, yacs configs, NumPy's numbers and arrays, the options of timm's scripts and
-    mmengine's histories; of the last two nothing is kept, except histories where mmengine is at work. A pickle that
-    names any other type is refused.
+    A file that ends in ``.safetensors`` has tensors only. PyTorch's own formats may also have plain containers, paths,
+    dates, simple namespaces, yacs configs, NumPy's numbers and arrays, the options of timm's scripts and mmengine's
+    histories. The last two are discarded, except histories while mmengine is in use. A pickle with any other type is
+    refused.
 
     Raises:
-        WeightsError: naming the file and what to do about it.
+        WeightsError: naming the file and the fix.
     """
     if not str(path):
         raise WeightsError("the path of the checkpoint is empty")
@@ -68,7 +71,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         if is_safetensors(path):
             return _read_safetensors(path)
-        with safe_types_admitted():
+        with safe_types_allowed():
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path}: not a safetensors file, or a truncated one; download or save it again") from error
@@ -88,30 +91,30 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the name of a file says that it is a safetensors file."""
+    """Whether a file is a safetensors file by its name."""
     return path.suffix.lower() == ".safetensors"
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors, bare; or, in files of this project, as the entry "model" beside what is known of them."""
+    """The tensors alone; in a file of this project, the tensors as the entry "model" next to their metadata."""
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
     return {**about, "model": tensors} if about else tensors
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key: str = "model") -> dict[str, Tensor]:
-    """The state dict a checkpoint stores under ``key``, or the checkpoint itself if it is a bare state dict.
+    """The state dict that a checkpoint stores under ``key``, or the checkpoint itself if it is a state dict.
 
-    ``"model"`` stands for all of ``WEIGHT_KEYS``. Names lose what wrappers put into them (see ``plain_names``).
+    ``"model"`` means all of ``WEIGHT_KEYS``. The names are those of ``plain_names``.
 
     Raises:
-        WeightsError: if there are no weights to be found, or more than one set of them.
+        WeightsError: if there are no weights, or more than one set of them.
     """
     keys = WEIGHT_KEYS if key == "model" else (key,)
     found = [name for name in keys if _is_state_dict(checkpoint.get(name))]
     if len(found) > 1:
-        raise WeightsError(f"{path}: holds weights under {' and '.join(found)}; save those you mean alone")
+        raise WeightsError(f"{path}: holds weights under {' and '.join(found)}; save only those you want to load")
     state = checkpoint[found[0]] if found else checkpoint
     if not _is_state_dict(state):
         raise WeightsError(
@@ -121,7 +124,7 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key:
 
 
 def _is_state_dict(state: Any) -> bool:
-    """Whether an entry of a checkpoint maps names to tensors, and to at least one."""
+    """Whether an entry of a checkpoint maps names to tensors and is not empty."""
     return (
         isinstance(state, Mapping)
         and len(state) > 0
@@ -130,14 +133,14 @@ def _is_state_dict(state: Any) -> bool:
 
 
 def plain_names(state: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
-    """Weights under their names without those of wrappers: DDP, FSDP, ``torch.compile``, checkpointing, averaging.
+    """Remove the names of wrappers (DDP, FSDP, ``torch.compile``, activation checkpointing, averaging) from a state dict.
 
-    The counter of ``torch.optim.swa_utils.AveragedModel`` is left out.
+    The counter of ``torch.optim.swa_utils.AveragedModel`` is dropped.
 
     Raises:
-        WeightsError: if two names become the same.
+        WeightsError: if two names become equal.
     """
-    plain: OrderedDict[str, Any] = OrderedDict()
+    plain: Any = OrderedDict()
     for name, entry in state.items():
         short = _WRAPPERS.sub("", name)
         if short.split(".")[-1] == "n_averaged":
@@ -145,14 +148,14 @@ def plain_names(state: Mapping[str, Any], path: str | PathLike[str]) -> dict[str
         if short in plain:
             raise WeightsError(f"{path}: holds {short} twice, once with the name of a wrapper; save one of them")
         plain[short] = entry
-    if hasattr(state, "_metadata"):  # PyTorch's, by the names of modules
+    if hasattr(state, "_metadata"):  # versions of modules by name, which PyTorch reads
         versions = {_WRAPPERS.sub("", f"{name}.").removesuffix("."): entry for name, entry in state._metadata.items()}
         plain._metadata = OrderedDict(versions)
     return plain
 
 
 def under_own_names(own: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Weights of plain names under those that a model has for them, parts of which may be in wrappers, too."""
+    """Rename weights with plain names to the names in a model, parts of which may be wrapped."""
     if own.keys() == state.keys():
         return state
     names = {_WRAPPERS.sub("", name): name for name in own}
@@ -160,33 +163,33 @@ def under_own_names(own: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping
 
 
 def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Tensor]:
-    """The EMA weights of a checkpoint of this trainer, the published one or timm's.
+    """The EMA weights in a checkpoint of this trainer, the published one or timm's.
 
     Raises:
-        WeightsError: if it holds none.
+        WeightsError: if there are none.
     """
     for key in EMA_KEYS:
         if checkpoint.get(key):
             return state_dict_of(checkpoint, path, key)
-    raise WeightsError(f"{path}: holds no EMA weights; take those of the model, without --ema")
+    raise WeightsError(f"{path}: holds no EMA weights; use those of the model, without --ema")
 
 
 def encoder_weights(
     state: Mapping[str, Tensor], path: str | PathLike[str], prefix: str = "", whole: bool = False
 ) -> dict[str, Tensor]:
-    """The weights of a classifier or backbone by its own names, whatever prefix they have in front of them.
+    """The weights of a classifier or backbone, without any prefix of their names.
 
-    Detectors and segmentors name them ``backbone.*``, training frameworks ``model.*``, ``net.*`` or the like. A line in
-    the log names the prefix.
+    Detectors and segmentors name them ``backbone.*``, training frameworks ``model.*``, ``net.*`` or similar. A warning
+    in the log names the prefix.
 
     Args:
         state: the state dict of a file, see ``state_dict_of``.
-        path: of the file, for messages.
-        prefix: the names to take, where there are several sets; without it there must be one set alone.
-        whole: take off only a prefix that all names have.
+        path: the file, for messages.
+        prefix: selects one of several models; without it there must be exactly one.
+        whole: remove only a prefix that all names have.
 
     Raises:
-        WeightsError: if no name starts with ``prefix``, or if several prefixes lead to weights of a whole model.
+        WeightsError: if no name starts with ``prefix``, or if several prefixes lead to a complete model.
     """
     if prefix:
         prefix = f"{prefix.rstrip('.')}."
@@ -197,13 +200,13 @@ def encoder_weights(
     inner = _under(state, common)
     if not common or (whole and len(inner) < len(state)):
         return dict(state)
-    others = f", {len(state) - len(inner)} other entries are left out" if len(inner) < len(state) else ""
-    logger.warning("%s: takes its weights named %s* without this prefix%s", path, common, others)
+    others = f"; {len(state) - len(inner)} other entries are ignored" if len(inner) < len(state) else ""
+    logger.warning("%s: loading the weights named %s* without this prefix%s", path, common, others)
     return inner
 
 
 def _prefix_of(state: Mapping[str, Tensor], path: str | PathLike[str]) -> str:
-    """What stands in front of the names of the one Spatial-Mamba among weights; "" for nothing, or where is none."""
+    """The prefix of the names of the only Spatial-Mamba in a state dict; "" if it has none or there is no such model."""
     found = [name.removesuffix(FIRST_CONV) for name in state if f".{name}".endswith(f".{FIRST_CONV}")]
     if len(found) > 1:
         found = [prefix for prefix in found if architecture_of(_under(state, prefix)) is not None]
@@ -217,30 +220,30 @@ def _prefix_of(state: Mapping[str, Tensor], path: str | PathLike[str]) -> str:
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose names start with a prefix, without it."""
+    """The entries whose names start with a prefix, with the prefix removed."""
     return {name.removeprefix(prefix): entry for name, entry in state.items() if name.startswith(prefix)}
 
 
 def fit_first_convolution(
-    model: nn.Module, state: Mapping[str, Tensor], path: str | PathLike[str]
+    model: "SpatialMambaEncoder", state: Mapping[str, Tensor], path: str | PathLike[str]
 ) -> Mapping[str, Tensor]:
-    """Weights of RGB images for a model that starts from them on images of other channels, by timm's rule.
+    """Adapt weights trained on RGB images to a model with another number of input channels, by timm's rule.
 
-    The kernels of the first convolution are summed up for one channel, and repeated and scaled for others. A line in
-    the log says so. Everything else is returned as it is.
+    The kernels of the first convolution are summed for one channel, and repeated and scaled for other numbers. A
+    warning in the log says so. All other weights are unchanged.
     """
     weight = state.get(FIRST_CONV)
     if weight is None or weight.ndim != 4 or weight.shape[1] != 3 or model.in_chans == 3:
         return state
-    logger.warning("%s: its first convolution, of 3 channels, is adapted to %d", path, model.in_chans)
+    logger.warning("%s: adapting its first convolution from 3 input channels to %d", path, model.in_chans)
     return {**state, FIRST_CONV: adapt_input_conv(model.in_chans, weight)}
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
-    """``load_state_dict`` that checks every name and shape before it changes anything.
+    """``load_state_dict``, but check every name and shape before changing anything.
 
     Raises:
-        WeightsError: naming the variants or the numbers of classes, where these differ, or else the first differences.
+        WeightsError: naming the variants or the numbers of classes if these differ, or else the first differences.
     """
     own = model.state_dict()
     state = under_own_names(own, state)
@@ -250,7 +253,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
 
 
 def describe_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """Why weights do not fit a model, or a detector or segmentor, with the remedy; None if they do."""
+    """Why weights do not fit a model, detector or segmentor, and the fix; None if they fit."""
     problems = describe_differences(own, state)
     if problems is None:
         return None
@@ -263,7 +266,7 @@ def describe_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> s
 
 
 def describe_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """The first differences in names and shapes between a model's state dict and that of a file; None without any."""
+    """The first differences in names and shapes between the state dicts of a model and a file; None if they match."""
     problems = [f"{name} is missing" for name in own.keys() - state.keys()]
     problems += [f"{name} is not part of the model" for name in state.keys() - own.keys()]
     problems += [
@@ -277,15 +280,14 @@ def describe_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor])
     return f"does not fit this model in {len(problems)} entries: {shown}"
 
 
-def load_backbone_weights(model: nn.Module, path: str | PathLike[str], prefix: str = "") -> None:
-    """Start a backbone from the checkpoint of a classifier, or of a detector, segmentor or backbone.
+def load_backbone_weights(model: "SpatialMambaBackbone", path: str | PathLike[str], prefix: str = "") -> None:
+    """Initialise a backbone from the checkpoint of a classifier, detector, segmentor or backbone.
 
-    From the first it takes all but the final norm and the classifier, and its own ``outnorm`` layers keep their values.
-    From the others it takes those of its output norms, too. What lies behind the last of its stages is left out if
-    ``out_indices`` made it end early. Weights of RGB images are adapted to its channels.
+    The final norm and the classifier are ignored. The ``outnorm`` layers keep their values if the checkpoint has none.
+    Stages after the last of ``out_indices`` are ignored. Weights for RGB images are adapted to the model's channels.
 
     Args:
-        prefix: of the names of the backbone's weights in the file, where there is more than one model in it.
+        prefix: of the names of the backbone's weights, if the file has several models.
 
     Raises:
         WeightsError: as ``read_checkpoint`` and ``load_strictly``, or if no name has the prefix.
@@ -297,12 +299,12 @@ def load_backbone_weights(model: nn.Module, path: str | PathLike[str], prefix: s
         for name, tensor in state.items()
         if name not in CLASSIFIER_ONLY
         and (name in own_norms or not name.startswith("outnorm"))
-        and not (model.ends_early and _lies_behind(name, len(model.layers) - 1))
+        and not (model.ends_early and _follows_stage(name, len(model.layers) - 1))
     }
     load_strictly(model, {**own_norms, **fit_first_convolution(model, state, path)}, path)
 
 
-def _lies_behind(name: str, last: int) -> bool:
-    """Whether weights belong to what follows the blocks of a stage."""
+def _follows_stage(name: str, last: int) -> bool:
+    """Whether a weight belongs to the downsampling of stage ``last`` or to a later stage."""
     stage = re.match(r"layers\.(\d+)\.(downsample)?", name)
     return stage is not None and (int(stage[1]) > last or (int(stage[1]) == last and stage[2] is not None))

@@ -1,4 +1,4 @@
-"""Draws what a model computes and how it was trained; a picture per command, as PNG, PDF or SVG."""
+"""Draw what a model computes and how it was trained, as PNG, PDF or SVG."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from pathlib import Path
 import timm
 import torch
 
-from ...kernels.options import whole_number
-from ..command_line import Parser, add_model_options, chosen_device, chosen_model, image_size, run_command
-from ..errors import InputError
+from ...kernels.command_line import Parser, run_command, whole_number
+from ...kernels.errors import UserError
+from ..command_line import add_model_options, chosen_device, chosen_model, image_size
 from ..models import SpatialMamba
 from ..models.architecture import architecture_of
 from ..models.image_files import find_images
@@ -33,26 +33,34 @@ def _command(argv: Sequence[str] | None) -> None:
     from . import style  # noqa: F401, says in time that matplotlib is missing
 
     if args.output.is_dir():
-        raise InputError(f"--output {args.output}: is a folder; name a file in it that ends in {', '.join(ENDINGS)}")
+        raise UserError(f"--output {args.output}: is a folder; name a file in it that ends in {', '.join(ENDINGS)}")
     args.run(args)
     print(args.output)
 
 
 def _parser() -> Parser:
-    parser = Parser("python -m spatial_mamba.visualize", description=__doc__)
+    parser = Parser("spatial-mamba visualize", __doc__, "states photo.jpg --checkpoint spatialmamba_tiny.pth")
     commands = parser.add_subparsers(required=True, metavar="states|attention|receptive-field|curves")
 
-    states = commands.add_parser("states", help="states of a scan before and after they are fused")
+    states = commands.add_parser(
+        "states",
+        help="states of a scan before and after fusion",
+        example="photo.jpg --checkpoint spatialmamba_tiny.pth",
+    )
     _add_image_options(states, "the last of the first stage")
     states.add_argument(
         "--channel",
         type=_channel,
         metavar="N|auto",
-        help="of the states; auto (the default): the three whose pattern fusion changes most",
+        help="channel of the states; auto (default): the three that fusion changes most",
     )
     _finish(states, "states.png", _states)
 
-    attention = commands.add_parser("attention", help="the matrix M of y = M u: the weights of one token, and y")
+    attention = commands.add_parser(
+        "attention",
+        help="the matrix M of y = M u: the weights of one token, and y",
+        example="photo.jpg --checkpoint spatialmamba_tiny.pth --query 7 7",
+    )
     _add_image_options(attention, "the last of the second stage")
     attention.add_argument(
         "--query",
@@ -63,21 +71,25 @@ def _parser() -> Parser:
     )
     _finish(attention, "attention.png", _attention)
 
-    field = commands.add_parser("receptive-field", help="effective receptive fields, side by side")
+    field = commands.add_parser(
+        "receptive-field",
+        help="effective receptive fields, side by side",
+        example="photos/ --checkpoint spatialmamba_tiny.pth --untrained",
+    )
     field.add_argument("image", nargs="*", metavar="IMAGE", help="image file, folder or pattern (default: noise)")
     field.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE", help="weights")
     names = timm.list_models("spatial_mamba_*")
     field.add_argument("--model", nargs="+", default=[], choices=names, help="untrained models")
     field.add_argument("--untrained", action="store_true", help="draw each checkpoint's model before training, too")
-    field.add_argument("--ema", action="store_true", help="take the EMA weights of the checkpoints")
+    field.add_argument("--ema", action="store_true", help="use the EMA weights of the checkpoints")
     field.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     field.add_argument("--images", type=whole_number, default=16, metavar="N", help="of noise (default: %(default)s)")
-    field.add_argument("--stage", type=int, metavar="N", help="whose centre token is looked at, from 0 (default: last)")
-    field.add_argument("--size", type=image_size, metavar="N", help="side of the images (default: that of evaluation)")
+    field.add_argument("--stage", type=int, metavar="N", help="stage of the centre token, from 0 (default: last)")
+    field.add_argument("--size", type=image_size, metavar="N", help="side of the images (default: as in evaluation)")
     field.add_argument("--labels", nargs="+", metavar="TEXT", help="of the models, in the order of the panels")
     _finish(field, "receptive-field.png", _receptive_field)
 
-    curves = commands.add_parser("curves", help="training curves of runs")
+    curves = commands.add_parser("curves", help="training curves of runs", example="output/spatialmamba_tiny/default")
     curves.add_argument("record", type=Path, nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
     curves.add_argument("--labels", nargs="+", metavar="TEXT", help="of the runs")
     _finish(curves, "curves.png", _curves)
@@ -88,7 +100,7 @@ def _add_image_options(parser: argparse.ArgumentParser, default_layer: str) -> N
     parser.add_argument("image", type=Path, metavar="IMAGE")
     add_model_options(parser)
     parser.add_argument("--layer", metavar="STAGE.BLOCK", help=f"both from 0 (default: {default_layer})")
-    parser.add_argument("--size", type=image_size, metavar="N", help="side of the image (default: that of evaluation)")
+    parser.add_argument("--size", type=image_size, metavar="N", help="side of the image (default: as in evaluation)")
 
 
 def _finish(parser: argparse.ArgumentParser, output: str, run: object) -> None:
@@ -107,7 +119,7 @@ def _states(args: argparse.Namespace) -> None:
     stage, block = parse_layer(args.layer, classifier.model, default_stage=0)
     width = classifier.model.layers[stage].blocks[block].self_attention.inner_dim
     if args.channel is not None and args.channel >= width:
-        raise InputError(f"--channel {args.channel}: layer {stage}.{block} has channels 0 to {width - 1}")
+        raise UserError(f"--channel {args.channel}: layer {stage}.{block} has channels 0 to {width - 1}")
     images = model_input(classifier, [path], args.size)
     layer = read_layer(classifier.model, images, stage, block)
     before, after = layer.states(), layer.fused_states()
@@ -128,7 +140,7 @@ def _attention(args: argparse.Namespace) -> None:
     row, column = (layer.height // 2, layer.width // 2) if args.query is None else args.query
     if not (0 <= row < layer.height and 0 <= column < layer.width):
         rows, columns = layer.height - 1, layer.width - 1
-        raise InputError(
+        raise UserError(
             f"--query {row} {column}: layer {stage}.{block} has rows 0 to {rows} and columns 0 to {columns}"
         )
     name = f"layer {stage}.{block}"
@@ -163,9 +175,9 @@ def _compared_models(args: argparse.Namespace) -> list[tuple[str, TrainedClassif
     from .style import COLOURS
 
     if not args.checkpoint and not args.model:
-        raise InputError("name one or more models: --checkpoint FILE ... or --model NAME ...")
+        raise UserError("name one or more models: --checkpoint FILE ... or --model NAME ...")
     if not args.checkpoint and (args.ema or args.untrained):
-        raise InputError("--ema and --untrained go with a --checkpoint")
+        raise UserError("--ema and --untrained go with a --checkpoint")
     device = chosen_device(args.device)
     models: list[tuple[str, TrainedClassifier]] = []
     for label, path in zip(short_labels(args.checkpoint), args.checkpoint, strict=True) if args.checkpoint else ():
@@ -177,7 +189,7 @@ def _compared_models(args: argparse.Namespace) -> list[tuple[str, TrainedClassif
         torch.manual_seed(0)
         models.append((f"{name}, untrained", TrainedClassifier(timm.create_model(name).eval())))
     if len(models) > len(COLOURS):
-        raise InputError(f"{len(models)} models do not fit one picture; name {len(COLOURS)} at most")
+        raise UserError(f"{len(models)} models do not fit one picture; name {len(COLOURS)} at most")
     labels = _labels(args.labels, [label for label, _ in models])
     for _, classifier in models:
         require_rgb(classifier)
@@ -197,7 +209,7 @@ def _stage(model: SpatialMamba, stage: int | None) -> int:
     if stage is None:
         return count - 1
     if not 0 <= stage < count:
-        raise InputError(f"--stage {stage}: the model has stages 0 to {count - 1}")
+        raise UserError(f"--stage {stage}: the model has stages 0 to {count - 1}")
     return stage
 
 
@@ -218,7 +230,7 @@ def _curves(args: argparse.Namespace) -> None:
     from .style import COLOURS, save
 
     if len(args.record) > len(COLOURS):
-        raise InputError(f"{len(args.record)} runs do not fit one picture; name {len(COLOURS)} at most")
+        raise UserError(f"{len(args.record)} runs do not fit one picture; name {len(COLOURS)} at most")
     labels = _labels(args.labels, short_labels(args.record))
     runs = [read_run(path, label) for path, label in zip(args.record, labels, strict=True)]
     save(draw_curves(runs), args.output)
@@ -228,7 +240,7 @@ def _labels(given: Sequence[str] | None, default: Sequence[str]) -> Sequence[str
     if given is None:
         return default
     if len(given) != len(default):
-        raise InputError(f"--labels: {len(given)} are given for {len(default)} in the picture: {'; '.join(default)}")
+        raise UserError(f"--labels: {len(given)} are given for {len(default)} in the picture: {'; '.join(default)}")
     return given
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ...kernels.errors import UserError
 from ..models.image_files import find_images, read_image
 from ..models.preprocessing import NORMALISATION, Preprocessing
 from ..models.trained import TrainedClassifier
@@ -24,11 +24,11 @@ def single_image(path: Path) -> Path:
 
     Raises:
         ImageFileError: if there is none.
-        InputError: if there are several.
+        UserError: if there are several.
     """
     found = find_images([path])
     if len(found) > 1:
-        raise InputError(f"{path}: {len(found)} images; name one of them, such as {found[0]}")
+        raise UserError(f"{path}: {len(found)} images; name one of them, such as {found[0]}")
     return found[0]
 
 
@@ -37,7 +37,7 @@ def model_input(classifier: TrainedClassifier, paths: Sequence[Path], size: int 
 
     Raises:
         ImageFileError: for a file that cannot be read.
-        InputError: for a model of other images than RGB.
+        UserError: for a model of other images than RGB.
     """
     require_rgb(classifier)
     transform = preprocessing_at(classifier, size).transform()
@@ -46,9 +46,9 @@ def model_input(classifier: TrainedClassifier, paths: Sequence[Path], size: int 
 
 
 def require_rgb(classifier: TrainedClassifier) -> None:
-    """Raise InputError for a model of other images than RGB."""
+    """Raise UserError for a model of other images than RGB."""
     if classifier.model.in_chans != 3:
-        raise InputError(f"the model takes images of {classifier.model.in_chans} channels; RGB is needed")
+        raise UserError(f"the model takes images of {classifier.model.in_chans} channels; RGB is needed")
 
 
 def visible_image(normalised: Tensor) -> np.ndarray:

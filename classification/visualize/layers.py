@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import depthwise_conv, selective_scan, state_fusion
-from ..errors import InputError
+from ...kernels.errors import UserError
 from ..models import SpatialMamba
 
 
@@ -65,7 +65,7 @@ def parse_layer(text: str | None, model: SpatialMamba, default_stage: int) -> tu
     """Stage and block that ``"STAGE.BLOCK"`` names, both from 0; for None the last block of a default stage.
 
     Raises:
-        InputError: for a layer that the model does not have.
+        UserError: for a layer that the model does not have.
     """
     depths = [len(stage.blocks) for stage in model.layers]
     if text is None:
@@ -76,7 +76,7 @@ def parse_layer(text: str | None, model: SpatialMamba, default_stage: int) -> tu
         if stage < len(depths) and block < depths[stage]:
             return stage, block
     last = ", ".join(f"{stage}.{depth - 1}" for stage, depth in enumerate(depths))
-    raise InputError(f"--layer {text}: must be STAGE.BLOCK, both from 0; the last blocks of the stages are {last}")
+    raise UserError(f"--layer {text}: must be STAGE.BLOCK, both from 0; the last blocks of the stages are {last}")
 
 
 def read_layer(model: SpatialMamba, image: Tensor, stage: int, block: int) -> ScanLayer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ...kernels.errors import UserError
 from ..models import SpatialMamba
 
 SHARES = (0.3, 0.5, 0.9, 0.99)  # of the contribution, whose areas are told
@@ -63,7 +63,7 @@ def receptive_field(model: SpatialMamba, batches: Iterable[Tensor], stage: int) 
         stage: from 0.
 
     Raises:
-        InputError: where the gradient is zero everywhere, or not finite.
+        UserError: where the gradient is zero everywhere, or not finite.
     """
     total, count = torch.zeros(()), 0
     for batch in batches:
@@ -76,7 +76,7 @@ def receptive_field(model: SpatialMamba, batches: Iterable[Tensor], stage: int) 
         total = total + gradient.double().abs().sum(dim=(0, 1)).cpu()
         count += len(batch)
     if not (total.isfinite().all() and total.sum() > 0):
-        raise InputError("the gradient of the features is zero or not finite; are the weights of the model finite?")
+        raise UserError("the gradient of the features is zero or not finite; are the weights of the model finite?")
     reduction = model.feature_info[stage]["reduction"]  # each convolution of stride 2 centres token i on 2 i
     return ReceptiveField(total / count, (reduction * row, reduction * column))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ...kernels.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
 
@@ -40,18 +40,18 @@ def read_run(path: Path, label: str) -> RunRecord:
         label: see ``RunRecord``.
 
     Raises:
-        InputError: naming the file, and the line in it, that cannot be used.
+        UserError: naming the file, and the line in it, that cannot be used.
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise InputError(f"{file}: no such file; name the folder of a training run, or its {FILE_NAME}") from error
+        raise UserError(f"{file}: no such file; name the folder of a training run, or its {FILE_NAME}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
+        raise UserError(f"{file}: cannot be read ({error})") from error
     records = [_record(line, f"{file}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not records:
-        raise InputError(f"{file}: holds no finished epoch")
+        raise UserError(f"{file}: holds no finished epoch")
     fields = {name for record in records for name in record}
     values = {name: np.array([record.get(name, np.nan) for record in records]) for name in sorted(fields)}
     return RunRecord(label, values.pop("epoch") + 1, values)
@@ -75,11 +75,11 @@ def _record(line: str, place: str) -> dict[str, float]:
     try:
         record: Any = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{place}: is not JSON ({error}); remove the line if a crash cut it short") from error
+        raise UserError(f"{place}: is not JSON ({error}); remove the line if a crash cut it short") from error
     if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-        raise InputError(f"{place}: is no record of an epoch, an object with the number of the epoch in it")
+        raise UserError(f"{place}: is no record of an epoch, an object with the number of the epoch in it")
     numbers = {name: np.nan if value is None else value for name, value in record.items()}
     for name, value in numbers.items():
         if not isinstance(value, (int, float)):
-            raise InputError(f"{place}: {name} must be a number or null, got {value!r}")
+            raise UserError(f"{place}: {name} must be a number or null, got {value!r}")
     return numbers

@@ -5,13 +5,13 @@ from string import ascii_lowercase
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ...kernels.errors import UserError
 
 try:
     import matplotlib.style
     from matplotlib.figure import Figure
 except ImportError as missing:
-    raise InputError("matplotlib, which draws the pictures, is missing: pip install matplotlib") from missing
+    raise UserError("matplotlib, which draws the pictures, is missing: pip install matplotlib") from missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,13 +79,13 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the ending of the path names.
 
     Raises:
-        InputError: if the file cannot be written.
+        UserError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def title(axes: "Axes", index: int, text: str) -> None:

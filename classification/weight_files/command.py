@@ -1,12 +1,12 @@
-"""Looks into checkpoint files, converts them, and verifies them; nothing that a file contains is executed."""
+"""Inspect, convert and verify checkpoint files; nothing that a file contains is executed."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command_line import Parser, run_command
-from ..errors import InputError
+from ...kernels.command_line import Parser, run_command
+from ...kernels.errors import UserError
 from .conversion import LAYOUTS, convert_file
 from .inspection import inspect_file, text_of
 from .verification import IMAGE_SIZE, verify_file
@@ -23,35 +23,39 @@ def _command(argv: Sequence[str] | None) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser("python -m spatial_mamba.checkpoint", description=__doc__)
+    parser = Parser("spatial-mamba checkpoint", __doc__, "inspect spatialmamba_tiny.pth")
     commands = parser.add_subparsers(required=True, metavar="inspect|convert|verify")
 
-    inspect = commands.add_parser("inspect", help="tell what is in a file")
+    inspect = commands.add_parser("inspect", help="show what a file contains", example="spatialmamba_tiny.pth")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true")
     _add_prefix(inspect)
     inspect.set_defaults(run=_inspect)
 
-    convert = commands.add_parser("convert", help="write a file in another layout")
+    convert = commands.add_parser(
+        "convert", help="write a file in another layout", example="spatialmamba_tiny.pth tiny.safetensors --ema"
+    )
     convert.add_argument("file", type=Path)
-    convert.add_argument("output", type=Path, help="ends in .safetensors, for weights alone, or in .pth")
+    convert.add_argument("output", type=Path, help="FILE.safetensors, for weights alone, or FILE.pth")
     convert.add_argument("--to", choices=LAYOUTS, default="classifier", help="layout (default: %(default)s)")
-    convert.add_argument("--ema", action="store_true", help="take the EMA weights")
+    convert.add_argument("--ema", action="store_true", help="use the EMA weights")
     _add_prefix(convert)
     convert.set_defaults(run=_convert)
 
-    verify = commands.add_parser("verify", help="load a file strictly, print digests of its weights and its outputs")
+    verify = commands.add_parser(
+        "verify", help="load a file strictly, print the digest of its weights", example="spatialmamba_tiny.pth"
+    )
     verify.add_argument("file", type=Path)
     verify.add_argument("--ema", action="store_true", help="verify the EMA weights")
     _add_prefix(verify)
-    verify.add_argument("--variant", choices=("tiny", "small", "base"), help="it is an error if the file holds another")
-    verify.add_argument("--expect", metavar="DIGEST", help="of the outputs, or the start of it; else an error")
+    verify.add_argument("--variant", choices=("tiny", "small", "base"), help="fail if the file holds another")
+    verify.add_argument("--expect", metavar="DIGEST", help="fail unless the digest of the weights starts so")
     verify.set_defaults(run=_verify)
     return parser
 
 
 def _add_prefix(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prefix", default="", help="of the names of the weights, if the file has several models")
+    parser.add_argument("--prefix", default="", help="prefix of the weights' names, if the file holds several models")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -66,15 +70,15 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     if args.expect is not None and len(args.expect) < 8:
-        raise InputError(f"--expect {args.expect}: give at least the first 8 digits of the digest")
+        raise UserError(f"--expect {args.expect}: give at least the first 8 digits of the digest")
     verified = verify_file(args.file, args.ema, args.prefix)
     architecture = verified.architecture
     if args.variant and architecture.variant != args.variant:
-        raise InputError(f"{args.file}: holds {architecture}, not {args.variant}")
+        raise UserError(f"{args.file}: holds {architecture}, not {args.variant}")
     print(f"loads strictly as {architecture}")
     print(f"weights  sha256 {verified.weights}")
     if verified.top5:
         largest = ", ".join(f"class {index} {logit:.6g}" for index, logit in verified.top5.items())
         print(f"largest logits of the fixed image ({IMAGE_SIZE}x{IMAGE_SIZE}): {largest}")
     if args.expect and not verified.weights.startswith(args.expect.lower()):
-        raise InputError(f"{args.file}: the digest of its weights is {verified.weights}, not {args.expect}")
+        raise UserError(f"{args.file}: the digest of its weights is {verified.weights}, not {args.expect}")

@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 from yacs.config import CfgNode
 
-from ..errors import InputError
+from ...kernels.errors import UserError
+from ..atomic_write import atomic_write
 from ..models.architecture import PUBLISHED_FUSION, architecture_of
 from ..models.weights import (
     CLASSIFIER_ONLY,
@@ -22,7 +23,6 @@ from ..models.weights import (
     read_checkpoint,
     state_dict_of,
 )
-from ..atomic_write import atomic_write
 
 LAYOUTS = ("classifier", "backbone", "openmmlab", "trainer", "published")
 _ABOUT = ("classes", "config")  # what a classifier is used with
@@ -43,14 +43,14 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
 
     Raises:
         WeightsError: if the source cannot be used, or has no classifier or EMA weights to give.
-        InputError: for a target that is the source, whose ending does not go with the layout, or that is not writable.
+        UserError: for a target that is the source, whose ending does not go with the layout, or that is not writable.
     """
     if target.suffix.lower() not in (".safetensors", ".pth", ".pt", ".bin"):
-        raise InputError(f"{target}: must end in .safetensors, .pth, .pt or .bin, which tells the format")
+        raise UserError(f"{target}: must end in .safetensors, .pth, .pt or .bin, which tells the format")
     if is_safetensors(target) and layout in ("trainer", "published"):
-        raise InputError(f"{target}: safetensors holds weights alone; a {layout} checkpoint must end in .pth")
+        raise UserError(f"{target}: safetensors holds weights alone; a {layout} checkpoint must end in .pth")
     if target.exists() and source.exists() and target.samefile(source):
-        raise InputError(f"{target}: is the file to convert; name another one to write")
+        raise UserError(f"{target}: is the file to convert; name another one to write")
     content = converted(read_checkpoint(source), source, layout, ema, prefix)
     try:
         with atomic_write(target) as unfinished:
@@ -61,9 +61,9 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
             else:
                 torch.save(content, unfinished)
     except TypeError as error:
-        raise InputError(f"{target}: the file's config holds more than text and numbers; write to a .pth") from error
+        raise UserError(f"{target}: the file's config holds more than text and numbers; write to a .pth") from error
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{target}: cannot be written ({error})") from error
+        raise UserError(f"{target}: cannot be written ({error})") from error
 
 
 def converted(

@@ -1,4 +1,4 @@
-"""A small Mask R-CNN on Spatial-Mamba for the digits of ``python -m spatial_mamba.detection.demo_data``, on two CPU cores.
+"""A small Mask R-CNN on Spatial-Mamba for the digits of ``python -m spatial_mamba.detection.demo_data``, on 2 cores.
 
 Batch 16: two processes with 8 images each.
 """

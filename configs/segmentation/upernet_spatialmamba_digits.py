@@ -1,4 +1,4 @@
-"""A small UPerNet on Spatial-Mamba for the digits of ``python -m spatial_mamba.segmentation.demo_data``, on two CPU cores.
+"""A small UPerNet on Spatial-Mamba for the digits of ``python -m spatial_mamba.segmentation.demo_data``, on 2 cores.
 
 Batch 8: two processes with 4 images each.
 """

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...classification.models.spatial_mamba import SpatialMambaBackbone, SpatialMambaEncoder
 from ...classification.models.weights import load_backbone_weights
-from .packages import SetupError
+from ...kernels.errors import UserError
 
 
 @MODELS.register_module(name="MM_SpatialMamba")
@@ -36,7 +36,7 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         **options: see ``SpatialMambaBackbone`` and ``SpatialMambaEncoder``.
 
     Raises:
-        SetupError: for another ``init_cfg``, one next to ``pretrained``, an unknown option or one out of range.
+        UserError: for another ``init_cfg``, one next to ``pretrained``, an unknown option or one out of range.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
     ) -> None:
         known = {"out_indices", *signature(SpatialMambaEncoder).parameters}
         if unknown := sorted(options.keys() - known):
-            raise SetupError(
+            raise UserError(
                 f"MM_SpatialMamba has no option {', '.join(unknown)}; options that a config inherits from "
                 "another backbone are removed by _delete_=True in its dict(...)"
             )
         if pretrained and init_cfg:
-            raise SetupError("pretrained and init_cfg both name weights to start from; give one of them")
+            raise UserError("pretrained and init_cfg both name weights to start from; give one of them")
         if pretrained:
             init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained)}
         try:
             super().__init__(**{"use_checkpoint": with_cp, **options})
         except ValueError as error:
-            raise SetupError(f"MM_SpatialMamba: {error}") from error
+            raise UserError(f"MM_SpatialMamba: {error}") from error
         if not -1 <= frozen_stages <= len(self.layers):
-            raise SetupError(f"frozen_stages must be -1 (none) to {len(self.layers)} (all), got {frozen_stages}")
+            raise UserError(f"frozen_stages must be -1 (none) to {len(self.layers)} (all), got {frozen_stages}")
         self.init_cfg = _single_pretrained(init_cfg) if init_cfg else None
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -108,5 +108,5 @@ def _single_pretrained(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]]
         or not entry.get("checkpoint")
         or not set(entry) <= allowed
     ):
-        raise SetupError(f"init_cfg must be dict(type='Pretrained', checkpoint=FILE), or a list of one, got {init_cfg}")
+        raise UserError(f"init_cfg must be dict(type='Pretrained', checkpoint=FILE), or a list of one, got {init_cfg}")
     return entry

@@ -1,39 +1,29 @@
-"""How every command of both rooms starts and reports: packages checked first, one line for what a user can mend."""
+"""How the commands of detection and segmentation start: packages are checked first, errors are one line."""
 
 import argparse
 import importlib
-import os
-import sys
-import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 
 from spatial_mamba_mmcv import MissingOperatorError
 
-from ...classification.models.home import with_home
-from ...classification.models.image_files import ImageFileError
-from ...classification.models.weights import WeightsError
-from .packages import SetupError, check_packages
-
-_USER_ERRORS = (SetupError, WeightsError, ImageFileError, MissingOperatorError, OSError)
+from ...kernels import command_line
+from ...kernels.errors import UserError
+from .packages import check_packages
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, as every other wrong input is, and knows the home folder in paths, ``~``."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SetupError(f"{message} (--help lists the options)")
+class Parser(command_line.Parser):
+    """The parser of all commands, for options with mmengine's ``DictAction`` too."""
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse, where values that mmengine cannot split count as wrong options too."""
         try:
-            return argparse.Namespace(**with_home(vars(super().parse_args(args))))
-        except SetupError:
+            return super().parse_args(args)
+        except UserError:
             raise
-        except ValueError as error:
-            raise SetupError(f"--cfg-options takes KEY=VALUE pairs ({error})") from error
+        except ValueError as error:  # a value that mmengine cannot split
+            raise UserError(f"--cfg-options takes KEY=VALUE pairs ({error})") from error
 
 
 def run_command(package: str, module: str, function: str, *args: Any) -> int:
@@ -44,21 +34,16 @@ def run_command(package: str, module: str, function: str, *args: Any) -> int:
     Returns:
         The exit status: 0, or 2 after one line that names what is wrong.
     """
+
+    def command() -> None:
+        try:
+            check_packages(package)
+            getattr(importlib.import_module(f"spatial_mamba.{module}"), function)(*args)
+        except (MissingOperatorError, OSError) as error:
+            raise UserError(str(error)) from error
+
     try:
-        check_packages(package)
-        getattr(importlib.import_module(f"spatial_mamba.{module}"), function)(*args)
-    except _USER_ERRORS as error:
-        # Mostly every process finds the same, and the first one speaks; the launcher then ends the others.
-        if launched_rank() > 0:
-            time.sleep(5)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return command_line.run_command(command)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
-
-
-def launched_rank() -> int:
-    """Rank given by the launcher (torchrun or Slurm); 0 without one."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))

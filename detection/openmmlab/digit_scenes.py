@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .packages import SetupError
+from ...kernels.errors import UserError
 
 SPLITS = ("train", "val")
 VAL_SHARE = 0.2  # of the digits
@@ -55,13 +55,13 @@ def load_sources(split: str) -> Sources:
     and right part).
 
     Raises:
-        SetupError: if scikit-learn is missing.
+        UserError: if scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits, load_sample_images
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise SetupError("scikit-learn, which holds the pictures, is missing: pip install scikit-learn") from error
+        raise UserError("scikit-learn, which holds the pictures, is missing: pip install scikit-learn") from error
 
     number = SPLITS.index(split)
     digits = load_digits()

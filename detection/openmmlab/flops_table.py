@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ...classification.models.flops import count_flops, count_parameters
 from ...classification.models.preprocessing import SMALLEST_SIZE
+from ...kernels.errors import UserError
 from .commands import Parser
-from .packages import SetupError
 from .tools import load_config
 
 
@@ -64,7 +64,7 @@ def print_table(
         size: height and width of the image, if none are given.
 
     Raises:
-        SetupError: naming a wrong option or config, or fvcore if it is missing.
+        UserError: naming a wrong option or config, or fvcore if it is missing.
     """
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
@@ -74,7 +74,7 @@ def print_table(
     args = parser.parse_args(argv)
     size = tuple(args.size)
     if min(size) < SMALLEST_SIZE:
-        raise SetupError(f"--size: height and width must be at least {SMALLEST_SIZE} pixels, got {size[0]} {size[1]}")
+        raise UserError(f"--size: height and width must be at least {SMALLEST_SIZE} pixels, got {size[0]} {size[1]}")
     configs = {name: load_config(package, name) for name in args.configs}
     width = max(map(len, configs)) + 2
     print(f"{'config':<{width}}{'size':>10}{'parameters':>14}{'GFLOPs':>10}")
@@ -84,6 +84,6 @@ def print_table(
         try:
             flops = count_model_flops(model, size)
         except ImportError as error:
-            raise SetupError(str(error)) from error
+            raise UserError(str(error)) from error
         shape = f"{size[0]}x{size[1]}"
         print(f"{name:<{width}}{shape:>10}{count_parameters(model):>14,}{flops / 1e9:>10.2f}", flush=True)

@@ -16,8 +16,8 @@ from torch import nn
 
 from ...classification.models import image_files
 from ...classification.models.weights import load_strictly, read_checkpoint, state_dict_of
+from ...kernels.errors import UserError
 from .commands import Parser
-from .packages import SetupError
 from .tools import load_config
 
 
@@ -89,23 +89,23 @@ def plan_outputs(images: Sequence[Path], folder: Path, endings: Sequence[str]) -
     """For every image the path of its output files without their endings.
 
     Raises:
-        SetupError: if a file would be written twice, or over one of the images, or the folder is a file.
+        UserError: if a file would be written twice, or over one of the images, or the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise SetupError(f"--out-dir: {folder} is not a folder")
+        raise UserError(f"--out-dir: {folder} is not a folder")
     writers: dict[Path, Path] = {}
     for image in images:
         for ending in endings:
             output = folder / f"{image.stem}{ending}"
             if output in writers:
-                raise SetupError(
+                raise UserError(
                     f"{writers[output]} and {image} would both be written to {output}; rename one or run them apart"
                 )
             writers[output] = image
     resolved = {image.resolve() for image in images}
     for output in writers:
         if output.resolve() in resolved:
-            raise SetupError(f"{output} is an image to read and would be written over; choose another --out-dir")
+            raise UserError(f"{output} is an image to read and would be written over; choose another --out-dir")
     return {image: folder / image.stem for image in images}
 
 
@@ -113,10 +113,10 @@ def choose_device(name: str) -> str:
     """``cpu`` or ``cuda:0``; ``auto`` takes a GPU where there is one.
 
     Raises:
-        SetupError: if a GPU is asked for and there is none.
+        UserError: if a GPU is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise SetupError("--device cuda: PyTorch sees no GPU here; take auto or cpu")
+        raise UserError("--device cuda: PyTorch sees no GPU here; take auto or cpu")
     return "cuda:0" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
@@ -127,7 +127,7 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, co
 
     Raises:
         WeightsError: if the checkpoint does not fit the model.
-        SetupError: if there are other classes than the model has.
+        UserError: if there are other classes than the model has.
     """
     load_strictly(model, state_dict_of(checkpoint, path), path)
     meta = checkpoint.get("meta", {}).get("dataset_meta") or {}
@@ -139,7 +139,7 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, co
     count = max(getattr(module, "num_classes", 0) or 0 for module in model.modules())  # an RPN has one
     names = meta.get("classes") or ()
     if len(names) != count:
-        raise SetupError(f"{source} names {len(names)} classes, the model has {count}; give the config it belongs to")
+        raise UserError(f"{source} names {len(names)} classes, the model has {count}; give the config it belongs to")
     model.dataset_meta = meta
 
 
@@ -147,7 +147,7 @@ def predict(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -
     """Predict on the images that the command line names.
 
     Raises:
-        SetupError, WeightsError, ImageFileError: naming what is wrong, before the first image.
+        UserError, WeightsError, ImageFileError: naming what is wrong, before the first image.
     """
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="mm(cv|engine|det|seg)")  # notes to the developers of these packages

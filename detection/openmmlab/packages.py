@@ -8,6 +8,8 @@ from packaging.version import Version
 
 import spatial_mamba_mmcv
 
+from ...kernels.errors import UserError
+
 # Distribution -> (module, first version that fits, first that does not fit any more, version to install).
 _PACKAGES = {
     "mmengine": ("mmengine", "0.10.0", "1.0.0", "0.10.7"),
@@ -33,15 +35,11 @@ _IMPORTED = {
 _COMPILED = {"mmcv-lite": "mmcv"}  # distributions that serve in place of another
 
 
-class SetupError(ValueError):
-    """A package, config or option cannot be used; the one-line message names it and the remedy."""
-
-
 def check_packages(package: str) -> None:
     """Make sure that ``mmdet`` or ``mmseg`` can be imported with all it needs, mmcv's operators included.
 
     Raises:
-        SetupError: naming the first package that is missing or does not fit, and the command that installs it.
+        UserError: naming the first package that is missing or does not fit, and the command that installs it.
     """
     for distribution in _NEEDED_BY[package]:
         module, first, beyond, wanted = _PACKAGES[distribution]
@@ -50,16 +48,16 @@ def check_packages(package: str) -> None:
         if version is None or find_spec(module) is None:
             if version:
                 install += " --force-reinstall --no-deps"  # its files went with another package
-            raise SetupError(f"{distribution}, which this command needs, is missing: {install}")
+            raise UserError(f"{distribution}, which this command needs, is missing: {install}")
         if not Version(first) <= Version(version) < Version(beyond):
-            raise SetupError(f"{module} {version} does not fit, {first} <= version < {beyond} does: {install}")
+            raise UserError(f"{module} {version} does not fit, {first} <= version < {beyond} does: {install}")
     if find_spec("pkg_resources") is None:
-        raise SetupError("mmengine imports pkg_resources, which setuptools has before 82: pip install 'setuptools<82'")
+        raise UserError("mmengine imports pkg_resources, which setuptools has before 82: pip install 'setuptools<82'")
     for module, remedy in _IMPORTED.items():
         try:
             importlib.import_module(module)
         except (ImportError, RuntimeError) as error:  # the second from a torchvision for another PyTorch
-            raise SetupError(f"{module} cannot be imported ({error}): {remedy}") from None
+            raise UserError(f"{module} cannot be imported ({error}): {remedy}") from None
 
 
 def _version(distribution: str) -> str | None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from .packages import SetupError
+from ...kernels.errors import UserError
 
 
 def process_count(launcher: str) -> int:
@@ -24,24 +24,24 @@ def prepare_processes(config: Config) -> None:
     the runner is built; its wrapper for distributed training names a GPU likewise.
 
     Raises:
-        SetupError: if the launcher has not started this process, or there are GPUs, but fewer than processes on this
+        UserError: if the launcher has not started this process, or there are GPUs, but fewer than processes on this
             machine, or none for MPI.
     """
     if config.launcher == "none":
         return
     variables = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
     if variables.get(config.launcher, "PATH") not in os.environ:
-        raise SetupError(f"--launcher {config.launcher}: start the processes with the dist_*.sh or slurm_*.sh scripts")
+        raise UserError(f"--launcher {config.launcher}: start the processes with the dist_*.sh or slurm_*.sh scripts")
     local_rank = int(os.environ.get("SLURM_LOCALID" if config.launcher == "slurm" else "LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise SetupError(
+            raise UserError(
                 f"each process needs a GPU, there are {torch.cuda.device_count()}: start fewer processes, "
                 "or hide the GPUs to use the CPU: CUDA_VISIBLE_DEVICES=-1"
             )
         return
     if config.launcher == "mpi":
-        raise SetupError("--launcher mpi: works on GPUs only, and PyTorch finds none here; use pytorch or slurm")
+        raise UserError("--launcher mpi: works on GPUs only, and PyTorch finds none here; use pytorch or slurm")
     if config.launcher == "slurm":
         _take_environment_from_slurm()
     dist.init_process_group("gloo")

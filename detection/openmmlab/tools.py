@@ -12,10 +12,10 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from ...classification.models.home import with_home
 from ...classification.models.weights import read_checkpoint
+from ...kernels.errors import UserError
+from ...kernels.home import with_home
 from .commands import Parser
-from .packages import SetupError
 from .processes import prepare_processes, process_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -30,23 +30,23 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
         options: settings to change, by dotted key.
 
     Raises:
-        SetupError: if there is no such config, it cannot be read, or it is one for another package.
+        UserError: if there is no such config, it cannot be read, or it is one for another package.
     """
     shipped = CONFIGS / _ROOMS[package]
     name = with_home(name)
     path = next((p for p in (Path(name), shipped / name, shipped / f"{name}.py") if p.is_file()), None)
     if path is None:
         names = ", ".join(sorted(p.stem for p in shipped.glob("*.py")))
-        raise SetupError(f"{name}: no such config; give a path, or one of {names}")
+        raise UserError(f"{name}: no such config; give a path, or one of {names}")
     try:
         config = Config.fromfile(path)
         config.merge_from_dict(options or {})
         _expand_home(config._cfg_dict)
     except Exception as error:  # a config is a program
-        raise SetupError(f"{path}: cannot be read as a config ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path}: cannot be read as a config ({type(error).__name__}: {error})") from error
     scope = config.get("default_scope", package)
     if scope != package:
-        raise SetupError(f"{path}: is a config for {scope}; this command needs one for {package}")
+        raise UserError(f"{path}: is a config for {scope}; this command needs one for {package}")
     config.setdefault("launcher", "none")
     return config
 
@@ -64,7 +64,7 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     """Train by a config of mmdet or mmseg, as the command line says.
 
     Raises:
-        SetupError, WeightsError, OSError: naming what is wrong with options, config, checkpoints or data.
+        UserError, WeightsError, OSError: naming what is wrong with options, config, checkpoints or data.
     """
     parser = _common_parser("train.py", f"Train a model of {package}.")
     parser.add_argument("--amp", action="store_true", help="train in mixed precision")
@@ -81,11 +81,11 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
         _keep_total_batch(config)
     if args.amp:
         if not torch.cuda.is_available():
-            raise SetupError("--amp: mmengine trains in mixed precision on a GPU only, and PyTorch finds none here")
+            raise UserError("--amp: mmengine trains in mixed precision on a GPU only, and PyTorch finds none here")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
-            raise SetupError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
+            raise UserError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
         config.auto_scale_lr.enable = True
     if args.resume:
         config.resume = True
@@ -97,7 +97,7 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     """Test a checkpoint by a config of mmdet or mmseg, as the command line says.
 
     Raises:
-        SetupError, WeightsError, OSError: as ``train``.
+        UserError, WeightsError, OSError: as ``train``.
     """
     parser = _common_parser("test.py", f"Test a model of {package}.")
     parser.add_argument("checkpoint", help="checkpoint file")
@@ -118,7 +118,7 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
         _draw_predictions(package, config, args)
     if args.tta:
         if "tta_model" not in config or "tta_pipeline" not in config:
-            raise SetupError(f"--tta: {args.config} has no tta_model and tta_pipeline")
+            raise UserError(f"--tta: {args.config} has no tta_model and tta_pipeline")
         dataset = config.test_dataloader.dataset
         while "dataset" in dataset:  # of a wrapper
             dataset = dataset.dataset
@@ -126,7 +126,7 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
         config.model = {**config.tta_model, "module": config.model}
     if args.out and package == "mmdet":
         if not args.out.endswith((".pkl", ".pickle")):
-            raise SetupError(f"--out: {args.out} must end in .pkl, it is a pickle file of predictions")
+            raise UserError(f"--out: {args.out} must end in .pkl, it is a pickle file of predictions")
     elif args.out:
         evaluators = config.test_evaluator
         for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
@@ -165,13 +165,13 @@ def _move_data(config: Config, folder: str) -> None:
     """Read the data set from another folder: change paths of loaders and evaluators that start with a ``data_root``.
 
     Raises:
-        SetupError: if the config names no ``data_root``.
+        UserError: if the config names no ``data_root``.
     """
     parts = [key for key in config if key.endswith(("_dataloader", "_evaluator"))]
     found = [root for key in ("data_root", *parts) for root in _values({key: config.get(key)}, "data_root")]
     roots = sorted({root for root in found if isinstance(root, str) and root}, key=len, reverse=True)
     if not roots:
-        raise SetupError(f"--data-path: {config.filename} has no data_root; set the paths with --cfg-options")
+        raise UserError(f"--data-path: {config.filename} has no data_root; set the paths with --cfg-options")
 
     def moved(part: Any) -> Any:
         if isinstance(part, dict):
@@ -199,14 +199,14 @@ def _keep_total_batch(config: Config) -> None:
     ``total_batch`` is ``dict(images=N, processes=P)``. A config that sets another ``batch_size`` than N / P keeps it.
 
     Raises:
-        SetupError: if that leaves a remainder.
+        UserError: if that leaves a remainder.
     """
     total, processes = config.get("total_batch"), process_count(config.launcher)
     if not total or config.train_dataloader.batch_size * total.processes != total.images:
         return
     if total.images % processes:
         fitting = ", ".join(str(n) for n in range(1, total.images + 1) if total.images % n == 0)
-        raise SetupError(
+        raise UserError(
             f"{processes} processes cannot share the {total.images} images of an update; start {fitting} processes, "
             "or set --cfg-options train_dataloader.batch_size=N"
         )
@@ -218,7 +218,7 @@ def _keep_total_batch(config: Config) -> None:
 def _draw_predictions(package: str, config: Config, args: argparse.Namespace) -> None:
     hook = config.default_hooks.get("visualization")
     if hook is None:
-        raise SetupError(f"--show, --show-dir: {args.config} has no default_hooks.visualization")
+        raise UserError(f"--show, --show-dir: {args.config} has no default_hooks.visualization")
     if process_count(config.launcher) > 1:
         print_log("--show-dir: only the first process draws, its own share; use one process to see all", "current")
     hook.update(draw=True, interval=1, show=args.show, wait_time=args.wait_time)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone
-from spatial_mamba.classification.errors import InputError
 from spatial_mamba.classification.export import check, command, export_aoti, export_onnx, export_program, onnx_file
 from spatial_mamba.classification.export.check import fixed_images, largest_difference
 from spatial_mamba.classification.export.form import export_form, softplus
 from spatial_mamba.classification.export.onnx_file import onnx_facts, onnx_function
 from spatial_mamba.kernels import use_backend
+from spatial_mamba.kernels.errors import UserError
 from spatial_mamba.kernels.recurrence import LARGEST_BLOCK, _block_sizes, linear_recurrence, scan_in_blocks
 
 MICRO = dict(dims=8, depths=(1, 1), num_classes=5)
@@ -137,7 +137,7 @@ def test_what_cannot_be_exported() -> None:
         export_form(micro().fuse())
     with pytest.raises(RuntimeError, match="evaluation mode can be exported: call eval"):
         export_form(micro().train())
-    with pytest.raises(InputError, match="image size of 31x64 is too small; height and width must be at least 32"):
+    with pytest.raises(UserError, match="image size of 31x64 is too small; height and width must be at least 32"):
         export_program(micro(), (31, 64))
 
 
@@ -320,7 +320,7 @@ def test_a_file_that_is_wrong_is_not_kept(tmp_path: Path, capsys: Capture, monke
         (["--device", "cuda"], "--device cuda: a file of the format onnx is for any device; leave it out"),
         (["--output", "folder.onnx"], "--output folder.onnx: is a folder; name the file to write"),
         (["--output", "none/a.onnx"], "--output none/a.onnx: there is no folder none; make it first"),
-        (["--ema"], "holds no EMA weights; take those of the model, without --ema"),
+        (["--ema"], "holds no EMA weights; use those of the model, without --ema"),
         (["--format", "tflite"], "argument --format: invalid choice: 'tflite'"),
     ],
 )

@@ -120,7 +120,7 @@ WRONG = {
     "huge batch": (add("--batch-size", "64"), "27 training images are fewer than the 64 of one update"),
     "workers": (add("--workers", "-1"), "DATA.NUM_WORKERS is -1"),
     "epochs": (add("--epochs", "0"), "TRAIN.EPOCHS is 0"),
-    "cache mode": (add("--cache-mode", "all"), "DATA.CACHE_MODE is 'all'; it must be no, full or part"),
+    "cache mode": (add("--cache-mode", "all"), "DATA.CACHE_MODE is 'all'; it must be one of no, full, part"),
     "accumulation": (add("--accumulation-steps", "0"), "TRAIN.ACCUMULATION_STEPS is 0"),
     "ema decay": (add("--model_ema_decay", "1.5"), "TRAIN.MODEL_EMA_DECAY is 1.5"),
     "mesa without ema": (add("--model_ema", "false"), "AUG.MESA is 1.0; it must be 0 without TRAIN.MODEL_EMA"),
@@ -195,7 +195,7 @@ WRONG = {
     "other weights": (damage_checkpoint({"model": {"x": torch.zeros(1)}}), "does not fit this model"),
     "other variant": (
         other_variant,
-        "other.pth: holds another model, custom (dims 8, depths 1, fusion none; 3 classes), than the one that is to",
+        "other.pth: holds another model, custom (dims 8, depths 1, fusion none; 3 classes), than the one to load",
     ),
     "other classifier": (rewrap_checkpoint, "its classifier has 7 classes, this run has 3; to train a new classifier"),
     "resume without optimiser": (drop_optimizer, "cannot resume, it holds no optimizer"),

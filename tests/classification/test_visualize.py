@@ -15,7 +15,6 @@ from torch import Tensor
 
 from spatial_mamba import SpatialMamba
 from spatial_mamba.classification import visualize
-from spatial_mamba.classification.errors import InputError
 from spatial_mamba.classification.models.preprocessing import Preprocessing
 from spatial_mamba.classification.visualize import command
 from spatial_mamba.classification.visualize.curves_picture import draw_curves
@@ -42,6 +41,7 @@ from spatial_mamba.classification.visualize.run_records import read_run, short_l
 from spatial_mamba.classification.visualize.states_picture import LIMIT, draw_states
 from spatial_mamba.classification.visualize.style import COLOURS, number
 from spatial_mamba.kernels import gated_norm, structure_aware_scan
+from spatial_mamba.kernels.errors import UserError
 
 MICRO = dict(dims=8, depths=(1, 2, 1, 1), num_classes=5)
 FUSIONS: dict[str, dict[str, Any]] = {
@@ -151,7 +151,7 @@ def test_layers_have_names() -> None:
     assert parse_layer("1.1", model, 0) == (1, 1)
     assert parse_layer(None, model, 1) == (1, 1) and parse_layer(None, model, 9) == (3, 0)
     for wrong in ("4.0", "1.2", "1", "-1.0", "a.b"):
-        with pytest.raises(InputError, match=r"--layer .*: must be STAGE.BLOCK.* are 0\.0, 1\.1, 2\.0, 3\.0"):
+        with pytest.raises(UserError, match=r"--layer .*: must be STAGE.BLOCK.* are 0\.0, 1\.1, 2\.0, 3\.0"):
             parse_layer(wrong, model, 0)
 
 
@@ -274,7 +274,7 @@ def test_shares_of_known_fields() -> None:
 def test_weights_that_are_not_finite_are_told() -> None:
     model = micro()
     model.patch_embed.conv1.conv.weight.data.fill_(float("nan"))
-    with pytest.raises(InputError, match="the gradient of the features is zero or not finite"):
+    with pytest.raises(UserError, match="the gradient of the features is zero or not finite"):
         receptive_field(model, [noise(1, 3, 32, 32)], stage=0)
 
 

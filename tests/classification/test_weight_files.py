@@ -280,8 +280,8 @@ def test_weights_are_found_under_the_names_of_frameworks(
         (p for p in ("model.", "net.", "student.", "backbone.", "encoder.net.") if f"{p}head.bias" in state), ""
     )
     prefix = "model." if "Lightning" in naming else prefix
-    others = ", 1 other entries are left out" if naming == "with a loss" else ""
-    said = [f"{tmp_path / 'w.pth'}: takes its weights named {prefix}* without this prefix{others}"] if prefix else []
+    others = "; 1 other entries are ignored" if naming == "with a loss" else ""
+    said = [f"{tmp_path / 'w.pth'}: loading the weights named {prefix}* without this prefix{others}"] if prefix else []
     assert caplog.messages == said
 
     backbone = SpatialMambaBackbone(dims=8, depths=(1, 1, 1, 1), pretrained=tmp_path / "w.pth")
@@ -330,7 +330,7 @@ def test_weights_of_several_models_are_not_guessed(files: Path, tmp_path: Path, 
 
     state = classifier().state_dict()
     torch.save({"model": state, "net": state}, tmp_path / "two.pth")
-    with pytest.raises(WeightsError, match="holds weights under model and net; save those you mean alone"):
+    with pytest.raises(WeightsError, match="holds weights under model and net; save only those you want to load"):
         load_classifier(tmp_path / "two.pth")
     torch.save(state | {"module.head.bias": state["head.bias"]}, tmp_path / "twice.pth")
     with pytest.raises(WeightsError, match=r"holds head\.bias twice, once with the name of a wrapper"):
@@ -396,8 +396,8 @@ def test_backbones_and_classifiers_are_told_apart() -> None:
 
     for model, other, message in (
         (backbone(3), backbone(1, 3), r"out_indices=\(1, 3\), the model has \(3,\); make the model with those"),
-        (backbone(3), classifier(), "holds a classifier, the model is a backbone; start from the file by pretrained="),
-        (classifier(), backbone(3), "holds a backbone, the model is a classifier; take the file of a classifier"),
+        (backbone(3), classifier(), "holds a classifier, the model is a backbone; start from the file with pretrained="),
+        (classifier(), backbone(3), "holds a backbone, the model is a classifier; use the file of a classifier"),
     ):
         with pytest.raises(RuntimeError, match=message):
             model.load_state_dict(other.state_dict())
@@ -409,7 +409,7 @@ def test_models_of_other_channels_start_from_rgb_weights(
 ) -> None:
     expected = adapt_input_conv(channels, classifier().patch_embed.conv1.conv.weight)
     backbone = SpatialMambaBackbone(channels, dims=8, depths=(1, 1, 1, 1), pretrained=files / "bare.pth")
-    assert caplog.messages == [f"{files / 'bare.pth'}: its first convolution, of 3 channels, is adapted to {channels}"]
+    assert caplog.messages == [f"{files / 'bare.pth'}: adapting its first convolution from 3 input channels to {channels}"]
     source = dict(file=str(files / "bare.pth"), num_classes=5)
     model = timm.create_model(
         "spatial_mamba_tiny", pretrained=True, pretrained_cfg_overlay=source, in_chans=channels, **MICRO
@@ -632,7 +632,7 @@ def test_a_folder_whose_weights_do_not_fit_its_config_is_refused(tmp_path: Path)
         classifier().fuse().save_pretrained(tmp_path)
     pruned = classifier()
     pruned.prune_intermediate_layers([1])
-    with pytest.raises(RuntimeError, match=r"cannot be saved, for it has been changed since it was made: it does not"):
+    with pytest.raises(RuntimeError, match=r"cannot be saved because it has changed since it was made: it does not"):
         pruned.save_pretrained(tmp_path)
 
 
@@ -702,38 +702,6 @@ def test_the_home_folder_is_known_in_paths(
     paths = config.OUTPUT, config.DATA.DATA_PATH, config.MODEL.PRETRAINED, config.MODEL.RESUME
     assert paths == tuple(str(tmp_path / name) for name in ("runs", "data", "w.pth", "r.pth"))
     assert config.TAG == "~tag"
-
-
-def test_every_command_gives_help_without_what_only_posix_has() -> None:
-    script = """if True:
-        import contextlib, importlib.util, io, os, runpy, signal, sys, warnings
-        import torch._dynamo, timm.data, torchvision, matplotlib.pyplot  # these know their system
-        openmmlab = importlib.util.find_spec("mmdet") and importlib.util.find_spec("mmseg")
-        if openmmlab:
-            import mmdet.apis, mmseg.apis
-        for name in ("fcntl", "grp", "pwd", "resource", "termios"):
-            sys.modules[name] = None  # cannot be imported
-        for module, names in ((os, "fork getuid killpg sched_getaffinity setsid"), (signal, "SIGKILL SIGUSR1 SIGHUP")):
-            for name in names.split():
-                delattr(module, name)
-        commands = "checkpoint export visualize kernels kernels.benchmark kernels.benchmark.exercise kernels.gpu_check"
-        commands += " classification.main classification.demo_data classification.complexity classification.benchmark"
-        commands += " classification.benchmark.loading"
-        if openmmlab:
-            for task in (" detection", " segmentation"):
-                commands += f"{task}{task}.complexity{task}.demo_data{task}.tools.train{task}.tools.test"
-        for command in ["spatial_mamba", *(f"spatial_mamba.{name}" for name in commands.split())]:
-            sys.argv = [command, "--help"]
-            try:
-                with contextlib.redirect_stdout(io.StringIO()) as shown:
-                    runpy.run_module(command, run_name="__main__", alter_sys=True)
-            except SystemExit as end:
-                assert not end.code and "usage: " in shown.getvalue(), command
-            else:
-                raise AssertionError(command)
-    """
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
 
 
 # --- classifying images

@@ -17,8 +17,8 @@ pytest.importorskip("cv2")
 import spatial_mamba.detection.demo_data as coco
 import spatial_mamba.segmentation.demo_data as ade
 from spatial_mamba.detection.openmmlab import digit_scenes as scenes_module
-from spatial_mamba.detection.openmmlab.packages import SetupError
 from spatial_mamba.detection.openmmlab.digit_scenes import Scene, Sources, compose, load_sources, scenes
+from spatial_mamba.kernels.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COUNTS = {"train": 17, "val": 16}  # the sixteenth has no digit
@@ -177,7 +177,7 @@ def test_folders_appear_whole_or_not_at_all(
 
 def test_missing_scikit_learn_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(SetupError, match="pip install scikit-learn"):
+    with pytest.raises(UserError, match="pip install scikit-learn"):
         coco.write_digits(tmp_path / "digits", {"train": 1, "val": 1})
 
 

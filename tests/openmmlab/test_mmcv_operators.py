@@ -1,6 +1,6 @@
 """mmcv's operators on torchvision, compared with outputs of compiled ones in ``data/mmcv_operators.npz``.
 
-``python tests/openmmlab/test_mmcv_operators.py`` writes that file, in an environment whose mmcv is compiled (it was mmcv 2.1.0).
+Run as a script, it writes that file, in an environment whose mmcv is compiled (it was mmcv 2.1.0).
 """
 
 import importlib.util

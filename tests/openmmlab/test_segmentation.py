@@ -21,8 +21,8 @@ from torch import nn
 from spatial_mamba.classification.models.flops import count_parameters
 from spatial_mamba.detection.openmmlab import tools
 from spatial_mamba.detection.openmmlab.flops_table import build_model
-from spatial_mamba.detection.openmmlab.packages import SetupError
 from spatial_mamba.detection.openmmlab.tools import _keep_total_batch, _move_data, load_config
+from spatial_mamba.kernels.errors import UserError
 from spatial_mamba.segmentation import complexity
 from spatial_mamba.segmentation.__main__ import main
 
@@ -115,7 +115,7 @@ def test_processes_share_the_total_batch(processes: int, images: int, monkeypatc
 
 def test_a_total_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(SetupError, match=r"^6 processes cannot share the 16 images .* start 1, 2, 4, 8, 16 processes"):
+    with pytest.raises(UserError, match=r"^6 processes cannot share the 16 images .* start 1, 2, 4, 8, 16 processes"):
         _keep_total_batch(load_config("mmseg", RECIPE.format("tiny"), {"launcher": "pytorch"}))
 
 

@@ -1,4 +1,4 @@
-"""The home folder, ``~``, in paths that a shell has not expanded: in ``--option=~/folder``, and in config files."""
+"""The home folder in paths that no shell has expanded: ``--option=~/folder``, config files, Python."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def with_home(value: Any) -> Any:
-    """The same with ``~`` and ``~user`` at the start of texts and paths, in lists and dictionaries too, expanded.
+    """Expand ``~`` and ``~user`` at the start of texts and paths, also within lists, tuples and dictionaries.
 
-    Texts without them, names of unknown users and values of other types stay as they are.
+    Other values, and names of unknown users, stay as they are.
     """
     if isinstance(value, dict):
         return type(value)({key: with_home(entry) for key, entry in value.items()})

@@ -1,0 +1,5 @@
+"""The one exception for input that a user can correct."""
+
+
+class UserError(ValueError):
+    """An option, config, file or data set cannot be used; the message names it and the fix. Commands print it alone."""

@@ -1,0 +1,71 @@
+"""The command ``spatial-mamba``, and the help of every command."""
+
+import subprocess
+import sys
+
+import pytest
+
+from spatial_mamba import __version__
+from spatial_mamba.__main__ import COMMANDS, main
+
+
+def test_every_command_gives_help_without_what_only_posix_has() -> None:
+    script = """if True:
+        import contextlib, importlib.util, io, os, runpy, signal, sys, warnings
+        import torch._dynamo, timm.data, torchvision, matplotlib.pyplot  # these know their system
+        openmmlab = importlib.util.find_spec("mmdet") and importlib.util.find_spec("mmseg")
+        if openmmlab:
+            import mmdet.apis, mmseg.apis
+        for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+            sys.modules[name] = None  # cannot be imported
+        for module, names in ((os, "fork getuid killpg sched_getaffinity setsid"), (signal, "SIGKILL SIGUSR1 SIGHUP")):
+            for name in names.split():
+                delattr(module, name)
+
+        from spatial_mamba.__main__ import COMMANDS
+        commands = [["spatial_mamba", *name.split()] for name in ("", *COMMANDS)]
+        modules = "kernels kernels.benchmark kernels.benchmark.exercise kernels.gpu_check classification.main"
+        modules += " classification.demo_data classification.benchmark classification.benchmark.loading"
+        if openmmlab:
+            for task in (" detection", " segmentation"):
+                modules += f"{task}{task}.complexity{task}.demo_data{task}.tools.train{task}.tools.test"
+        commands += [[f"spatial_mamba.{name}"] for name in modules.split()]
+        for module, *words in commands:
+            sys.argv = [module, *words, "--help"]
+            try:
+                with contextlib.redirect_stdout(io.StringIO()) as shown:
+                    runpy.run_module(module, run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                assert not end.code and "usage: " in shown.getvalue(), sys.argv
+                assert not words or f"example: spatial-mamba {' '.join(words)} " in shown.getvalue(), sys.argv
+            else:
+                raise AssertionError(sys.argv)
+    """
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_commands_are_listed(capsys: pytest.CaptureFixture) -> None:
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in COMMANDS)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"spatial-mamba {__version__}\n"
+
+
+@pytest.mark.parametrize("words", (["predcit", "photo.jpg"], ["benchmark"], ["photo.jpg", "--checkpoint", "w.pth"]))
+def test_unknown_commands_are_one_line(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words[0]}") and error.count("\n") == 1
+    assert "choose from predict, train" in error and "Images go after predict" in error
+
+
+def test_training_and_evaluation_take_their_own_options(capsys: pytest.CaptureFixture) -> None:
+    assert main(["evaluate", "--cfg", "spatialmamba_tiny", "--epochs", "3"]) == 2
+    assert "unrecognized arguments: --epochs 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--list-keys"])
+    table = capsys.readouterr().out
+    assert "\nTRAIN.BASE_LR " in table and "\nDATA.BATCH_SIZE " in table and "--batch-size" in table
