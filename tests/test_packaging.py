@@ -1,4 +1,4 @@
-"""Wheels and source distributions: what is in them, that they install, and that no PyTorch is needed to build them."""
+"""Wheels and source distributions: contents, installation, and building without PyTorch."""
 
 import os
 import re
@@ -16,6 +16,7 @@ from spatial_mamba.kernels import build
 from .kernels.test_build import needs_baseline, needs_compiler, write_sources
 
 setuptools = pytest.importorskip("setuptools", minversion="77")
+read_configuration = pytest.importorskip("setuptools.config.pyprojecttoml").read_configuration
 ROOT = Path(__file__).parents[1]
 NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "data", "output", "work_dirs", "lib", "*.so")
 
@@ -83,17 +84,28 @@ def test_both_hold_code_configs_and_sources_and_nothing_built(made: tuple[Path, 
     assert others == {"LICENSE", "README.md", "pyproject.toml", "setup.py", "setup.cfg", "PKG-INFO"}
 
 
-def test_the_wheel_installs_and_reads_its_configs(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_the_wheel_installs_reads_its_configs_and_gives_help(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert made[2].name.endswith("-py3-none-any.whl")
     install(made[2], tmp_path)
     script = (
-        "import importlib.resources, spatial_mamba\n"
+        "import importlib.resources, runpy, sys, spatial_mamba\n"
         "from spatial_mamba.classification.config import load_config\n"
         "print(spatial_mamba.__file__)\n"
         "print(importlib.resources.files('spatial_mamba').joinpath('py.typed').is_file())\n"
         "print(load_config('spatialmamba_tiny')[0].MODEL.NAME)\n"
+        "sys.argv[1:] = ['--help']\n"
+        "runpy.run_module('spatial_mamba', run_name='__main__')\n"
     )
-    assert run(tmp_path, script) == [str(tmp_path / "spatial_mamba/__init__.py"), "True", "spatialmamba_tiny"]
+    file, is_typed, name, usage, *_ = run(tmp_path, script)
+    assert (file, is_typed, name) == (str(tmp_path / "spatial_mamba/__init__.py"), "True", "spatialmamba_tiny")
+    assert usage.startswith("usage: ")
+
+
+def test_every_package_of_the_tree_is_listed() -> None:
+    settings = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]
+    names = {folder.replace("/", "."): name for name, folder in settings["package-dir"].items()}
+    found = {names.get(name, f"spatial_mamba.{name}") for name in setuptools.find_packages(ROOT)}
+    assert set(settings["packages"]) == {"spatial_mamba", *found}
 
 
 @needs_compiler
