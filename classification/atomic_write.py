@@ -1,6 +1,7 @@
-"""Atomic writes, and locks on files."""
+"""Atomic writes and file locks."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import IO
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to; once it is on the disk it takes the place of ``path``.
+    """Yield a temporary file next to ``path``; it replaces ``path`` once it is on the disk.
 
-    An exception removes it, and what was at ``path`` before is kept.
+    An exception removes the temporary file and leaves ``path`` unchanged.
     """
     unfinished = path.with_name(f".{path.name}.unfinished{path.suffix}")
     try:
@@ -24,14 +25,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def lock(file: IO) -> None:
-    """Lock an open file for this process, without waiting; the lock goes with the process.
+    """Lock an open file for this process, without waiting; the lock ends with the process.
 
     Raises:
         BlockingIOError: if another process holds the lock.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         import msvcrt
 
         try:
@@ -39,4 +38,6 @@ def lock(file: IO) -> None:
         except OSError as error:
             raise BlockingIOError(str(error)) from error
     else:
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,15 +18,13 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ImageFileError(UserError):
-    """A path is missing, no image, or damaged; the one-line message names it."""
+    """A path is missing, not an image, or damaged; the one-line message names it."""
 
 
 def is_hidden(name: str) -> bool:
     """Whether a component of a path starts with a dot or is one of ``SYSTEM_FOLDERS``."""
-    return any(
-        part.removesuffix(".tar") in SYSTEM_FOLDERS or (part.startswith(".") and part != ".")
-        for part in name.split("/")
-    )
+    parts = [part for part in name.split("/") if part != "."]
+    return any(part.startswith(".") or part.removesuffix(".tar") in SYSTEM_FOLDERS for part in parts)
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:

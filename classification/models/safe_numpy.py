@@ -1,7 +1,7 @@
 """Stand-ins for NumPy's types in untrusted pickles.
 
 NumPy's own types barely check what a pickle puts into them: a forged dtype makes NumPy treat numbers as addresses of
-objects, and filling an array twice leaves others with freed memory. The stand-ins accept only numbers, in a few formats.
+objects, and filling an array twice leaves others with freed memory. The stand-ins accept numbers in a few formats only.
 """
 
 import pickle

@@ -133,7 +133,7 @@ def _is_state_dict(state: Any) -> bool:
 
 
 def plain_names(state: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
-    """Remove the names of wrappers (DDP, FSDP, ``torch.compile``, activation checkpointing, averaging) from a state dict.
+    """Remove the names of wrappers from those of weights: DDP, FSDP, ``torch.compile``, checkpointing, averaging.
 
     The counter of ``torch.optim.swa_utils.AveragedModel`` is dropped.
 
@@ -206,7 +206,7 @@ def encoder_weights(
 
 
 def _prefix_of(state: Mapping[str, Tensor], path: str | PathLike[str]) -> str:
-    """The prefix of the names of the only Spatial-Mamba in a state dict; "" if it has none or there is no such model."""
+    """The prefix of the names of the only Spatial-Mamba in a state dict; "" if there is none."""
     found = [name.removesuffix(FIRST_CONV) for name in state if f".{name}".endswith(f".{FIRST_CONV}")]
     if len(found) > 1:
         found = [prefix for prefix in found if architecture_of(_under(state, prefix)) is not None]

@@ -1,1 +1,1 @@
-"""Checkpoint files for people: what is in one, other layouts of it, and whether it is what it should be."""
+"""Inspects, converts and verifies checkpoint files."""

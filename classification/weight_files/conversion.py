@@ -1,4 +1,4 @@
-"""Brings a checkpoint from one layout to another: this trainer's, the published one, OpenMMLab's, or bare weights."""
+"""Converts checkpoints between layouts: this trainer's, the published one, OpenMMLab's, and weights alone."""
 
 import json
 from collections.abc import Mapping
@@ -25,30 +25,30 @@ from ..models.weights import (
 )
 
 LAYOUTS = ("classifier", "backbone", "openmmlab", "trainer", "published")
-_ABOUT = ("classes", "config")  # what a classifier is used with
+_ABOUT = ("classes", "config")  # needed to use a classifier
 _TRAINING = ("optimizer", "lr_scheduler", "scaler", "epoch", "steps", "skipped_in_a_row", "max_accuracy")
 
 
 def convert_file(source: Path, target: Path, layout: str, ema: bool = False, prefix: str = "") -> None:
-    """Write what ``source`` holds in another layout.
+    """Write the checkpoint ``source`` to ``target`` in another layout.
 
     Args:
         source: a checkpoint that ``read_checkpoint`` reads.
-        target: ends in ``.safetensors``, for bare weights, or in ``.pth``, ``.pt`` or ``.bin`` for PyTorch's format.
-        layout: ``"classifier"``: the weights of the classifier; ``"backbone"``: those that a backbone takes;
+        target: ends in ``.safetensors`` for weights alone, or in ``.pth``, ``.pt`` or ``.bin`` for PyTorch's format.
+        layout: ``"classifier"``: the weights of the classifier; ``"backbone"``: those of the backbone;
             ``"openmmlab"``: the same, named as in a detector; ``"trainer"``, ``"published"``: a training checkpoint,
-            with the state of the training as far as the source has it.
-        ema: take the EMA weights of the source.
-        prefix: of the names of the weights to take, where the source has more than one model.
+            with as much of the training state as the source has.
+        ema: convert the EMA weights of the source.
+        prefix: prefix of the names of the weights, if the source has several models.
 
     Raises:
-        WeightsError: if the source cannot be used, or has no classifier or EMA weights to give.
+        WeightsError: if the source cannot be used, or lacks the classifier or the EMA weights.
         UserError: for a target that is the source, whose ending does not go with the layout, or that is not writable.
     """
     if target.suffix.lower() not in (".safetensors", ".pth", ".pt", ".bin"):
-        raise UserError(f"{target}: must end in .safetensors, .pth, .pt or .bin, which tells the format")
+        raise UserError(f"{target}: must end in .safetensors, .pth, .pt or .bin, which sets the format")
     if is_safetensors(target) and layout in ("trainer", "published"):
-        raise UserError(f"{target}: safetensors holds weights alone; a {layout} checkpoint must end in .pth")
+        raise UserError(f"{target}: safetensors holds weights only; a {layout} checkpoint must end in .pth")
     if target.exists() and source.exists() and target.samefile(source):
         raise UserError(f"{target}: is the file to convert; name another one to write")
     content = converted(read_checkpoint(source), source, layout, ema, prefix)
@@ -61,7 +61,7 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
             else:
                 torch.save(content, unfinished)
     except TypeError as error:
-        raise UserError(f"{target}: the file's config holds more than text and numbers; write to a .pth") from error
+        raise UserError(f"{target}: the config of the source holds more than text and numbers; write a .pth") from error
     except (OSError, RuntimeError) as error:
         raise UserError(f"{target}: cannot be written ({error})") from error
 
@@ -69,7 +69,7 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
 def converted(
     checkpoint: Mapping[str, Any], path: Path, layout: str, ema: bool = False, prefix: str = ""
 ) -> dict[str, Any]:
-    """The content of a checkpoint in another layout, see ``convert_file``; ``path`` is for messages.
+    """The content of a checkpoint in another layout, see ``convert_file``. ``path`` appears in messages.
 
     Raises:
         WeightsError: as ``convert_file``.
@@ -86,22 +86,22 @@ def converted(
             return {"model": weights}
         return {"meta": {}, "state_dict": {f"backbone.{name}": tensor for name, tensor in weights.items()}}
     if architecture.num_classes is None:
-        raise WeightsError(f"{path}: holds a backbone without a classifier, of which no {layout} layout can be made")
+        raise WeightsError(f"{path}: holds a backbone without a classifier; the {layout} layout needs one")
     if layout == "classifier":
         return {"model": encoder} | about
     if layout == "published" and architecture.fusion != PUBLISHED_FUSION:
-        raise WeightsError(f"{path}: fuses by {architecture.fusion}, for which the published code has no model")
+        raise WeightsError(f"{path}: its fusion, {architecture.fusion}, does not exist in the published code")
 
-    # Without loss scaling there is nothing in a scaler's state, which one at work would not take.
+    # Without loss scaling the state of the scaler is empty. A scaler in use would reject it, so it is left out.
     content: dict[str, Any] = {"model": encoder} | {
         key: checkpoint[key] for key in _TRAINING if checkpoint.get(key) is not None and checkpoint[key] != {}
     }
     if layout == "published" and isinstance(content.get("optimizer"), dict):
-        # There the group without weight decay comes last.
+        # The published code puts the group without weight decay last.
         groups = sorted(content["optimizer"]["param_groups"], key=lambda group: group["weight_decay"] == 0)
         content["optimizer"] = content["optimizer"] | {"param_groups": groups}
     if ema:
-        # The state of the optimiser belongs to the weights that are left out.
+        # The optimiser's state belongs to the other weights.
         content = {key: value for key, value in content.items() if key not in ("optimizer", "lr_scheduler", "scaler")}
     elif any(checkpoint.get(key) for key in EMA_KEYS):
         content["model_ema"] = encoder_weights(ema_state_dict_of(checkpoint, path), path, prefix)
@@ -114,7 +114,7 @@ def converted(
 
 
 def _entry(layout: str) -> str:
-    """Where ``converted`` puts the weights."""
+    """The key of the weights in the result of ``converted``."""
     return "state_dict" if layout == "openmmlab" else "model"
 
 

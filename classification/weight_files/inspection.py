@@ -1,4 +1,4 @@
-"""Tells what a checkpoint file holds, executing nothing of it."""
+"""Describes the content of a checkpoint file without executing any of it."""
 
 import hashlib
 import zipfile
@@ -23,7 +23,7 @@ _RECORDS = ("epoch", "steps", "max_accuracy", "max_accuracy_ema", "max_accuray_e
 
 
 def inspect_file(path: Path, prefix: str = "") -> dict[str, Any]:
-    """What is in a checkpoint, in values that JSON takes; entries that do not apply are left out.
+    """Describe a checkpoint in values that JSON can represent; entries that do not apply are left out.
 
     Raises:
         WeightsError: if the file is missing, unsafe or damaged, or holds no weights.
@@ -56,7 +56,7 @@ def inspect_file(path: Path, prefix: str = "") -> dict[str, Any]:
 
 
 def layout_of(checkpoint: Mapping[str, Any]) -> str:
-    """``TRAINER``, ``PUBLISHED``, ``OPENMMLAB``, or else ``WEIGHTS``, which may lie in one entry."""
+    """``TRAINER``, ``PUBLISHED``, ``OPENMMLAB``, or else ``WEIGHTS``, at the top level or in one entry."""
     if "state_dict" in checkpoint and "meta" in checkpoint:
         return OPENMMLAB
     if "model" in checkpoint and "max_accuray_ema" in checkpoint:
@@ -67,14 +67,14 @@ def layout_of(checkpoint: Mapping[str, Any]) -> str:
 
 
 def file_format(path: Path) -> str:
-    """What the file is written in."""
+    """The file format, for messages."""
     if is_safetensors(path):
         return "safetensors"
     return "PyTorch (zip)" if zipfile.is_zipfile(path) else "PyTorch (before 1.6)"
 
 
 def text_of(found: Mapping[str, Any]) -> str:
-    """The inspection for people, a line per entry."""
+    """The result of ``inspect_file`` as text, one line per entry."""
     lines = []
     for key, value in found.items():
         if key == "options":
@@ -91,7 +91,7 @@ def text_of(found: Mapping[str, Any]) -> str:
 
 
 def _holds(architecture: Architecture | None, others: bool) -> str:
-    """In words; ``others`` are entries that do not belong to the architecture."""
+    """The kind of model; ``others`` says whether there are entries outside the architecture."""
     if architecture is None:
         return "weights of another model"
     if architecture.num_classes is not None:
@@ -100,7 +100,7 @@ def _holds(architecture: Architecture | None, others: bool) -> str:
 
 
 def _is_statistic(name: str) -> bool:
-    """Whether an entry of a state dict is one of BatchNorm's running statistics, and no parameter."""
+    """Whether an entry of a state dict is a running statistic of BatchNorm rather than a parameter."""
     return name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
 
 
@@ -115,7 +115,7 @@ def _sizes_of_parts(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _compare(state: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> str:
     if state.keys() != ema.keys() or any(state[name].shape != ema[name].shape for name in state):
-        return "yes, of another architecture than the model's"
+        return "yes, with another architecture than the model"
     changed = sum(not state[name].equal(ema[name]) for name in state)
     return f"yes, {changed} of {len(state)} entries differ from the model's"
 

@@ -1,4 +1,4 @@
-"""Checks that a file holds a whole model that computes, and gives the digest of its weights."""
+"""Checks that a file has a complete model with finite outputs, and computes the digest of its weights."""
 
 import hashlib
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ IMAGE_SIZE = 224
 
 @dataclass(frozen=True)
 class Verification:
-    """What a file was found to hold.
+    """The result of ``verify_file``.
 
     Attributes:
-        architecture: read off the weights.
+        architecture: inferred from the weights.
         weights: digest of names, dtypes, shapes and values.
-        top5: the classes with the largest logits for ``fixed_image``, and their logits, of a classifier.
+        top5: for a classifier, the classes with the largest logits for ``fixed_image``, and these logits.
     """
 
     architecture: Architecture
@@ -38,14 +38,14 @@ class Verification:
 
 
 def verify_file(path: Path, ema: bool = False, prefix: str = "") -> Verification:
-    """Load a file strictly into the model it belongs to, and compute with it.
+    """Load a file strictly into the model it belongs to, and run the model.
 
-    Of a detector or segmentor that is the backbone. The outputs are computed in float64 by the reference
-    implementations, so machines agree to far more digits than are printed.
+    For a detector or segmentor, that is the backbone. The reference implementations compute the outputs in float64,
+    so machines agree in far more digits than are printed.
 
     Raises:
-        WeightsError: if the file cannot be read, holds no Spatial-Mamba, does not fit one strictly, or does not compute
-            finite numbers.
+        WeightsError: if the file cannot be read, has no Spatial-Mamba, does not fit strictly, or gives outputs that
+            are not finite.
     """
     checkpoint = read_checkpoint(path)
     state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
@@ -58,7 +58,7 @@ def verify_file(path: Path, ema: bool = False, prefix: str = "") -> Verification
         outputs = model.double()(fixed_image(architecture.in_chans))
     maps = outputs if isinstance(outputs, tuple) else (outputs,)
     if not all(output.isfinite().all() for output in maps):
-        raise WeightsError(f"{path}: computes infinite values: its training has diverged, or the file is damaged")
+        raise WeightsError(f"{path}: its outputs are not finite: the training diverged, or the file is damaged")
     top5 = {}
     if architecture.num_classes:
         logits, classes = outputs[0].topk(min(5, architecture.num_classes))
@@ -67,17 +67,17 @@ def verify_file(path: Path, ema: bool = False, prefix: str = "") -> Verification
 
 
 def fixed_image(channels: int) -> Tensor:
-    """The image (1, channels, 224, 224) in float64 that files are verified with: whole numbers, computed exactly."""
+    """The image (1, channels, 224, 224) in float64 for verification, computed exactly, from integers."""
     row, column = torch.arange(IMAGE_SIZE)[:, None], torch.arange(IMAGE_SIZE)
     planes = [(row * row * (3 + c) + column * (7 + 2 * c) + row * column) % 251 for c in range(channels)]
     return torch.stack(planes)[None].double() / 125 - 1
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of weights in the order of their names, whatever file they lie in."""
+    """SHA-256 of the weights in the order of their names, independent of the file format."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

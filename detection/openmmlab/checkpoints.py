@@ -1,4 +1,4 @@
-"""OpenMMLab's checkpoints: read with PyTorch's weights_only left on, and loaded strictly."""
+"""Reads OpenMMLab's checkpoints with PyTorch's ``weights_only`` on, and loads them strictly."""
 
 from typing import Any
 
@@ -9,35 +9,35 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from ...classification.models.safe_types import admit_for_good, history_types, safe_types
+from ...classification.models.safe_types import allow_permanently, history_types, safe_types
 from ...classification.models.weights import WeightsError, describe_misfit, plain_names
 
 
-def admit_safe_types() -> None:
-    """Let PyTorch's safe reader, in this process, take what mmengine's checkpoints hold beside tensors.
+def allow_safe_types() -> None:
+    """Let PyTorch's safe reader read the types in mmengine's checkpoints for the rest of the process.
 
-    That is the history of logged values and NumPy arrays and scalars, under the names of NumPy 1 and 2; each is read
-    by a stand-in that takes numbers only. Everything else is refused by the reader, with its name.
+    These are histories of logged values, and NumPy's arrays and scalars under the names of NumPy 1 and 2. A stand-in
+    that accepts only numbers reads each. The reader still refuses every other type by name.
     """
-    admit_for_good([*safe_types(), *history_types(_History)])
+    allow_permanently([*safe_types(), *history_types(_History)])
 
 
 class _History(HistoryBuffer):
-    """In place of ``HistoryBuffer``, which lets a file exchange the methods of all of them; turns into one."""
+    """Reads a ``HistoryBuffer`` and becomes one; the original would let a file replace the methods of all of them."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__class__ = HistoryBuffer
-        self.__init__(state["_log_history"], state["_count_history"], int(state["max_length"]))
+        HistoryBuffer.__init__(self, state["_log_history"], state["_count_history"], int(state["max_length"]))
 
 
 @HOOKS.register_module()
 class StrictLoadHook(Hook):
-    """Refuses a checkpoint that does not fit the model in every name and shape; mmengine would only print that.
+    """Refuses a checkpoint unless every name and shape fits the model; mmengine would only print the differences.
 
-    It also keeps mmengine from executing a config inside of a checkpoint (``meta.config``) when a run is resumed.
+    It also stops mmengine from executing a config in the checkpoint (``meta.config``) when a run is resumed.
 
     Args:
-        may_differ: prefixes of names that may be missing, left over or of another shape: those of the heads, where
+        may_differ: prefixes of names that may be missing, unused or of another shape, such as those of the heads when
             a detector is fine-tuned for other classes.
     """
 
@@ -45,7 +45,7 @@ class StrictLoadHook(Hook):
         self.may_differ = tuple(may_differ)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Compare before the weights are put in place; forget a config, which mmengine would execute on resuming.
+        """Compare names and shapes before the weights are loaded, and remove the config.
 
         Raises:
             WeightsError: naming the first differences.
@@ -58,7 +58,7 @@ class StrictLoadHook(Hook):
 
 
 def check_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, may_differ: tuple[str, ...] = ()) -> None:
-    """Compare a checkpoint with a model, wrapped or not, in names and shapes.
+    """Check that a checkpoint fits a model, wrapped or not, in every name and shape.
 
     Raises:
         WeightsError: naming the first differences.
@@ -71,12 +71,12 @@ def check_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, may_diffe
         raise WeightsError(f"{path}: {problem}")
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
 
 
 def _own_names(model: nn.Module, state: dict[str, Any], path: str) -> dict[str, Any]:
-    """Weights without what wrappers put into their names, unless the model has the same names."""
+    """Remove the names of wrappers from those of the weights, unless the model has the same names."""
     return state if state.keys() == model.state_dict().keys() else plain_names(state, path)

@@ -122,7 +122,7 @@ def test_weights_are_evaluated_under_the_names_of_frameworks(
         output = capfd.readouterr().out
         results.append(accuracy_lines(output))
     assert results[0] == results[1] and len(results[0]) == 2
-    assert output.count("framework.pth: takes its weights named net.* without this prefix") == 1
+    assert output.count("framework.pth: loading the weights named net.* without this prefix") == 1
 
 
 @pytest.mark.parametrize("name", ["sgd", "lamb", "adam", "nadamw"])

@@ -479,14 +479,14 @@ def test_conversion_refuses_what_cannot_be(files: Path, tmp_path: Path, capsys: 
 
     published_file, target = files / "published.pth", tmp_path / "out.safetensors"
     assert "must end in .safetensors, .pth" in refused(published_file, tmp_path / "out.onnx")
-    assert "holds weights alone; a trainer checkpoint" in refused(published_file, target, "--to", "trainer")
+    assert "holds weights only; a trainer checkpoint" in refused(published_file, target, "--to", "trainer")
     assert "is the file to convert" in refused(published_file, published_file)
     assert "holds no EMA weights" in refused(files / "ours.pth", target, "--ema")
     assert "holds a backbone without a classifier" in refused(files / "detector.pth", target)
     assert "cannot be written" in refused(published_file, tmp_path / "absent" / "out.pth")
     torch.save({"model": classifier(fusion_dilations=(1, 2)).state_dict()}, tmp_path / "ablated.pth")
     ablated = refused(tmp_path / "ablated.pth", tmp_path / "out.pth", "--to", "published")
-    assert "fuses by 3x3 dilation 1, 3x3 dilation 2, for which the published code has no model" in ablated
+    assert "its fusion, 3x3 dilation 1, 3x3 dilation 2, does not exist in the published code" in ablated
     torch.save({"model": classifier().state_dict(), "config": {"x": torch.ones(1)}}, tmp_path / "odd.pth")
     assert "holds more than text and numbers" in refused(tmp_path / "odd.pth", target)
     assert not target.exists()
@@ -520,7 +520,7 @@ def test_verification_knows_weights_whatever_file_they_lie_in(files: Path, tmp_p
     diverged = {name: t * math.nan if t.is_floating_point() else t for name, t in classifier().state_dict().items()}
     torch.save(diverged, tmp_path / "diverged.pth")
     assert run("verify", tmp_path / "diverged.pth") == 2
-    assert "computes infinite values" in capsys.readouterr().err
+    assert "its outputs are not finite" in capsys.readouterr().err
     assert run("verify", files / "published.pth", "--variant", "tiny") == 2
     assert "holds custom (dims 8" in capsys.readouterr().err
 
