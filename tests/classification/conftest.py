@@ -1,17 +1,15 @@
-"""Golden values; data sets of real images, a small config, and a finished run of it."""
+"""Golden values; data sets of real images, a small config, and a finished run of it.
+
+The trainer is imported where it is used: tests on GPUs run without its packages.
+"""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-
-from spatial_mamba.classification.demo_data import write_digits
-from spatial_mamba.classification.main import main
 
 from .micro_models import GOLDEN
-from .runs import MICRO
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +21,8 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from spatial_mamba.classification.demo_data import write_digits
+
     folder = tmp_path_factory.mktemp("data") / "digits"
     write_digits(folder)
     return folder
@@ -42,14 +42,25 @@ def photos(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config file: a model and a recipe as small as they come, with every part of the recipe switched on."""
     path = tmp_path_factory.mktemp("config") / "micro.yaml"
-    path.write_text(yaml.safe_dump(MICRO))
+    path.write_text("""
+        DATA: {IMG_SIZE: 32, BATCH_SIZE: 4, NUM_WORKERS: 0}
+        MODEL: {NAME: micro, DROP_PATH_RATE: 0.2, SPATIAL_MAMBA: {EMBED_DIM: 4, DEPTHS: [1, 1, 1, 1]}}
+        TRAIN: {EPOCHS: 2, WARMUP_EPOCHS: 1, BASE_LR: 0.05, MODEL_EMA_DECAY: 0.5}
+        AUG: {MESA: 1.0, MESA_START: 0.5}
+        AMP_ENABLE: False
+        DEVICE: cpu
+        PRINT_FREQ: 1
+    """)
     return path
 
 
 @pytest.fixture(scope="session")
 def trained(micro: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run of two epochs, the second with MESA."""
+    from spatial_mamba.classification.main import main
+
     output = tmp_path_factory.mktemp("trained")
     assert main(["--cfg", str(micro), "--data-path", str(photos), "--output", str(output)]) == 0
     return output / "micro" / "default"

@@ -1,9 +1,6 @@
-"""What the tests of the trainer share: a small recipe, ways to start it and to compare its results, other data sets."""
+"""What the tests of the trainer share: its arguments, comparisons of its results, and other forms of a data set."""
 
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,36 +11,11 @@ from torch import Tensor
 
 from spatial_mamba.classification.distributed import Process
 
-ROOT = Path(__file__).parents[2]
-MAIN = ROOT / "classification" / "main.py"
 CPU = Process(0, 1, torch.device("cpu"))
-
-
-# A model and a recipe as small as they come, with every part of the recipe switched on.
-MICRO = {
-    "DATA": {"IMG_SIZE": 32, "BATCH_SIZE": 4, "NUM_WORKERS": 0},
-    "MODEL": {"NAME": "micro", "DROP_PATH_RATE": 0.2, "SPATIAL_MAMBA": {"EMBED_DIM": 4, "DEPTHS": [1, 1, 1, 1]}},
-    "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 1, "BASE_LR": 0.05, "MODEL_EMA_DECAY": 0.5},
-    "AUG": {"MESA": 1.0, "MESA_START": 0.5},
-    "AMP_ENABLE": False,
-    "DEVICE": "cpu",
-    "PRINT_FREQ": 1,
-}
 
 
 def options(micro: Path, photos: Path, output: Path, *more: str) -> list[str]:
     return ["--cfg", str(micro), "--data-path", str(photos), "--output", str(output), *more]
-
-
-def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
-        [*launcher, str(MAIN), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
 
 
 def accuracy_lines(text: str) -> list[str]:

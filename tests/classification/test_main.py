@@ -2,8 +2,6 @@
 
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from spatial_mamba.classification.checkpoint import BEST
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
 
-from .runs import MAIN, options
+from .runs import options
 
 
 def damage_config(text: str) -> Callable[[Path], list[str]]:
@@ -240,14 +238,13 @@ def test_wrong_input_is_one_line_and_overwrites_nothing(
 
 
 def test_an_error_of_a_loader_process_arrives_as_one_line(
-    micro: Path, photos: Path, trained: Path, tmp_path: Path
+    micro: Path, photos: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(photos, broken)
     truncate_image(broken)
     arguments = options(micro, broken, tmp_path, "--eval", "--pretrained", str(trained / BEST), "--workers", "1")
-    result = subprocess.run([sys.executable, str(MAIN), *arguments], capture_output=True, text=True)
-    assert result.returncode == 2
-    (line,) = result.stderr.strip().splitlines()
+    assert main(arguments) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {broken / 'val' / '2'}") and "unreadable image" in line
     assert line.endswith("; replace or remove it"), "--skip-unreadable is for training"
