@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ setuptools = pytest.importorskip("setuptools", minversion="77")
 read_configuration = pytest.importorskip("setuptools.config.pyprojecttoml").read_configuration
 ROOT = Path(__file__).parents[1]
 NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "data", "output", "work_dirs", "lib", "*.so")
+
+
+def packs(test: Callable[..., None]) -> Callable[..., None]:
+    """In one process, which makes the wheel once."""
+    return pytest.mark.slow(pytest.mark.xdist_group("packaging")(test))
 
 
 def copy_tree(folder: Path) -> Path:
@@ -64,6 +70,7 @@ def run(folder: Path, script: str, **variables: str) -> list[str]:
     return subprocess.check_output(command, cwd=folder, env=environment, text=True).splitlines()
 
 
+@packs
 def test_both_hold_code_configs_and_sources_and_nothing_built(made: tuple[Path, Path, Path]) -> None:
     tree, source, wheel = made
     packed = {path for path in tree.rglob("*.py") if path.relative_to(tree).parts[0] != "tests"}
@@ -84,6 +91,7 @@ def test_both_hold_code_configs_and_sources_and_nothing_built(made: tuple[Path, 
     assert others == {"LICENSE", "README.md", "pyproject.toml", "setup.py", "setup.cfg", "PKG-INFO"}
 
 
+@packs
 def test_the_wheel_installs_reads_its_configs_and_gives_help(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert made[2].name.endswith("-py3-none-any.whl")
     install(made[2], tmp_path)
@@ -131,6 +139,7 @@ def test_a_releases_wheel_brings_a_library_for_each_pytorch(tmp_path: Path) -> N
     assert run(tmp_path / "installed", script) == [build.BASELINES[build.platform.machine()][0]]
 
 
+@packs
 def test_building_leaves_no_entry_points_in_the_root(made: tuple[Path, Path, Path]) -> None:
     """PyTorch, imported by a Python that is started there without this package, would fail on them."""
     assert list(made[0].glob("*.egg-info")) == []

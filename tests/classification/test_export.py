@@ -155,6 +155,7 @@ def test_program_takes_any_batch_and_holds_no_operator_of_this_package() -> None
         torch.testing.assert_close(function(images), model(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_aotinductor_package(tmp_path: Path) -> None:
     model = micro(dims=4, depths=(1,))

@@ -426,6 +426,7 @@ def test_packed_layers_name_what_is_wrong() -> None:
 # --- on other processors
 
 
+@pytest.mark.slow
 def test_what_depends_on_the_processor_holds_with_avx2_alone() -> None:
     """PyTorch and oneDNN choose their instructions once per process, so the tests run again in another.
 

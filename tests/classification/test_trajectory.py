@@ -22,6 +22,8 @@ from spatial_mamba.classification.trainer import build_model
 
 from .micro_models import GOLDEN, golden_fill
 
+pytestmark = pytest.mark.xdist_group("trajectory")
+
 EPOCHS, UPDATES, BATCH, CLASSES = 4, 5, 4, 10
 SETTINGS = {
     "MODEL.SPATIAL_MAMBA.EMBED_DIM": 32,

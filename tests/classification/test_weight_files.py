@@ -167,6 +167,7 @@ def test_reading_neither_minds_nor_changes_what_the_process_admits(tmp_path: Pat
         assert set(map(id, torch.serialization.get_safe_globals())) == set(map(id, before))
 
 
+@pytest.mark.slow
 def test_a_model_of_timms_leaves_other_files_readable(tmp_path: Path) -> None:
     torch.save(np.arange(3.0), tmp_path / "array.pth")
     script = """if True:
@@ -396,7 +397,11 @@ def test_backbones_and_classifiers_are_told_apart() -> None:
 
     for model, other, message in (
         (backbone(3), backbone(1, 3), r"out_indices=\(1, 3\), the model has \(3,\); make the model with those"),
-        (backbone(3), classifier(), "holds a classifier, the model is a backbone; start from the file with pretrained="),
+        (
+            backbone(3),
+            classifier(),
+            "holds a classifier, the model is a backbone; start from the file with pretrained=",
+        ),
         (classifier(), backbone(3), "holds a backbone, the model is a classifier; use the file of a classifier"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -409,7 +414,9 @@ def test_models_of_other_channels_start_from_rgb_weights(
 ) -> None:
     expected = adapt_input_conv(channels, classifier().patch_embed.conv1.conv.weight)
     backbone = SpatialMambaBackbone(channels, dims=8, depths=(1, 1, 1, 1), pretrained=files / "bare.pth")
-    assert caplog.messages == [f"{files / 'bare.pth'}: adapting its first convolution from 3 input channels to {channels}"]
+    assert caplog.messages == [
+        f"{files / 'bare.pth'}: adapting its first convolution from 3 input channels to {channels}"
+    ]
     source = dict(file=str(files / "bare.pth"), num_classes=5)
     model = timm.create_model(
         "spatial_mamba_tiny", pretrained=True, pretrained_cfg_overlay=source, in_chans=channels, **MICRO

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +19,17 @@ import torch
 from spatial_mamba.kernels import __main__ as command
 from spatial_mamba.kernels import backends, build, native, selective_scan, use_backend
 
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+no_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
 needs_baseline = pytest.mark.skipif(
     not set(build.BASELINES.get(build.platform.machine(), ("", "none"))[1].split()) <= build.cpu_features(),
     reason="the processor is below the baseline of portable libraries",
 )
 TINY = 'extern "C" int twice(int x) { return 2 * x; }\n'
 TINY_KERNEL = "__global__ void twice(int* x) { *x *= 2; }\nvoid launch(int* x) { twice<<<1, 1>>>(x); }\n"
+
+
+def needs_compiler(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.slow(no_compiler(test))
 
 
 def write_sources(folder: Path, text: str = TINY, name: str = "cpu/tiny.cpp") -> Path:
@@ -526,6 +531,7 @@ def test_triton_needs_a_recent_version_and_a_compiler_unless_interpreted(
     assert backends._why_no_triton() is None
 
 
+@pytest.mark.slow
 def test_native_code_required_in_a_process_of_its_own(tmp_path: Path) -> None:
     """The package can be imported, or there would be no building; the first call raises."""
     script = (

@@ -27,6 +27,8 @@ from spatial_mamba.kernels.structure_aware_scan import STRUCTURE_AWARE_SCAN
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "csrc" / "cuda"
 EMULATOR = HERE / "cuda_emulator"
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cuda_emulation")]
+
 NAMESPACE = "spatial_mamba_cuda_emulated"
 TORCH = Path(torch.__file__).parent
 

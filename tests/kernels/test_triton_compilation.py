@@ -20,6 +20,7 @@ MULTIPROCESSORS = 132
 KERNELS = 17  # at least, of all operators
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -116,7 +116,10 @@ class Room:
         return re.sub(r"(data_)?time: \S+", "", lines[-1].split("]    ")[1]).strip()
 
 
-@pytest.fixture(scope="module", params=["detection", "segmentation"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("detection", "segmentation")],
+)
 def room(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Room:
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "crash.py").write_text(CRASH)
