@@ -1,4 +1,4 @@
-"""What holds for all tests: Triton's interpreter without a GPU, chosen before Triton is imported, and plain logging."""
+"""Set-up of all tests: without a GPU, Triton's interpreter, chosen before Triton is imported; plain logging."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def package_logger() -> None:
-    """Let ``caplog`` see the package's records, also after a test whose training took the logger over."""
+    """Let ``caplog`` see the package's records, even after a test in which training has set up the logger."""
     logger = logging.getLogger("spatial_mamba")
     logger.handlers.clear()
     logger.propagate = True

@@ -23,7 +23,7 @@ NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "data", "outpu
 
 
 def packs(test: Callable[..., None]) -> Callable[..., None]:
-    """In one process, which makes the wheel once."""
+    """Mark a test of the wheel: slow, and in one process with the others, which share it."""
     return pytest.mark.slow(pytest.mark.xdist_group("packaging")(test))
 
 
@@ -63,7 +63,7 @@ def install(wheel: Path, folder: Path) -> None:
 
 
 def run(folder: Path, script: str, **variables: str) -> list[str]:
-    """The lines that a script prints which finds the package in a folder."""
+    """Lines that a script prints when it imports the package from ``folder``."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SPATIAL_MAMBA")}
     environment |= {"PYTHONPATH": str(folder), **variables}
     command = [sys.executable, "-c", script]
@@ -119,12 +119,12 @@ def test_every_package_of_the_tree_is_listed() -> None:
 @needs_compiler
 @needs_baseline
 def test_a_releases_wheel_brings_a_library_for_each_pytorch(tmp_path: Path) -> None:
-    """With one interpreter, and sources that compile in a second."""
+    """With one interpreter and tiny sources."""
     tree = copy_tree(tmp_path)
     shutil.rmtree(tree / "kernels/csrc")
     write_sources(tree / "kernels/csrc")
     command = [sys.executable, tree / "kernels/wheel.py", "--out", tmp_path / "dist", sys.executable]
-    variables = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}  # of pip: 0 says no isolation
+    variables = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}  # of pip: 0 means no isolation
     subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, check=True)
     (wheel,) = (tmp_path / "dist").iterdir()
     assert re.search(rf"-py3-none-manylinux_2_\d+_{build.platform.machine()}\.whl$", wheel.name)
@@ -141,5 +141,5 @@ def test_a_releases_wheel_brings_a_library_for_each_pytorch(tmp_path: Path) -> N
 
 @packs
 def test_building_leaves_no_entry_points_in_the_root(made: tuple[Path, Path, Path]) -> None:
-    """PyTorch, imported by a Python that is started there without this package, would fail on them."""
+    """A Python started there without this package would find them, and PyTorch would fail to load them."""
     assert list(made[0].glob("*.egg-info")) == []

@@ -46,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tests = download(Path(folder))
         own_configuration = ["-c", "/dev/null", f"--rootdir={tests.parent}", "-p", "no:cacheprovider"]
-        no_warnings = ["-W", "ignore"]  # of marks that only timm's configuration knows
+        no_warnings = ["-W", "ignore"]  # about marks that only timm's configuration registers
         return pytest.main([str(tests), "-k", CHOSEN, "-q", "-rs", *own_configuration, *no_warnings])
 
 

@@ -30,7 +30,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of real images, 9 to train and 5 to validate on each: numbers that divide by nothing."""
+    """Three classes of real images, each with 9 to train and 5 to validate on: numbers that no batch size divides."""
     root = tmp_path_factory.mktemp("photos") / "set"
     for split, count in (("train", 9), ("val", 5)):
         for digit in "012":

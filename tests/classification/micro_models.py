@@ -1,6 +1,7 @@
-"""Small models, the weights and images of the golden values, and comparisons."""
+"""Small models, the weights and images of the golden values, comparisons, and a harmful object."""
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,7 +47,7 @@ def micro_classifier(**changes: Any) -> SpatialMamba:
 
 
 def filled_classifier(**changes: Any) -> SpatialMamba:
-    """A small classifier with weights under which every part of it matters."""
+    """A small classifier whose weights make every part matter."""
     return golden_fill.fill_(micro_classifier(**changes))
 
 
@@ -67,7 +68,7 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def train_step(model: nn.Module, x: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of one pass through ``model`` as it is, training or not."""
+    """Loss and gradients of one pass, in the mode that ``model`` is in."""
     model.zero_grad()
     torch.manual_seed(seed)
     loss = F.cross_entropy(model(x), torch.arange(len(x)))
@@ -80,7 +81,7 @@ def assert_same_step(actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[T
 
 
 class RecordMixers(TorchDispatchMode):
-    """Collects what the mixers' scans return, as long as it is entered."""
+    """Collects the outputs of the mixers' scans while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class RecordMixers(TorchDispatchMode):
 
 
 needs_native_mixer = pytest.mark.skipif(
-    reference_serves(torch.zeros(())), reason="the definition serves here: there is no operator to look into"
+    reference_serves(torch.zeros(())), reason="the reference implementation runs here: there is no operator to observe"
 )
 
 
@@ -103,3 +104,13 @@ def perturb_fusion(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if ".state_fusion." in name:
                 parameter.mul_(1.5).add_(0.1)
+
+
+class LeavesATrace:
+    """A harmful object: unpickling it without care makes a folder."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)

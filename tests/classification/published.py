@@ -11,7 +11,7 @@ from spatial_mamba.classification.checkpoint import LATEST
 
 
 def published_yaml(variant: str) -> dict[str, Any]:
-    """The keys of the published YAML files, all of them."""
+    """All keys of a published YAML file."""
     dims, depths, drop_path, mesa = {
         "tiny": (64, [2, 4, 8, 4], 0.2, 1.0),
         "small": (64, [2, 4, 21, 5], 0.3, 1.5),
@@ -26,7 +26,7 @@ def published_yaml(variant: str) -> dict[str, Any]:
 
 
 def published_run(config: dict[str, Any], images_per_update: int = 1024) -> dict[str, Any]:
-    """What the published trainer saves as ``config.json``: all of its settings, the rates scaled."""
+    """The ``config.json`` of the published trainer: all its settings, with scaled learning rates."""
     rates = {"BASE_LR": 5e-4, "WARMUP_LR": 5e-7, "MIN_LR": 5e-6}
     train = {
         **{key: rate * images_per_update / 512 for key, rate in rates.items()},
@@ -56,7 +56,7 @@ def published_run(config: dict[str, Any], images_per_update: int = 1024) -> dict
 
 
 def published_checkpoint(trained: Path, path: Path) -> Path:
-    """Our checkpoint, laid out as the published trainer writes it: its config with rates scaled, steps 0, a typo."""
+    """Our checkpoint in the layout of the published trainer: scaled rates, steps 0, a misspelt key."""
     content = torch.load(trained / LATEST, weights_only=True)
     content["max_accuray_ema"] = np.float64(content.pop("max_accuracy_ema"))
     content["steps"] = 0
@@ -70,7 +70,7 @@ def published_checkpoint(trained: Path, path: Path) -> Path:
     config |= {"AMP_ENABLE": False}
     config["MODEL"]["NUM_CLASSES"] = 3
     content["config"] = CfgNode(config)
-    # The group with weight decay comes first there, and parameters are numbered in that order.
+    # There, the group with weight decay comes first, and parameters are numbered in that order.
     spared, decayed = content["optimizer"]["param_groups"]
     order = decayed["params"] + spared["params"]
     content["optimizer"]["state"] = {i: content["optimizer"]["state"][old] for i, old in enumerate(order)}

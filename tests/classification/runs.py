@@ -1,4 +1,4 @@
-"""What the tests of the trainer share: its arguments, comparisons of its results, and other forms of a data set."""
+"""Helpers of the trainer's tests: its arguments, comparisons of its results, other forms of a data set."""
 
 import shutil
 import tarfile
@@ -39,7 +39,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 
 def pack(root: Path, form: str, folder: Path) -> Path:
-    """The same images in another form."""
+    """Write the images of ``root`` in another form."""
     target = folder / form
     target.mkdir()
     for split in ("train", "val"):
@@ -55,7 +55,7 @@ def pack(root: Path, form: str, folder: Path) -> Path:
                     for file in sorted(cls.iterdir()):
                         archive.add(file, file.name)
             if form == "tar of tars":
-                (target / split / "._0.tar").write_text("what macOS knows of 0.tar")
+                (target / split / "._0.tar").write_text("metadata of macOS")
                 with tarfile.open(target / f"{split}.tar", "w") as archive:
                     archive.add(target / split, ".")
                 shutil.rmtree(target / split)
@@ -71,7 +71,7 @@ def pack(root: Path, form: str, folder: Path) -> Path:
 
 
 def renamed(photos: Path, folder: Path, names: dict[str, str]) -> Path:
-    """The photos with other names of classes; a class without one is left out."""
+    """Copy the photos under other class names; classes without a new name are left out."""
     for split in ("train", "val"):
         for old, new in names.items():
             shutil.copytree(photos / split / old, folder / split / new)

@@ -1,7 +1,6 @@
 """Checkpoints: written atomically, read from the published trainer and frameworks, refused if they do not fit."""
 
 import json
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from spatial_mamba.classification.optim import build_scheduler
 from spatial_mamba.classification.trainer import prepare
 from spatial_mamba.kernels.errors import UserError
 
+from .micro_models import LeavesATrace
 from .published import published_checkpoint
 from .runs import accuracy_lines, assert_same, options
 
@@ -49,7 +49,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: 
     assert set(read_checkpoint(folder / LATEST)["model"]) == {"weight", "bias"}
 
 
-def test_auto_resume_takes_the_newest_whole_checkpoint(
+def test_auto_resume_takes_the_newest_intact_checkpoint(
     trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "micro" / "default"
@@ -75,7 +75,7 @@ def test_published_checkpoints_load_and_resume(
         micro, [("DATA.DATA_PATH", str(photos)), ("OUTPUT", str(tmp_path)), ("MODEL.RESUME", str(path))]
     )
     job = prepare(config, notes)
-    assert capfd.readouterr().out == ""  # no setting differs in meaning
+    assert capfd.readouterr().out == ""  # no setting has another meaning
     assert (job.state.epoch, job.state.updates) == (1, 12)
     assert job.state.max_accuracy_ema == last["max_accuracy_ema"]
     assert_same(job.state.optimizer.state_dict(), read_checkpoint(trained / LATEST)["optimizer"])
@@ -89,27 +89,17 @@ def test_checkpoints_of_numpy_1_load(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "new.pth") == read_checkpoint(tmp_path / "old.pth") == {"best": 83.5}
 
 
-class Exploit:
-    """Unpickling it would make a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return (os.mkdir, (str(self.path),))
-
-
-def test_a_foreign_type_in_a_checkpoint_is_refused_unexecuted(
+def test_a_foreign_type_in_a_checkpoint_is_refused_and_not_executed(
     micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    torch.save({"model": {}, "extra": Exploit(tmp_path / "executed")}, tmp_path / "evil.pth")
+    torch.save({"model": {}, "extra": LeavesATrace(tmp_path / "executed")}, tmp_path / "evil.pth")
     assert main(options(micro, photos, tmp_path, "--eval", "--pretrained", str(tmp_path / "evil.pth"))) == 2
     error = capfd.readouterr().err
     assert "evil.pth: refused, because it asks to load posix.mkdir" in error
     assert not (tmp_path / "executed").exists()
 
 
-def test_weights_are_evaluated_under_the_names_of_frameworks(
+def test_weights_with_prefixes_of_frameworks_are_evaluated(
     trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     content = torch.load(trained / BEST, weights_only=True)

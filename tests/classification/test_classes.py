@@ -37,14 +37,14 @@ def test_finetuning_replaces_a_classifier_of_another_size(
 
 
 def right_answers(text: str) -> list[int]:
-    """Of the model and its EMA, in the order of the lines."""
+    """Numbers of right answers of the model and of its EMA."""
     return [int(count) for count in re.findall(r"acc@1 [\d.]+% \((\d+)/", text)]
 
 
 def test_evaluation_finds_the_classes_by_name(
     trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """In whatever order the checkpoint has them, and for some of them."""
+    """In any order of the checkpoint, and for a part of its classes."""
 
     def evaluate(checkpoint: Path, data: Path) -> list[str]:
         assert main(options(micro, data, tmp_path, "--eval", "--pretrained", str(checkpoint))) == 0
@@ -81,7 +81,7 @@ def test_evaluation_refuses_other_classes(
 def test_a_run_is_not_resumed_on_other_classes(
     trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """Else a second data set with the default tag would be finished at once."""
+    """Otherwise a run on a second data set with the default tag would end at once, as finished."""
     shutil.copytree(trained, tmp_path / "micro" / "default")
     data = renamed(photos, tmp_path / "data", {"0": "cat", "1": "dog", "2": "cow"})
     few = renamed(photos, tmp_path / "few", {"0": "0", "1": "1"})
@@ -103,7 +103,7 @@ def test_a_run_is_not_resumed_on_other_classes(
     assert "cannot resume with other classes: they are in another order;" in capfd.readouterr().err
 
 
-def test_a_pretrained_classifier_is_taken_over_by_name(
+def test_a_pretrained_classifier_is_matched_by_class_name(
     trained: Path, micro: Path, photos: Path, tmp_path: Path
 ) -> None:
     source = read_checkpoint(trained / BEST)
@@ -127,7 +127,7 @@ def test_a_pretrained_classifier_is_taken_over_by_name(
     assert not torch.equal(head(other, ["0", "1", "2"], ("MODEL.FINETUNE", True)), expected)
 
 
-def test_numbers_of_a_list_are_no_names(trained: Path, micro: Path, photos: Path, tmp_path: Path) -> None:
+def test_numbers_in_a_class_list_are_not_names(trained: Path, micro: Path, photos: Path, tmp_path: Path) -> None:
     data = pack(renamed(photos, tmp_path / "data", {"0": "0", "1": "1", "2": "2"}), "zip with a map", tmp_path)
     named = read_checkpoint(trained / BEST)
     named["classes"] = ["cat", "cow", "dog"]

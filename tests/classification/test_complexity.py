@@ -10,7 +10,7 @@ from spatial_mamba.classification import complexity
     [("tiny", 26_748_862, 4.5), ("small", 43_074_280, 7.1), ("base", 95_745_592, 15.8)],
 )
 def test_complexity_command(variant: str, parameters: int, gflops: float, capsys: pytest.CaptureFixture) -> None:
-    assert complexity.main(["--cfg", f"spatialmamba_{variant}"]) == 0
+    assert complexity.main([f"spatialmamba_{variant}"]) == 0
     name, size, counted, measured = capsys.readouterr().out.splitlines()[-1].split()
     assert (name, size, counted) == (f"spatialmamba_{variant}", "224", f"{parameters:,}")
     assert float(measured) == pytest.approx(gflops, rel=0.02)

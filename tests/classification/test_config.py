@@ -51,7 +51,7 @@ def test_published_yaml_is_the_shipped_config(variant: str, tmp_path: Path) -> N
     assert [note.split(": ")[1] for note in notes] == ["MODEL.DDP has no effect here"]
     shipped, _ = load_config(f"spatialmamba_{variant}")
     differing = {key for key, value in leaves(config) if dict(leaves(shipped))[key] != value}
-    assert differing == {"MODEL.NAME", "MODEL.NUM_CLASSES"}  # there a default, the number of the data set's here
+    assert differing == {"MODEL.NAME", "MODEL.NUM_CLASSES"}  # the published default is 1000; here the data set decides
 
 
 def test_a_published_runs_config_keeps_its_learning_rates(tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_a_published_runs_config_keeps_its_learning_rates(tmp_path: Path) -> Non
     assert load_config(tmp_path / "both.yaml")[0].AUG.MESA == 0.0
 
 
-def test_published_yaml_loads(tmp_path: Path) -> None:
-    """VMamba's keys, which published derivatives use."""
+def test_yaml_with_the_keys_of_vmamba_loads(tmp_path: Path) -> None:
+    """With the keys of VMamba, which derivatives use."""
     published = tmp_path / "published.yaml"
     published.write_text(
         yaml.safe_dump(

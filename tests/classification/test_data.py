@@ -1,5 +1,6 @@
 """Samplers, augmentation, images that cannot be read."""
 
+import itertools
 import zipfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .runs import CPU, pack
 
 
 def test_splits_must_number_their_classes_alike(micro: Path) -> None:
-    """A list of numbers counts 2 before 10, folders named by them do not."""
+    """A class list puts 2 before 10; folders of these names are sorted as text."""
     config, _ = load_config(micro)
     assert check_classes(config, ["0", "1"], ["0", "1"]) == 2
     with pytest.raises(UserError, match="number them in different orders"):
@@ -42,17 +43,17 @@ def test_damaged_archive_members_count_as_unreadable(photos: Path, micro: Path, 
                 archive.writestr(f"{file.parent.name}/{file.name}", bytes(2000) + file.read_bytes())
             first = archive.infolist()[0]
     with (tmp_path / "set" / "train.zip").open("r+b") as file:
-        file.seek(len(first.filename) + 32)  # into the packed data behind the header
+        file.seek(len(first.filename) + 32)  # into the compressed data behind the header
         file.write(b"\xff" * 8)
     data = ImageData(open_split(str(tmp_path / "set"), "train"), build_transform(load_config(micro)[0], True))
     with pytest.raises(UserError, match="unreadable image"):
         data[0, 0]
 
 
-def test_exif_turns_a_users_images_and_a_data_set_on_request(micro: Path, tmp_path: Path) -> None:
+def test_exif_rotates_user_images_always_and_data_sets_on_request(micro: Path, tmp_path: Path) -> None:
     image, exif = Image.new("RGB", (64, 32)), Image.Exif()
     image.paste((255, 255, 255), (0, 0, 32, 32))
-    exif[0x0112] = 6  # to be turned to the right, where the white half is at the top
+    exif[0x0112] = 6  # rotate clockwise: the white half is then at the top
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         path = tmp_path / split / "a" / "photo.jpg"
@@ -67,7 +68,7 @@ def test_exif_turns_a_users_images_and_a_data_set_on_request(micro: Path, tmp_pa
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_samplers_deal_out_every_image_once(world_size: int) -> None:
+def test_samplers_yield_every_image_once(world_size: int) -> None:
     processes = [Process(rank, world_size, torch.device("cpu")) for rank in range(world_size)]
     assert sorted(i for p in processes for i, _ in EvalSampler(10, p)) == list(range(10))
 
@@ -101,7 +102,7 @@ def test_augmentation_is_a_function_of_the_seed(photos: Path, micro: Path) -> No
 
 
 @pytest.mark.parametrize(("zipped", "mode"), [(False, "part"), (True, None), (True, "part"), (True, "no")])
-def test_processes_keep_to_their_own_images_with_zip_only(
+def test_processes_keep_their_own_images_only_with_zip(
     photos: Path, micro: Path, tmp_path: Path, zipped: bool, mode: str | None
 ) -> None:
     settings = [("DATA.DATA_PATH", str(pack(photos, "zip", tmp_path) if zipped else photos))]
@@ -113,3 +114,19 @@ def test_processes_keep_to_their_own_images_with_zip_only(
     for loader.sampler.epoch in range(40):
         seen |= {index for index, _ in loader.sampler}
     assert seen == (set(range(1, 27, 2)) if zipped and mode != "no" else set(range(27)))
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "augmix-m10", "original", "3a"])
+def test_augmentation_of_any_strength_works(policy: str) -> None:
+    config, _ = load_config("spatialmamba_tiny", [("AUG.AUTO_AUGMENT", policy)])
+    step = next(
+        step for step in build_transform(config, is_training=True).transforms if "ugment" in type(step).__name__
+    )
+    operations = [*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))]
+    photo = Image.linear_gradient("L").convert("RGB")
+    for operation in operations:
+        operation.prob, operation.magnitude_std = 1.0, 0.0
+        assert operation(photo).size == photo.size
+    for operation in operations:
+        if operation.name == "PosterizeIncreasing" and operation.magnitude == 10:
+            assert operation(photo).getextrema() == ((0, 0),) * 3  # it keeps no bits

@@ -33,7 +33,7 @@ def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL a process and all its descendants: the launcher's processes would outlive it."""
+    """Kill a process and all its descendants, which would otherwise outlive it."""
     table = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     parents = {int(pid): int(parent) for pid, parent in map(str.split, table.splitlines())}
     doomed = [process.pid]
@@ -64,7 +64,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 def test_evaluation_agrees_whatever_processes_and_batch_size(
     undisturbed: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """What two processes have recorded is what one finds."""
+    """One process finds the accuracy that two have recorded."""
     best = max(records(undisturbed), key=lambda record: record["val_acc1"])
     arguments = options(micro, photos, tmp_path / "none", "--eval", "--pretrained", str(undisturbed / BEST))
     results = []

@@ -19,7 +19,7 @@ from .runs import options
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> None:
-    """Let the model see NaN in chosen training steps, as an overflow would make it."""
+    """Feed the model NaN in the chosen training steps, as after an overflow."""
     steps = itertools.count()
 
     class Poisoned(torch.nn.Module):

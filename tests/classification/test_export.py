@@ -1,4 +1,4 @@
-"""Exported files: they compute what the model does, hold no loop, stay small, and the command says what is wrong."""
+"""Exported files: same results as the model, no loops, small; errors of the command."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def micro(**changes: Any) -> SpatialMamba:
 
 
 def alive(model: nn.Module) -> nn.Module:
-    """Evaluation mode, with weights and statistics that all matter."""
+    """Evaluation mode, with weights and statistics that all affect the result."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "state_fusion" in name or "A_logs" in name or name.endswith("bias"):
@@ -53,7 +53,7 @@ def alive(model: nn.Module) -> nn.Module:
 
 
 def with_extreme_steps(model: SpatialMamba) -> SpatialMamba:
-    """Channels in turn remember all, forget all at once (decays underflow), or do as before."""
+    """Let every third channel keep everything and every third forget everything (decays underflow)."""
     for stage in model.layers:
         for block in stage.blocks:
             ssm = block.self_attention
@@ -114,7 +114,7 @@ def test_softplus_is_relatively_exact() -> None:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("size", [ODD, WIDE])
-def test_form_is_the_definition(fusion: str, size: tuple[int, int]) -> None:
+def test_form_matches_the_model(fusion: str, size: tuple[int, int]) -> None:
     model = micro(depths=(1, 2, 1, 1), **FUSIONS[fusion])
     images = fixed_images(model, size, 3)
     with torch.no_grad(), use_backend("torch"):
@@ -132,7 +132,7 @@ def test_form_leaves_the_model_as_it_is() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_what_cannot_be_exported() -> None:
+def test_models_that_cannot_be_exported() -> None:
     with pytest.raises(RuntimeError, match="a fused model cannot be exported: export the model as it was before"):
         export_form(micro().fuse())
     with pytest.raises(RuntimeError, match="evaluation mode can be exported: call eval"):
@@ -177,7 +177,7 @@ def onnx_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_onnx_runtime_finds_the_model_s_logits(batch: int, onnx_path: Path) -> None:
+def test_onnx_runtime_gives_the_logits_of_the_model(batch: int, onnx_path: Path) -> None:
     model = with_extreme_steps(micro())
     images = fixed_images(model, WIDE, batch)
     (logits,) = onnx_function(onnx_path)(images)
@@ -226,9 +226,9 @@ def test_onnx_of_a_backbone(tmp_path: Path) -> None:
     assert largest_difference(onnx_function(tmp_path / "model.onnx"), model, ODD) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore")  # of both exporters, which deprecate parts of themselves
+@pytest.mark.filterwarnings("ignore")  # both exporters warn about deprecated parts of their own
 @pytest.mark.parametrize("dynamo", [False, True])
-def test_pytorch_s_own_onnx_export(dynamo: bool, tmp_path: Path) -> None:
+def test_onnx_export_of_pytorch(dynamo: bool, tmp_path: Path) -> None:
     """``torch.onnx.export`` of the model as it is, for users who do not know the export command."""
     model = with_extreme_steps(micro(depths=(1,)))
     axes = (
@@ -255,7 +255,7 @@ def test_int8(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
-def test_pytorch_s_dynamic_quantisation() -> None:
+def test_dynamic_quantisation_of_pytorch() -> None:
     model = micro()
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not any(type(module) is nn.Linear for module in quantised.modules())
@@ -299,7 +299,7 @@ def test_command_writes_a_program(tmp_path: Path, capsys: Capture) -> None:
     assert json.loads(facts["class_names"]) == list("abcde") and json.loads(facts["image_size"]) == [33, 47]
 
 
-def test_a_file_that_is_wrong_is_not_kept(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_file_is_not_kept(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "micro.pt2"
     path.write_bytes(b"an earlier file")
     monkeypatch.setattr(check, "fixed_images", lambda model, size, batch: torch.full((batch, 3, *size), math.nan))

@@ -75,7 +75,7 @@ def test_golden_logits_with_other_weights(dtype: torch.dtype, order: str, golden
     with torch.inference_mode():
         logits = model(golden_fill.image("a", (2, 3, 224, 224)).to(dtype))
     assert logits.dtype == dtype
-    tolerance = {torch.float64: 1e-5, torch.bfloat16: 3e-2}[dtype]  # the golden residuals are too large for float16
+    tolerance = {torch.float64: 1e-5, torch.bfloat16: 3e-2}[dtype]  # the residuals of the golden values exceed float16
     assert_near(logits, torch.tensor(golden["tiny_logits_224"]), tolerance)
 
 
@@ -97,7 +97,7 @@ def test_batch_norms_are_folded_with_their_statistics() -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 75), (100, 36)])
 @pytest.mark.parametrize("limit", [1, 3000, 40_000])
-def test_hidden_activations_in_parts_change_nothing(
+def test_computing_hidden_activations_in_parts_changes_nothing(
     size: tuple[int, int], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = with_statistics(filled_classifier())
@@ -216,7 +216,7 @@ def test_fusing_again_and_copying_change_nothing() -> None:
 
 
 def copies(profile: torch.profiler.profile, elements: int) -> list[tuple[str, int]]:
-    """What only moves or sets tensors of at least so many elements, also inside operators: names and elements.
+    """Operations that only move or set tensors of at least so many elements, also inside operators: names and elements.
 
     Of `cat` the profiler records no sizes, so the bytes of its output count, halved: elements of half precision.
     Left out is how PyTorch's linear layers on CPUs add their bias: by starting from it.
@@ -239,7 +239,7 @@ def convolves_in_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@pytest.mark.skipif(reference_serves(torch.zeros(())), reason="the definition permutes and copies")
+@pytest.mark.skipif(reference_serves(torch.zeros(())), reason="the reference implementation permutes and copies")
 @pytest.mark.parametrize(
     ("mode", "autocast"),
     [("inference", False), ("inference", True), ("training", False), ("training", True), ("fused", False)],
@@ -250,7 +250,7 @@ def test_nothing_is_copied_between_operators(mode: str, autocast: bool) -> None:
         model.fuse()
     x = images(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     smallest_map = 16 * 8 * 8 * 32  # the tokens of the last stage
-    wide, narrow = 16 * 128 * 16 * 16, 16 * 128 * 8 * 8  # in front of and behind the strided depthwise convolution
+    wide, narrow = 16 * 128 * 16 * 16, 16 * 128 * 8 * 8  # before and after the strided depthwise convolution
     assert max(p.numel() for p in model.parameters()) < smallest_map
     with (
         torch.profiler.profile(record_shapes=True, profile_memory=True, acc_events=True) as profile,
@@ -290,11 +290,11 @@ def test_peak_memory_is_linear_in_pixels() -> None:
     assert 3.5 < large / small < 4.1
 
 
-# --- packed layers, against the plain ones
+# --- packed layers, compared with the plain ones
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Packed as on a machine with matrix products of this dtype, whether or not this is one."""
+    """Packed as on a machine with matrix products of this dtype, even where this machine has none."""
     return torch.ops.spatial_mamba_cpu.pack_weight(weight)
 
 
@@ -317,7 +317,7 @@ def test_weights_are_packed_only_where_the_processor_has_matrix_products(dtype: 
 @packing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 16, 64), (7, 34, 5), (501, 48, 130), (0, 16, 64)])
-def test_packed_layers_are_those_of_the_library(dtype: torch.dtype, tokens: int, inputs: int, outputs: int) -> None:
+def test_packed_layers_match_the_library(dtype: torch.dtype, tokens: int, inputs: int, outputs: int) -> None:
     torch.manual_seed(0)
     weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
     x, residual = torch.randn(1, tokens, 1, inputs).to(dtype), torch.randn(1, tokens, 1, outputs).to(dtype)
@@ -348,7 +348,7 @@ def test_packed_layers_are_those_of_the_library(dtype: torch.dtype, tokens: int,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize(("tokens", "dim"), [(3, 8), (450, 48)])
-def test_packed_mlp_is_that_of_the_library(dtype: torch.dtype, backend: str, tokens: int, dim: int) -> None:
+def test_packed_mlp_matches_the_library(dtype: torch.dtype, backend: str, tokens: int, dim: int) -> None:
     torch.manual_seed(0)
     shapes = [(tokens, dim), (dim,), (dim,), (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
     x, scale, shift, w1, b1, w2, b2 = (torch.randn(shape).to(dtype) / shape[-1] ** 0.25 for shape in shapes)
@@ -401,7 +401,7 @@ def test_packed_gelu_is_exact_to_rounding_over_its_whole_range() -> None:
     values = torch.linspace(-12, 12, 40 * 64).view(40, 64)
     nothing, identity = pack_weight(torch.zeros(64, 64)), pack_weight(torch.eye(64))
     x, ones, zeros = torch.zeros(1, 64), torch.ones(64), torch.zeros(64)
-    # The values come in as the biases of the hidden layer.
+    # The values enter as the biases of the hidden layer.
     actual = [packed_mlp(x, ones, zeros, 1e-5, nothing, row.contiguous(), identity, zeros) for row in values]
     assert (torch.cat(actual).double() - F.gelu(values.double())).abs().max() < 1e-6
 
@@ -430,11 +430,11 @@ def test_packed_layers_name_what_is_wrong() -> None:
 def test_what_depends_on_the_processor_holds_with_avx2_alone() -> None:
     """PyTorch and oneDNN choose their instructions once per process, so the tests run again in another.
 
-    On Arm the variables mean nothing, and the tests only run twice.
+    On Arm the variables have no effect, and the tests only run a second time.
     """
     capabilities = "torch.backends.cpu.get_cpu_capability(), torch.ops.mkldnn._is_mkldnn_bf16_supported()"
     script = f"import pytest, sys, torch; print({capabilities}); sys.exit(pytest.main())"
-    tests = "copied and True or packed_layers_are or packed_mlp_is"
+    tests = "copied and True or packed_layers_match or packed_mlp_matches"
     result = subprocess.run(
         [
             sys.executable,

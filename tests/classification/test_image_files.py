@@ -16,7 +16,7 @@ from spatial_mamba.kernels.errors import UserError
 
 
 def ramp(folder: Path, name: str, mode: str) -> tuple[Path, np.ndarray]:
-    """A file (1, 256) of 16-bit, 32-bit or floating-point grey, and its pixels in 8 bits."""
+    """Write a (1, 256) grey image of dtype ``mode``; returns the path and the pixels in 8 bits."""
     grey = np.arange(256)
     path = folder / name
     Image.fromarray((grey * 257 + (grey % 3 - 1) * 128).clip(0, 65535).astype(mode)[None]).save(path)
@@ -33,7 +33,7 @@ def test_16_bit_images_keep_their_greys(name: str, tmp_path: Path) -> None:
 
 
 def test_12_bit_images_keep_their_greys(tmp_path: Path) -> None:
-    """As some microscopes write them, uncompressed and two pixels in three bytes."""
+    """As some microscopes write them: uncompressed, two pixels in three bytes."""
     tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 8 * 12 + 4), (278, 1), (279, 6)]
     entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
     pixels = bytes.fromhex("000800fff3e8")

@@ -27,7 +27,7 @@ def mixers(model: SpatialMamba) -> Iterator[nn.Module]:
 
 
 def assert_uniform(tensor: Tensor, bound: float) -> None:
-    """Reaches to the bound and not beyond, with the spread of a uniform distribution."""
+    """Within the bound, with the standard deviation of a uniform distribution."""
     assert tensor.abs().max().item() <= bound
     assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
 

@@ -1,4 +1,4 @@
-"""Every way to use ``main.py`` wrongly: one line, status 2, and nothing is overwritten."""
+"""Wrong input to the trainer: one line, exit status 2, and nothing is overwritten."""
 
 import pickle
 import shutil
@@ -143,16 +143,16 @@ WRONG = {
     ),
     "two names of a key": (
         damage_config("AUG: {MESA: 1.0}\nTRAIN: {MESA: 2.0}"),
-        "AUG.MESA and TRAIN.MESA set the same to 1.0 and 2.0",
+        "AUG.MESA and TRAIN.MESA set the same key to 1.0 and 2.0",
     ),
     "another initialisation": (
         damage_config("MODEL: {SPATIALMAMBA: {DT_INIT: constant}}"),
-        "DT_INIT is 'constant', but what is built here is 'random'",
+        "DT_INIT is 'constant', but only this is supported: 'random'",
     ),
     "published run as output": (published_output, "is the folder of one run of the published trainer"),
-    "own base": (damage_config("BASE: [bad.yaml]"), "names itself through BASE"),
+    "own base": (damage_config("BASE: [bad.yaml]"), "includes itself through BASE"),
     "another model": (damage_config("MODEL: {TYPE: swin}"), "MODEL.TYPE is 'swin'"),
-    "another architecture": (damage_config("MODEL: {VSSM: {SSM_RATIO: 1.0}}"), "what is built here is 2.0"),
+    "another architecture": (damage_config("MODEL: {VSSM: {SSM_RATIO: 1.0}}"), "only this is supported: 2.0"),
     "another norm": (damage_config("MODEL: {VSSM: {NORM_LAYER: bn}}"), "SPATIAL_MAMBA.NORM_LAYER is 'bn'"),
     "blank value": (damage_config("TRAIN: {EPOCHS: }"), "TRAIN.EPOCHS takes a int, got None"),
     "rate that is none": (damage_config("TRAIN: {BASE_LR: .nan}"), "TRAIN.BASE_LR is nan; it must be a finite number"),
@@ -233,11 +233,11 @@ def test_wrong_input_is_one_line_and_overwrites_nothing(
     after = snapshot(folder)
     assert {path: after[path] for path in before} == before, "nothing is overwritten"
     new = {path.name for path in after.keys() - before.keys()}
-    records = {"config.yaml", "log.txt", ".lock"}  # an unreadable image is found after the run has begun
+    records = {"config.yaml", "log.txt", ".lock"}  # an unreadable image is only found once the run has started
     assert not {name for name in new - records if "tfevents" not in name}
 
 
-def test_an_error_of_a_loader_process_arrives_as_one_line(
+def test_an_error_in_a_loader_process_is_one_line(
     micro: Path, photos: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     broken = tmp_path / "broken"

@@ -8,9 +8,7 @@ import torch
 
 from spatial_mamba.classification import engine, optim
 from spatial_mamba.classification.config import load_config
-from spatial_mamba.classification.data import (
-    build_mixup,
-)
+from spatial_mamba.classification.data import build_mixup
 from spatial_mamba.classification.optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
 from spatial_mamba.classification.trainer import build_model
 
@@ -63,14 +61,14 @@ def test_losses_and_targets_follow_the_recipe(micro: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "rates"),
     [
-        # Two epochs of warm-up of ten, ten updates each, rates 0 to 1.
+        # Ten epochs of ten updates, two of them warm-up, rates from 0 to 1.
         ("linear", {0: 0.0, 10: 0.5, 20: 1.0, 60: 1 - 0.99 / 2, 99: 1 - 0.99 * 79 / 80}),
         ("multistep", {10: 0.5, 20: 1.0, 39: 1.0, 40: 0.2, 69: 0.2, 70: 0.04, 99: 0.04}),
         ("step", {10: 0.5, 20: 1.0, 29: 1.0, 30: 0.3, 59: 0.3, 60: 0.09}),
     ],
 )
 def test_other_schedules_are_the_published_ones(name: str, rates: dict[int, float]) -> None:
-    """The formulas of Swin Transformer's schedules, which the published trainer has."""
+    """The formulas of Swin Transformer's schedules, which the published trainer uses."""
     schedule = {"NAME": name, "GAMMA": 0.2, "MULTISTEPS": [4, 7], "DECAY_EPOCHS": 3, "DECAY_RATE": 0.3}
     settings = [(f"TRAIN.LR_SCHEDULER.{key}", value) for key, value in schedule.items()]
     settings += [("TRAIN.EPOCHS", 10), ("TRAIN.WARMUP_EPOCHS", 2), ("TRAIN.SCALE_LR", False)]
@@ -107,3 +105,35 @@ def test_precision_follows_device_and_config(micro: Path, monkeypatch: pytest.Mo
         assert autocast_dtype(on, cpu) == on_cpu, processor
     assert autocast_dtype(forced, cuda) == torch.float16
     assert autocast_dtype(off, cuda) == torch.float32
+
+
+def test_the_fused_optimiser_updates_as_the_plain_one_does() -> None:
+    config, _ = load_config("spatialmamba_digits")
+    torch.manual_seed(0)
+    models = [build_model(config, 10) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(config, model, world_size=1) for model in models]
+    assert all(group["fused"] for group in optimizers[0].param_groups)
+    for group in optimizers[1].param_groups:
+        group["fused"], group["foreach"] = False, False
+    images = torch.randn(2, 3, 32, 32)
+    models[0](images).square().sum().backward()  # gradients as the model lays them out
+    for _ in range(3):
+        for p, twin in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            twin.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    groups = optimizers[0].state_dict()["param_groups"]
+    optimizers[0].load_state_dict({"state": optimizers[1].state_dict()["state"], "param_groups": groups})  # as resumed
+    for optimizer in optimizers:
+        optimizer.step()
+    for (name, p), twin in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb"])
+def test_other_optimisers_are_built_as_they_can_be(name: str) -> None:
+    config, _ = load_config("spatialmamba_digits", [("TRAIN.OPTIMIZER.NAME", name)])
+    model = build_model(config, 10)
+    optimizer = build_optimizer(config, model, world_size=1)
+    assert optimizer.param_groups[0].get("fused", False) is (name == "sgd")

@@ -23,7 +23,7 @@ from .micro_models import assert_near, assert_same_step, filled_classifier, imag
 
 
 def test_transforms_of_torch_func() -> None:
-    """Per-sample gradients and derivatives in forward mode are those of the reverse mode."""
+    """Per-sample gradients and forward-mode derivatives equal those of reverse mode."""
     model = filled_classifier(depths=(1, 1)).double().eval()
     x, direction = images(2, 3, 32, 32).double(), images(2, 3, 32, 32).double().flip(-1)
     labels = torch.tensor([0, 2])
@@ -120,7 +120,7 @@ def process_group() -> Iterator[None]:
 
 
 def shard(model: nn.Module, units: Sequence[str]) -> nn.Module:
-    """FSDP2 of the modules whose names end so, and of the model."""
+    """Apply FSDP2 to the modules whose names end with one of ``units``, and to the model."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     for name, module in model.named_modules():
         if name.endswith(tuple(units)):
@@ -129,7 +129,7 @@ def shard(model: nn.Module, units: Sequence[str]) -> nn.Module:
 
 
 def shard_as_before(model: nn.Module, units: Sequence[str]) -> nn.Module:
-    """FSDP1 likewise."""
+    """The same with FSDP1."""
     chosen = [module for name, module in model.named_modules() if name.endswith(tuple(units))]
     policy = lambda module, recurse, **_: recurse or module in chosen  # noqa: E731
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True)
@@ -143,7 +143,7 @@ fsdp2 = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason
 @pytest.mark.parametrize("units", [["blocks.0"], ["conv2d", "state_fusion", "out_norm", "in_proj", "cpe1", "norm"]])
 def test_fsdp_of_any_unit(wrap: Callable[..., nn.Module], units: Sequence[str], process_group: None) -> None:
     def losses(model: nn.Module) -> list[float]:
-        """Of two steps, the second with what the first has changed."""
+        """Losses of two steps, the second after an update."""
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         values = []
         for _ in range(2):
@@ -169,12 +169,12 @@ def test_hooks_are_called_on_every_module(dtype: torch.dtype) -> None:
         module.register_forward_hook(lambda module, args, output: called.add(module))
     assert_near(model(x), expected, 1e-10 if dtype == torch.float64 else 2e-2)
     assert called == {module for module in model.modules() if not isinstance(module, nn.ModuleList)}
-    assert model.to("meta")(x.to("meta")).shape == expected.shape  # which knows no autocast
+    assert model.to("meta")(x.to("meta")).shape == expected.shape  # a device without autocast
 
 
 @pytest.mark.parametrize("name", ["conv2d", "state_fusion", "out_norm"])
-def test_what_replaces_forward_is_called(name: str) -> None:
-    """By tools that set a module's ``forward``, and by hooks of all modules."""
+def test_a_replaced_forward_is_called(name: str) -> None:
+    """As by tools that set a module's ``forward``, and by global hooks."""
     model = filled_classifier(depths=(1,))
     expected = model(images())
     module = model.layers[0].blocks[0].self_attention.get_submodule(name)
@@ -190,8 +190,8 @@ def test_what_replaces_forward_is_called(name: str) -> None:
         model.eval().fuse()
 
 
-def test_pruning_and_parametrised_weights_take_part() -> None:
-    """The former changes weights in a hook, the latter wherever they are read."""
+def test_pruned_and_parametrised_weights_are_used() -> None:
+    """Pruning changes weights in a hook, a parametrisation whenever they are read."""
     for change in (partial(prune.random_unstructured, name="weight", amount=0.5), weight_norm):
         model = filled_classifier(depths=(1,)).double()
         mixer = model.layers[0].blocks[0].self_attention
@@ -207,8 +207,8 @@ def test_pruning_and_parametrised_weights_take_part() -> None:
 
 
 @pytest.mark.parametrize("use", [SpatialMamba.fuse, export_form])
-def test_weights_are_not_read_past_a_wrapper(use: Callable[[nn.Module], nn.Module]) -> None:
-    """As of LoRA, whose layers hold the weights that they were put around."""
+def test_wrapped_layers_are_never_bypassed(use: Callable[[nn.Module], nn.Module]) -> None:
+    """As with LoRA, whose layers hold the layer that they wrap."""
 
     class LowRank(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:

@@ -31,7 +31,7 @@ def test_archives_hold_what_folders_hold(photos: Path, tmp_path: Path, form: str
 
 @pytest.mark.parametrize("form", ["tar", "tar per class", "zip"])
 def test_class_numbers_do_not_depend_on_the_form(digits: Path, tmp_path: Path, form: str) -> None:
-    """With twelve classes numerical and alphabetical order differ."""
+    """With twelve classes, numerical and alphabetical order differ."""
     names = [str(i) for i in range(12)]
     for split in ("train", "val"):
         for name in names:
@@ -44,8 +44,8 @@ def test_class_numbers_do_not_depend_on_the_form(digits: Path, tmp_path: Path, f
 
 
 @pytest.mark.parametrize("form", ["folders", *FORMS])
-def test_hidden_files_are_no_data(photos: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What macOS, Jupyter and editors leave behind is counted once, and everything else is as without it."""
+def test_hidden_files_are_ignored(photos: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Files of macOS, Jupyter and editors are counted once and change nothing else."""
     messy = tmp_path / "messy"
     shutil.copytree(photos, messy)
     clutter = [
@@ -88,7 +88,7 @@ def test_hidden_files_are_no_data(photos: Path, tmp_path: Path, form: str, caplo
         ("1/back", "{root}"),
     ],
 )
-def test_links_are_followed_but_not_back_up(photos: Path, tmp_path: Path, link: str, target: str) -> None:
+def test_links_are_followed_except_to_parent_folders(photos: Path, tmp_path: Path, link: str, target: str) -> None:
     root = tmp_path / "set"
     shutil.copytree(photos, root)
     shutil.move(root / "train" / "1", tmp_path / "elsewhere")
@@ -99,7 +99,7 @@ def test_links_are_followed_but_not_back_up(photos: Path, tmp_path: Path, link: 
 
 
 @pytest.mark.parametrize("form", ["folders", "tar"])
-def test_links_that_lead_nowhere_are_ignored_and_empty_classes_are_not(
+def test_broken_links_are_ignored_and_empty_classes_are_an_error(
     photos: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "set"
@@ -128,7 +128,7 @@ def test_links_that_lead_nowhere_are_ignored_and_empty_classes_are_not(
         opened()
 
 
-def test_class_lists_of_every_make(photos: Path, tmp_path: Path) -> None:
+def test_class_lists_of_every_encoding(photos: Path, tmp_path: Path) -> None:
     packed = pack(photos, "zip", tmp_path)
     members = [f"{cls}/{next((photos / 'train' / cls).iterdir()).name}" for cls in "012"]
     with zipfile.ZipFile(packed / "train.zip", "a") as archive:
@@ -155,7 +155,7 @@ def test_class_lists_of_every_make(photos: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             read(text)
     shutil.copy(packed / "train.zip", packed / "val.zip")
-    assert len(read(f"{members[0]}\t5".encode(), "val").classes) == 6, "a part of the classes will do to evaluate"
+    assert len(read(f"{members[0]}\t5".encode(), "val").classes) == 6, "a part of the classes is enough to evaluate"
 
 
 def test_cached_images_need_no_files(photos: Path, tmp_path: Path) -> None:

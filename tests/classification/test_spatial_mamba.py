@@ -82,15 +82,15 @@ def test_golden_training_step(golden: dict[str, np.ndarray], dtype: torch.dtype,
     failures = []
     for name, norm, head in zip(names, norms.tolist(), heads, strict=True):
         gradient = gradients[name]
-        if norm < 1e-10:  # a bias in front of a BatchNorm, which takes the mean off again
+        if norm < 1e-10:  # a bias before a BatchNorm, which subtracts the mean
             if gradient.norm() > zero:
                 failures.append(f"{name}: norm {gradient.norm():.3g} instead of 0")
             continue
         first = gradient.flatten()[:4].numpy()
         norm_error = abs(gradient.norm().item() - norm) / norm
         head_error = np.abs(first - head[: len(first)]).max() / norm
-        # The three gradients of an alpha are large sums that cancel. How exactly float32 gives them depends on the
-        # processor: the error is 8e-4 with fused multiply-adds, 2e-3 without.
+        # The three gradients of an alpha are large sums that cancel. Their error in float32 depends on the processor:
+        # 8e-4 with fused multiply-adds, 2e-3 without.
         allowed = 4 * tolerance if name.endswith(".alpha") else tolerance
         if max(norm_error, head_error) > allowed:
             failures.append(f"{name}: norm off by {norm_error:.3g}, first values by {head_error:.3g}")
@@ -111,11 +111,11 @@ def test_any_image_size(height: int, width: int) -> None:
     assert len(maps) == 4
 
 
-def test_one_out_index_and_no_weights_to_start_from() -> None:
+def test_one_out_index_and_an_empty_name_of_weights() -> None:
     assert micro_backbone(out_indices=2, pretrained="").out_indices == (2,)
 
 
-def test_out_indices_choose_among_the_same_maps() -> None:
+def test_out_indices_select_from_the_same_maps() -> None:
     everything = golden_fill.fill_(micro_backbone()).eval()
     chosen = golden_fill.fill_(micro_backbone(out_indices=(1, 3))).eval()
     assert {name for name, _ in chosen.named_children() if "outnorm" in name} == {"outnorm1", "outnorm3"}
@@ -158,7 +158,7 @@ def test_backbone_refuses(change: dict[str, Any], message: str) -> None:
 
 @needs_native_mixer
 @half_types
-def test_autocast_is_close_to_float32_and_keeps_what_the_scan_returns_in_it(dtype: torch.dtype) -> None:
+def test_autocast_is_close_to_float32_and_keeps_scan_outputs_in_it(dtype: torch.dtype) -> None:
     model = filled_classifier().eval()
     with torch.no_grad():
         expected = model(images())
@@ -171,13 +171,13 @@ def test_autocast_is_close_to_float32_and_keeps_what_the_scan_returns_in_it(dtyp
 
 @needs_native_mixer
 def test_initial_fusion_kernels_do_not_overflow_fp16() -> None:
-    # What u, B and C hold fits into half precision; their product, grown 27-fold by kernels of 1, does not.
+    # u, B and C fit into half precision; their product, which kernels of 1 multiply by 27, does not.
     model = micro_classifier().eval()
     for stage in model.layers:
         mixer = stage.blocks[0].self_attention
         with torch.no_grad():
             mixer.in_proj.weight[: mixer.inner_dim] *= 5e3
-            mixer.x_proj_weight[: mixer.dt_rank] = 0  # steps as at the start, whatever the tokens
+            mixer.x_proj_weight[: mixer.dt_rank] = 0  # delta as at the start, for all tokens
             mixer.x_proj_weight[mixer.dt_rank :] *= 10
     with torch.no_grad():
         expected = model(10 * images())
@@ -202,7 +202,7 @@ def test_half_precision_weights_run(dtype: torch.dtype) -> None:
 
 
 def fused_by_hand(model: SpatialMamba, x: Tensor) -> Tensor:
-    """The core of the first block in the operators' own terms, for the tokens that it gets."""
+    """Scan, fusion and read-out of the first block, composed of single operators, on its tokens ``x``."""
     ssm = model.layers[0].blocks[0].self_attention
     kernels, alpha, dilations = ssm.state_fusion.branches(ssm.Ds)
     u = F.silu(F.conv2d(x.permute(0, 3, 1, 2), ssm.conv2d.weight, ssm.conv2d.bias, padding=1, groups=ssm.inner_dim))
@@ -251,7 +251,7 @@ def test_any_fusion_computes_what_its_options_say(fusion: dict[str, Any]) -> Non
     assert_near(model.fuse()(images()), logits, 1e-5)
 
 
-def test_the_order_of_dilations_is_of_no_account() -> None:
+def test_the_order_of_dilations_does_not_matter() -> None:
     names = list(micro_classifier().state_dict())
     assert list(micro_classifier(fusion_dilations=(5, 1, 3), fusion_kernel_sizes=(3, 3, 3)).state_dict()) == names
     assert not any("state_fusion" in name for name in micro_classifier(fusion_dilations=()).state_dict())
@@ -337,7 +337,7 @@ def test_eval_mode_follows_every_change_of_the_weights(change: Change) -> None:
     x = images(2, 3, 48, 48)
     model = filled_classifier().eval()
     with torch.no_grad():
-        before = model(x)  # whatever could be cached is cached now
+        before = model(x)  # fills every cache that there could be
     model = change(model, x)
 
     fresh = micro_classifier().eval()
@@ -378,7 +378,7 @@ WRONG_IMAGES = {
 
 
 @pytest.mark.parametrize(("images", "kind", "message"), WRONG_IMAGES.values(), ids=WRONG_IMAGES)
-def test_images_that_are_none_get_one_clear_error(images: Any, kind: type[Exception], message: str) -> None:
+def test_wrong_images_get_one_clear_error(images: Any, kind: type[Exception], message: str) -> None:
     options = dict(dims=8, depths=(1,))
     models = [SpatialMamba(**options).eval(), SpatialMambaBackbone(out_indices=(0,), **options).eval()]
     models += [SpatialMamba(**options).eval().fuse(), create_feature_extractor(models[0], ["norm"])]

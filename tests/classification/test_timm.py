@@ -80,7 +80,7 @@ def test_timm_pretrained_is_an_error_while_no_weights_are_hosted() -> None:
 
 
 @torch.no_grad()
-def test_forward_intermediates_are_the_features_in_front_of_downsampling() -> None:
+def test_forward_intermediates_are_the_features_before_downsampling() -> None:
     model, x = filled_classifier().eval(), images(2, 3, 64, 96)
     final, maps = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
@@ -97,7 +97,7 @@ def test_forward_intermediates_are_the_features_in_front_of_downsampling() -> No
 
 
 @torch.no_grad()
-def test_features_only_gives_the_maps_asked_for_of_the_same_network() -> None:
+def test_features_only_gives_the_requested_maps() -> None:
     x = images(1, 3, 64, 64)
     classifier = filled_classifier().eval()
     expected = classifier.forward_intermediates(x, intermediates_only=True)
@@ -145,7 +145,7 @@ def test_metadata_names_the_published_accuracy(variant: str) -> None:
     assert (cfg.crop_pct, cfg.interpolation, cfg.license) == (0.875, "bicubic", "apache-2.0")
 
 
-def test_timms_training_and_validation_take_the_model(tmp_path: Path) -> None:
+def test_timms_training_and_validation_scripts_take_the_model(tmp_path: Path) -> None:
     """The calls that timm's train.py and validate.py make, in their order."""
     options = dict(num_classes=4, in_chans=3, drop_rate=0.0, drop_path_rate=0.1, global_pool=None, bn_momentum=None)
     model = timm.create_model("spatial_mamba_tiny", pretrained=False, **MICRO | options, checkpoint_path="")
@@ -169,6 +169,6 @@ def test_timms_training_and_validation_take_the_model(tmp_path: Path) -> None:
         saver.save_checkpoint(epoch, metric=-loss.item())
     assert losses[-1] < losses[0]
     best = tmp_path / "model_best.pth.tar"
-    validated = timm.create_model("spatial_mamba_tiny", **MICRO | options, checkpoint_path=best)  # of its EMA
+    validated = timm.create_model("spatial_mamba_tiny", **MICRO | options, checkpoint_path=best)  # the EMA
     with torch.no_grad():
         torch.testing.assert_close(validated.eval()(x), ema.module.eval()(x))

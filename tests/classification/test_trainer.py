@@ -53,7 +53,7 @@ def test_a_run_leaves_its_records(trained: Path) -> None:
 
 
 def test_accumulation_and_activation_checkpointing(micro: Path, photos: Path, tmp_path: Path) -> None:
-    """Two steps make one update, and recomputed activations change nothing."""
+    """Two steps make one update; recomputed activations change nothing."""
     more = ("--accumulation-steps", "2", "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0")
     assert main(options(micro, photos, tmp_path / "a", *more)) == 0
     assert main(options(micro, photos, tmp_path / "b", "--use-checkpoint", *more)) == 0
@@ -97,7 +97,7 @@ def test_a_published_runs_folder_is_resumed(
     assert all(f"command line: --{option} has no effect here" in output for option in ignored)
 
 
-def test_pretrained_is_evaluated_first_whatever_the_folder_holds(
+def test_pretrained_weights_are_evaluated_before_resuming(
     trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     shutil.copytree(trained, tmp_path / "micro" / "default")
@@ -116,7 +116,7 @@ def test_pretrained_is_evaluated_first_whatever_the_folder_holds(
     assert_same(before["model"], read_checkpoint(tmp_path / "micro" / "default" / LATEST)["model"])
 
 
-def test_resuming_says_what_changed_and_keeps_the_records(
+def test_resuming_reports_changes_and_keeps_the_records(
     trained: Path, micro: Path, photos: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "micro" / "default"
@@ -124,7 +124,7 @@ def test_resuming_says_what_changed_and_keeps_the_records(
     more = ("--epochs", "3", "--opts", "TRAIN.WEIGHT_DECAY", "0.1", "DATA.BATCH_SIZE", "6")
     assert main(options(micro, photos, tmp_path, *more)) == 0
     log = (folder / "log.txt").read_text()
-    assert "TRAIN.WEIGHT_DECAY was 0.05 when it was saved and is 0.1 now" in log
+    assert "TRAIN.WEIGHT_DECAY was 0.05 when it was saved and is now 0.1" in log
     assert "its 2 epochs had 12 updates" in log and "they have 8" in log
     assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
     assert read_checkpoint(folder / LATEST)["steps"] == 3 * (27 // 6)
@@ -140,7 +140,7 @@ def test_resuming_keeps_the_last_epoch_in_tensorboard(trained: Path, micro: Path
     assert [scalar.step for scalar in scalars] == [6, 12, 18]
 
 
-def test_two_trainings_do_not_share_a_folder(
+def test_two_runs_cannot_write_to_one_folder(
     trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "micro" / "default"
@@ -148,5 +148,5 @@ def test_two_trainings_do_not_share_a_folder(
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 2
-    assert "another training is writing here" in capfd.readouterr().err
+    assert "another training writes here" in capfd.readouterr().err
     assert read_checkpoint(folder / LATEST)["epoch"] == 1

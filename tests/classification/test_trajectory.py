@@ -43,7 +43,7 @@ SETTINGS = {
 
 
 class Batches:
-    """The loader: five batches an epoch, numbered throughout."""
+    """A loader of five batches per epoch, numbered through all epochs."""
 
     def __init__(self) -> None:
         self.sampler = SimpleNamespace(epoch=0)
@@ -55,7 +55,7 @@ class Batches:
 
 
 class Recorder(RunLog):
-    """Keeps the figures of every update."""
+    """Records the figures of every update."""
 
     def __init__(self, process: Process) -> None:
         super().__init__(process)

@@ -1,4 +1,4 @@
-"""The pictures: what they show is what the model computes and the run wrote, and the commands that draw them."""
+"""The pictures: they show what the model computes and what the run recorded; the commands that draw them."""
 
 import json
 import sys
@@ -75,7 +75,7 @@ def layer_of(model: SpatialMamba, stage: int = 1, block: int = 1) -> ScanLayer:
 
 
 def scan_output(layer: ScanLayer, model: SpatialMamba, stage: int = 1, block: int = 1) -> Tensor:
-    """What the operator that the model runs on makes of the same tokens: (1, H, W, D)."""
+    """The output of the model's operator on the same tokens: (1, H, W, D)."""
     ssm = model.layers[stage].blocks[block].self_attention
     u = layer.u.T.reshape(1, layer.height, layer.width, -1)
     branches = ssm.state_fusion.branches(ssm.Ds)
@@ -207,7 +207,7 @@ def test_rows_by_hand() -> None:
     exactly(matrix_row(layer, MAMBA, 0, 2)[:, :3], expected)
 
 
-def test_a_layer_that_forgets_all_does_not_divide_zero_by_zero() -> None:
+def test_a_layer_that_forgets_everything_does_not_divide_by_zero() -> None:
     layer = layer_of(micro())
     layer.A.fill_(-1e6)
     row = matrix_row(layer, MAMBA, 2, 3)
@@ -251,8 +251,8 @@ def test_the_field_of_an_untrained_model_is_centred(stage: int, centre: tuple[in
     model = SpatialMamba(**MICRO).eval()
     field = receptive_field(model, noise_batches(8, 64, CPU, 4), stage)
     assert field.centre == centre and field.contribution.shape == (64, 64)
-    share = field.contribution / field.contribution.sum()
-    rows, columns = share.sum(dim=1), share.sum(dim=0)
+    fraction = field.contribution / field.contribution.sum()
+    rows, columns = fraction.sum(dim=1), fraction.sum(dim=0)
     for marginal, middle in zip((rows, columns), centre, strict=True):
         assert float(marginal @ torch.arange(64.0, dtype=torch.float64)) == pytest.approx(middle, abs=3)
     areas = [field.area(part) for part in (0.3, 0.5, 0.9, 0.99)]
@@ -260,7 +260,7 @@ def test_the_field_of_an_untrained_model_is_centred(stage: int, centre: tuple[in
     assert field.reach(0.5) < field.reach(0.99)
 
 
-def test_shares_of_known_fields() -> None:
+def test_fractions_of_known_fields() -> None:
     point = torch.zeros(9, 9, dtype=torch.float64)
     point[4, 4] = 3.0
     assert ReceptiveField(point, (4, 4)).area(0.99) == pytest.approx(1 / 81)
@@ -271,7 +271,7 @@ def test_shares_of_known_fields() -> None:
     assert areas.tolist() == inside.tolist() == pytest.approx([n / 36 for n in (1, 4, 9, 16, 20, 24, 28, 32, 36)])
 
 
-def test_weights_that_are_not_finite_are_told() -> None:
+def test_non_finite_weights_are_reported() -> None:
     model = micro()
     model.patch_embed.conv1.conv.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="the gradient of the features is zero or not finite"):
@@ -310,7 +310,7 @@ def test_records_are_read_from_the_folder_or_the_file(tmp_path: Path) -> None:
         assert np.isnan(run.values["gradient_norm"][1]) and not run.has("ema_loss")
 
 
-def test_labels_are_as_short_as_can_be(tmp_path: Path) -> None:
+def test_labels_are_as_short_as_possible(tmp_path: Path) -> None:
     for name in ("a/x", "b/x", "b/y"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "best.pth").touch()
@@ -329,7 +329,7 @@ def test_numbers_in_captions() -> None:
     assert number(-0.0161) == "$-0.016$" and number(2.04e-5) == r"$2 \times 10^{-5}$"
 
 
-def test_the_image_is_shown_as_it_went_in() -> None:
+def test_the_image_is_shown_as_the_model_gets_it() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     tensor = Preprocessing(image_size=32, crop=False).transform()(Image.fromarray(pixels))
     assert np.abs(visible_image(tensor) - pixels / 255).max() < 1e-6
@@ -425,7 +425,7 @@ def test_every_command_draws_its_picture(line: str, files: Path, tmp_path: Path,
     assert (np.ptp(pixels, axis=2) > 60).mean() > 0.001  # there is colour in it
 
 
-def test_shares_are_printed(files: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_fractions_are_printed(files: Path, tmp_path: Path, capsys: Capture) -> None:
     status, _ = run(files, tmp_path, "receptive-field --checkpoint @fused.pth --untrained --images 1")
     assert status == 0
     lines = capsys.readouterr().out.splitlines()
@@ -465,7 +465,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("line", ERRORS)
-def test_wrong_input_is_told_in_one_line(line: str, files: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_wrong_input_is_one_line(line: str, files: Path, tmp_path: Path, capsys: Capture) -> None:
     status, output = run(files, tmp_path, line)
     (message,) = capsys.readouterr().err.splitlines()
     assert status == 2 and message.startswith("error: ") and ERRORS[line] in message
@@ -506,7 +506,7 @@ def test_outputs_that_cannot_be_written(files: Path, tmp_path: Path, capsys: Cap
         assert message in line
 
 
-def test_a_missing_matplotlib_is_told(
+def test_a_missing_matplotlib_is_reported(
     files: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)

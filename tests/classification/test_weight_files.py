@@ -1,9 +1,8 @@
-"""Checkpoint files for people: inspection, conversion, verification, the Hub's folders, classifying images."""
+"""Checkpoint files: inspection, conversion, verification, folders of the Hub, classification of images."""
 
 import argparse
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -40,6 +39,8 @@ from spatial_mamba.classification.visualize import command as visualize_command
 from spatial_mamba.classification.weight_files import command
 from spatial_mamba.classification.weight_files.verification import fixed_image, weights_digest
 
+from .micro_models import LeavesATrace
+
 MICRO = dict(dims=8, depths=(1, 1, 1, 1), num_classes=5)
 Capture = pytest.CaptureFixture[str]
 
@@ -50,7 +51,7 @@ def classifier(seed: int = 0, **changes: Any) -> SpatialMamba:
 
 
 def published(model: SpatialMamba, ema: SpatialMamba) -> dict[str, Any]:
-    """A training checkpoint laid out as the published ones are."""
+    """A training checkpoint in the published layout."""
     config = CfgNode({"MODEL": {"TYPE": "spatial_mamba"}, "DATA": {"IMG_SIZE": 48}, "TEST": {"CROP": False}})
     return dict(
         model=model.state_dict(),
@@ -67,7 +68,7 @@ def published(model: SpatialMamba, ema: SpatialMamba) -> dict[str, Any]:
 
 
 def detector(state: dict[str, Tensor]) -> dict[str, Any]:
-    """A checkpoint laid out as mmengine writes a detector's, with NumPy's numbers and arrays in it."""
+    """A detector's checkpoint as mmengine writes it, with NumPy numbers and arrays."""
     weights = {f"backbone.{name}": tensor for name, tensor in state.items()}
     weights["bbox_head.weight"] = torch.ones(3)
     log = {"scalar": np.float64(0.5), "array": np.arange(3.0)}
@@ -113,7 +114,7 @@ def inspect(path: Path, capsys: Capture) -> dict[str, Any]:
         ({"mlp_ratio": 2.0, "in_chans": 1, "num_classes": 0, "depths": (1, 2)}, ((1, 3, 5), (3, 3, 3))),
     ],
 )
-def test_the_architecture_is_read_off_the_weights(options: dict[str, Any], fusion: tuple[Any, Any]) -> None:
+def test_the_architecture_is_inferred_from_the_weights(options: dict[str, Any], fusion: tuple[Any, Any]) -> None:
     model = classifier(**options)
     state = dict(sorted(model.state_dict().items()))  # as safetensors orders them
     architecture = architecture_of(state)
@@ -125,7 +126,7 @@ def test_the_architecture_is_read_off_the_weights(options: dict[str, Any], fusio
         assert torch.equal(again(x), model(x))
 
 
-def test_weights_that_contradict_themselves_take_no_memory(tmp_path: Path) -> None:
+def test_inconsistent_weights_take_no_memory(tmp_path: Path) -> None:
     state = classifier().state_dict()
     kernel = "layers.0.blocks.0.self_attention.state_fusion.kernel_99999_dilation_1"
     for forged, message in (
@@ -151,14 +152,14 @@ def test_weights_that_contradict_themselves_take_no_memory(tmp_path: Path) -> No
         ({"DATA": {"INTERPOLATION": "cubic"}}, r"DATA\.INTERPOLATION is 'cubic', not one of bicubic"),
     ],
 )
-def test_a_config_that_means_nothing_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_a_meaningless_config_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     torch.save({"model": classifier().state_dict(), "config": config}, tmp_path / "model.pth")
     with pytest.raises(WeightsError, match=rf"model\.pth: config key {message}"):
         load_classifier(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("others", [[], [np.dtype, np.float64(0).__reduce__()[0]]], ids=["none", "NumPy's own"])
-def test_reading_neither_minds_nor_changes_what_the_process_admits(tmp_path: Path, others: list[Any]) -> None:
+def test_reading_ignores_and_keeps_the_safe_globals_of_the_process(tmp_path: Path, others: list[Any]) -> None:
     content = {"model": classifier().state_dict(), "max_accuracy": np.float64(83.4), "history": np.arange(3.0)}
     torch.save(content, tmp_path / "model.pth")
     with torch.serialization.safe_globals(others):
@@ -173,8 +174,8 @@ def test_a_model_of_timms_leaves_other_files_readable(tmp_path: Path) -> None:
     script = """if True:
         import numpy as np, timm, torch, spatial_mamba
         timm.create_model("spatial_mamba_tiny", device="meta")
-        admitted = [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.Float64DType]
-        with torch.serialization.safe_globals(admitted):
+        allowed = [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.Float64DType]
+        with torch.serialization.safe_globals(allowed):
             print(type(torch.load("array.pth", weights_only=True)).__name__)
     """
     command = [sys.executable, "-c", script]
@@ -206,7 +207,7 @@ def test_the_published_variants_are_known_by_their_weights() -> None:
     assert architecture_of({"layers.0.weight": torch.ones(1)}) is None
 
 
-def test_inspection_tells_what_is_in_a_file(files: Path, capsys: Capture) -> None:
+def test_inspection_reports_the_contents_of_a_file(files: Path, capsys: Capture) -> None:
     found = inspect(files / "published.pth", capsys)
     assert found["layout"] == "published"
     assert found["holds"] == "classifier"
@@ -227,7 +228,7 @@ def test_inspection_tells_what_is_in_a_file(files: Path, capsys: Capture) -> Non
     assert "layout:           weights" in text and "5 classes" in text
 
 
-def test_a_checkpoint_of_another_model_is_told_apart(tmp_path: Path, capsys: Capture) -> None:
+def test_a_checkpoint_of_another_model_is_recognised(tmp_path: Path, capsys: Capture) -> None:
     torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "other.pth")
     assert inspect(tmp_path / "other.pth", capsys)["holds"] == "weights of another model"
     for arguments in (("verify",), ("convert", tmp_path / "out.pth")):
@@ -339,17 +340,17 @@ def test_weights_of_several_models_are_not_guessed(files: Path, tmp_path: Path, 
     torch.save(
         {**prefixed("student.")(classifier()), "teacher.patch_embed.conv1.conv.weight": torch.ones(1)}, tmp_path / "a"
     )
-    load_classifier(tmp_path / "a")  # only one is whole
+    load_classifier(tmp_path / "a")  # only one is complete
 
 
 class OfWindows:
-    """Pickles as Windows' paths do, which no other system can make."""
+    """Pickles like a path of Windows, which other systems cannot create."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WindowsPath, ("c:/", "runs")
 
 
-def test_plain_values_beside_the_weights_are_read(tmp_path: Path) -> None:
+def test_plain_values_next_to_the_weights_are_read(tmp_path: Path) -> None:
     moment = datetime(2026, 1, 2, 3, tzinfo=timezone.utc)
     values = dict(
         path=Path("runs/1"), pure=PurePosixPath("a"), windows=PureWindowsPath("c:/a"), moment=moment, day=moment.date(),
@@ -370,7 +371,7 @@ def test_plain_values_beside_the_weights_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "named"),
     [
         (dict(in_chans=4), ("4 channels", "in_chans=4")),
         (dict(dims=16), ("dims 16", "dims=16")),
@@ -383,15 +384,15 @@ def test_plain_values_beside_the_weights_are_read(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_every_difference_of_models_is_told(change: dict[str, Any], told: tuple[str, str]) -> None:
+def test_every_difference_between_models_is_named(change: dict[str, Any], named: tuple[str, str]) -> None:
     with pytest.raises(WeightsError) as error:
         load_strictly(classifier(), classifier(**change).state_dict(), "w.pth")
-    assert all(words in str(error.value) for words in told)
+    assert all(words in str(error.value) for words in named)
     theirs, ours = map(str, map(architecture_of, (classifier(**change).state_dict(), classifier().state_dict())))
     assert theirs != ours
 
 
-def test_backbones_and_classifiers_are_told_apart() -> None:
+def test_backbones_and_classifiers_are_distinguished() -> None:
     def backbone(*out_indices: int) -> SpatialMambaBackbone:
         return SpatialMambaBackbone(dims=8, depths=(1, 1, 1, 1), out_indices=out_indices)
 
@@ -425,7 +426,7 @@ def test_models_of_other_channels_start_from_rgb_weights(
         torch.testing.assert_close(started.patch_embed.conv1.conv.weight, expected)
     with pytest.raises(RuntimeError, match=f"holds another model.* {channels} channels; .*with in_chans=3"):
         timm.create_model("spatial_mamba_tiny", in_chans=channels, checkpoint_path=files / "bare.pth", **MICRO)
-    with pytest.raises(WeightsError, match=r"with in_chans=1$"):  # no rule makes RGB of it
+    with pytest.raises(WeightsError, match=r"with in_chans=1$"):  # no rule for making RGB from it
         load_strictly(classifier(), classifier(in_chans=1).state_dict(), "w.pth")
 
 
@@ -502,7 +503,7 @@ def test_conversion_refuses_what_cannot_be(files: Path, tmp_path: Path, capsys: 
 # --- verification
 
 
-def test_verification_knows_weights_whatever_file_they_lie_in(files: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_verification_recognises_weights_in_any_file(files: Path, tmp_path: Path, capsys: Capture) -> None:
     run("convert", files / "published.pth", tmp_path / "model.safetensors")
     digests = []
     for path in (files / "published.pth", files / "bare.pth", tmp_path / "model.safetensors"):
@@ -533,16 +534,6 @@ def test_verification_knows_weights_whatever_file_they_lie_in(files: Path, tmp_p
 
 
 # --- unusable files
-
-
-class LeavesATrace:
-    """Unpickled carelessly, it runs a function of its writer's choice: here one that makes a folder."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.mark.parametrize(
@@ -609,7 +600,7 @@ def test_the_hub_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     uploaded = {}
 
     class Api:
-        """Takes a folder as the Hub does."""
+        """Accepts a folder, as the Hub does."""
 
         def __init__(self, **_: object) -> None: ...
 
@@ -779,7 +770,7 @@ def test_wrong_images_and_names_get_one_line(files: Path, images: Path, tmp_path
         output = capsys.readouterr()
         assert message in output.err and output.err.count("\n") == 1 and not output.out
 
-    assert classify(damaged, images / "a.png", *ours) == 2  # the others are classified all the same
+    assert classify(damaged, images / "a.png", *ours) == 2  # the others are still classified
     output = capsys.readouterr()
     assert f"{images / 'a.png'}: " in output.out
     assert "damaged.png: cannot be read as an image" in output.err and "1 of 2 images could not be read" in output.err

@@ -1,6 +1,5 @@
 """A backbone that starts from a classification checkpoint, and checkpoints that must be refused."""
 
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from spatial_mamba.classification.models import WeightsError
 
-from .micro_models import filled_classifier, micro_backbone, micro_classifier
+from .micro_models import LeavesATrace, filled_classifier, micro_backbone, micro_classifier
 
 
 def published_extras() -> dict[str, Any]:
-    """What a released checkpoint stores beside its weights."""
+    """What a released checkpoint stores in addition to its weights."""
     from yacs.config import CfgNode
 
     config = CfgNode({"MODEL": {"TYPE": "spatial_mamba"}})
@@ -61,16 +60,6 @@ def test_pretrained_backbone_leaves_out_unused_outnorms(tmp_path: Path) -> None:
     torch.save({"model": filled_classifier().state_dict()}, tmp_path / "classifier.pth")
     backbone = micro_backbone(out_indices=(3,), pretrained=str(tmp_path / "classifier.pth"))
     assert torch.equal(backbone.patch_embed.conv1.conv.weight, filled_classifier().patch_embed.conv1.conv.weight)
-
-
-class LeavesATrace:
-    """Unpickled carelessly, it runs a function of its writer's choice: here one that makes a folder."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
 
 
 def save_truncated(path: Path, kept: float) -> None:
@@ -132,4 +121,4 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, writer: str) -> None:
     assert not trace.exists()
 
     torch.load(path, weights_only=False) if writer == "torch.save" else pickle.loads(path.read_bytes())
-    assert trace.exists()  # so the file was dangerous indeed
+    assert trace.exists()  # so the file was harmful

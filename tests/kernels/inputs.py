@@ -1,4 +1,4 @@
-"""Inputs of the operators, and slow, obvious forms of the scan and the fusion."""
+"""Inputs of the operators; slow, obvious forms of the scan and the fusion; comparisons."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BATCH, DIM = 2, 4
-# A lies in [-1.5, -0.5]: at the huge scale every decay underflows to 0, in float64 too.
+# A is in [-1.5, -0.5]: at the huge scale every decay underflows to 0, even in float64.
 DELTA_SCALES = {"tiny": 1e-6, "normal": 1.0, "huge": 1e4}
 half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -18,7 +18,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def scan_inputs(n: int, length: int, groups: int = 1, scale: str = "normal", dim: int = DIM) -> dict[str, Tensor]:
-    """float64 inputs whose values float32 holds exactly, so that rounding the inputs is no part of any error."""
+    """Inputs in float64 that float32 represents exactly, so that errors do not include their rounding."""
     g = generator()
     inputs = {
         "u": torch.randn(BATCH, dim, length, generator=g),

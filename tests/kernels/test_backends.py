@@ -1,4 +1,4 @@
-"""Every backend against the definition in float64: values, gradients, dtypes, layouts, and PyTorch's own machinery."""
+"""Every backend compared with the reference implementation in float64; PyTorch's tools on the operators."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ HALF_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Forces a backend, and gives the device on which it runs."""
+    """Force a backend; returns the device on which it runs."""
     name, device = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -146,7 +146,7 @@ def conv_case(
     epilogue: str = "silu",
     beside: tuple[int, int] | None = None,
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """A depthwise convolution; of a map of its own, or of one with so many channels ``beside``, before and behind."""
+    """A depthwise convolution, of a whole map or of a slice with ``beside`` channels before and after it."""
     g = generator()
     before, behind = beside or (0, 0)
     tensors = {
@@ -169,7 +169,7 @@ def norm_case(
     beside: tuple[int, int] | None = None,
     y: str = "y",
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """A gated norm, the gate with channels ``beside`` as above; ``y="single y"`` stays in float32."""
+    """A gated norm, the gate sliced as above; ``y="single y"`` stays in float32."""
     g = generator()
     before, behind = beside or (0, 0)
     tensors = {
@@ -195,7 +195,7 @@ def mixer_case(
     size: int = 3,
     merged: bool = False,
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """All between the projections of a block, fused with kernels or with ``merged`` taps."""
+    """Everything between the projections of a block, with kernels or with ``merged`` taps."""
     g = generator()
 
     def normal(*shape: int) -> Tensor:
@@ -250,22 +250,22 @@ def error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest magnitude expected."""
     assert actual.shape == expected.shape
     largest = expected.abs().max().item()
-    # What float32 cannot tell from 0 is 0: gradients of decays that underflowed.
+    # Treat as 0 what float32 rounds to 0: gradients of decays that underflowed.
     difference = (actual.double().cpu() - expected).abs().max().item()
     return difference / largest if largest > 1e-30 else difference
 
 
-def assert_matches_definition(
+def assert_matches_reference(
     function: Callable[..., Any],
     tensors: dict[str, Tensor],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     rounds_within: bool = False,
 ) -> None:
-    """Values and gradients are those of the definition in float64, as near as ``dtype`` allows.
+    """Values and gradients match the reference implementation in float64, as closely as ``dtype`` allows.
 
-    Activations are given in ``dtype``, weights in float32. At extreme steps float32 itself loses digits: there, the
-    backend may be off by as much as the definition in float32, four times over; in ``dtype``, if the definition too
+    Activations are in ``dtype``, weights in float32. At extreme delta float32 itself loses digits. The tolerance is
+    therefore at least four times the error of the reference implementation in float32, or in ``dtype`` if
     ``rounds_within``.
     """
     rounded = {name: t.to(dtype if name in ACTIVATIONS else torch.float32) for name, t in tensors.items()}
@@ -368,7 +368,7 @@ INTERPRETED = {
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest, backend: torch.device) -> str:
-    """Name of a case; in the interpreter only of a few."""
+    """Name of a case; the interpreter runs only a few."""
     if interpreted(request) and request.param not in INTERPRETED:
         pytest.skip("the interpreter is slow: only some cases")
     return request.param
@@ -377,37 +377,37 @@ def case(request: pytest.FixtureRequest, backend: torch.device) -> str:
 @all_backends
 @pytest.mark.parametrize("case", SCANS, indirect=True)
 def test_scan(backend: torch.device, case: str) -> None:
-    assert_matches_definition(*scan_case(**SCANS[case]), backend)
+    assert_matches_reference(*scan_case(**SCANS[case]), backend)
 
 
 @all_backends
 @pytest.mark.parametrize("case", FUSIONS, indirect=True)
 def test_fusion(backend: torch.device, case: str) -> None:
-    assert_matches_definition(*fusion_case(**FUSIONS[case]), backend)
+    assert_matches_reference(*fusion_case(**FUSIONS[case]), backend)
 
 
 @all_backends
 @pytest.mark.parametrize("case", CORES, indirect=True)
 def test_core(backend: torch.device, case: str) -> None:
-    assert_matches_definition(*core_case(**CORES[case]), backend)
+    assert_matches_reference(*core_case(**CORES[case]), backend)
 
 
 @all_backends
 @pytest.mark.parametrize("case", CONVS, indirect=True)
 def test_conv(backend: torch.device, case: str) -> None:
-    assert_matches_definition(*conv_case(**CONVS[case]), backend)
+    assert_matches_reference(*conv_case(**CONVS[case]), backend)
 
 
 @all_backends
 @pytest.mark.parametrize("case", NORMS, indirect=True)
 def test_norm(backend: torch.device, case: str) -> None:
-    assert_matches_definition(*norm_case(**NORMS[case]), backend)
+    assert_matches_reference(*norm_case(**NORMS[case]), backend)
 
 
 @all_backends
 @pytest.mark.parametrize("case", MIXERS, indirect=True)
 def test_mixer(backend: torch.device, case: str) -> None:
-    assert_matches_definition(*mixer_case(**MIXERS[case]), backend)
+    assert_matches_reference(*mixer_case(**MIXERS[case]), backend)
 
 
 @all_backends
@@ -416,17 +416,17 @@ def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pyte
     if interpreted(request) and dtype == torch.float16:
         pytest.skip("the interpreter is slow: one dtype")
     for function, tensors in (scan_case(), scan_case(options="bias softplus"), fusion_case(), core_case()):
-        assert_matches_definition(function, tensors, backend, dtype)
-    # The outputs of the model are 27 times as large as states: kept in float32.
-    assert_matches_definition(*core_case(out_dtype=torch.float32), backend, dtype)
+        assert_matches_reference(function, tensors, backend, dtype)
+    # In the model, outputs are 27 times as large as states; they stay in float32.
+    assert_matches_reference(*core_case(out_dtype=torch.float32), backend, dtype)
 
     beside = (8, 8)
     for epilogue in ("none", "silu", "residual"):
-        assert_matches_definition(*conv_case(dim=8, epilogue=epilogue, beside=beside), backend, dtype)
+        assert_matches_reference(*conv_case(dim=8, epilogue=epilogue, beside=beside), backend, dtype)
     for y in ("y", "single y"):
-        assert_matches_definition(*norm_case(dim=8, y=y, beside=beside), backend, dtype)
-    if not interpreted(request):  # which truncates to bfloat16 where GPUs round: too much for a row of operators
-        assert_matches_definition(*mixer_case(), backend, dtype, rounds_within=True)
+        assert_matches_reference(*norm_case(dim=8, y=y, beside=beside), backend, dtype)
+    if not interpreted(request):  # it truncates where GPUs round: too coarse for several operators in sequence
+        assert_matches_reference(*mixer_case(), backend, dtype, rounds_within=True)
 
 
 @compiled_backends
@@ -482,7 +482,7 @@ def test_any_memory_layout(backend: torch.device) -> None:
 
 
 @all_backends
-def test_strides_of_single_columns_mean_nothing(backend: torch.device, request: pytest.FixtureRequest) -> None:
+def test_strides_of_single_columns_are_ignored(backend: torch.device, request: pytest.FixtureRequest) -> None:
     cases = [conv_case, norm_case] if interpreted(request) else [conv_case, norm_case, mixer_case]
     for function, tensors in (make(height=6, width=1) for make in cases):
         tensors = {name: t.float().to(backend) for name, t in tensors.items()}
@@ -551,7 +551,7 @@ def test_gradcheck(backend: torch.device, operator: tuple[Callable[..., Any], di
     assert torch.autograd.gradgradcheck(flat, leaves, fast_mode=True)
 
 
-# --- mamba_ssm's own way of testing its operator: its random inputs, options, lengths and tolerances
+# --- the test of mamba_ssm for its operator: its random inputs, options, lengths and tolerances
 
 MAMBA_TOLERANCES = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2)}
 
@@ -559,7 +559,7 @@ MAMBA_TOLERANCES = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), to
 @all_backends
 @pytest.mark.parametrize("dtype", MAMBA_TOLERANCES, ids=str)
 @pytest.mark.parametrize("length", [128, 256, 512, 1024, 2048, 4096])
-def test_scan_as_mamba_ssm_tests_it(
+def test_scan_with_the_test_of_mamba_ssm(
     backend: torch.device, dtype: torch.dtype, length: int, request: pytest.FixtureRequest
 ) -> None:
     if interpreted(request) and length > 128:
@@ -609,7 +609,7 @@ def test_scan_as_mamba_ssm_tests_it(
             )
 
 
-# --- PyTorch's machinery
+# --- PyTorch's tools
 
 OPERATORS = {
     "selective_scan": scan_case,
@@ -674,7 +674,7 @@ def test_backward_operators_pass_opcheck(backend: torch.device, name: str) -> No
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_run_without_any_native_code(name: str) -> None:
-    """A graph recorded where a native backend was still runs, and trains, where none is."""
+    """A graph recorded with a native backend still runs and trains without one."""
     with use_backend("torch"):
         opcheck(getattr(torch.ops.spatial_mamba, name).default, operator_arguments(name, torch.device("cpu")))
 
@@ -777,7 +777,7 @@ def test_a_forced_backend_that_cannot_serve_is_an_error() -> None:
         function(**tensors)
 
 
-# --- the mixer, and what serves its parts
+# --- the mixer, and the backends of its parts
 
 
 @all_backends
@@ -791,7 +791,7 @@ def test_mixer_takes_merged_taps_for_kernels(backend: torch.device) -> None:
 
 @compiled_backends
 def test_mixer_in_half_precision_under_autocast(backend: torch.device) -> None:
-    """As a model runs it: the linear layer before it leaves bfloat16, the weights are float32."""
+    """As in a model: the linear layer before it returns bfloat16, the weights are float32."""
     function, tensors = mixer_case()
     tensors = {name: t.to(backend, torch.bfloat16 if name == "xz" else torch.float32) for name, t in tensors.items()}
     expected = results(function, tensors)
@@ -802,7 +802,7 @@ def test_mixer_in_half_precision_under_autocast(backend: torch.device) -> None:
 
 
 @compiled_backends
-def test_mixer_keeps_no_more_than_it_says(backend: torch.device) -> None:
+def test_mixer_saves_only_what_it_states(backend: torch.device) -> None:
     function, tensors = mixer_case(batch=2, height=6, width=7, dim=8, merged=True)
     leaves = {name: t.float().to(backend).requires_grad_() for name, t in tensors.items()}
     kept: dict[int, int] = {}

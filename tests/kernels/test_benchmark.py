@@ -6,19 +6,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from spatial_mamba.classification.benchmark import __main__ as models
+from spatial_mamba.classification.benchmark import loading
 from spatial_mamba.kernels import gpu_check
 from spatial_mamba.kernels.benchmark import __main__ as operators
 from spatial_mamba.kernels.benchmark import exercise, implementations, measure, report
-from spatial_mamba.kernels.benchmark.cases import Case, all_cases, compulsory_bytes
+from spatial_mamba.kernels.benchmark.cases import Case, all_cases
 
 CPU = torch.device("cpu")
-# Not in the process of the other tests: it would change how they get their memory.
-QUICK = ["--device", "cpu", "--no-keep-freed-memory", "--seconds", "0.001"]
+QUICK = ["--device", "cpu", "--seconds", "0.001"]
 OPERATORS = ("core", "states", "scan", "fusion", "mixer", "conv", "position", "norm")
 SMALL = {name: Case(name, name, batch=2, height=7, width=9, dim=6, rank=3) for name in OPERATORS}
 SMALL["scan"] = replace(SMALL["scan"], d_state=4)
@@ -28,13 +29,15 @@ SMALL["scan"] = replace(SMALL["scan"], d_state=4)
 def small_instruments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "COPY_BYTES", 2**20)
     monkeypatch.setattr(measure, "PEAK_SIZES", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(report, "keep_freed_memory", lambda: None)  # it would change the process of other tests
 
 
 def counted(case: Case, dtype: torch.dtype = torch.float32) -> tuple[int, int, int]:
     """Compulsory bytes of a forward pass, and of both passes, and FLOPs."""
     inputs = case.inputs(CPU, dtype)
     output, flops = measure.dry_run(implementations.OPERATORS[case.operator], **inputs)
-    return *(compulsory_bytes(list(inputs.values()), output, backward) for backward in (False, True)), flops
+    both = measure.compulsory_bytes(inputs.values(), output, gradients=inputs.values())
+    return measure.compulsory_bytes(inputs.values(), output), both, flops
 
 
 def test_bytes_and_operations_of_the_core_by_hand() -> None:
@@ -57,21 +60,22 @@ def test_cases_have_the_shapes_of_the_models() -> None:
     assert (cases["mixer/tiny/stage2/224x224"].dim, cases["position/tiny/stage3/224x224"].dim) == (256, 256)
     large = cases["core/tiny/stage1/2048x2048"]
     assert astuple(large)[2:7] == (1, 512, 512, 128, 4)
-    assert large.cropped(70_000_000) == replace(large, batch=1)  # which it has
-    assert stage.cropped(400_000) == replace(stage, batch=2)
-    assert large.cropped(20_000_000) == replace(large, dim=64)  # the image keeps its size
+    assert large.cropped() == replace(large, dim=32)  # the image keeps its size
+    assert stage.cropped() == stage and replace(stage, batch=128).cropped() == replace(stage, batch=55)
 
 
 @pytest.mark.parametrize("case", SMALL.values(), ids=OPERATORS)
 def test_implementations_compute_the_same(case: Case) -> None:
-    found = [implementations.reference(case), *implementations.baselines(case, CPU, torch.float32)]
-    others = {"core": 2, "fusion": 2, "mixer": 1, "conv": 1, "position": 1, "norm": 1}
-    assert len(found) == 1 + others.get(case.operator, 0)
+    found = implementations.implementations(case, CPU, torch.float32)
+    compared = {"core": ["baseline, 3 convolutions", "baseline, dense 11x11"], "states": [], "scan": []}
+    compared["fusion"] = compared["core"]
+    names = [implementation.name for implementation in found if implementation.name != "cpu"]  # where it is built
+    assert names == ["torch", "torch.compile", *compared.get(case.operator, ["library"])]
     check = implementations.Check(case, CPU, torch.float32)
-    for implementation in found:
+    for implementation in (each for each in found if each.name != "torch.compile"):  # which takes a minute
         error, where = check.worst(implementation, backward=True)
-        assert error < 1e-5, (implementation.name, where)
-        [output] = implementation.bind(case, case.inputs(CPU, torch.float32), None)()
+        assert error < 3e-5, (implementation.name, where)
+        [output] = implementation.bind(case.inputs(CPU, torch.float32), None)()
         assert not output.requires_grad
 
 
@@ -90,11 +94,15 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
     assert 8000 <= measure.peak_memory(call, CPU) < 8100
 
 
-def test_worst_error_names_the_tensor_and_never_passes_nan() -> None:
-    expected = [torch.tensor([4.0, 1.0]), torch.tensor([10.0])]
-    assert measure.worst_error("ab", [torch.tensor([4.0, 1.5]), torch.tensor([10.5])], expected) == (0.125, "a")
-    wrong = [torch.tensor([4.0, 1.0]), torch.tensor([torch.nan])]
-    assert measure.worst_error("ab", wrong, expected) == (float("inf"), "b")
+def test_the_worst_error_names_its_tensor() -> None:
+    check = implementations.Check(SMALL["norm"], CPU, torch.float32)
+
+    def wrong(y: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        output = implementations.OPERATORS["norm"](y, gate, weight, bias)
+        return output + bias - bias.detach()  # doubles this gradient alone
+
+    error, where = check.worst(implementations.Implementation("wrong", wrong, "torch"), backward=True)
+    assert where == "gradient of bias" and error > 0.5
 
 
 def test_calls_are_timed_in_turn() -> None:
@@ -104,7 +112,8 @@ def test_calls_are_timed_in_turn() -> None:
         call()
         return float(len(turns))
 
-    timings = measure.interleave({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, clock, 1e-9)
+    calls = {"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}
+    timings = measure.Trial(CPU, clock, 1e-9).interleave(calls)
     assert turns == ["a", "b"] * 4  # one round of warming up
     assert timings["a"] == dict(seconds=5, lower=4, upper=6, rounds=3)
 
@@ -134,8 +143,12 @@ def tiring(limit: int, failure: Exception) -> measure.Call:
     ],
 )
 def test_one_that_fails_leaves_the_others(make: Callable[[], measure.Call], key: str, text: str) -> None:
-    entries = [measure.Entry("one", make), measure.Entry("other", lambda: lambda: torch.ones(250), {"family": "x"})]
-    one, other = measure.Trial(CPU, measure.WallClock(CPU), 1e-9).run(entries)
+    def other(row: measure.Row) -> measure.Call:
+        row["family"] = "x"
+        return lambda: torch.ones(250)
+
+    makers = [("one", lambda row: make()), ("other", other)]
+    one, other = measure.Trial(CPU, measure.wall_clock(CPU), 1e-9).run(makers)
     assert one[key] == text and text in one["note"] and "seconds" not in one
     assert 0 < other["lower"] <= other["seconds"] <= other["upper"]
     assert (other["name"], other["family"], other["rounds"]) == ("other", "x", 3)
@@ -143,75 +156,73 @@ def test_one_that_fails_leaves_the_others(make: Callable[[], measure.Call], key:
 
 
 def test_nothing_is_run_after_the_deadline() -> None:
-    [late] = measure.Trial(CPU, measure.WallClock(CPU), 1, deadline=0).run(
-        [measure.Entry("late", lambda: torch.zeros(1))]
-    )
+    [late] = measure.Trial(CPU, measure.wall_clock(CPU), 1, deadline=0).run([("late", lambda row: torch.zeros)])
     assert late == {"name": "late", "not_run": "out of time", "note": "not run: out of time"}
 
 
 def test_command_reports_a_small_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--batch", "1", "--backends", "torch", "--cases", "fusion/tiny/*", "core/tiny/stage4/*"]
+    options = ["--batch", "1", "--implementations", "torch", "baseline*"]
+    options += ["--cases", "core/tiny/stage4/*"]
     assert operators.main([*QUICK, *options, "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "operators.json").read_text())
-    assert [result["mode"] for result in record["results"]] == ["forward", "forward+backward"] * 2
-    assert record["environment"]["torch"] == torch.__version__ and "--backends torch" in record["command"]
+    assert [result["mode"] for result in record["results"]] == ["forward", "forward+backward"]
+    assert record["environment"]["torch"] == torch.__version__ and "--batch 1" in record["command"]
     for result in record["results"]:
-        reference, *baselines, copy = result["rows"]
+        reference, *baselines = result["rows"]
         assert [row["name"] for row in baselines] == ["baseline, 3 convolutions", "baseline, dense 11x11"]
-        assert (reference["name"], reference["times_reference"], copy["name"]) == ("torch", 1, "memory copy")
-        for row in (reference, *baselines):
-            assert row["bandwidth"] == pytest.approx(result["bytes"] / row["seconds"])
-            assert row["fraction_of_copy"] == pytest.approx(row["bandwidth"] / copy["bandwidth"])
+        assert (reference["name"], reference["times_reference"]) == ("torch", 1)
+        for row in result["rows"]:
+            assert row["fraction_of_copy"] == pytest.approx(result["bytes"] / row["seconds"] / result["bandwidth"])
             assert row["peak_bytes"] > 0 and row["error"] < 1e-4
     printed = capsys.readouterr().out
-    assert "core/tiny/stage4/224x224  float32  forward+backward: batch 1, 7x7 tokens" in printed
-    assert (tmp_path / "operators.txt").read_text().strip() in printed
+    assert "core/tiny/stage4/224x224, float32, forward+backward: batch 1, 7x7 tokens" in printed
 
 
 def test_a_wrong_implementation_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = implementations.dense_convolution
     monkeypatch.setattr(implementations, "three_convolutions", lambda *h, **weights: torch.nan * dense(*h, **weights))
     monkeypatch.setattr(operators, "all_cases", lambda batch: [SMALL["fusion"]])
-    assert operators.main([*QUICK, "--backends", "torch", "--out", str(tmp_path)]) == 1
-    _, failed, dense, _ = json.loads((tmp_path / "operators.json").read_text())["results"][0]["rows"]
+    assert operators.main([*QUICK, "--implementations", "baseline*", "--out", str(tmp_path)]) == 1
+    failed, dense = json.loads((tmp_path / "operators.json").read_text())["results"][0]["rows"]
     assert failed["failure"] == "FloatingPointError: output is not finite" and "seconds" not in failed
     assert dense["error"] < 1e-5
 
 
-def test_tables_in_text_and_markdown() -> None:
+def test_tables() -> None:
     columns = (report.Column("name", "name"), report.Column("ms", "seconds", ".1f", 1e3), report.NOTE)
-    rows = [{"name": "a", "seconds": 0.0015}, {"name": "long", "note": "failed"}]
-    assert report.table("title", columns, rows) == "title\n  name   ms  note\n  a     1.5\n  long    -  failed"
-    assert report.table("title", columns, rows, markdown=True) == (
-        "title\n\n| name | ms | note |\n| --- | ---: | --- |\n| a | 1.5 |  |\n| long | - | failed |"
-    )
+    rows = [{"name": "a", "seconds": 0.0015}, {"name": "longer", "note": "failed"}]
+    assert report.table("title", columns, rows).splitlines() == [
+        "title",
+        "",
+        "| name   |  ms | note   |",
+        "| ------ | --: | ------ |",
+        "| a      | 1.5 |        |",
+        "| longer |   - | failed |",
+    ]
 
 
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
         (operators, ["--cases", "core/huge/*"], "--cases: 'core/huge/*' matches none of core/tiny/stage1/224x224, "),
-        (operators, ["--backends", "metal"], "--backends: 'metal' is none of cpu, cuda, triton, torch"),
-        (operators, ["--backends", "cuda"], "--backends: cuda cannot be timed in float32: "),
+        (operators, ["--implementations", "cuda"], "--implementations: 'cuda' matches none of torch, "),
         (operators, ["--batch", "0"], "argument --batch: must be a whole number of at least 1, got '0'"),
         (operators, ["--seconds", "soon"], "argument --seconds: must be a number of seconds above 0, got 'soon'"),
         (operators, ["--out", __file__], f"--out {__file__}: cannot be written: File exists"),
         (models, ["--models", "vgg*"], "--models: 'vgg*' matches none of spatial_mamba_tiny, "),
-        (models, ["--models", "resnet50", "--no-peers"], "--models: 'resnet50' matches none of spatial_mamba_tiny, "),
-        (models, ["--models", "*base*", "--relative-to", "resnet50"], "--relative-to: 'resnet50' is none of the mod"),
         (models, ["--models", "resnet50", "--parts"], "--parts: only spatial_mamba_tiny, _small and _base have parts"),
         (models, ["--form", "cudagraph"], "--form cudagraph: CUDA graphs need a GPU, but the device is cpu"),
         (models, ["--form", "onnx", "--dtype", "bfloat16"], "--form onnx: exported files run in float32"),
         (models, ["--parts", "--form", "compile"], "--form compile: --parts takes eager and fused, --processes eager"),
         (models, ["--resolution", "16"], "argument --resolution: must be at least 32 pixels, got 16"),
+        (loading, ["--zip"], "--zip needs the folder of the archives: add --data-path FOLDER"),
+        (loading, ["--cfg", "none"], "--cfg none: no such file"),
     ],
 )
 def test_wrong_options_are_one_line(
-    command: object, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    command: ModuleType, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        command.main([*QUICK, *options])
-    assert ended.value.code == 2
+    assert command.main([*QUICK, "--out", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
@@ -234,7 +245,7 @@ def test_gpu_check_goes_on_after_failures(tmp_path: Path) -> None:
     )
     assert [(outcome["result"], outcome["passed"]) for outcome in outcomes] == [
         ("exit 3", False),
-        ("ended after its 0.5 s", False),
+        ("stopped after 0.5 s", False),
         ("exit 0", True),
         ("no time left", False),
         ("no time left", True),
@@ -255,10 +266,11 @@ def test_gpu_check_calls_commands_as_they_are(monkeypatch: pytest.MonkeyPatch) -
         command = [part.format(out="folder", seconds=9) for part in step.command]
         module = parsers.get(command[2])
         if module is not None:
-            module._parser().parse_args(command[3:])
+            module._parser("").parse_args(command[3:])
             called.append(step.name)
             assert not step.optional
-    assert called == ["models, inference", "models, compiled", "models, training", "models, parts", "benchmark"]
+    models_of = [f"models, {name}" for name in ("inference", "compiled", "training", "parts")]
+    assert called == [*models_of, "operators, compiled", "operators"]
 
 
 def test_gpu_tests_are_found_without_the_trainers_packages() -> None:

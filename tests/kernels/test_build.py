@@ -40,7 +40,7 @@ def write_sources(folder: Path, text: str = TINY, name: str = "cpu/tiny.cpp") ->
 
 @pytest.fixture(autouse=True)
 def clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the user's variables, nor what another test has loaded, forced or said."""
+    """Hide the user's variables, and everything that another test has loaded, forced or printed."""
     for variable in ("CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", build.FOLDER_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(native, "_loaded", {})
@@ -59,7 +59,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def copied(tiny: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
-    """The same, to be tampered with."""
+    """A copy that the test may change."""
     return shutil.copytree(tiny[0], tmp_path / "lib"), shutil.copytree(tiny[1], tmp_path / "csrc")
 
 
@@ -67,7 +67,7 @@ def copied(tiny: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 
 @needs_compiler
-def test_a_built_library_loads_and_lies_alone_with_its_facts(tiny: tuple[Path, Path]) -> None:
+def test_a_built_library_loads_and_its_folder_holds_nothing_else(tiny: tuple[Path, Path]) -> None:
     out, sources = tiny
     assert native.load("cpu", out, sources) is None
     assert ctypes.CDLL(str(out / "cpu.so")).twice(21) == 42
@@ -83,12 +83,12 @@ def test_features_are_those_that_the_compiler_uses_on_this_processor() -> None:
     used = build._used_features(build.find_compiler())
     expected = {"x86_64": "sse2", "aarch64": "atomics"}.get(build.platform.machine())
     assert expected is None or expected not in build.cpu_features() or expected in used
-    assert "hypervisor" not in used  # a flag of Linux that is no instruction
+    assert "hypervisor" not in used  # a flag of Linux, not an instruction set
 
 
 @needs_compiler
 def test_the_standard_is_the_one_that_pytorch_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles the header that the sources include; what PyTorch 2.13 passes is text of its own, as is 2.6's."""
+    """With the header that the sources include, and with the flags as PyTorch 2.6 and 2.13 spell them."""
     build.build(["cpu"], out=tmp_path / "lib", sources=write_sources(tmp_path / "csrc", "#include <torch/library.h>\n"))
     monkeypatch.setattr(build, "_torch_folder", lambda: tmp_path)
     (tmp_path / "utils").mkdir()
@@ -118,7 +118,7 @@ def test_one_line_per_file_and_the_time(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     "text", ["#error no luck", 'int elsewhere(); extern "C" int no_luck() { return elsewhere(); }']
 )
-def test_what_does_not_compile_or_link_leaves_the_old_library(
+def test_a_failed_build_leaves_the_old_library(
     copied: tuple[Path, Path], text: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out, sources = copied
@@ -166,8 +166,8 @@ def test_no_sources_no_linux_no_compiler(tmp_path: Path, monkeypatch: pytest.Mon
         build.prepare("cpu", sources=sources)
 
 
-def test_the_file_stands_alone() -> None:
-    """setup.py loads it where there may be neither the package nor PyTorch."""
+def test_the_file_needs_no_other_module() -> None:
+    """setup.py loads it where neither the package nor PyTorch may be installed."""
     script = f"import runpy, sys; runpy.run_path({build.__file__!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-S", "-c", script]).returncode == 0
 
@@ -201,7 +201,7 @@ def test_a_portable_library_is_for_one_minor_release_and_a_baseline_of_processor
 
 @needs_compiler
 @needs_baseline
-def test_the_native_library_is_preferred_and_the_portable_one_serves_without_it(
+def test_the_native_library_is_preferred_and_the_portable_one_is_the_fallback(
     copied_both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, sources = copied_both
@@ -209,7 +209,7 @@ def test_the_native_library_is_preferred_and_the_portable_one_serves_without_it(
     assert native.load("cpu", out, sources) is None
     assert "portable" not in native.loaded("cpu")
     facts = json.loads((out / "cpu.json").read_text())
-    (out / "cpu.json").write_text(json.dumps({**facts, "PyTorch": "2.0.0"}))  # PyTorch was exchanged since
+    (out / "cpu.json").write_text(json.dumps({**facts, "PyTorch": "2.0.0"}))  # PyTorch was replaced since
     assert native.load("cpu", out, sources) is None
     assert "portable" in native.loaded("cpu")
     (out / "cpu.so").unlink()
@@ -235,7 +235,7 @@ def test_a_portable_library_is_refused_for_other_releases_abis_and_older_process
         abi = torch.compiled_with_cxx11_abi()
         patch.setattr(torch, "compiled_with_cxx11_abi", lambda: not abi)
         assert refusal(out, sources, patch).startswith("built for C++ ABI ")
-    for version in ("2.99.0", "2.99.0a0+git1234"):  # a release to come, and one that is not yet final
+    for version in ("2.99.0", "2.99.0a0+git1234"):  # a future release, and a preview of it
         with monkeypatch.context() as patch:
             patch.setattr(torch, "__version__", version)
             assert refusal(out, sources, patch).startswith("not built: ")
@@ -285,7 +285,7 @@ def test_a_portable_library_shares_pytorchs_openmp_and_states_the_oldest_system(
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> build.Toolkit:
-    """A toolkit of version 99.0, as far as it is asked."""
+    """A toolkit that claims to be version 99.0."""
     root = tmp_path / "toolkit"
     nvcc = root / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
@@ -320,7 +320,7 @@ def test_architectures_are_named_by_argument_variable_gpu_or_default(
     for name, value in (("is_available", True), ("device_count", 2)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (3, 5)][index])
-    assert build._chosen_architectures([], toolkit) == ["9.0"]  # not the old one, which the toolkit cannot serve
+    assert build._chosen_architectures([], toolkit) == ["9.0"]  # not the old one, which the toolkit does not support
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0;8.0 9.0a+PTX")
     assert build._chosen_architectures([], toolkit) == ["8.0", "9.0", "10.0"]
     assert build._chosen_architectures(["8.0"], toolkit) == ["8.0"]
@@ -388,7 +388,7 @@ def test_a_gpu_without_code_is_served_by_triton(monkeypatch: pytest.MonkeyPatch)
 
 
 def refusal(out: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The reason that load gives; the library is not touched."""
+    """The reason that load gives, without touching the library."""
     touched = []
     monkeypatch.setattr(torch.ops, "load_library", touched.append)
     reason = native.load("cpu", out, sources)
@@ -413,7 +413,7 @@ def refusal(out: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("bytes", 1, "is damaged"),
     ],
 )
-def test_a_library_for_another_place_is_named_and_not_loaded(
+def test_a_library_for_another_environment_is_named_and_not_loaded(
     copied: tuple[Path, Path], fact: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = json.loads((copied[0] / "cpu.json").read_text())
@@ -451,7 +451,7 @@ def test_changed_sources_and_missing_libraries_are_named(
 
 
 @needs_compiler
-def test_what_the_system_cannot_load_is_a_reason_not_an_error(copied: tuple[Path, Path]) -> None:
+def test_a_library_that_the_system_cannot_load_is_a_reason_not_an_error(copied: tuple[Path, Path]) -> None:
     library = copied[0] / "cpu.so"
     library.write_bytes(bytes(library.stat().st_size))
     assert "cannot be loaded" in native.load("cpu", *copied)
@@ -486,12 +486,12 @@ def test_a_missing_library_is_hinted_at_once_or_is_an_error(monkeypatch: pytest.
     for function in (scan, torch.compile(scan, backend="eager")):
         with pytest.raises(RuntimeError, match=r"REQUIRE_NATIVE=1, but the cpu backend cannot be used: not built"):
             function()
-    with use_backend("torch"):  # asked for by name
+    with use_backend("torch"):  # requested by name
         scan()
-    assert backends.serving("cuda", torch.float64) == "torch"  # no library has that, built or not
+    assert backends.serving("cuda", torch.float64) == "torch"  # no library supports float64
 
 
-def test_a_forced_back_end_that_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_backend_that_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     backends._missing["cpu"] = "not built: ask for it"
     for name, reason in {
         "cpu": "not built: ask for it",
@@ -533,7 +533,7 @@ def test_triton_needs_a_recent_version_and_a_compiler_unless_interpreted(
 
 @pytest.mark.slow
 def test_native_code_required_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """The package can be imported, or there would be no building; the first call raises."""
+    """The package can still be imported, so that it can be built; the first call raises."""
     script = (
         "import torch\n"
         "from spatial_mamba.kernels import selective_scan\n"
@@ -565,7 +565,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return command.main()
 
 
-def test_the_report_tells_what_serves_and_why_not_the_rest(
+def test_the_report_shows_the_backend_in_use_and_why_not_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv(build.FOLDER_VARIABLE, str(tmp_path))
@@ -603,7 +603,7 @@ def test_the_report_on_gpus_and_on_what_cannot_be_built(monkeypatch: pytest.Monk
 
 
 @needs_compiler
-def test_the_report_shows_a_librarys_facts_and_a_forced_back_end(
+def test_the_report_shows_a_librarys_facts_and_a_forced_backend(
     tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(build.FOLDER_VARIABLE, str(tiny[0]))

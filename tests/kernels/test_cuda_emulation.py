@@ -78,7 +78,7 @@ def fill_fresh_memory_with_nan() -> Iterator[None]:
 
 
 def guarded(x: Tensor) -> Tensor:
-    """A copy whose last element is the last one before a page that crashes whoever touches it."""
+    """A copy that ends where an inaccessible page begins: reading beyond it crashes."""
     size = x.numel() * x.element_size()
     pages = -(-max(size, 1) // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
@@ -153,7 +153,7 @@ def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, branches
         pytest.param((1, 1, 1, 5), 1, F16, F16, PUBLISHED, id="one token"),
         pytest.param((2, 2, 1, 6), 2, BF16, F16, PUBLISHED, id="a pair of types that no kernel has"),
         pytest.param((0, 4, 4, 8), 2, F32, F32, PUBLISHED, id="no image"),
-        pytest.param((65, 18, 1, 128), 1, F32, F32, PUBLISHED, id="images enough to leave each whole"),
+        pytest.param((65, 18, 1, 128), 1, F32, F32, PUBLISHED, id="images enough to split none"),
         pytest.param((1, 70, 3, 16), 1, F16, F32, PUBLISHED, id="bands of rows"),
         pytest.param((1, 3, 70, 33), 2, BF16, BF16, PUBLISHED, id="strips of columns"),
         pytest.param((1, 18, 130, 8), 5, F32, F32, PUBLISHED, id="bands and strips"),
@@ -178,8 +178,8 @@ def test_structure_aware_scan(
     assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, backward, backward=True)
 
 
-def test_extreme_steps(operators: Any) -> None:
-    """Steps from 0 to 1e4: decays of exactly one and zero, states that keep and that forget everything."""
+def test_extreme_delta(operators: Any) -> None:
+    """Delta from 0 to 1e4: decays of exactly one and zero, states that keep or forget everything."""
     torch.manual_seed(0)
     arguments = core_arguments((1, 6, 6, 32), 2, F32, PUBLISHED)
     arguments[3] = torch.tensor([-1e4, -90, -20, -3, 0, 20, 100, 1e4]).repeat(4)

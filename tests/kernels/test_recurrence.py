@@ -53,7 +53,7 @@ def test_scan_work_is_linear_and_its_depth_logarithmic() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 7])
-def test_recurrence_is_a_whole_operator(length: int) -> None:
+def test_recurrence_passes_opcheck(length: int) -> None:
     """Schema, fake form (strides included), autograd and export agree with what the operator does."""
     decays = torch.rand(2, 3, length, generator=generator()).transpose(1, 2)[:, 1:].transpose(1, 2)
     inputs = torch.randn(2, length, 3, generator=generator()).transpose(1, 2)

@@ -64,7 +64,7 @@ def test_scan_in_float32_matches_the_loop(n: int, groups: int, scale: str, lengt
 @all_delta_scales
 @pytest.mark.parametrize("length", LENGTHS)
 def test_scan_gradients_match_the_loop(n: int, groups: int, scale: str, length: int) -> None:
-    # Compared relative to each gradient: at a tiny step that of A is some 1e-12 of the others.
+    # Each gradient has its own scale: at tiny delta, that of A is about 1e-12 of the others.
     inputs = scan_inputs(n, length, groups, scale)
     assert_same_results(lambda **kw: (selective_scan(**kw),), lambda **kw: scan_loop(**kw)[:1], inputs, 1e-9)
 
@@ -75,8 +75,8 @@ def test_scan_gradients_match_the_loop(n: int, groups: int, scale: str, length: 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_scan_gradcheck(n: int, groups: int, scale: str, length: int) -> None:
     inputs = [value.requires_grad_() for value in scan_inputs(n, length, groups, scale, dim=2).values()]
-    # At a tiny step the gradient of A is about 1e-11, which the default tolerance would not even see.
-    # At a huge one differences are still exact: the scan is linear in every input but A, and no longer depends on A.
+    # At tiny delta the gradient of A is about 1e-11, far below the default tolerance. At huge delta, finite
+    # differences are still exact: the scan is linear in every input except A, and no longer depends on A.
     atol = {"tiny": 1e-13, "normal": 1e-6, "huge": 1e-5}[scale]
     # Beyond a few tokens gradcheck compares along a random direction instead of entry by entry.
     assert gradcheck(selective_scan, inputs, atol=atol, fast_mode=scale != "tiny" or length > 7)

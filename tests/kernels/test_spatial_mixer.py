@@ -38,7 +38,7 @@ def mixer_inputs(merged: bool = False) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_mixer_is_its_parts_in_a_row(merged: bool) -> None:
+def test_mixer_matches_the_sequence_of_its_parts(merged: bool) -> None:
     core = mixer_inputs()
     x, gate = core.pop("xz").split(DIM, dim=-1)
     conv_weight, conv_bias, projection_weight, norm_weight, norm_bias = (

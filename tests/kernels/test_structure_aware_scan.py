@@ -20,7 +20,7 @@ from .inputs import (
 pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
-def test_core_is_scan_fusion_and_read_out() -> None:
+def test_core_matches_scan_fusion_and_read_out() -> None:
     inputs = core_inputs()
     r, B, C = inputs["projection"].split([3, 1, 1], dim=-1)
     h, _ = scan_loop(

@@ -1,4 +1,4 @@
-"""Triton's kernels compile for real GPUs, also where there is none: the interpreter accepts what its compiler does not.
+"""Triton's kernels compile for real GPUs, even without one: the interpreter accepts code that the compiler refuses.
 
 Started as a program, this file drives the launches of all operators with a driver that claims to have a GPU and, in
 place of running kernels, compiles them.
@@ -37,7 +37,7 @@ def main() -> None:
     from triton.runtime.jit import JITFunction
 
     class Driver:
-        """As much of a driver as compiling asks for."""
+        """The part of a driver that compilation needs."""
 
         launcher_cls = None
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def launch_all() -> None:
-    """Every operator forward and backward; what the tensors hold does not matter."""
+    """Every operator, forward and backward; the values of the tensors do not matter."""
     from spatial_mamba.kernels import triton
     from spatial_mamba.kernels.state_fusion import tap_offsets
 

@@ -39,7 +39,7 @@ def test_the_backbone_is_found_from_every_scope(scope: str) -> None:
     assert [tuple(m.shape) for m in maps] == [(1, 16, 10, 13), (1, 64, 3, 4)]
 
 
-def test_it_is_the_backbone_of_the_library() -> None:
+def test_it_matches_the_backbone_of_the_library() -> None:
     own, model = SpatialMambaBackbone(**SMALL).eval(), build().eval()
     model.load_state_dict(own.state_dict())
     image = torch.randn(2, 3, 64, 48)
@@ -48,7 +48,7 @@ def test_it_is_the_backbone_of_the_library() -> None:
 
 
 @pytest.mark.parametrize("how", ["pretrained", "init_cfg", "inside a detector"])
-def test_a_classification_checkpoint_is_the_start_of_training(tmp_path: Path, how: str) -> None:
+def test_training_starts_from_a_classification_checkpoint(tmp_path: Path, how: str) -> None:
     classifier = SpatialMamba(num_classes=7, **SMALL)
     path = tmp_path / "classifier.pth"
     torch.save({"model": classifier.state_dict(), "epoch": 3, "max_accuracy": np.float64(81.2)}, path)
@@ -76,7 +76,7 @@ def test_a_classification_checkpoint_is_the_start_of_training(tmp_path: Path, ho
 
 
 @pytest.mark.parametrize("options", [dict(pretrained=""), dict(pretrained=None), dict(init_cfg=None)], ids=str)
-def test_empty_names_of_weights_are_none(options: dict) -> None:
+def test_empty_names_of_weights_mean_none(options: dict) -> None:
     model = build(**options)
     before = model.state_dict()["patch_embed.conv1.conv.weight"].clone()
     model.init_weights()
@@ -109,7 +109,7 @@ def test_a_backbone_of_other_channels_starts_from_rgb_weights(tmp_path: Path) ->
     assert model.patch_embed.conv1.conv.weight.equal(weight.sum(1, keepdim=True))
 
 
-def test_an_address_is_named_whole() -> None:
+def test_an_address_is_shown_in_full() -> None:
     with pytest.raises(WeightsError, match=r"^https://host/tiny\.pth: is an address; download the file"):
         build(pretrained="https://host/tiny.pth").init_weights()
 
@@ -183,7 +183,7 @@ def test_norm_eval_keeps_the_statistics_and_trains_the_weights() -> None:
         assert norm.weight.grad.abs().sum() > 0
 
 
-def test_with_cp_changes_no_number() -> None:
+def test_with_cp_changes_no_result() -> None:
     plain, recomputing = build().train(), build(with_cp=True).train()
     recomputing.load_state_dict(plain.state_dict())
     image = torch.randn(2, 3, 64, 64)

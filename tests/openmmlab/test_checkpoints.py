@@ -23,7 +23,7 @@ from spatial_mamba.detection.openmmlab.checkpoints import check_fit
 
 
 def mmengine_checkpoint(**more: object) -> dict:
-    """As a runner of mmengine saves it: histories of logged values, NumPy arrays and scalars beside the weights."""
+    """As a runner of mmengine saves it: weights, histories of logged values, NumPy arrays and scalars."""
     history = HistoryBuffer([0.5, 0.25], [1, 1])
     return {
         "meta": {"epoch": 1, "iter": 4, "dataset_meta": {"classes": ("a", "b")}, "seed": 7},
@@ -43,7 +43,7 @@ class Harmful:
 
 
 class Reaching:
-    """getattr on a harmless object leads to everything."""
+    """With getattr, a harmless object gives access to everything."""
 
     def __reduce__(self) -> tuple:
         return getattr, (HistoryBuffer, "__init__")
@@ -66,7 +66,7 @@ def test_mmengine_checkpoints_load_with_weights_only(tmp_path: Path, numpy_versi
     if numpy_version == 1:
         rename_numpy_1(path)
         assert b"numpy.core.multiarray" in zipfile.ZipFile(path).read("epoch_1/data.pkl")
-    for _ in range(2):  # reading one takes nothing away that the next needs
+    for _ in range(2):  # the first reading leaves everything for the second
         for checkpoint in (torch.load(path, weights_only=True), read_checkpoint(path)):
             hub = checkpoint["message_hub"]
             history = hub["log_scalars"]["train/loss"]
@@ -92,7 +92,7 @@ def test_foreign_types_are_refused_by_name(
 
 
 class Pickled:
-    """Pickles as a call, and a state set afterwards."""
+    """Pickles as a call, with a state that is set afterwards."""
 
     def __init__(self, *parts: object) -> None:
         self.parts = parts
@@ -126,8 +126,8 @@ def test_forged_numpy_objects_are_refused(tmp_path: Path, thing: object) -> None
         read_checkpoint(tmp_path / "bad.pth")
 
 
-def test_files_change_no_type(tmp_path: Path) -> None:
-    """Neither the methods of all histories, nor NumPy's dtypes; what was read is saved as what it stands for."""
+def test_reading_a_file_changes_no_type(tmp_path: Path) -> None:
+    """Neither the methods of histories nor NumPy's dtypes; arrays that were read are saved as plain arrays."""
     forged = HistoryBuffer([1.0, 3.0], [1, 1])
     forged._statistics_methods = {"mean": "harm"}
     torch.save({"forged": forged, "array": np.arange(3), "strange": Pickled(np.dtype, ("f8",), FIELDS)}, tmp_path / "a")
@@ -144,10 +144,10 @@ def test_a_config_inside_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     checkpoint = {"meta": {"config": "import os"}, "state_dict": model.state_dict()}
     runner = SimpleNamespace(model=model, _load_from="a.pth")
     HOOKS.build(dict(type="StrictLoadHook")).after_load_checkpoint(runner, checkpoint)
-    assert checkpoint["meta"] == {}  # where mmengine would look for it afterwards
+    assert checkpoint["meta"] == {}  # mmengine would look for it here
 
 
-def test_names_of_wrappers_in_a_checkpoint_reach_mmengine_plain() -> None:
+def test_prefixes_of_wrappers_are_removed_before_mmengine_loads() -> None:
     model = nn.Sequential(nn.BatchNorm2d(2))
     state = nn.DataParallel(nn.Sequential(torch.compile(model[0]))).state_dict()
     checkpoint = {"state_dict": state}

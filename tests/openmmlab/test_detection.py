@@ -123,8 +123,8 @@ def test_model_of_a_recipe(name: str) -> None:
     assert rates == pytest.approx(np.linspace(0, VARIANTS[variant]["drop_path_rate"], len(rates)))
 
 
-def test_only_norms_are_spared_weight_decay(micro: nn.Module) -> None:
-    """mmengine goes by names, so the blocks' ln_1 and ln_2 do decay."""
+def test_only_norms_have_no_weight_decay(micro: nn.Module) -> None:
+    """mmengine matches names, so the blocks' ln_1 and ln_2 do decay."""
     config = load_config("mmdet", "mask_rcnn_spatialmamba_fpn_coco_tiny")
     groups = build_optim_wrapper(micro, config.optim_wrapper).optimizer.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -174,7 +174,7 @@ def sample_batch(boxes: int) -> dict[str, list]:
 
 @pytest.mark.parametrize("boxes", [0, 2], ids=["no boxes", "two boxes"])
 def test_training_on_one_image_of_odd_size(micro: nn.Module, boxes: int) -> None:
-    """Batch 1, unpadded; without boxes the loss is finite too and reaches what looks for objects."""
+    """Batch 1, unpadded; without boxes the loss is still finite and reaches the proposal network."""
     model = micro.train()
     model.zero_grad()
     batch = model.data_preprocessor(sample_batch(boxes), training=True)
@@ -244,7 +244,7 @@ def test_prediction_on_files(files: Path, tmp_path: Path, capsys: pytest.Capture
     assert np.abs(drawn - np.asarray(Image.open(files / "images" / "wide.jpg"), int)).max() > 50, "nothing was drawn"
 
 
-def test_prediction_turns_images_and_scales_16_bits(files: Path, tmp_path: Path) -> None:
+def test_prediction_rotates_images_and_scales_16_bits(files: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     grey = np.full((64, 96), 100 * 257, np.uint16)
@@ -310,16 +310,16 @@ def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
     torch.save({**checkpoint, "meta": {"pattern": re.compile("x")}}, tmp_path / "foreign.pth")
     return {
         "missing image": ([images / "none.jpg"], "none.jpg: no such image"),
-        "missing beside a good one": ([wide, images / "none.jpg"], "none.jpg: no such image"),
+        "missing next to a good one": ([wide, images / "none.jpg"], "none.jpg: no such image"),
         "empty folder": ([tmp_path / "empty"], "empty: no images"),
         "no image": ([tmp_path / "text.png"], "text.png: cannot be read"),
         "torn image": ([tmp_path / "torn.jpg"], "torn.jpg: cannot be read"),
         "floating-point image": ([tmp_path / "float.tif"], "float.tif: cannot be read as an image (floating-point"),
         "two of one name": ([wide, tmp_path / "wide.png"], "would both be written to"),
-        "image as output": ([tmp_path / "wide.png", "--out-dir", tmp_path], "would be written over"),
+        "image as output": ([tmp_path / "wide.png", "--out-dir", tmp_path], "would be overwritten"),
         "file as folder": ([wide, "--out-dir", tmp_path / "text.png"], "text.png is not a folder"),
         "missing config": ([wide, "--config", "nothing"], "nothing: no such config"),
-        "config of another room": (
+        "config of another task": (
             [wide, "--config", CONFIGS.parent / "segmentation/upernet_spatialmamba_digits.py"],
             "is a config for mmseg",
         ),
@@ -335,7 +335,7 @@ def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
         "classes that do not fit": ([wide, "--checkpoint", tmp_path / "nameless.pth"], "names 80 classes, the model"),
         "threshold": ([wide, "--score-threshold", "1.5"], "--score-threshold: must be in [0, 1]"),
         "option": ([wide, "--no-such-option"], "--no-such-option"),
-        "device": ([wide, "--device", "cuda"], "PyTorch sees no GPU"),
+        "device": ([wide, "--device", "cuda"], "PyTorch finds no GPU"),
     }
 
 

@@ -1,4 +1,4 @@
-"""The made data sets of detection and segmentation: exact, the same every time, whole or absent, and readable."""
+"""The generated data sets of detection and segmentation: exact, reproducible, written atomically, readable."""
 
 import json
 import sys
@@ -66,11 +66,11 @@ def test_no_digit_is_hidden_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = load_sources("train")
     one_digit = Sources(sources.photographs, sources.digits[:1], sources.values[:1])
     crowded = [compose(one_digit, np.random.default_rng(seed), size=70, digits=6) for seed in range(20)]
-    whole = crowded[0].masks[-1].sum()  # nothing was pasted over the last one
-    shares = np.concatenate([scene.masks.sum(axis=(1, 2)) / whole for scene in crowded])
-    assert 0.8 <= shares.min() < 0.9
-    assert shares.max() == 1
-    assert min(len(scene.masks) for scene in crowded) < 6  # some found no place
+    entire = crowded[0].masks[-1].sum()  # nothing was pasted over the last one
+    fractions = np.concatenate([scene.masks.sum(axis=(1, 2)) / entire for scene in crowded])
+    assert 0.8 <= fractions.min() < 0.9
+    assert fractions.max() == 1
+    assert min(len(scene.masks) for scene in crowded) < 6  # some did not fit
 
 
 def test_scenes_are_the_same_every_time(made: dict[str, list[Scene]]) -> None:
@@ -116,8 +116,8 @@ def test_boxes_and_polygons_are_exact(coco_folder: Path, made: dict[str, list[Sc
 def test_polygons_cover_any_mask_exactly() -> None:
     mask_tools = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(0)
-    for share in np.linspace(0.02, 1, 50):  # specks, then mazes with islands in holes, then a full square
-        mask = rng.random((12, 15)) <= share
+    for fraction in np.linspace(0.02, 1, 50):  # specks, then mazes with islands in holes, then a full square
+        mask = rng.random((12, 15)) <= fraction
         polygons = coco.outline(mask)
         assert sum(map(shoelace, polygons)) == mask.sum()
         if mask.any():
@@ -145,9 +145,9 @@ def test_label_maps_agree_with_the_masks(ade_folder: Path, made: dict[str, list[
             assert set(np.unique(labels)) <= {1, *(scene.classes + 2)}
 
 
-@pytest.mark.parametrize("room", [coco, ade])
-def test_folders_appear_whole_or_not_at_all(
-    room: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("module", [coco, ade])
+def test_folders_are_written_atomically(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     counts, folder = {"train": 2, "val": 1}, tmp_path / "new" / "digits"
 
@@ -156,19 +156,19 @@ def test_folders_appear_whole_or_not_at_all(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(room, "scenes", interrupted)
-        room.write_digits(folder, counts)
+        patch.setattr(module, "scenes", interrupted)
+        module.write_digits(folder, counts)
     assert not folder.exists()
-    room.write_digits(folder, counts)
+    module.write_digits(folder, counts)
     assert list(folder.parent.iterdir()) == [folder]
     images = sorted(folder.rglob("0*"))
     before = {path: path.stat().st_mtime_ns for path in images}
-    room.write_digits(folder, counts)
+    module.write_digits(folder, counts)
     assert {path: path.stat().st_mtime_ns for path in images} == before
 
-    images[0].unlink()  # no longer the whole data set: not touched
+    images[0].unlink()  # no longer the complete data set: not touched
     monkeypatch.setattr(sys, "argv", ["digits", str(folder)])
-    assert room.main() == 2
+    assert module.main() == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert f"{folder}: exists and is not this data set; remove it" in message
@@ -190,7 +190,7 @@ def test_mmdet_reads_the_digits(coco_folder: Path, made: dict[str, list[Scene]])
     build = dataset_builder(CONFIGS / "detection" / "mask_rcnn_spatialmamba_fpn_digits.py", DATASETS.build)
     for split, expected in made.items():
         dataset = build(split, coco_folder)
-        assert len(dataset) == len(expected)  # those without a digit too
+        assert len(dataset) == len(expected)  # including those without a digit
         for index, scene in enumerate(expected):
             sample = dataset[index]
             truth = sample["data_samples"].gt_instances
@@ -223,7 +223,7 @@ def test_mmseg_reads_the_digits(ade_folder: Path, made: dict[str, list[Scene]]) 
 
 
 def dataset_builder(config: Path, build: Callable) -> Callable[[str, Path], object]:
-    """A function that builds the data set of a split as the config describes it, at another place."""
+    """A function that builds the data set of a split as the config describes it, in another folder."""
     from mmengine import Config
 
     settings = Config.fromfile(config)

@@ -72,7 +72,7 @@ ALIGN = [(aligned, ratio, dtype) for aligned in (True, False) for ratio in (0, 2
 
 
 def boxes_and_scores(shortest: int = 0) -> tuple[Tensor, Tensor]:
-    """Boxes of integer corners, with IoUs of 0, of 1, of just a threshold, and all between."""
+    """Boxes with integer corners, with IoUs of 0, of 1, of exactly a threshold, and in between."""
     rng = np.random.default_rng(0)
     corners, sides = rng.integers(0, 30, (60, 2)), rng.integers(shortest, 25, (60, 2))
     boxes = np.concatenate([corners, corners + sides], axis=1)
@@ -122,7 +122,7 @@ def test_empty_boxes_leave_soft_nms_finite() -> None:
 
 
 def test_equal_scores_in_soft_nms() -> None:
-    """Kept by the compiled operator: the first of equal scores, after boxes have moved into places of dropped ones."""
+    """The compiled operator keeps the first of equal scores, after boxes have replaced dropped ones."""
     boxes, scores = boxes_and_scores(shortest=1)
     assert ops.soft_nms(boxes, (scores * 4).ceil() / 4, 0.3, method="naive")[1].tolist() == TIED
 
@@ -154,7 +154,7 @@ def test_dtypes_that_the_compiled_operators_refuse_are_computed_in_float32() -> 
 
 
 def test_focal_loss_is_that_of_mmdet() -> None:
-    """mmdet computes it in PyTorch on CPUs, and calls mmcv's operator on GPUs alone."""
+    """mmdet computes it in PyTorch on CPUs; only on GPUs does it call mmcv's operator."""
     from mmdet.models.losses.focal_loss import FocalLoss
 
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def test_focal_loss_is_that_of_mmdet() -> None:
         torch.testing.assert_close(result, expected)
 
 
-def test_deformable_attention_has_the_gradients_of_its_definition() -> None:
+def test_deformable_attention_has_the_gradients_of_its_reference() -> None:
     shapes, starts = torch.tensor([[4, 5], [2, 3]]), torch.tensor([0, 20])
     results = []
     for native in (True, False):
@@ -184,7 +184,7 @@ def test_deformable_attention_has_the_gradients_of_its_definition() -> None:
         torch.testing.assert_close(result, expected)
 
 
-def test_what_exists_only_compiled_is_an_error_with_the_command() -> None:
+def test_operators_that_exist_only_compiled_name_the_command() -> None:
     maps = torch.ones(1, 2, 5, 5)
     command = r"pip uninstall -y mmcv-lite && .*--no-build-isolation .*mmcv==2\.1\.0"
     for operator, what in (
@@ -206,7 +206,7 @@ def test_a_compiled_module_comes_first(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_mmengine_finds_the_operators_without_pkgutils_find_loader() -> None:
-    """Python 3.14 has removed it; this interpreter does so for a moment."""
+    """Python 3.14 has removed it; the test removes it for a moment."""
     code = "import pkgutil; vars(pkgutil).pop('find_loader', None); import spatial_mamba.detection\n"
     code += "from mmengine.utils.dl_utils import mmcv_full_available; assert mmcv_full_available()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
     [
         ({"missing": "mmdet"}, r"mmdet, which this command needs, is missing: pip install mmdet==3\.3\.0 --force"),
         ({"missing": "mmcv"}, r"mmcv-lite, .* is missing: pip install mmcv-lite==2\.1\.0 --force-reinstall"),
-        ({"versions": {"mmcv-lite": "2.2.0"}}, r"mmcv 2\.2\.0 does not fit, 2\.0\.0 <= version < 2\.2\.0 does: "),
+        ({"versions": {"mmcv-lite": "2.2.0"}}, r"mmcv 2\.2\.0 is unsupported, it must be >= 2\.0\.0 and < 2\.2\.0: "),
         ({"versions": {"mmcv": "1.7.0"}}, r"mmcv 1\.7\.0 does not fit"),  # the compiled one is what is imported
         ({"versions": {"mmengine": "0.7.1"}}, r"mmengine 0\.7\.1 does not fit.*pip install mmengine==0\.10\.7"),
         ({"missing": "pkg_resources"}, r"mmengine imports pkg_resources, .*: pip install 'setuptools<82'"),
@@ -55,7 +55,7 @@ def test_faulty_packages_get_a_line_with_the_remedy(
 
 
 @pytest.mark.parametrize("command", ["detection", "segmentation.complexity", "tools/train.py"])
-def test_without_mmengine_a_command_says_so_in_one_line(command: str) -> None:
+def test_without_mmengine_a_command_reports_it_in_one_line(command: str) -> None:
     start = "run_module('spatial_mamba." + command + "', run_name='__main__')"
     if command.startswith("tools"):
         start = f"run_path({str(ROOT / 'detection' / command)!r}, run_name='__main__')"
@@ -74,11 +74,11 @@ runpy.{start}
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert result.returncode == 2
-    install = "pip install mmengine==0.10.7 --force-reinstall --no-deps"  # its metadata are still there
+    install = "pip install mmengine==0.10.7 --force-reinstall --no-deps"  # its metadata is still there
     assert result.stderr == f"error: mmengine, which this command needs, is missing: {install}\n"
 
 
 def test_segmentation_needs_no_mmdet_and_detection_no_mmseg() -> None:
-    for room, other in (("detection", "mmseg"), ("segmentation", "mmdet")):
-        code = f"import sys; sys.modules['{other}'] = None; import spatial_mamba.{room}.prediction"
+    for task, other in (("detection", "mmseg"), ("segmentation", "mmdet")):
+        code = f"import sys; sys.modules['{other}'] = None; import spatial_mamba.{task}.prediction"
         subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

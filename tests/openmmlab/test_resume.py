@@ -1,4 +1,4 @@
-"""Resumed loops go on with the same images and augmentation."""
+"""Resumed loops continue with the same images and augmentation."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from spatial_mamba.detection.openmmlab.resume import ExactResumeHook
 
 
 class Noise(BaseDataset):
-    """Samples of a width, a height and a random number, which the pipeline draws."""
+    """Samples with a width, a height and a random number, drawn by the pipeline."""
 
     def load_data_list(self) -> list[dict]:
         return [dict(width=1 + i % 3, height=2, number=i) for i in range(11)]
@@ -31,8 +31,8 @@ def draw(results: dict) -> tuple[int, float]:
 
 
 def batches(group: type[BatchSampler], workers: int, done: int) -> list:
-    """The batches 0 to 9 of a loop that counts iterations, as a runner sees them that has done the first ``done``."""
-    torch.manual_seed(done)  # whatever came before
+    """Batches 0 to 9 of an iteration-based loop, as seen by a runner that resumes after ``done`` of them."""
+    torch.manual_seed(done)  # the state of the generator must not matter
     dataset = Noise(pipeline=[draw])
     sampler = group(InfiniteSampler(dataset, seed=99 + done), batch_size=2, drop_last=False)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list)
@@ -44,10 +44,10 @@ def batches(group: type[BatchSampler], workers: int, done: int) -> list:
 
 
 @pytest.mark.parametrize("group", [BatchSampler, AspectRatioBatchSampler])
-def test_a_resumed_loop_goes_on_with_the_same_images_and_augmentation(group: type[BatchSampler]) -> None:
+def test_a_resumed_loop_continues_with_the_same_images_and_augmentation(group: type[BatchSampler]) -> None:
     expected = batches(group, workers=0, done=0)
     numbers = [sample for batch in expected for sample in batch]
-    assert len({number for number, _ in numbers[:11]}) >= 9  # all but those that wait for a partner
+    assert len({number for number, _ in numbers[:11]}) >= 9  # except those that wait for a partner
     assert len({noise for _, noise in numbers}) == 20
     resumed = batches(group, workers=2, done=4)
     assert resumed[4:] == expected[4:]

@@ -124,7 +124,7 @@ def test_a_total_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.Monk
     [({}, 16), ({"launcher": "slurm"}, 2), ({"launcher": "mpi"}, 8), ({"train_dataloader.batch_size": 3}, 3)],
 )
 def test_processes_are_those_of_the_launcher(options: dict, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other variables may be set too, such as Slurm's around a single process; a batch size of one's own is kept."""
+    """Variables of Slurm around a single process are ignored; a batch size set by the user is kept."""
     monkeypatch.setattr(tools, "print_log", lambda line, logger: None)
     for name, value in (("WORLD_SIZE", "4"), ("SLURM_NTASKS", "8"), ("OMPI_COMM_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
@@ -133,7 +133,7 @@ def test_processes_are_those_of_the_launcher(options: dict, images: int, monkeyp
     assert config.train_dataloader.batch_size == images
 
 
-def test_the_data_set_may_lie_elsewhere() -> None:
+def test_the_data_set_may_be_elsewhere() -> None:
     config = load_config("mmseg", RECIPE.format("tiny"))
     _move_data(config, "/data/ade20k")
     roots = [config.data_root, *(config[f"{split}_dataloader"].dataset.data_root for split in ("train", "val", "test"))]
@@ -161,8 +161,8 @@ def test_model_of_a_recipe(variant: str) -> None:
     assert rates == pytest.approx(np.linspace(0, VARIANTS[variant]["drop_path_rate"], len(rates)))
 
 
-def test_only_norms_are_spared_weight_decay(micro: nn.Module) -> None:
-    """mmengine goes by names: the BatchNorms of the heads, called bn, do decay."""
+def test_only_norms_have_no_weight_decay(micro: nn.Module) -> None:
+    """mmengine matches names: the BatchNorms of the heads, called bn, do decay."""
     config = load_config("mmseg", RECIPE.format("tiny"))
     groups = build_optim_wrapper(micro, config.optim_wrapper).optimizer.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -186,7 +186,7 @@ def test_complexity_knows_every_recipe() -> None:
 
 @pytest.mark.parametrize("ignored", [True, False], ids=["all ignored", "labelled"])
 def test_training_on_images_of_odd_size(micro: nn.Module, ignored: bool) -> None:
-    """Where no pixel has a label the loss is 0 and its gradients are finite, and 0 too."""
+    """If no pixel has a label, the loss and its gradients are 0."""
     generator = torch.manual_seed(1)
     samples = []
     for _ in range(2):
@@ -252,7 +252,7 @@ def test_prediction_on_files(files: Path, tmp_path: Path, capsys: pytest.Capture
 def test_wrong_input_is_named_in_one_line(
     files: Path, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """What the commands of both rooms check is tested with detection; this is what differs."""
+    """Checks that both tasks share are tested with detection; these are the others."""
     state = torch.load(files / "micro.pth", weights_only=True)["state_dict"]
     renamed = {name.replace("outnorm3", "norm3"): tensor for name, tensor in state.items()}
     torch.save({"state_dict": renamed}, files / "other.pth")

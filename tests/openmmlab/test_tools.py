@@ -26,7 +26,7 @@ from .test_checkpoints import mmengine_checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_home_folder_is_known_in_configs_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_is_expanded_in_configs_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
     (tmp_path / "own.py").write_text("a = dict(b=[dict(root='~/data')], c=('~/x', 1))\nload_from = '~/w.pth'\n")
@@ -39,7 +39,7 @@ def test_the_home_folder_is_known_in_configs_and_options(tmp_path: Path, monkeyp
 
 
 def share_buffers(rank: int, folder: Path) -> None:
-    """One of two processes: their BatchNorm statistics differ until they evaluate."""
+    """One of two processes, whose BatchNorm statistics differ until they evaluate."""
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     norm = nn.BatchNorm2d(3)
     norm.running_mean.fill_(rank + 1)
@@ -69,7 +69,7 @@ class CrashHook(Hook):
 
 SMALLER = """
 _base_ = "{base}"
-custom_imports = dict(imports=["spatial_mamba.{room}", "crash"])
+custom_imports = dict(imports=["spatial_mamba.{task}", "crash"])
 custom_hooks = [
     dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook"), dict(type="CrashHook")
 ]
@@ -83,8 +83,8 @@ test_dataloader = val_dataloader
 """
 
 
-class Room:
-    """A folder with a small data set and config, and the results of an undisturbed run of two processes."""
+class Task:
+    """A folder with a small data set and config, and the output of an undisturbed run of two processes."""
 
     def __init__(self, folder: Path, name: str, package: str, last: str, metric: str) -> None:
         self.folder, self.name, self.package, self.last, self.metric = folder, name, package, last, metric
@@ -120,50 +120,50 @@ class Room:
     scope="module",
     params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("detection", "segmentation")],
 )
-def room(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Room:
+def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Task:
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "crash.py").write_text(CRASH)
     counts = {"train": 12, "val": 5}
     if request.param == "detection":
         write_coco_digits(folder / "data", counts)
-        base, room = "mask_rcnn_spatialmamba_fpn_digits.py", Room(folder, "detection", "mmdet", "epoch_3.pth", "mAP:")
+        base, task = "mask_rcnn_spatialmamba_fpn_digits.py", Task(folder, "detection", "mmdet", "epoch_3.pth", "mAP:")
         necks = "neck=dict(in_channels=[8, 16, 32, 64])"
         data = dict(kind="Det", annotations=", with_bbox=True, with_mask=True")
         more = "train_cfg = dict(max_epochs=3, val_interval=3)\ntest_evaluator = val_evaluator = "
         more += 'dict(ann_file="data/annotations/instances_val.json")'
     else:
         write_ade_digits(folder / "data", counts)
-        base, room = "upernet_spatialmamba_digits.py", Room(folder, "segmentation", "mmseg", "iter_9.pth", "mIoU:")
+        base, task = "upernet_spatialmamba_digits.py", Task(folder, "segmentation", "mmseg", "iter_9.pth", "mIoU:")
         norm = "norm_cfg=dict(type='SyncBN')"
         necks = f"decode_head=dict(in_channels=[8, 16, 32, 64], {norm}), auxiliary_head=dict(in_channels=32, {norm})"
         data = dict(kind="Seg", annotations="")
         more = "train_cfg = dict(max_iters=9, val_interval=9)\ndefault_hooks = dict(checkpoint=dict(interval=3))"
     base = ROOT / "configs" / request.param / base
-    config = SMALLER.format(base=base, room=request.param, necks=necks, more=more, **data)
+    config = SMALLER.format(base=base, task=request.param, necks=necks, more=more, **data)
     (folder / "small.py").write_text(config)
-    room.trained = room.run("bash", room.tools / "dist_train.sh", "small.py", 2, "--work-dir", "undisturbed")
-    return room
+    task.trained = task.run("bash", task.tools / "dist_train.sh", "small.py", 2, "--work-dir", "undisturbed")
+    return task
 
 
 def tensors(part: object, name: str = "") -> dict[str, Tensor]:
-    """All tensors of nested containers, by their place."""
+    """All tensors of nested containers, by their path."""
     if isinstance(part, Tensor):
         return {name: part}
     items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list | tuple) else ()
-    return {place: tensor for key, child in items for place, tensor in tensors(child, f"{name}/{key}").items()}
+    return {path: tensor for key, child in items for path, tensor in tensors(child, f"{name}/{key}").items()}
 
 
-def test_a_killed_run_resumes_to_the_same_state(room: Room) -> None:
-    train = "bash", room.tools / "dist_train.sh", "small.py", 2, "--work-dir", "killed"
-    # In the second of three parts: after a checkpoint, and with work beyond it that is lost. Without loader processes,
-    # which outlive a killed parent; that makes no difference, nor does it to the augmentation.
+def test_a_killed_run_resumes_to_the_same_state(task: Task) -> None:
+    train = "bash", task.tools / "dist_train.sh", "small.py", 2, "--work-dir", "killed"
+    # Between two checkpoints, so that some updates are lost. Without loader processes, which would outlive their
+    # parent; their number does not change the augmentation.
     workers = "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"
-    room.run(*train, "--cfg-options", *workers, fails=True, CRASH_AFTER="5")
-    assert not (room.folder / "killed" / room.last).exists()
-    output = room.run(*train, "--resume")
+    task.run(*train, "--cfg-options", *workers, fails=True, CRASH_AFTER="5")
+    assert not (task.folder / "killed" / task.last).exists()
+    output = task.run(*train, "--resume")
     assert re.search(r"resumed epoch: \d, iter: 3", output)
     expected, got = (
-        torch.load(room.folder / work / room.last, weights_only=True) for work in ("undisturbed", "killed")
+        torch.load(task.folder / work / task.last, weights_only=True) for work in ("undisturbed", "killed")
     )
     for part in ("state_dict", "optimizer"):
         one, other = tensors(expected[part]), tensors(got[part])
@@ -171,65 +171,65 @@ def test_a_killed_run_resumes_to_the_same_state(room: Room) -> None:
         assert len(one) > 100
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert expected["param_schedulers"] == got["param_schedulers"]
-    assert room.scores(output) == room.scores(room.trained)
+    assert task.scores(output) == task.scores(task.trained)
 
 
-def test_the_distributed_test_repeats_the_score_and_draws(room: Room) -> None:
-    out = "out.pkl" if room.name == "detection" else "out"
-    test = "small.py", f"undisturbed/{room.last}"
-    output = room.run("bash", room.tools / "dist_test.sh", *test, 2, "--work-dir", "tested", "--out", out)
-    assert room.scores(output) == room.scores(room.trained)
-    assert ("2 layers of type SyncBN become BN" in room.trained) == (room.name == "segmentation")  # no GPU
-    if room.name == "detection":
-        predictions = pickle.loads((room.folder / out).read_bytes())
+def test_the_distributed_test_repeats_the_score_and_draws(task: Task) -> None:
+    out = "out.pkl" if task.name == "detection" else "out"
+    test = "small.py", f"undisturbed/{task.last}"
+    output = task.run("bash", task.tools / "dist_test.sh", *test, 2, "--work-dir", "tested", "--out", out)
+    assert task.scores(output) == task.scores(task.trained)
+    assert ("2 layers of type SyncBN become BN" in task.trained) == (task.name == "segmentation")  # no GPU
+    if task.name == "detection":
+        predictions = pickle.loads((task.folder / out).read_bytes())
         assert sorted(p["img_id"] for p in predictions) == [1, 2, 3, 4, 5]
     else:
-        assert len(list((room.folder / out).glob("*.png"))) == 5
-    more = ["--tta"] if room.name == "segmentation" else []
-    output = room.run(
-        sys.executable, room.tools / "test.py", *test, "--work-dir", "drawn", "--ddp", "--show-dir", "shown", *more
+        assert len(list((task.folder / out).glob("*.png"))) == 5
+    more = ["--tta"] if task.name == "segmentation" else []
+    output = task.run(
+        sys.executable, task.tools / "test.py", *test, "--work-dir", "drawn", "--ddp", "--show-dir", "shown", *more
     )
-    assert len(list((room.folder / "shown").rglob("*.png"))) == 5
-    assert "--ddp has no effect here" in output
+    assert len(list((task.folder / "shown").rglob("*.png"))) == 5
+    assert "--ddp has no effect" in output
 
 
-def test_the_packages_own_tools_run_the_config(room: Room) -> None:
-    short = "train_cfg.max_epochs=1" if room.name == "detection" else "train_cfg.max_iters=3"
-    val = "train_cfg.val_interval=1" if room.name == "detection" else "train_cfg.val_interval=3"
-    first = "epoch_1.pth" if room.name == "detection" else "iter_3.pth"
-    stock = sys.executable, room.stock / "train.py", "small.py", "--work-dir", "stock", "--cfg-options", short, val
-    trained = room.run(*stock)
-    tested = room.run(sys.executable, room.stock / "test.py", "small.py", f"stock/{first}", "--work-dir", "stock")
-    assert room.scores(tested) == room.scores(trained)
+def test_the_packages_own_tools_run_the_config(task: Task) -> None:
+    short = "train_cfg.max_epochs=1" if task.name == "detection" else "train_cfg.max_iters=3"
+    val = "train_cfg.val_interval=1" if task.name == "detection" else "train_cfg.val_interval=3"
+    first = "epoch_1.pth" if task.name == "detection" else "iter_3.pth"
+    stock = sys.executable, task.stock / "train.py", "small.py", "--work-dir", "stock", "--cfg-options", short, val
+    trained = task.run(*stock)
+    tested = task.run(sys.executable, task.stock / "test.py", "small.py", f"stock/{first}", "--work-dir", "stock")
+    assert task.scores(tested) == task.scores(trained)
 
 
-def test_slurm_scripts_hand_on_what_they_are_given(room: Room) -> None:
-    (room.folder / "bin").mkdir(exist_ok=True)
+def test_slurm_scripts_pass_on_their_arguments(task: Task) -> None:
+    (task.folder / "bin").mkdir(exist_ok=True)
     for name, body in (
         ("srun", 'echo "srun $*" >&2; while [[ $1 != python ]]; do shift; done; exec "$@"'),
         ("scontrol", "echo 127.0.0.1"),
     ):
-        path = room.folder / "bin" / name
+        path = task.folder / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
-    output = room.run(
-        "bash", room.tools / "slurm_test.sh", "part", "job", "small.py", f"undisturbed/{room.last}", "--work-dir", "s",
-        PATH=f"{room.folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    output = task.run(
+        "bash", task.tools / "slurm_test.sh", "part", "job", "small.py", f"undisturbed/{task.last}", "--work-dir", "s",
+        PATH=f"{task.folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         MASTER_PORT=str(29500 + os.getpid() % 10000),
         GPUS="1", SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_NODELIST="n[1]", SLURM_LOCALID="0",
         SRUN_ARGS="--time=10 --mem=4G",
     )  # fmt: skip
     assert "srun -p part --job-name=job --gres=gpu:1 --ntasks=1 --ntasks-per-node=1" in output
     assert "--time=10 --mem=4G python -u" in output
-    assert room.scores(output) == room.scores(room.trained)
+    assert task.scores(output) == task.scores(task.trained)
 
 
-def test_wrong_input_gets_one_line(room: Room) -> None:
-    (room.folder / "broken.py").write_text("_base_ = 'mmdet::absent.py'")
-    (room.folder / "program.py").write_text("model = undefined")
-    (room.folder / "empty.pth").write_bytes(b"")
-    torch.save(mmengine_checkpoint(), room.folder / "misfit.pth")
-    checkpoint = f"undisturbed/{room.last}"
+def test_wrong_input_gets_one_line(task: Task) -> None:
+    (task.folder / "broken.py").write_text("_base_ = 'mmdet::absent.py'")
+    (task.folder / "program.py").write_text("model = undefined")
+    (task.folder / "empty.pth").write_bytes(b"")
+    torch.save(mmengine_checkpoint(), task.folder / "misfit.pth")
+    checkpoint = f"undisturbed/{task.last}"
     data = "train_dataloader.dataset.data_root=absent"
     cases = [
         ("train", ["absent.py"], r"absent\.py: no such config; give a path, or one of .*_digits"),
@@ -249,17 +249,17 @@ def test_wrong_input_gets_one_line(room: Room) -> None:
         ("test", ["small.py", "misfit.pth"], r"misfit\.pth: does not fit this model in \d+ entries: "),
         ("test", ["small.py", checkpoint, "--launcher", "boat"], r"argument --launcher: invalid choice: 'boat'"),
     ]
-    if room.name == "detection":
+    if task.name == "detection":
         cases.append(("test", ["small.py", checkpoint, "--out", "a.json"], r"--out: a\.json must end in \.pkl"))
         cases.append(("test", ["small.py", checkpoint, "--tta"], r"--tta: small\.py has no tta_model"))
         pool = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
         cases.append(("train", ["small.py", "--cfg-options", pool], r"pool_mode='max' needs mmcv's compiled operators"))
-    # All in one process, for each takes seconds to import the packages.
+    # In one process, since importing the packages takes seconds.
     calls = [(tool, [*arguments, "--work-dir", "wrong"]) for tool, arguments, _ in cases]
     code = "from spatial_mamba.detection.openmmlab.commands import run_command as run\n"
-    call = f"run({room.package!r}, 'detection.openmmlab.tools', tool, {room.package!r}, arguments)"
+    call = f"run({task.package!r}, 'detection.openmmlab.tools', tool, {task.package!r}, arguments)"
     code += f"for tool, arguments in {calls}: print('status', {call})"
-    output = room.run(sys.executable, "-u", "-W", "ignore", "-c", f"import sys; sys.stderr = sys.stdout\n{code}")
+    output = task.run(sys.executable, "-u", "-W", "ignore", "-c", f"import sys; sys.stderr = sys.stdout\n{code}")
     *parts, rest = output.split("status 2\n")
     assert rest == "", output[-2000:]
     for (_, _, message), part in zip(cases, parts, strict=True):
