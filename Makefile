@@ -9,7 +9,7 @@ RUN := output/spatialmamba_digits/demo
 # On the CPU everywhere: two processes would need two GPUs.
 MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
-.PHONY: demo demo-detection demo-segmentation test test-timm test-versions lint gpu docs figure wheel clean
+.PHONY: demo demo-detection demo-segmentation test test-fast test-timm test-versions lint gpu docs figure wheel clean
 
 # Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
 demo: .venv/ready $(LIBRARIES)
@@ -25,9 +25,15 @@ demo-detection: .venv/openmmlab $(LIBRARIES)
 demo-segmentation: .venv/openmmlab $(LIBRARIES)
 	$(call OPENMMLAB_DEMO,segmentation,upernet_spatialmamba_digits,digits_ade)
 
-# One thread: the tests' tensors are small, and their processes share the machine.
+# A process per core, each with one thread: the tests' tensors are small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+
 test: .venv/openmmlab $(LIBRARIES) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
+
+# Without OpenMMLab, launchers, compilers and all else that is slow.
+test-fast: .venv/ready $(LIBRARIES)
+	$(PYTEST) -m "not slow" --ignore=tests/openmmlab
 
 # timm's own model tests, from its source distribution, on the models of this project.
 test-timm: .venv/ready $(LIBRARIES)
@@ -46,9 +52,9 @@ lint: .venv/ready
 gpu:
 	$(PYTHON) kernels/gpu_check.py $(OUT)
 
-# Write the API pages anew, from the docstrings.
-docs: .venv/ready
-	$(BIN)/python tests/api_pages.py
+# Build the API site from the docstrings, into output/site.
+docs: .venv/docs
+	$(BIN)/python -m mkdocs build --quiet --config-file .github/mkdocs.yml
 
 # Redraw the README's figure.
 figure: .venv/ready
@@ -73,6 +79,10 @@ clean:
 
 .venv/openmmlab: .venv/ready detection/requirements.txt
 	$(BIN)/python -m pip install --quiet -r detection/requirements.txt
+	touch $@
+
+.venv/docs: .venv/ready .github/mkdocs.yml
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	touch $@
 
 # $(call OPENMMLAB_DEMO,room,config,data set): what is there already is not made again, and a broken-off run resumes.
