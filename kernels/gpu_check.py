@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in one go: build, report, tests, benchmarks, compute-sanitizer (``make gpu``).
+"""All checks that need a GPU: build, report, tests, benchmarks, and compute-sanitizer (``make gpu``).
 
-Started by its path with any Python that has PyTorch; nothing is installed or downloaded. To add a check, add a `Step`.
+Run it by its path, with any Python that has PyTorch; nothing is installed or downloaded. To add a check, add a `Step`.
 """
 
 import argparse
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL_SECONDS = 470  # just under the 8 minutes that all may take
-PLANNED_FRACTION = 0.75  # of its time, for a step that watches the clock itself
+TOTAL_SECONDS = 470  # just under 8 minutes for all steps
+PLANNED_FRACTION = 0.75  # of a step's time, for commands with a time limit of their own
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the seconds after which it is ended.
+    """A command, and the seconds after which it is stopped.
 
-    In the command ``{out}`` stands for the folder of the results and ``{seconds}`` for the time that it may plan with.
-    An optional step is no failure when no time is left to start it.
+    In the command ``{out}`` is replaced by the folder of the results, and ``{seconds}`` by the time it should take at
+    most. An optional step does not fail if no time is left to start it.
     """
 
     name: str
@@ -38,30 +38,33 @@ class Step:
 
 
 def files_with_gpu_tests() -> list[str]:
-    """The other files may import what this machine lacks. Should there be none, pytest fails for want of tests."""
+    """The test files to run; others may import packages that are not installed here."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
 def sanitize(tool: str, command: Sequence[str]) -> tuple[str, ...]:
-    """The command under a tool of compute-sanitizer."""
+    """The command, run under a tool of compute-sanitizer."""
     options = ("--target-processes", "application-only", "--error-exitcode", "1", "--print-limit", "20")
     return ("compute-sanitizer", "--tool", tool, *options, *command)
 
 
 PYTHON = sys.executable
-OPERATORS = (PYTHON, "-m", "spatial_mamba.kernels.benchmark")
+OPERATORS = (
+    PYTHON, "-m", "spatial_mamba.kernels.benchmark", "--device", "cuda", "--dtype", "float32", "bfloat16",
+    "--seconds", "0.3", "--limit", "{seconds}", "--out",
+)  # fmt: skip
 ON_CUDA = (PYTHON, "-m", "spatial_mamba.kernels.benchmark.exercise", "cuda")
-ON_TRITON = (*ON_CUDA[:-1], "triton", "--dtype", "float32", "bfloat16")  # each dtype is compiled again
+ON_TRITON = (*ON_CUDA[:-1], "triton", "--dtype", "float32", "bfloat16")  # each dtype takes a compilation
 MODELS = (
     PYTHON, "-m", "spatial_mamba.classification.benchmark", "--device", "cuda", "--dtype", "bfloat16", "--batch", "128",
     "--limit", "{seconds}", "--models", "spatial_mamba_tiny",
 )  # fmt: skip
 PEERS, BASELINE, TIMED = ("swin_tiny*", "convnext_tiny"), "baseline/spatial_mamba_tiny", ("--seconds", "5", "--out")
-# A memory block for each tensor, else overruns stay inside PyTorch's pool, unseen.
+# Give each tensor its own memory block; overruns inside PyTorch's pool would not be seen.
 UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-# The first ones are quick and show what the others will meet.
+# The first steps are quick and find what would make the others fail.
 STEPS = [
     Step("GPU", (PYTHON, "-c", "import torch; print(torch.ones(1).cuda().device, torch.version.cuda)"), 40),
     Step("build", (PYTHON, "-m", "spatial_mamba.kernels", "build", "cpu", "cuda"), 180),
@@ -82,11 +85,11 @@ STEPS = [
     Step("memcheck, cuda", sanitize("memcheck", ON_CUDA), 60, UNPOOLED),
     Step("memcheck, triton", sanitize("memcheck", ON_TRITON), 90, UNPOOLED),
     Step(
-        "benchmark",
-        (*OPERATORS, "--device", "cuda", "--dtype", "float32", "bfloat16", "--seconds", "0.3", "--compile",
-         "core/tiny/stage1/224x224", "--limit", "{seconds}", "--out", "{out}"),
-        100,
+        "operators, compiled",
+        (*OPERATORS, "{out}/compiled", "--cases", "core/tiny/stage1/224x224", "--implementations", "*"),
+        50,
     ),
+    Step("operators", (*OPERATORS, "{out}"), 80),
     Step("racecheck, cuda", sanitize("racecheck", ON_CUDA), 60, optional=True),
     Step("racecheck, triton", sanitize("racecheck", ON_TRITON), 60, optional=True),
     Step("synccheck, cuda", sanitize("synccheck", ON_CUDA), 40, optional=True),
@@ -95,18 +98,18 @@ STEPS = [
 
 
 def run(steps: Sequence[Step], out: Path, total_seconds: float = TOTAL_SECONDS) -> list[dict[str, Any]]:
-    """Run all steps, also after one has failed, with the package importable from this checkout.
+    """Run all steps, even after one has failed, with the package importable from this checkout.
 
-    Writes ``log.txt``, ``summary.json`` and ``summary.md`` into ``out``, after each step.
+    Writes ``log.txt``, ``summary.json`` and ``summary.md`` to ``out`` after each step.
 
     Returns:
-        How each step ended: its name, command, result in words, seconds, whether it passed, and its last line.
+        For each step its name, command, result in words, seconds, whether it passed, and its last line of output.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text("")
     end, outcomes = time.monotonic() + total_seconds, []
     with tempfile.TemporaryDirectory() as folder:
-        # Whatever the folder of this checkout is called, it is the package. The CUDA toolkit's tools come last.
+        # The folder of this checkout may have any name. The CUDA toolkit's tools come last.
         Path(folder, "spatial_mamba").symlink_to(ROOT)
         tools = str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
         paths = {"PYTHONPATH": (folder, os.environ.get("PYTHONPATH")), "PATH": (os.environ.get("PATH"), tools)}
@@ -125,18 +128,18 @@ def _run_step(step: Step, out: Path, environment: dict[str, str], seconds: float
     print(f"== {step.name}: {shlex.join(command)}", flush=True)
     start, result, output = time.monotonic(), "no time left", ""
     if seconds > 0:
-        # All processes that the command started end with it.
+        # timeout also stops all processes that the command started.
         done = subprocess.run(
             ["timeout", "--signal=KILL", str(seconds), *command],
             cwd=ROOT,
-            env={**environment, "PYTHONUNBUFFERED": "1", **step.environment},  # what is ended has said all
+            env={**environment, "PYTHONUNBUFFERED": "1", **step.environment},  # keeps the output of a stopped command
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         output, result = done.stdout.decode(errors="replace"), f"exit {done.returncode}"
     taken = time.monotonic() - start
     if 0 < seconds <= taken:
-        result = f"ended after its {seconds:.1f} s"
+        result = f"stopped after {seconds:.1f} s"
     with (out / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"== {step.name}: {shlex.join(command)}\n{output}\n== {result}\n\n")
     last_line = output.rstrip().rpartition("\n")[2]
@@ -168,7 +171,11 @@ def _gpu() -> str:
 
 
 def main() -> int:
-    """Run all steps; 0 if all passed, else 1."""
+    """Run all steps.
+
+    Returns:
+        The exit status: 0 if all passed, else 1.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", default=ROOT / "output/gpu", help="folder for the results")
     out = parser.parse_args().out.expanduser()

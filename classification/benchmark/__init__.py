@@ -1,1 +1,1 @@
-"""Measurements of whole models: speed compared with others, their parts, processes and data loading."""
+"""Times whole models, their parts, processes and data loading: ``spatial-mamba benchmark models`` and ``loading``."""

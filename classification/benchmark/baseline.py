@@ -1,10 +1,10 @@
-"""The baseline: the published formulation of Spatial-Mamba, with the same weights, in operations of PyTorch.
+"""The baseline: the published formulation of Spatial-Mamba, with the same weights, in PyTorch's operations.
 
-It does what the paper's code does, in the same order and layouts: nothing is fused, maps are (B, C, H, W) from the
-convolution to the read-out, delta is expanded by a matrix product, and the states are fused by three dilated
-convolutions of padded copies in training, by one dense 11x11 convolution with a kernel merged once in inference. The
-published code has a native scan: here it is the fastest one available. States pass between operations in the dtype of
-the activations.
+It does what the paper's code does, in the same order and layouts. Nothing is fused. Maps are (B, C, H, W) from the
+convolution to the output of the core. Delta is expanded by a matrix product. The states are fused by three dilated
+convolutions of padded copies in training, and in inference by one dense 11x11 convolution with a kernel merged in
+advance. The published code has a native scan; here the fastest available scan takes its place. States pass between
+operations in the dtype of the activations.
 """
 
 import torch
@@ -12,16 +12,15 @@ import torch.nn.functional as F
 from timm.layers import drop_path
 from torch import Tensor, nn
 
-from ...kernels import selective_scan
-from ...kernels.benchmark.implementations import convolve_dense, merge_dense, three_convolutions
+from ...kernels.benchmark.implementations import convolve_dense, merge_dense, published_core, three_convolutions
 from ..models.spatial_mamba import Block, SpatialMamba, StructureAwareSSM
 
 
 def as_baseline(model: SpatialMamba) -> SpatialMamba:
-    """Give the blocks of a model the published formulation, in place; the weights stay what they are.
+    """Give the blocks of a model the published formulation, in place; the weights are kept.
 
-    The merged kernels are made of the present weights, as those of the published code are made of the weights at
-    their first use: load weights before, and do not evaluate after training.
+    The dense kernels are merged here, once, as the published code merges them at their first use. Load weights before,
+    and do not evaluate after training.
     """
     for module in model.modules():
         if isinstance(module, StructureAwareSSM):
@@ -50,23 +49,15 @@ class BaselineSSM(StructureAwareSSM):
     def forward(self, x: Tensor) -> Tensor:
         x, gate = F.linear(x, self.in_proj.weight).chunk(2, dim=-1)
         maps = F.silu(_convolve(x.permute(0, 3, 1, 2).contiguous(), self.conv2d))  # (B, D, H, W)
-        y = self._core(maps).permute(0, 2, 3, 1)
+        projected = torch.matmul(self.x_proj_weight, maps.flatten(2))
+        weights = (self.dt_projs_weight, self.dt_projs_bias, -torch.exp(self.A_logs), self.Ds)
+        y = published_core(lambda h: self._fuse(h.to(maps.dtype)), maps, projected, *weights).permute(0, 2, 3, 1)
         return F.linear(_normalise(y, self.out_norm) * F.silu(gate), self.out_proj.weight)
 
-    def _core(self, maps: Tensor) -> Tensor:
-        tokens = maps.flatten(2)  # (B, D, L)
-        projected = torch.matmul(self.x_proj_weight, tokens)
-        r, B, C = projected.split([self.dt_rank, 1, 1], dim=1)
-        delta = torch.matmul(self.dt_projs_weight, r)
-        states = selective_scan(
-            tokens, delta, -torch.exp(self.A_logs), B, delta_bias=self.dt_projs_bias, delta_softplus=True
-        )
-        h = states.to(maps.dtype).reshape(maps.shape)
+    def _fuse(self, h: Tensor) -> Tensor:
         if self.training:
-            fused = three_convolutions(h, self.state_fusion.kernels, self.state_fusion.alpha)
-        else:
-            fused = convolve_dense(h, self.dense)
-        return (fused.flatten(2) * C + self.Ds[:, None] * tokens).reshape(maps.shape)
+            return three_convolutions(h, self.state_fusion.kernels, self.state_fusion.alpha)
+        return convolve_dense(h, self.dense)
 
 
 def _convolve(maps: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -1,9 +1,9 @@
-"""Data loading with the trainer's own pipeline: images per second of every step, and by number of loader processes.
+"""Time data loading with the trainer's own pipeline: each step alone, and the loader by number of its processes.
 
-Without --data-path it reads JPEG images of ImageNet's usual size, which it makes in a temporary folder.
+Without --data-path it reads random JPEG images of the size of ImageNet's, from a temporary folder. Prints a table, and
+writes loading.json.
 """
 
-import argparse
 import io
 import itertools
 import os
@@ -15,41 +15,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image, features
 from torch import Tensor
 from torch.utils.data import default_collate
+from tqdm import tqdm
 from yacs.config import CfgNode
 
 from ...kernels.benchmark import measure
 from ...kernels.benchmark.report import Column, Parser, Report
-from ...kernels.command_line import positive, whole_number
+from ...kernels.command_line import run_command, whole_number
 from ...kernels.errors import UserError
 from ..config import load_config
 from ..data import build_mixup, build_train_loader, build_val_loader
 from ..distributed import Process
 from ..models.image_files import open_image
 
-PHOTO_SIZE, PHOTO_QUALITY = (500, 375), 96  # width and height; of ImageNet's usual photograph, of about 110 kB
-MANY = 100_000  # images dealt out per pass; a small data set starts over
-TRAINING = ("train", "train + Mixup")
-PIPELINES = ("decode", *TRAINING, "evaluation")
+# About 110 kB each, as ImageNet's average photograph; sizes are (width, height).
+PHOTO_SIZE, NOISE_SIZE, PHOTO_QUALITY = (500, 375), (160, 120), 90
+MANY = 100_000  # images per pass; a smaller data set starts again
+PIPELINES = ("decode", "train", "train + Mixup", "evaluation")
+COLUMNS = (
+    Column("", "name"),
+    Column("loader processes", "workers", "d"),
+    Column("images/s", "images_per_second", ".0f"),
+)
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """Write ``train`` and ``val`` with the same ``count`` JPEG images in two classes, each another crop."""
+    """Write ``count`` JPEG images of smooth noise, in two classes, as both the ``train`` and the ``val`` split."""
     generator = np.random.default_rng(0)
-    sources = _sources(generator)
     for i in range(count):
-        source = sources[i % len(sources)]
-        scale = generator.uniform(0.5, 1.0)
-        width, height = (int(scale * side) for side in source.size)
-        left, top = (int(generator.integers(free + 1)) for free in (source.width - width, source.height - height))
-        photo = source.crop((left, top, left + width, top + height)).resize(PHOTO_SIZE, Image.Resampling.BICUBIC)
+        noise = Image.fromarray(generator.integers(256, size=(*NOISE_SIZE[::-1], 3), dtype=np.uint8))
         path = folder / "train" / str(i % 2) / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        photo.save(path, quality=PHOTO_QUALITY)
+        noise.resize(PHOTO_SIZE, Image.Resampling.BICUBIC).save(path, quality=PHOTO_QUALITY)
     (folder / "val").symlink_to("train", target_is_directory=True)
 
 
@@ -57,7 +57,7 @@ def step_rates(config: CfgNode, device: torch.device, seconds: float) -> dict[st
     """Images per second of each step alone, in this process; Mixup runs on ``device``, as in training.
 
     Args:
-        config: the trainer's.
+        config: of the trainer.
         seconds: of timing per step.
     """
     process = Process(0, 1, device)
@@ -66,36 +66,35 @@ def step_rates(config: CfgNode, device: torch.device, seconds: float) -> dict[st
     batch = [train[i % len(train), i] for i in range(batch_size)]
     images, classes, _ = (x.to(device) for x in default_collate(batch))
     mixup = build_mixup(config, len(reader.classes))
-    count = itertools.count()
+    numbers = itertools.count()
 
     def some() -> int:
-        return next(count) % len(train)
+        return next(numbers) % len(train)
 
     calls: dict[str, tuple[Callable[[], Any], int]] = {
         "read": (lambda: reader.read(some()), 1),
         "read + decode": (lambda: open_image(io.BytesIO(reader.read(some()))), 1),
-        "read + decode + augment": (lambda: train[some(), next(count)], 1),
+        "read + decode + augment": (lambda: train[some(), next(numbers)], 1),
         "read + decode + evaluation transform": (lambda: val[some(), 0], 1),
         "collate": (lambda: default_collate(batch), batch_size),
     }
     if mixup:
         calls["Mixup"] = (lambda: mixup(images, classes), batch_size)
-    threads = torch.get_num_threads()
-    rates = {}
+    threads, rates = torch.get_num_threads(), {}
     for name, (call, images_per_call) in calls.items():
         torch.set_num_threads(threads if name == "Mixup" else 1)  # as in a loader process
-        rates[name] = _rate(lambda call=call, many=images_per_call: (call(), many)[1], device, seconds, warm_up=1)
+        rates[name] = images_per_call * _rate(call, device, seconds, warm_up=1)
     torch.set_num_threads(threads)
     return rates
 
 
 def loader_rate(config: CfgNode, pipeline: str, device: torch.device, seconds: float) -> float:
-    """Images per second that arrive, on the device, from the loader with the config's number of processes.
+    """Images per second that arrive on the device from the loader, with the config's number of processes.
 
-    The first batches, on which the processes start, are not timed.
+    The first batches, during which the processes start, are not timed.
 
     Args:
-        pipeline: one of ``PIPELINES``; ``decode`` hands over nothing of the image.
+        pipeline: one of ``PIPELINES``; ``decode`` passes on nothing of the image.
     """
     process = Process(0, 1, device)
     if pipeline == "evaluation":
@@ -105,112 +104,90 @@ def loader_rate(config: CfgNode, pipeline: str, device: torch.device, seconds: f
         loader = build_train_loader(config, process)
         loader.sampler.length = MANY
     if pipeline == "decode":
-        loader.dataset.transform = _nothing_of
+        loader.dataset.transform = _empty
     mixup = build_mixup(config, len(loader.dataset.reader.classes)) if pipeline == "train + Mixup" else None
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
-    def take() -> int:
+    def take() -> None:
         images, classes, _ = (x.to(device, non_blocking=True) for x in next(batches))
         if mixup:
             mixup(images, classes)
-        return len(classes)
 
-    return _rate(take, device, seconds, warm_up=2 * loader.num_workers)
+    return config.DATA.BATCH_SIZE * _rate(take, device, seconds, warm_up=2 * loader.num_workers)
 
 
-def _rate(take: Callable[[], int], device: torch.device, seconds: float, warm_up: int) -> float:
-    """Images per second, of calls that return how many they have processed."""
+def _rate(call: Callable[[], Any], device: torch.device, seconds: float, warm_up: int) -> float:
+    """Calls per second."""
     for _ in range(warm_up):
-        take()
+        call()
     measure.synchronise(device)
     count, start = 0, time.perf_counter()
     while not count or time.perf_counter() - start < seconds:
-        count += take()
+        call()
         measure.synchronise(device)
+        count += 1
     return count / (time.perf_counter() - start)
 
 
-def _nothing_of(image: Image.Image) -> Tensor:
+def _empty(image: Image.Image) -> Tensor:
     return torch.empty(0)
 
 
-def _sources(generator: np.random.Generator) -> list[Image.Image]:
-    """Scikit-learn's sample photographs, or without scikit-learn smooth noise."""
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError:
-        noise = Image.fromarray(generator.integers(256, size=(60, 80, 3), dtype=np.uint8))
-        return [noise.resize((640, 480), Image.Resampling.BICUBIC)]
-    return [Image.fromarray(photo) for photo in load_sample_images().images]
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit status: 0, or 2 for options or data that cannot be used.
+    """
+    return run_command(_benchmark, _parser(prog or "spatial-mamba benchmark loading"), argv)
 
 
-def _parser() -> Parser:
-    parser = Parser("classification.benchmark.loading", __doc__, 5.0, "figure")
-    parser.set_defaults(keep_freed_memory=False)  # the trainer does not keep it either
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog, __doc__, "--data-path imagenet --workers 4 8 16", seconds=5.0, of="row")
     add = parser.add_argument
-    add("--cfg", default="spatialmamba_tiny", metavar="FILE", help="the trainer's config")
+    add("--cfg", default="spatialmamba_tiny", metavar="FILE", help="config of the trainer (default: %(default)s)")
     add("--data-path", metavar="FOLDER", help="with the train and val splits, as for training")
     add("--zip", action="store_true", help="read train.zip and val.zip")
-    add("--batch-size", type=whole_number, help="by default the config's")
-    add("--workers", nargs="+", type=whole_number, help="loader processes: by default 1, 2, 4, ...")
-    add("--images-per-second", type=positive, metavar="SPEED", help="of the training to keep up with")
+    add("--batch-size", type=whole_number, help="default: that of the config")
+    add("--workers", nargs="+", type=whole_number, help="loader processes (default: 1, 2, 4, ... up to the cores)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 2 for options or data that cannot be used."""
-    parser = _parser()
+def _benchmark(parser: Parser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.zip and not args.data_path:
-        parser.error("--zip needs the folder of the archives: add --data-path FOLDER")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            overrides = [("DATA.DATA_PATH", args.data_path or folder), ("DATA.ZIP_MODE", args.zip)]
-            if args.batch_size:
-                overrides.append(("DATA.BATCH_SIZE", args.batch_size))
-            config, _ = load_config(args.cfg, [*overrides, ("DATA.NUM_WORKERS", 0)])
-            if not args.data_path:
-                write_photos(Path(folder), max(2, config.DATA.BATCH_SIZE))  # an epoch has at least one whole batch
-            photos = build_train_loader(config, Process(0, 1, parser.device(args.device))).dataset.reader
-            report = Report("loading", parser, args, argv)
-            _run(report, args, config, photos)
-    except UserError as error:  # from a loader process it comes with that one's traceback in front
-        parser.error(str(error).strip().splitlines()[-1].split("UserError: ")[-1])
+        raise UserError("--zip needs the folder of the archives: add --data-path FOLDER")
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [("DATA.DATA_PATH", args.data_path or folder), ("DATA.ZIP_MODE", args.zip)]
+        overrides += [("DATA.BATCH_SIZE", args.batch_size)] if args.batch_size else []
+        config, _ = load_config(args.cfg, [*overrides, ("DATA.NUM_WORKERS", 0)])
+        if not args.data_path:
+            write_photos(Path(folder), max(2, config.DATA.BATCH_SIZE))  # at least one batch per epoch
+        report = Report("loading", parser, args, argv, keep_freed=False)  # the trainer does not keep it either
+        try:
+            _measure(report, config, args.workers or _default_workers(), args.seconds)
+        except UserError as error:  # a loader process puts its traceback in front
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
     return report.finish()
 
 
-def _run(report: Report, args: argparse.Namespace, config: CfgNode, photos: Any) -> None:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sizes = [len(photos.read(i)) for i in range(min(len(photos), 256))]
-    report.record["data"] = facts = {
-        "pillow": PIL.__version__,
-        "libjpeg_turbo": features.check_feature("libjpeg_turbo"),
-        "images": len(photos),
-        "kilobytes_per_image": round(sum(sizes) / len(sizes) / 1e3, 1),
-    }
-    report.say("; ".join(f"{name} {value}" for name, value in facts.items()))
-    rates = step_rates(config, device, args.seconds)
-    rows = [{"name": name, "images_per_second": rate, "seconds": 1 / rate} for name, rate in rates.items()]
-    columns = (
-        Column("step", "name"),
-        Column("images/s", "images_per_second", ".0f"),
-        Column("ms per image", "seconds", ".3f", 1e3),
-    )
-    report.add("One process, each step alone", columns, rows, of="steps")
+def _default_workers() -> list[int]:
     cores = os.cpu_count() or 1
-    counts = args.workers or sorted({*(2**i for i in range(cores.bit_length()) if 2**i <= cores), cores})
-    rows = []
-    for count in sorted(set(counts)):
+    return sorted({*(2**i for i in range(cores.bit_length())), cores})
+
+
+def _measure(report: Report, config: CfgNode, workers: Sequence[int], seconds: float) -> None:
+    """Add the table to the report."""
+    rates = step_rates(config, report.device, seconds)
+    rows = [{"name": name, "images_per_second": rate} for name, rate in rates.items()]
+    for count, name in tqdm(list(itertools.product(sorted(set(workers)), PIPELINES)), "loaders", disable=None):
         config.defrost()
         config.DATA.NUM_WORKERS = count
-        rows.append({"workers": count} | {name: loader_rate(config, name, device, args.seconds) for name in PIPELINES})
-    columns = (Column("processes", "workers", "d"), *(Column(name, name, ".0f") for name in PIPELINES))
-    report.add("Images per second, by number of loader processes", columns, rows, of="loaders")
-    if (target := args.images_per_second) is not None:
-        for name in TRAINING:
-            enough = next((row["workers"] for row in rows if row[name] >= target), None)
-            who = "no number measured keeps" if enough is None else f"{enough} loader processes keep"
-            report.say(f"{name}: {who} up with {target:.0f} images/s")
+        rate = loader_rate(config, name, report.device, seconds)
+        rows.append({"name": name, "workers": count, "images_per_second": rate})
+    turbo = features.check_feature("libjpeg_turbo")
+    title = f"Batches of {config.DATA.BATCH_SIZE} images; Pillow has {'' if turbo else 'no '}libjpeg-turbo"
+    report.add(title, COLUMNS, rows, libjpeg_turbo=turbo)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Where the time goes: the parts of Spatial-Mamba, each compared with a lower bound of its time.
 
-The lower bound is the longer of the time that the compulsory bytes of a part take at the bandwidth of a memory copy and
-the time that its multiply-adds take at the speed of a large matrix product; both are measured in the same run.
+The lower bound is the longer of two times: that of the compulsory bytes at the bandwidth of a memory copy, and that of
+the multiply-adds at the speed of a large matrix product. Both speeds are measured in the same run.
 """
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,59 +32,55 @@ WHOLE = "the model as a whole"
 Shape = Sequence[int]
 
 
-def add_tables(
-    report: Report, takes_part: Sequence[tuple[Model, str]], case: Case, device: torch.device, seconds: float
-) -> None:
-    """One table per form of Spatial-Mamba, eager or fused; ``seconds`` of timing for each."""
-    for model, form in takes_part:
+def add_tables(report: Report, pairs: Sequence[tuple[Model, str]], case: Case, trial: measure.Trial) -> None:
+    """Add one table per form of Spatial-Mamba, eager or fused, to the report."""
+    for model, form in pairs:
         if model.family == OURS:
-            bench = Bench(model.create(case.resolution).to(device), case, device, is_fused=form == FUSED)
+            module = model.create(case.resolution).to(trial.device)
+            bench = Bench(module, case, trial, is_fused=form == FUSED)
             roofs = f"memory copy {bench.bandwidth / 1e9:.1f} GB/s, matrix product {bench.peak / 1e9:.0f} GFLOP/s"
             setting = {"model": model.name, "form": form, "bandwidth": bench.bandwidth, "peak": bench.peak}
-            rows = bench.run(seconds)
-            report.add(f"{model.name}, {form}  {case}: {roofs}", COLUMNS, rows, **vars(case), **setting)
+            report.add(f"{model.name}, {form}, {case}: {roofs}", COLUMNS, bench.run(), **vars(case), **setting)
 
 
 class Bench:
     """Measures the parts of one classifier.
 
-    Inference has weights and activations of the case's dtype; training has float32 weights, under autocast to it.
-    What lies inside a part (the hidden layer of an MLP, the channels between two convolutions of the stem) need not
-    go through memory, and is not counted.
+    In inference weights and activations have the case's dtype; in training weights are float32, and the parts run under
+    autocast to it. What lies inside a part, such as the hidden layer of an MLP, need not go through memory and does
+    not count.
     """
 
-    def __init__(self, model: SpatialMamba, case: Case, device: torch.device, is_fused: bool) -> None:
-        self.device, self.dtype, self.is_training = device, getattr(torch, case.dtype), case.mode == TRAIN
+    def __init__(self, model: SpatialMamba, case: Case, trial: measure.Trial, is_fused: bool) -> None:
+        self.trial, self.dtype, self.is_training = trial, getattr(torch, case.dtype), case.mode == TRAIN
         self.model = model.train() if self.is_training else model.eval().to(self.dtype)
         if is_fused:
             model.fuse()
         self.images = (case.images, model.in_chans, case.resolution, case.resolution)
-        self.clock = measure.operator_clock(device)
-        copy_call = measure.memory_copy(device)
-        self.bandwidth = 2 * measure.COPY_BYTES / min(self.clock(copy_call) for _ in range(5))
-        self.peak = measure.matmul_peak(self.clock, device, self.dtype)
+        self.bandwidth = measure.copy_bandwidth(trial.clock, trial.device)
+        self.peak = measure.matmul_peak(trial.clock, trial.device, self.dtype)
         self.rows: list[measure.Row] = []
         self.calls: dict[str, measure.Call] = {}
 
-    def run(self, seconds: float) -> list[measure.Row]:
-        """A row per part, for all its occurrences together; their sum; the model as a whole. Times in seconds."""
+    def run(self) -> list[measure.Row]:
+        """A row per part, for all its occurrences together; their sum; and the whole model. Times in seconds."""
         self.add_all()
         self.add(WHOLE, 1, self.model, self.images, reads=(self.model,), is_first=True)
         for call in self.calls.values():
             call()
-        timings = measure.interleave(self.calls, self.clock, seconds)
+        timings = self.trial.interleave(self.calls)
         for row in self.rows:
             row["seconds"] = row["count"] * timings[row["name"]]["seconds"]
         *parts, whole = self.rows
         sums = {key: sum(row[key] for row in parts) for key in ("bytes", "flops", "bound", "seconds")}
         self.rows.insert(-1, {"name": "sum of all parts", **sums})
-        whole |= {key: sums[key] for key in ("bytes", "flops", "bound")} | {"set_by": "", "count": None}
+        whole |= {key: sums[key] for key in ("bytes", "flops", "bound")} | {"set_by": None, "count": None}
         for row in self.rows:
             row |= {"times_bound": row["seconds"] / row["bound"], "fraction": row["seconds"] / sums["seconds"]}
         return self.rows
 
     def add_all(self) -> None:
-        """Add the parts in the order they run in. The blocks of a stage have the same shapes: one stands for all."""
+        """Add the parts in the order they run in; one block stands for all of a stage, whose shapes are the same."""
         model = self.model
         tokens = self.add("stem", 1, model.patch_embed, self.images, reads=(model.patch_embed,), is_first=True)
         for i, stage in enumerate(model.layers, 1):
@@ -111,7 +107,7 @@ class Bench:
         }
         for name, (module, shape) in modules.items():
             self.add(f"{stage} {name}", depth, module, shape, reads=(module,))
-        # Forward the sum with a branch; backward the sum of the gradients that meet at the fork.
+        # In the forward pass the sum with a branch; in the backward pass the sum of the two gradients at the fork.
         count = 2 * depth * (2 if self.is_training else 1)
         self.add(f"{stage} residual sums", count, block.residual_sum, tokens, tokens, has_backward=False)
 
@@ -141,40 +137,38 @@ class Bench:
         has_backward: bool = True,
         is_first: bool = False,
     ) -> Shape:
-        """Add a part: its bytes and FLOPs, the lower bound of its time, and a call of it.
-
-        Each input and weight is read once, the output written once. With a backward pass inputs and weights are read
-        again, the gradient of the output is read, and one gradient per input and weight is written.
+        """Add a part: its compulsory bytes and FLOPs, the lower bound of its time, and a call of it.
 
         Args:
             count: how often the model has it; bytes, FLOPs and times are for all occurrences.
             shapes: of its inputs.
             reads: modules whose weights it reads.
-            has_backward: whether a training step asks for gradients.
+            has_backward: whether a training step computes gradients.
             is_first: leave out the gradients of the inputs.
 
         Returns:
             The shape of its output.
         """
+        device_type, half = self.trial.device.type, self.is_training and self.dtype != torch.float32
 
         def forward(*tensors: Tensor) -> Tensor:
-            half = self.is_training and self.dtype != torch.float32
-            with torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext():
+            with torch.autocast(device_type, self.dtype) if half else contextlib.nullcontext():
                 return function(*tensors)
 
-        tensors = [torch.randn(shape, device=self.device).to(self.dtype) for shape in shapes]
-        # Buffers take the place of parameters in a fused model.
+        inputs = [torch.randn(shape, device=self.trial.device).to(self.dtype) for shape in shapes]
+        # The weights of a fused model are buffers.
         weights = [x for module in reads for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()]
-        output, flops = measure.dry_run(forward, *tensors)
-        size = _bytes(tensors) + _bytes(weights) + _bytes([output])
+        output, flops = measure.dry_run(forward, *inputs)
+        sources = None
         if self.is_training and has_backward:
             sources = [x for x in weights if x.requires_grad]
-            sources += [] if is_first else [x.requires_grad_() for x in tensors]
-            size, flops = 2 * size + _bytes(sources), flops * measure.TRAINING_PASSES
-            gradient = torch.randn_like(forward(*tensors))
-            self.calls[name] = lambda: torch.autograd.grad(forward(*tensors), sources, gradient)
+            sources += [] if is_first else [x.requires_grad_() for x in inputs]
+            flops *= measure.TRAINING_PASSES
+            gradient = torch.randn_like(forward(*inputs))
+            self.calls[name] = lambda: torch.autograd.grad(forward(*inputs), sources, gradient)
         else:
-            self.calls[name] = torch.no_grad()(lambda: forward(*tensors))
+            self.calls[name] = torch.no_grad()(lambda: forward(*inputs))
+        size = measure.compulsory_bytes([*inputs, *weights], output, sources)
         bounds = {"bytes": size / self.bandwidth, "operations": flops / self.peak}
         set_by = max(bounds, key=lambda key: bounds[key])
         row = {"bytes": count * size, "flops": count * flops, "bound": count * bounds[set_by]}
@@ -185,7 +179,3 @@ class Bench:
 def _wider(tokens: Shape) -> tuple[Shape, Shape]:
     """The shapes of the mixer's channels, and of these with their gate."""
     return (*tokens[:-1], 2 * tokens[-1]), (*tokens[:-1], 4 * tokens[-1])
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.itemsize for x in tensors)

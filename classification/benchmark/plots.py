@@ -1,116 +1,89 @@
-"""The plots: accuracy against throughput, and cost per pixel against resolution."""
+"""The plots: accuracy over throughput, and cost per pixel over resolution."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .prepared import AOTI, CHECKPOINT, COMPILE, CUDAGRAPH, EAGER, FUSED, FUSED_COMPILE, INFERENCE, ONNX, ONNX_INT8
+from .prepared import FORMS, INFERENCE
 from .roster import BASE_RESOLUTION, MODELS, SOURCES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-MARKERS = {
-    EAGER: "o", FUSED: "s", COMPILE: "^", FUSED_COMPILE: "D", CUDAGRAPH: "*", CHECKPOINT: "v", ONNX: "P",
-    ONNX_INT8: "p", AOTI: "X",
-}  # fmt: skip
+MARKERS = dict(zip(FORMS, "os^D*vPpX", strict=True))
 # Okabe and Ito's colours, one per family.
 COLOURS = dict(zip(SOURCES, ("#D55E00", "#7f7f7f", "#56B4E9", "#0072B2", "#009E73", "#CC79A7"), strict=True))
 LINES = ("-", "--", ":")  # of the models of a family, from the smallest
-TICKS = (1, 1.5, 2, 3, 5, 7)  # in a decade
-COSTS = {"ns/pixel": ("seconds_per_pixel", 1e9), "peak bytes/pixel": ("bytes_per_pixel", 1)}
-
+COSTS = {"ns/pixel": ("seconds", 1e9), "peak bytes/pixel": ("peak_bytes", 1)}
 Result = Mapping[str, Any]
 
 
-def draw(folder: Path, results: Sequence[Result]) -> list[str]:
-    """Write the PNGs for which there are figures.
-
-    Returns:
-        A line per PNG: where it is, or what it needs.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    def figure(rows: int, columns: int) -> "Figure":
-        return Figure(figsize=(1 + 6 * columns, 1.5 + 4 * rows), layout="constrained")
-
-    lines = []
-    for name, plot in {"accuracy.png": _accuracy, "resolution.png": _resolution}.items():
-        drawn = plot(results, figure)
-        if isinstance(drawn, str):
-            lines.append(f"no {name}: {drawn}")
-        else:
-            entries: dict[str, Any] = {}  # one legend for all panels, each name once
-            for panel in drawn.axes:
-                handles, labels = panel.get_legend_handles_labels()
-                entries |= dict(zip(labels, handles, strict=True))
-            place = dict(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
-            drawn.legend(list(entries.values()), list(entries), **place)
-            drawn.savefig(folder / name, dpi=110)
-            lines.append(f"drawn: {folder / name}")
-    return lines
-
-
-def _accuracy(results: Sequence[Result], figure: Callable[[int, int], "Figure"]) -> "Figure | str":
-    """Each dtype on its largest batch, inference."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
+def draw(folder: Path, results: Sequence[Result]) -> None:
+    """Write ``accuracy.png`` and ``resolution.png``, if there are results to draw, and print where they are."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("\nno plots: matplotlib is not installed; pip install matplotlib")
+        return
     at_base = [r for r in results if (r["mode"], r["resolution"]) == (INFERENCE, BASE_RESOLUTION) and _timed(r)]
-    chosen = {result["dtype"]: result for result in sorted(at_base, key=lambda result: result["images"])}
-    if not chosen:
-        return f"needs inference at {BASE_RESOLUTION}x{BASE_RESOLUTION}"
-    drawing = figure(1, len(chosen))
-    for panel, (dtype, result) in zip(drawing.subplots(1, len(chosen), squeeze=False)[0], chosen.items(), strict=True):
-        for family, colour in COLOURS.items():
-            for form, marker in MARKERS.items():
-                rows = [row for row in _timed(result) if (row["family"], row["form"]) == (family, form)]
-                points = sorted((row["images_per_second"], row["accuracy"]) for row in rows)
-                if points:
-                    label = f"{family}, {form} ({SOURCES[family]})"
-                    panel.plot(*zip(*points, strict=True), marker=marker, color=colour, lw=1, alpha=0.8, label=label)
-        _finish(panel, f"inference, {dtype}, batch {result['images']}", "images/s", "ImageNet-1K top-1 as published, %")
-        panel.set_xscale("log")  # with plain numbers
-        panel.xaxis.set_major_locator(LogLocator(subs=TICKS))
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_locator(NullLocator())
-    return drawing
-
-
-def _resolution(results: Sequence[Result], figure: Callable[[int, int], "Figure"]) -> "Figure | str":
-    groups: dict[tuple[str, str], list[Result]] = {}
+    largest = {result["dtype"]: [result] for result in sorted(at_base, key=lambda result: result["images"])}
+    groups: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result["resolution"]):
-        groups.setdefault((result["mode"], result["dtype"]), []).append(result)
-    groups = {key: found for key, found in groups.items() if len({result["resolution"] for result in found}) > 1}
-    if not groups:
-        return "needs two resolutions"
-    drawing = figure(len(groups), 2)
-    for panels, (key, found) in zip(drawing.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True):
-        for panel, (unit, (cost, factor)) in zip(panels, COSTS.items(), strict=True):
-            curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
-            for result in found:
-                for row in _timed(result):
-                    if row[cost] is not None:
-                        points = curves.setdefault((row["model"], row["form"]), [])
-                        points.append((result["resolution"], factor * row[cost]))
-            for (name, form), points in curves.items():
-                family = next(known.family for known in MODELS if known.name == name)
-                line = LINES[[known.name for known in MODELS if known.family == family].index(name)]
-                style = dict(color=COLOURS[family], linestyle=line, marker=MARKERS[form], ms=4, alpha=0.8)
-                panel.plot(*zip(*points, strict=True), label=f"{name}, {form}", **style)
-            _finish(panel, ", ".join(key), "side of the image, pixels", unit)
-            panel.set_xticks(sorted({result["resolution"] for result in found}))
-            panel.set_ylim(bottom=0)
-    return drawing
+        groups.setdefault(f"{result['mode']}, {result['dtype']}", []).append(result)
+    groups = {title: found for title, found in groups.items() if len({result["resolution"] for result in found}) > 1}
+    for name, plot, found, columns in (
+        ("accuracy.png", _accuracy, largest, 1),
+        ("resolution.png", _resolution, groups, len(COSTS)),
+    ):
+        if found:
+            figure = Figure(figsize=(1 + 6 * columns, 5 * len(found)), layout="constrained")
+            for panels, (title, several) in zip(
+                figure.subplots(len(found), columns, squeeze=False), found.items(), strict=True
+            ):
+                plot(panels, title, several)
+            figure.savefig(folder / name, dpi=110)
+            print(f"\nplot: {folder / name}")
+
+
+def _accuracy(panels: Sequence["Axes"], title: str, results: Sequence[Result]) -> None:
+    [panel], [result] = panels, results
+    for family, colour in COLOURS.items():
+        for form, marker in MARKERS.items():
+            rows = [row for row in _timed(result) if (row["family"], row["form"]) == (family, form)]
+            if points := sorted((row["images_per_second"], row["accuracy"]) for row in rows):
+                label = f"{family}, {form} ({SOURCES[family]})"
+                panel.plot(*zip(*points, strict=True), marker=marker, color=colour, lw=1, alpha=0.8, label=label)
+    title = f"inference, {title}, batch {result['images']}"
+    panel.set(title=title, xlabel="images/s", ylabel="published ImageNet-1K top-1, %")
+    _finish(panel)
+
+
+def _resolution(panels: Sequence["Axes"], title: str, results: Sequence[Result]) -> None:
+    families: dict[str, list[str]] = {}
+    for model in MODELS.values():
+        families.setdefault(model.family, []).append(model.name)
+    for panel, (unit, (cost, factor)) in zip(panels, COSTS.items(), strict=True):
+        curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+        for result in results:
+            for row in _timed(result):
+                if row[cost] is not None:
+                    pixels = result["images"] * result["resolution"] ** 2
+                    points = curves.setdefault((row["family"], row["model"], row["form"]), [])
+                    points.append((result["resolution"], factor * row[cost] / pixels))
+        for (family, name, form), points in curves.items():
+            line = LINES[families[family].index(name)]
+            style = dict(color=COLOURS[family], linestyle=line, marker=MARKERS[form], ms=4, alpha=0.8)
+            panel.plot(*zip(*points, strict=True), label=f"{name}, {form}", **style)
+        panel.set(title=title, xlabel="side of the image, pixels", ylabel=unit)
+        panel.set_xticks(sorted({result["resolution"] for result in results}))
+        panel.set_ylim(bottom=0)
+        _finish(panel)
 
 
 def _timed(result: Result) -> list[Mapping[str, Any]]:
     return [row for row in result["rows"] if "seconds" in row]
 
 
-def _finish(panel: "Axes", title: str, x: str, y: str) -> None:
-    panel.set(title=title, xlabel=x, ylabel=y)
+def _finish(panel: "Axes") -> None:
     panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=7)

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import timm
 from torch import nn
 
+from ...kernels.benchmark.report import matching
 from .baseline import as_baseline
 
 BASE_RESOLUTION = 224  # of the published accuracies
-DROP_PATH_RATE = 0.2  # the same for all, so that training does the same kind of work in all
+DROP_PATH_RATE = 0.2  # the same for all models, so that training does the same kind of work
 OURS, BASELINE = "Spatial-Mamba", "baseline"
-# Where the accuracies below come from. A1 is timm's recipe (resnet50.a1_in1k); the original one reaches 76.1.
+# Sources of the accuracies below. A1 is timm's recipe (resnet50.a1_in1k); the original one reaches 76.1.
 SOURCES = {
     OURS: "arXiv 2410.15091",
     BASELINE: "arXiv 2410.15091",
@@ -25,9 +25,11 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model by the name that the user chooses it by.
+    """A model to compare.
 
     Attributes:
+        name: in timm's registry; after ``baseline/`` for the baseline.
+        family: a key of ``SOURCES``.
         accuracy: published ImageNet-1K top-1 in percent, trained on ImageNet-1K alone, at 224x224.
     """
 
@@ -37,67 +39,57 @@ class Model:
 
     @property
     def is_peer(self) -> bool:
-        """Whether it is one of timm's own."""
+        """Whether it is one of timm's own models."""
         return self.family not in (OURS, BASELINE)
 
     @property
-    def layouts(self) -> tuple[bool, ...]:
-        """Which memory formats are worth a trial: channels-last (True), contiguous (False).
+    def layouts(self) -> tuple[str, ...]:
+        """The memory formats to try.
 
         Spatial-Mamba keeps its tokens channels-last; the baseline keeps maps contiguous where it convolves, and Swin
         has a single convolution.
         """
-        return {OURS: (True,), BASELINE: (False,), "Swin": (False,)}.get(self.family, (True, False))
+        fixed = {OURS: ("channels-last",), BASELINE: ("contiguous",), "Swin": ("contiguous",)}
+        return fixed.get(self.family, ("channels-last", "contiguous"))
 
     def create(self, resolution: int) -> nn.Module:
         """The model with random weights, in training mode, for images of that side.
 
         Raises:
-            Exception: whatever the model objects to the resolution with.
+            Exception: of any type, if the model cannot take that resolution.
         """
         size = {"img_size": resolution} if self.family == "Swin" else {}
-        return timm.create_model(self.name.removeprefix("baseline/"), drop_path_rate=DROP_PATH_RATE, **size)
-
-    def finish(self, module: nn.Module) -> nn.Module:
-        """What ``create`` has made, in the baseline's formulation if this is one."""
+        module = timm.create_model(self.name.removeprefix("baseline/"), drop_path_rate=DROP_PATH_RATE, **size)
         return as_baseline(module) if self.family == BASELINE else module
 
 
-MODELS = [
-    Model("spatial_mamba_tiny", OURS, 83.5),
-    Model("spatial_mamba_small", OURS, 84.6),
-    Model("spatial_mamba_base", OURS, 85.3),
-    Model("swin_tiny_patch4_window7_224", "Swin", 81.3),
-    Model("swin_small_patch4_window7_224", "Swin", 83.0),
-    Model("swin_base_patch4_window7_224", "Swin", 83.5),
-    Model("convnext_tiny", "ConvNeXt", 82.1),
-    Model("convnext_small", "ConvNeXt", 83.1),
-    Model("convnext_base", "ConvNeXt", 83.8),
-    Model("mambaout_tiny", "MambaOut", 82.7),
-    Model("mambaout_small", "MambaOut", 84.1),
-    Model("mambaout_base", "MambaOut", 84.2),
-    Model("resnet50", "ResNet (A1)", 80.4),
-    Model("baseline/spatial_mamba_tiny", BASELINE, 83.5),
-    Model("baseline/spatial_mamba_small", BASELINE, 84.6),
-    Model("baseline/spatial_mamba_base", BASELINE, 85.3),
-]
+MODELS = {
+    model.name: model
+    for model in (
+        Model("spatial_mamba_tiny", OURS, 83.5),
+        Model("spatial_mamba_small", OURS, 84.6),
+        Model("spatial_mamba_base", OURS, 85.3),
+        Model("swin_tiny_patch4_window7_224", "Swin", 81.3),
+        Model("swin_small_patch4_window7_224", "Swin", 83.0),
+        Model("swin_base_patch4_window7_224", "Swin", 83.5),
+        Model("convnext_tiny", "ConvNeXt", 82.1),
+        Model("convnext_small", "ConvNeXt", 83.1),
+        Model("convnext_base", "ConvNeXt", 83.8),
+        Model("mambaout_tiny", "MambaOut", 82.7),
+        Model("mambaout_small", "MambaOut", 84.1),
+        Model("mambaout_base", "MambaOut", 84.2),
+        Model("resnet50", "ResNet (A1)", 80.4),
+        Model("baseline/spatial_mamba_tiny", BASELINE, 83.5),
+        Model("baseline/spatial_mamba_small", BASELINE, 84.6),
+        Model("baseline/spatial_mamba_base", BASELINE, 85.3),
+    )
+}
 
 
-def choose(globs: Sequence[str], peers: bool) -> list[Model]:
-    """The models that match, in the order of the globs.
-
-    Args:
-        globs: names, or patterns of names.
-        peers: whether models other than Spatial-Mamba's take part.
+def choose(globs: Sequence[str]) -> list[Model]:
+    """The models whose names match, in the order of the globs.
 
     Raises:
-        ValueError: for a glob that matches none.
+        UserError: for a glob that matches none.
     """
-    known = [model for model in MODELS if peers or not model.is_peer]
-    chosen: dict[str, Model] = {}
-    for glob in globs:
-        found = {model.name: model for model in known if fnmatchcase(model.name, glob)}
-        if not found:
-            raise ValueError(f"{glob!r} matches none of {', '.join(model.name for model in known)}")
-        chosen |= {name: model for name, model in found.items() if name not in chosen}
-    return list(chosen.values())
+    return [MODELS[name] for name in matching("--models", globs, list(MODELS))]

@@ -1,1 +1,1 @@
-"""Times the operators and the published formulation: ``python -m spatial_mamba.kernels.benchmark``."""
+"""Times the operators: ``spatial-mamba benchmark operators``."""

@@ -94,16 +94,24 @@ class Report:
 
     Args:
         argv: the options as given; None stands for those of the process.
+        keep_freed: as for ``prepare``.
 
     Raises:
         UserError: if there is no GPU to use, or the folder cannot be written.
     """
 
-    def __init__(self, name: str, parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        parser: Parser,
+        args: argparse.Namespace,
+        argv: Sequence[str] | None,
+        keep_freed: bool = True,
+    ) -> None:
         self.device, self.path = torch.device(args.device), args.out / f"{name}.json"
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no usable GPU; use --device cpu")
-        prepare(self.device, args.threads)
+        prepare(self.device, args.threads, keep_freed)
         command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
         self.record: dict[str, Any] = {"command": command, "environment": environment(self.device)}
         self.record |= {"skipped": [], "results": []}
@@ -137,12 +145,12 @@ class Report:
         self.path.write_text(json.dumps(self.record, indent=1) + "\n")
 
 
-def prepare(device: torch.device, threads: int | None) -> None:
-    """Set the number of threads, keep freed memory, and let cuDNN choose the fastest convolutions."""
+def prepare(device: torch.device, threads: int | None, keep_freed: bool = True) -> None:
+    """Set the number of threads, keep freed memory on a CPU, and let cuDNN choose the fastest convolutions."""
     if threads:
         torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = device.type == "cuda"
-    if device.type == "cpu":
+    if device.type == "cpu" and keep_freed:
         keep_freed_memory()
 
 
