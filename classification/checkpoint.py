@@ -1,4 +1,4 @@
-"""Training checkpoints: what a run is made of, saved atomically and restored strictly."""
+"""Training checkpoints, saved atomically and restored strictly."""
 
 import logging
 import math
@@ -30,21 +30,21 @@ from .optim import build_optimizer
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 PUBLISHED_LATEST = "latest_ckpt.pth"  # of the published trainer
 
-# Settings that may change between the parts of a run without changing its course.
+# Settings that may differ when a run is resumed without changing its results.
 _FREE_SETTINGS = {
     "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "MODEL.NAME",
     "MODEL.NUM_CLASSES", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "TAG", "EVAL_MODE",
 }  # fmt: skip
 
-# How to go on where a run cannot be resumed, also when it was found in the folder of the run.
-_NEW_RUN = "start a new run from its weights, under another --tag, by --pretrained in place of --resume"
+# The fix where a run cannot be resumed, also when its checkpoint was found automatically.
+_NEW_RUN = "start a new run from its weights, under another --tag, with --pretrained instead of --resume"
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class TrainingState:
-    """Everything that training changes. Random numbers are no part of it: they follow from seed, epoch and rank."""
+    """Everything that training changes, except random states, which follow from seed, epoch and rank."""
 
     model: nn.Module
     ema: ModelEmaV3 | None
@@ -52,7 +52,7 @@ class TrainingState:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     classes: list[str] | None  # names, in the order of the logits; None where the data set has only numbers
-    epoch: int = -1  # the last finished epoch
+    epoch: int = -1  # last finished epoch
     updates: int = 0
     skipped_in_a_row: int = 0
     max_accuracy: float = 0.0
@@ -60,10 +60,10 @@ class TrainingState:
 
 
 def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
-    """Write a whole checkpoint or none: to a file beside ``path`` first, renamed once it is on the disk.
+    """Write a checkpoint atomically.
 
     Raises:
-        UserError: if the disk does not take it; what was there before is kept.
+        UserError: if it cannot be written; the earlier file is kept.
     """
     content = {
         "model": state.model.state_dict(),
@@ -96,11 +96,11 @@ def restore_checkpoint(
 ) -> None:
     """Continue from a checkpoint of this trainer or of the published one, after its last finished epoch.
 
-    The settings in force are those of ``config``: learning rates and weight decay are not taken from the checkpoint.
-    With the settings and the number of processes it was saved with, the run continues exactly.
+    Settings come from ``config``: learning rates and weight decay are not taken from the checkpoint. With the settings
+    and the number of processes that it was saved with, the run continues exactly.
 
     Args:
-        rate_scale: factor on the learning rates of ``config``.
+        rate_scale: factor of the learning rates of ``config``.
 
     Raises:
         WeightsError: if the weights do not fit.
@@ -130,7 +130,7 @@ def restore_checkpoint(
     if checkpoint.get("steps", 0) not in (0, state.updates):  # the published trainer stores 0
         logger.warning(
             "%s: its %d epochs had %d updates, with this data, batch size and number of processes they have %d: "
-            "the run goes on from that epoch of the schedule, but not exactly",
+            "the run continues at that epoch of the schedule, but not exactly",
             path, state.epoch + 1, checkpoint["steps"], state.updates,
         )  # fmt: skip
     state.scheduler.step_update(max(state.updates - 1, 0))
@@ -142,7 +142,7 @@ def restore_checkpoint(
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """A checkpoint to start from or to evaluate, with its weights, and the EMA's, under a classifier's own names.
+    """A checkpoint whose weights, and EMA weights, have the names of the classifier.
 
     Raises:
         WeightsError: as ``read_checkpoint`` and ``encoder_weights``.
@@ -162,13 +162,13 @@ def load_pretrained(
     finetune: bool,
     classes: Sequence[str] | None = None,
 ) -> None:
-    """Put a checkpoint's weights in place, and its EMA weights (or else the same) into the EMA model.
+    """Load a checkpoint's weights into a model, and its EMA weights, or else the same, into the EMA model.
 
-    Where the checkpoint has the same classes in another order, those of its classifier are reordered.
+    If the checkpoint has the same classes in another order, the rows of its classifier are reordered.
 
     Args:
-        finetune: keep the model's own classifier where the checkpoint's is for other classes.
-        classes: names of the model's; None to compare their number alone.
+        finetune: keep the model's classifier if the checkpoint's is for other classes.
+        classes: names of the model's classes; None compares only their number.
 
     Raises:
         WeightsError: if the weights do not fit.
@@ -191,7 +191,7 @@ def class_count(checkpoint: Mapping[str, Any], path: Path) -> int | None:
     """Number of classes of a checkpoint's classifier; None if it has none.
 
     Raises:
-        WeightsError: if there are no weights to be found.
+        WeightsError: if it holds no weights.
     """
     head = state_dict_of(checkpoint, path).get("head.weight")
     return None if head is None else len(head)
@@ -201,17 +201,17 @@ def class_names(checkpoint: Mapping[str, Any], path: Path) -> list[str] | None:
     """Names of the classes in the order of the logits; None if the checkpoint has none.
 
     Raises:
-        WeightsError: if there are no weights to be found.
+        WeightsError: if it holds no weights.
     """
     names = checkpoint.get("classes")
     return list(map(str, names)) if isinstance(names, list) and len(names) == class_count(checkpoint, path) else None
 
 
 def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run's folder that can be read whole; damaged ones are skipped with a warning.
+    """The newest readable checkpoint in the folder of a run; damaged ones are skipped with a warning.
 
-    That is the latest, which is written after the others of its epoch: only with it are all of them there. Without
-    it, the one with most updates. The folder may be one of the published trainer.
+    This is the latest, which is written last in an epoch, or else the one with most updates. The folder may belong to
+    the published trainer.
     """
     whole = []
     for path in (folder / name for name in (LATEST, BEST, BEST_EMA, PUBLISHED_LATEST)):
@@ -243,7 +243,7 @@ def _rows_to_take(
     if saved_count == count and set(saved) == set(classes):
         return [saved.index(name) for name in classes]
     if finetune:
-        logger.warning("%s: its classifier is for other classes; a new one is trained in its place", path)
+        logger.warning("%s: its classifier is for other classes; a new one is trained instead", path)
         return None
     if saved_count != count:
         raise UserError(
@@ -267,12 +267,12 @@ def _require_same_classes(state: TrainingState, checkpoint: Mapping[str, Any], p
         return
     raise UserError(
         f"{path}: cannot resume with other classes: {what}; start a new run under another --output or --tag; "
-        "to start it from these weights, give them by --pretrained with --finetune, in place of --resume"
+        "to start it from these weights, use --pretrained with --finetune instead of --resume"
     )
 
 
 def _require_same_optimizer(config: CfgNode, checkpoint: Mapping[str, Any], path: Path) -> None:
-    """By name; or, where the checkpoint does not name its optimiser, by what that keeps for a parameter."""
+    """Compare optimisers by name, or by the values they keep if the checkpoint does not name its optimiser."""
     now, saved = config.TRAIN.OPTIMIZER.NAME.lower(), checkpoint.get("config")
     before = by_meaning(saved).get("TRAIN.OPTIMIZER.NAME") if isinstance(saved, dict) else None
     if before is not None and str(before).lower() != now:
@@ -290,20 +290,20 @@ def _require_same_optimizer(config: CfgNode, checkpoint: Mapping[str, Any], path
 
 
 def _kept_values(optimizer: Any) -> set[str]:
-    """Names of the values that the state dict of an optimiser has for parameters."""
+    """Names of the values that an optimiser's state dict has per parameter."""
     state = optimizer.get("state") if isinstance(optimizer, dict) else None
     return {name for values in state.values() for name in values} if isinstance(state, dict) else set()
 
 
 def _report_changes(config: CfgNode, saved: Any, path: Path, rate_scale: float) -> None:
-    """Say which settings differ in meaning from the run that is continued: it is then no exact continuation."""
+    """Warn of settings that differ from those of the resumed run, which it then does not continue exactly."""
     before = by_meaning(saved) if isinstance(saved, dict) else {}
     scale = rate_scale if before and is_published_run(saved) else 1.0
     for name, now in leaves(config):
         if name in RATES:
             now *= scale
         if name in before and name not in _FREE_SETTINGS and not _equal(before[name], now):
-            logger.warning("%s: %s was %r when it was saved and is %r now", path, name, before[name], now)
+            logger.warning("%s: %s was %r when it was saved and is now %r", path, name, before[name], now)
 
 
 def _equal(before: Any, now: Any) -> bool:

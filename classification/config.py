@@ -16,8 +16,7 @@ CONFIG_FOLDER = Path(__file__).parents[1] / "configs" / "classification"
 
 _MODEL_SECTIONS = ("SPATIALMAMBA", "VSSM")  # other names of MODEL.SPATIAL_MAMBA, in any case
 
-# Keys of published files that change no result, or choose between implementations of the same. They are ignored, with
-# a note in the log.
+# Keys of published files that do not change results. They are ignored, with a note in the log.
 _UNUSED_KEYS = {
     "ENABLE_AMP", "FUSED_LAYERNORM", "FUSED_WINDOW_PROCESS", "LOCAL_RANK", "TRAINCOST_MODE",
     "DATA.DATASET", "DATA.MASK_PATCH_SIZE", "DATA.MASK_RATIO", "DATA.PERSISTENT_WORKERS", "MODEL.DDP", "MODEL.MMCKPT",
@@ -27,7 +26,7 @@ _UNUSED_KEYS = {
         "DOWNSAMPLE", "PATCHEMBED",
     )),
 }  # fmt: skip
-# Keys of published files whose value must be the one that is built in.
+# Keys of published files with the only values supported here.
 _FIXED_KEYS = {
     "AMP_OPT_LEVEL": ("", "O1"),
     "TRAIN.LAYER_DECAY": (1.0,),
@@ -51,14 +50,14 @@ _RENAMED_KEYS = {
 
 
 def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> tuple[CfgNode, list[str]]:
-    """Defaults, then a YAML file (and those its BASE names), then ``(key, value)`` overrides; checked and frozen.
+    """Apply a YAML file, after the files of its BASE, and ``(key, value)`` overrides to the defaults; check and freeze.
 
     Args:
-        name: path of the file, or the bare name of one that comes with the package.
-        overrides: later ones win; texts are read as YAML users expect (``1e-3`` is a number).
+        name: path of the file, or name of a shipped config.
+        overrides: later ones win; texts are decoded (``1e-3`` is a number).
 
     Returns:
-        The config, and one line for every key that has no effect or another meaning.
+        The config, and one line for every key that is ignored or has another meaning here.
 
     Raises:
         UserError: naming the file or option and the key.
@@ -67,7 +66,7 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     path, shipped = Path(with_home(str(name))), CONFIG_FOLDER / f"{name}.yaml"
     if not path.suffix and not path.exists() and not shipped.is_file():
         names = [file.stem for file in CONFIG_FOLDER.glob("*.yaml")]
-        raise UserError(f"--cfg {name}: no such file, and no config of the package{_closest(str(name), names)}")
+        raise UserError(f"--cfg {name}: no such file or shipped config{_closest(str(name), names)}")
     _merge_file(config, shipped if not path.exists() and shipped.is_file() else path, notes, seen=())
     for key, value in overrides:
         _merge_value(config, *_meaning_of(key, value), "command line", notes)
@@ -104,7 +103,7 @@ def check_config(config: CfgNode) -> None:
 
 
 def uses_mixup(config: CfgNode) -> bool:
-    """Whether the recipe mixes images, by Mixup or CutMix."""
+    """Whether the recipe uses Mixup or CutMix."""
     return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
 
 
@@ -118,13 +117,13 @@ def leaves(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def to_plain(config: CfgNode) -> dict[str, Any]:
-    """The config as plain containers, which any reader of a checkpoint or JSON file can load."""
+    """The config as plain containers, for checkpoints and JSON."""
     return {key: to_plain(value) if isinstance(value, CfgNode) else value for key, value in config.items()}
 
 
 def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path, ...]) -> None:
     if path.resolve() in seen:
-        raise UserError(f"{path}: names itself through BASE")
+        raise UserError(f"{path}: includes itself through BASE")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -144,7 +143,7 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
         key, value = _meaning_of(name, value)
         other, earlier = given.setdefault(key, (name, value))
         if other != name and earlier != value:
-            raise UserError(f"{path}: {other} and {name} set the same to {earlier!r} and {value!r}; remove one")
+            raise UserError(f"{path}: {other} and {name} set the same key to {earlier!r} and {value!r}; remove one")
         _merge_value(config, key, value, str(path), notes)
     if is_published_run(tree):
         config.TRAIN.SCALE_LR = False
@@ -152,17 +151,17 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
 
 
 def is_published_run(settings: Mapping[str, Any]) -> bool:
-    """Whether settings are those that the published trainer saves: learning rates already scaled to the batch."""
+    """Whether the published trainer saved these settings, with learning rates already scaled by the batch."""
     return "LOCAL_RANK" in settings and "SCALE_LR" not in settings.get("TRAIN", {})
 
 
 def by_meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings saved by this trainer or the published one, as ``{key of this trainer: value}``."""
+    """Saved settings, of this trainer or the published one, as ``{key of this trainer: value}``."""
     return dict(_meaning_of(name, value) for name, value in leaves(settings))
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice: YAML would keep the last."""
+    """Refuses a key that is given twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -183,7 +182,7 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
     if key in _FIXED_KEYS:
         value = CfgNode._decode_cfg_value(value)
         if value not in _FIXED_KEYS[key]:
-            raise UserError(f"{source}: {key} is {value!r}, but what is built here is {_FIXED_KEYS[key][-1]!r}")
+            raise UserError(f"{source}: {key} is {value!r}, but only this is supported: {_FIXED_KEYS[key][-1]!r}")
         return
 
     *sections, leaf = key.split(".")
@@ -212,7 +211,7 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
 
 
 def _meaning_of(name: str, value: Any) -> tuple[str, Any]:
-    """The key that a setting has here, and its value with the meaning that it has here."""
+    """Key and value of a setting in this trainer."""
     parts = str(name).split(".")
     if parts[0] == "MODEL" and len(parts) > 1 and parts[1].upper() in _MODEL_SECTIONS:
         parts[1] = "SPATIAL_MAMBA"

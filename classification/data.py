@@ -29,16 +29,16 @@ _UNREADABLE = (*READ_ERRORS, *UNREADABLE)
 class ImageData(Dataset):
     """Transformed images of one split.
 
-    An item is asked for by ``(index, seed)``: the augmentation of an image is a function of its seed alone,
-    whatever the number of worker processes, so that a resumed run sees the same images as an undisturbed one.
+    Items are indexed by ``(index, seed)``. The augmentation of an image depends on its seed alone, not on the number
+    of workers, so a resumed run sees the same images as an uninterrupted one.
 
     Args:
         reader: where the images come from.
         transform: PIL image to tensor (3, H, W).
-        skip_unreadable: take the next readable image in place of a damaged one, instead of stopping; None for a split
-            in which that is not possible.
-        turn: turn images as their EXIF orientation says.
-        numbers: for each class of the reader, the number to give it; by default the reader's own.
+        skip_unreadable: replace a damaged image by the next readable one instead of stopping; None for a split where
+            that is not allowed.
+        turn: rotate images by their EXIF orientation.
+        numbers: number of each class of the reader; by default the reader's own.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ImageData(Dataset):
         return len(self.reader)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
-        """Image, class, and how many unreadable images were passed over to get it."""
+        """Image, class, and the number of damaged images skipped before it."""
         index, seed = item
         for skipped in range(len(self)):
             position = (index + skipped) % len(self)
@@ -79,9 +79,9 @@ class ImageData(Dataset):
 
 
 class TrainSampler(Sampler):
-    """A new order every epoch, dealt to the processes in equal shares; yields ``(index, seed)``.
+    """Yields ``(index, seed)`` in a new order every epoch, the same number on every process.
 
-    With ``sharded`` a process keeps to the images it holds in memory: index modulo world size equals its rank.
+    With ``sharded``, a process stays with the images it holds in memory: index modulo world size equals its rank.
     """
 
     def __init__(self, length: int, process: Process, seed: int, sharded: bool = False) -> None:
@@ -105,7 +105,7 @@ class TrainSampler(Sampler):
 
 
 class EvalSampler(Sampler):
-    """Every image exactly once over all processes: no padding, so shares may differ by one."""
+    """Yields every image once over all processes; without padding, so their numbers may differ by one."""
 
     def __init__(self, length: int, process: Process) -> None:
         self.indices = range(process.rank, length, process.world_size)
@@ -128,7 +128,7 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
     aug = config.AUG
     policy = aug.AUTO_AUGMENT
     if policy not in ("", "none") and not policy.startswith(("rand", "augmix", "3a", "original", "v0")):
-        raise UserError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm's, such as rand-m9")
+        raise UserError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm, such as rand-m9")
     transform = create_transform(
         input_size=config.DATA.IMG_SIZE,
         is_training=True,
@@ -151,7 +151,7 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
 
 
 def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
-    """Batches ``(images (B, 3, S, S), classes (B,), passed over (B,))`` of whole size only.
+    """Full batches ``(images (B, 3, S, S), classes (B,), skipped (B,))`` of the training split.
 
     Raises:
         UserError: if the split cannot be opened, or is smaller than one update of all processes.
@@ -168,10 +168,10 @@ def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
 
 
 def build_val_loader(config: CfgNode, process: Process, known: Sequence[str] | None = None) -> DataLoader:
-    """Batches like ``build_train_loader``'s, the last one possibly smaller; each image once over all processes.
+    """Batches of the validation split, the last one possibly smaller; each image once over all processes.
 
     Args:
-        known: number the classes as in this list, by name; by default as the data set does.
+        known: names of classes in the order of their numbers; by default the data set's.
 
     Raises:
         UserError: if the split cannot be opened, or has a class that is not in ``known``.
@@ -198,7 +198,7 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
 
 
 def check_classes(config: CfgNode, classes: list[str], other: list[str] | None = None) -> int:
-    """Number of classes of the data set, which the config and the other split must agree with.
+    """Number of classes of the data set; the config and the other split must agree with it.
 
     Raises:
         UserError: naming both numbers, or a class that only one split has.
@@ -213,7 +213,7 @@ def check_classes(config: CfgNode, classes: list[str], other: list[str] | None =
 
 
 def check_number(config: CfgNode, number: int, owner: str) -> None:
-    """Raise UserError if the config says another number of classes than what ``owner`` names has."""
+    """Raise UserError if the config has another number of classes than ``owner``."""
     if config.MODEL.NUM_CLASSES not in (0, number):
         raise UserError(
             f"{owner} has {number} classes, MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
@@ -239,7 +239,7 @@ def _open_dataset(config: CfgNode, process: Process, split: str, known: Sequence
         if not set(reader.classes) <= set(known):
             raise UserError(
                 f"{config.DATA.DATA_PATH}: the classes are not those of the checkpoint: "
-                f"{difference(reader.classes, known)}; evaluate it on classes that it knows, by the same names"
+                f"{difference(reader.classes, known)}; evaluate it on its own classes, under the same names"
             )
         numbers = [known.index(name) for name in reader.classes]
     if config.DATA.CACHE_MODE == "full":
@@ -252,7 +252,7 @@ def _open_dataset(config: CfgNode, process: Process, split: str, known: Sequence
 
 
 def _caches_part(config: CfgNode) -> bool:
-    """Whether each process keeps its own images in memory and trains on them alone: as published, with --zip only."""
+    """Whether each process trains on its own images, kept in memory; as published, only with --zip."""
     return config.DATA.CACHE_MODE == "part" and config.DATA.ZIP_MODE
 
 
@@ -268,12 +268,12 @@ def _build_loader(
         pin_memory=config.DATA.PIN_MEMORY and process.device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # else it draws from the global one, but only when its workers first start
+        generator=torch.Generator(),  # not the global one, from which workers would draw at their first start only
     )
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:
-    """timm's at its strongest keeps no bit, which leaves a black image, but is an error from Pillow 13 on."""
+    """timm's ``posterize``, also for no bits: a black image, which Pillow 13 and later refuse to make."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return auto_augment.posterize(image, bits_to_keep)
@@ -281,7 +281,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Im
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Run a block on generators of its own seed, and leave the global ones as they were."""
+    """Seed the global generators for a block, and restore them after it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -1,4 +1,4 @@
-"""Which process this is, on which device it computes, and sums over all processes."""
+"""The processes of a run: rank, device, sums over all of them."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ..kernels.errors import UserError
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a run: its place among the others, and its device."""
+    """One process of a run: rank, number of processes and device."""
 
     rank: int
     world_size: int
@@ -20,7 +20,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that logs and saves."""
+        """Whether this process logs and saves."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -36,19 +36,19 @@ class Process:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the other processes."""
+        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def start_process(device: str) -> Process:
-    """Join the other processes of the run, over NCCL on GPUs and gloo on CPUs; alone if there was no launcher.
+    """Join the process group of the launcher, if there is one: NCCL on GPUs, gloo on CPUs.
 
     Args:
         device: ``auto`` (a GPU where there is one), ``cuda`` or ``cpu``.
 
     Raises:
-        UserError: if the device asked for is not there.
+        UserError: if there is no such device.
     """
     rank, world_size = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -60,7 +60,7 @@ def start_process(device: str) -> Process:
         wanted, present = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if wanted > present:
             raise UserError(
-                f"{wanted} processes on this machine need a GPU each, there are {present}; lower --nproc_per_node"
+                f"{wanted} processes on this machine need a GPU each, but there are {present}; lower --nproc_per_node"
             )
         torch.cuda.set_device(local_rank)
         this_device = torch.device("cuda", local_rank)

@@ -1,4 +1,4 @@
-"""The loops: one epoch of training, one exact evaluation, one measurement of throughput."""
+"""One epoch of training, one exact evaluation, one throughput measurement."""
 
 import contextlib
 import logging
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class DivergenceError(UserError):
-    """Training produces non-finite values update after update."""
+    """Too many consecutive updates had non-finite values."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over a whole split; each image is in them once."""
+    """Results over a whole split; each image counts once."""
 
     images: int
     correct1: int
@@ -51,10 +51,10 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, process: Process, log: RunLog, title: str = "val") -> Evaluation:
-    """Count right answers over the loaders of all processes, in float32 whatever training uses.
+    """Count correct predictions over the loaders of all processes, in float32 whatever the precision of training.
 
     Raises:
-        RuntimeError: if the images counted are not exactly those of the data set.
+        RuntimeError: if the number of images is not that of the data set.
     """
     model.eval()
     loss = images = correct1 = correct5 = 0.0
@@ -74,7 +74,7 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, log: RunLog
 
 @dataclass
 class TrainingRun:
-    """The unchanging parts of a run, and its state."""
+    """What stays the same over a run, and its state."""
 
     config: CfgNode
     process: Process
@@ -85,11 +85,11 @@ class TrainingRun:
     criterion: nn.Module
     mixup: Mixup | None
     updates_per_epoch: int
-    dtype: torch.dtype  # of autocast; float32 is none
+    dtype: torch.dtype  # of autocast; float32: no autocast
 
 
 def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
-    """Train for one epoch (numbered from 0) and return its figures, over all processes.
+    """Train for one epoch, numbered from 0; returns its metrics over all processes.
 
     An update whose loss or gradient is not finite on any process is skipped on all of them and counted.
 
@@ -111,8 +111,8 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
     bar = log.progress(range(run.updates_per_epoch), run.updates_per_epoch, f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}")
     for update in bar:
         learning_rate = state.optimizer.param_groups[0]["lr"]
-        loss, grad_norm, passed_over = _update(run, batches, teacher)
-        unreadable += passed_over
+        loss, grad_norm, damaged = _update(run, batches, teacher)
+        unreadable += damaged
         if grad_norm is None:
             skipped += 1
         else:
@@ -156,18 +156,23 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
 
 
 def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> tuple[float, float | None, int]:
-    """One optimiser update: this process's loss, the gradient norm (``None`` if skipped), images passed over."""
+    """Make one optimiser update.
+
+    Returns:
+        The loss of this process, the gradient norm (None if the update was skipped), and the number of damaged images
+        that were replaced.
+    """
     config, state, device = run.config, run.state, run.process.device
     accumulation = config.TRAIN.ACCUMULATION_STEPS
-    # A forward pass with NaN would leave it in the running statistics of BatchNorm even if the update is skipped.
+    # A forward pass with NaN would leave it in BatchNorm's running statistics even if the update is skipped.
     buffers = list(state.model.buffers())
     before = [buffer.clone() for buffer in buffers]
 
     total = torch.zeros((), device=device)
-    passed_over = 0
+    damaged = 0
     for step in range(accumulation):
         images, classes, skipped_images = next(batches)
-        passed_over += int(skipped_images.sum())
+        damaged += int(skipped_images.sum())
         images, targets = images.to(device, non_blocking=True), classes.to(device, non_blocking=True)
         if run.mixup:
             images, targets = run.mixup(images, targets)
@@ -179,8 +184,8 @@ def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> t
             loss = run.criterion(_at_least_float32(logits), targets)
             if teacher is not None:
                 loss = loss + config.AUG.MESA * _self_distillation(logits, images, teacher, run.dtype)
-            # A non-finite loss makes all gradients NaN, so that the gradient norm, which the processes share,
-            # tells each of them that one has failed.
+            # A non-finite loss makes all gradients NaN. So the gradient norm, which all processes share, shows the
+            # failure to each of them.
             verdict = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
             state.scaler.scale(loss * verdict / accumulation).backward()
         total += loss.detach() / accumulation
@@ -208,7 +213,7 @@ def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> t
             f"{state.skipped_in_a_row} updates in a row had a non-finite loss or gradient (last loss {loss_value}); "
             f"the last good checkpoint is kept: lower TRAIN.BASE_LR{remedy}"
         )
-    return loss_value, norm_value if applied else None, passed_over
+    return loss_value, norm_value if applied else None, damaged
 
 
 def _self_distillation(logits: Tensor, images: Tensor, teacher: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -226,12 +231,12 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 def measure_throughput(
     model: nn.Module, batch_size: int, size: int, device: torch.device, dtype: torch.dtype, seconds: float = 3.0
 ) -> tuple[float, float]:
-    """Inference speed in images/s on this process, and the peak memory in bytes.
+    """Measure inference on this process: images/s, and peak memory in bytes.
 
     Args:
-        batch_size: images per step, of in_chans x size x size random numbers.
-        dtype: of autocast; float32 is none.
-        seconds: how long to measure for, after three steps of warm-up.
+        batch_size: images per step, random numbers of shape (in_chans, size, size).
+        dtype: of autocast; float32 for no autocast.
+        seconds: duration, after three steps of warm-up.
     """
     model.eval()
     images = torch.randn(batch_size, model.in_chans, size, size, device=device)
@@ -244,7 +249,7 @@ def measure_throughput(
 
     for _ in range(3):
         step()
-    if device.type == "cuda":  # only now: cuDNN's search for algorithms takes memory that the model does not need
+    if device.type == "cuda":  # not earlier: cuDNN's search for algorithms takes memory that the model does not need
         torch.cuda.reset_peak_memory_stats(device)
     steps, start = 0, time.perf_counter()
     while steps < 3 or time.perf_counter() - start < seconds:
@@ -254,7 +259,7 @@ def measure_throughput(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes allocated on a GPU, or of this process's resident memory for a CPU (0 on Windows, not measured)."""
+    """Peak bytes allocated on a GPU; on a CPU, of this process's resident memory (0 on Windows: not measured)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -266,7 +271,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class _Timed:
-    """An iterator that adds up how long its items took."""
+    """An iterator that measures the time spent waiting for items."""
 
     def __init__(self, iterator: Iterator) -> None:
         self._iterator = iterator

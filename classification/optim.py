@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule, losses and precision of the recipe, assembled from timm's parts."""
+"""Optimiser, learning-rate schedule, losses and precision of the recipe, built with timm."""
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -12,20 +12,20 @@ from ..kernels.build import cpu_features
 from ..kernels.errors import UserError
 from .config import uses_mixup
 
-FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "nesterov", "momentum")  # PyTorch's own that update in one kernel
+FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "nesterov", "momentum")  # PyTorch's, which update in one kernel
 
 
 def learning_rate_scale(config: CfgNode, world_size: int) -> float:
-    """Images per update, over the 512 that the configured learning rates are meant for; 1 where they are not scaled."""
+    """Images per update divided by 512, the batch that the configured rates are for; 1 without ``TRAIN.SCALE_LR``."""
     if not config.TRAIN.SCALE_LR:
         return 1.0
     return config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS / 512
 
 
 def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch.optim.Optimizer:
-    """Weight decay spares 1-D parameters, names ending in ``.bias`` and what the model itself exempts.
+    """Build the optimiser; 1-D parameters, names ending in ``.bias`` and what the model exempts do not decay.
 
-    PyTorch's own optimisers run fused: a pass over each parameter and its state instead of one per operation.
+    PyTorch's optimisers run fused: one pass over a parameter and its state instead of one per operation.
 
     Raises:
         UserError: for an optimiser that timm does not know.
@@ -53,7 +53,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
 def build_scheduler(
     config: CfgNode, optimizer: torch.optim.Optimizer, updates_per_epoch: int, world_size: int
 ) -> Scheduler:
-    """Warm-up and decay per update, over all updates of the run.
+    """Build the schedule of warm-up and decay, in updates.
 
     ``linear`` falls to a hundredth after the warm-up. ``step`` and ``multistep`` count from the start of the warm-up.
     """
@@ -65,7 +65,7 @@ def build_scheduler(
     if name == "linear":
         name, decay_rate, min_lr = "poly", 1.0, train.BASE_LR * scale / 100
     elif name == "multistep":
-        # timm decays an update before the milestone; half an update more, and rounding does not matter.
+        # timm decays one update before a milestone; half an update more makes this robust to rounding.
         decay_rate, milestones = schedule.GAMMA, [epoch + 0.5 / updates_per_epoch for epoch in milestones]
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -85,7 +85,7 @@ def build_scheduler(
 
 
 def build_criterion(config: CfgNode) -> nn.Module:
-    """Loss on logits (B, classes) against class numbers (B,), or against soft targets where images are mixed."""
+    """Loss of logits (B, classes) against class numbers (B,), or against soft targets where images are mixed."""
     if uses_mixup(config):
         return SoftTargetCrossEntropy()
     if config.MODEL.LABEL_SMOOTHING > 0:
@@ -94,9 +94,9 @@ def build_criterion(config: CfgNode) -> nn.Module:
 
 
 def autocast_dtype(config: CfgNode, device: torch.device) -> torch.dtype:
-    """Precision of the training step: bfloat16 where the device computes in it, else float16; float32 without AMP.
+    """Precision of the training step: float32 without AMP, else bfloat16 where the device supports it, else float16.
 
-    A CPU without instructions for bfloat16 trains in float32: half precision would only be slower there.
+    A CPU without bfloat16 instructions trains in float32, because half precision would be slower.
     """
     if not config.AMP_ENABLE:
         return torch.float32
@@ -104,9 +104,9 @@ def autocast_dtype(config: CfgNode, device: torch.device) -> torch.dtype:
         return getattr(torch, config.AMP_DTYPE)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    takes_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # oneDNN takes it on all processors with AVX-512. On those without instructions for it, it converts to float32 and
-    # back: a step takes twice as long.
+    accepts_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # oneDNN accepts bfloat16 on all processors with AVX-512. On those without bfloat16 instructions it converts to
+    # float32 and back, and a step takes twice as long.
     features = cpu_features()
     converts = "avx512f" in features and "avx512_bf16" not in features
-    return torch.bfloat16 if takes_bfloat16 and not converts else torch.float32
+    return torch.bfloat16 if accepts_bfloat16 and not converts else torch.float32

@@ -1,4 +1,4 @@
-"""Finds the images of a split in class folders, tar or zip archives, and reads their encoded bytes."""
+"""Find the images of a split in class folders, tar or zip archives, and read their encoded bytes."""
 
 import itertools
 import logging
@@ -16,10 +16,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..kernels.errors import UserError
 from .models.image_files import is_hidden
 
-# A missing or damaged file or archive member, or one packed in a way that cannot be undone here.
+# A missing or damaged file or archive member, or an unsupported compression.
 READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, tarfile.TarError)
 
-_DANGLING = " (a link that leads nowhere)"
+_DANGLING = " (a broken link)"
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Reader(Protocol):
     """A split of a data set: numbered images, each with a class."""
 
     classes: list[str]
-    has_names: bool  # False where ``classes`` are but the numbers of a list
+    has_names: bool  # False if ``classes`` are only the numbers of a list
 
     def __len__(self) -> int:
         """Number of images."""
@@ -37,7 +37,7 @@ class Reader(Protocol):
         """Class number of an image."""
 
     def name(self, index: int) -> str:
-        """Where the image is, for people."""
+        """Where the image is, for messages."""
 
     def read(self, index: int) -> bytes:
         """The encoded image. Raises one of ``READ_ERRORS`` if it cannot be read."""
@@ -46,14 +46,14 @@ class Reader(Protocol):
 def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
     """Open ``data_path/split``: class folders, a folder of per-class tars, ``split.tar`` or ``split.zip``.
 
-    Names that start with a dot, folders such as ``__MACOSX``, links that lead nowhere, and files that are no images or
-    lie in no class folder are no data, in whatever form; they are counted in one line of the log.
+    Hidden names, folders such as ``__MACOSX``, broken links, and files that are not images or not in a class folder are
+    ignored in all forms, and counted in one line of the log.
 
     Args:
         data_path: folder of the data set.
         split: ``train`` or ``val``.
-        zip_mode: take ``split.zip`` even where other forms are there too. With a ``split_map.txt`` beside it
-            (lines of ``member<TAB>class number``) that list is followed, else the class folders in the archive.
+        zip_mode: read ``split.zip`` even if there are other forms. The classes come from ``split_map.txt`` next to it
+            (lines of ``member<TAB>class number``) if there is one, else from the folders in the archive.
 
     Raises:
         UserError: naming the path that is missing, empty or inconsistent.
@@ -104,7 +104,7 @@ class FolderReader:
 
 
 class ZipReader:
-    """Images in one zip archive, opened once per process because file handles do not survive a fork."""
+    """Images in one zip archive, opened once per process because forked processes cannot share a handle."""
 
     def __init__(self, path: Path, map_file: Path, needs_all_classes: bool = True) -> None:
         self.path = path
@@ -118,7 +118,7 @@ class ZipReader:
         if not self.has_names:
             self.classes, self.samples = _read_map(map_file, set(names), path, needs_all_classes)
         else:
-            # One folder around all classes, as zip tools like to add, is no class.
+            # A single folder around all classes, which many zip tools add, is not a class.
             images = [name for name in names if "/" in name and _is_image(name)]
             top = {name.partition("/")[0] for name in images}
             prefix = f"{top.pop()}/" if len(top) == 1 and any(name.count("/") > 1 for name in images) else ""
@@ -150,7 +150,7 @@ class TarReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._places: dict[str, tuple[Path, int, int]] = {}  # file, first byte and length of each member
-        inside: set[str] = set()  # folders, and the tars that stand for them
+        inside: set[str] = set()  # folders, and tars in place of folders
         for archive in [path] if path.is_file() else _tar_files(path):
             prefix = "" if archive == path else f"{archive.name}/"
             try:
@@ -190,7 +190,7 @@ class TarReader:
 
 
 class CachedReader:
-    """Keeps the encoded bytes of the images named by ``indices`` in memory; worker processes share them by fork."""
+    """Keeps the encoded bytes of the images ``indices`` in memory; forked workers share them."""
 
     def __init__(self, reader: Reader, indices: Iterable[int]) -> None:
         self._reader = reader
@@ -201,7 +201,7 @@ class CachedReader:
             try:
                 self._cache[index] = reader.read(index)
             except READ_ERRORS:
-                continue  # read again, and reported or skipped, when its turn comes
+                continue  # read again when it is needed, then reported or skipped
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -221,7 +221,7 @@ def _is_image(name: str) -> bool:
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
-    """Folders in ``root`` and all files below it, relative to it. Links are followed, except those that lead back up.
+    """Folders in ``root`` and all files below it, relative to it. Links are followed, except to a folder above.
 
     Raises:
         OSError: for a folder that cannot be listed.
@@ -230,7 +230,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
     files: list[str] = []
 
     def visit(folder: Path, prefix: str, above: set[Path]) -> None:
-        """``above`` are the real folders on the way down to this one, and itself."""
+        """``above``: the real paths of this folder and all above it."""
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = prefix + entry.name
@@ -239,7 +239,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
                 elif not entry.is_dir():
                     files.append(name)
                 elif entry.is_symlink() and Path(entry.path).resolve() in above:
-                    logger.warning("%s: a link to a folder above it, which is not followed", entry.path)
+                    logger.warning("%s: ignored, a link to a folder above it", entry.path)
                 else:
                     if not prefix and not is_hidden(name):
                         folders.append(name)
@@ -265,9 +265,9 @@ def _class_of(folder: str) -> str:
 
 
 def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Path, and first byte and length, of the members of a tar file and of the tars in it, which stand for folders.
+    """Path, and (first byte, length), of the members of a tar file and of the tars in it, which count as folders.
 
-    Folders have no place. Links have that of what they lead to.
+    Folders have None. Links have the place of their target.
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         members = {posixpath.normpath(member.name): member for member in archive}
@@ -290,7 +290,7 @@ def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple
 
 
 def _target(member: tarfile.TarInfo, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """What a member of a tar file leads to: itself, unless it is a link; None if a link leads nowhere."""
+    """The target of a link in a tar file, any other member itself; None for a broken link."""
     seen = set()
     while member.issym() or member.islnk():
         folder = posixpath.dirname(member.name) if member.issym() else ""
@@ -308,7 +308,7 @@ def _label_members(
     """Number the classes in alphabetical order; every class folder must hold an image.
 
     Args:
-        members: class and path of every file; the class is empty for a file that lies in no class folder.
+        members: class and path of every file; the class is empty for a file in no class folder.
         folders: names of all classes.
     """
     classes = sorted(folders)
@@ -326,7 +326,7 @@ def _label_members(
         raise UserError(f"{source}: class folder {classes[empty[0]]} holds no image; fill or remove it")
     if ignored:
         logger.warning(
-            "%s: ignored %d files that are hidden, no images or in no class folder, such as %s",
+            "%s: ignored %d files that are hidden, not images or not in a class folder, such as %s",
             source, len(ignored), min(ignored),
         )  # fmt: skip
     return classes, sorted(samples)
@@ -335,7 +335,7 @@ def _label_members(
 def _read_map(
     map_file: Path, names: set[str], archive: Path, needs_all_classes: bool
 ) -> tuple[list[str], list[tuple[str, int]]]:
-    """Class numbers, as texts, and the images that a list names, as listed."""
+    """Class numbers, as texts, and the images of a list, in its order."""
     content = map_file.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -343,7 +343,7 @@ def _read_map(
         number = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{map_file}, line {number}: not UTF-8 text; save the file in that encoding") from error
     samples: list[tuple[str, int]] = []
-    line_of: dict[int, int] = {}  # the first of each class
+    line_of: dict[int, int] = {}  # first line of each class
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

@@ -1,4 +1,4 @@
-"""What a run writes down: console, log file, TensorBoard scalars, one JSON line per epoch, progress bars."""
+"""The records of a run: console, log file, TensorBoard scalars, one JSON line per epoch, progress bars."""
 
 import json
 import logging
@@ -16,12 +16,12 @@ _PACKAGE_LOGGER = logging.getLogger("spatial_mamba")
 
 
 class RunLog:
-    """Writes on the main process and is silent on the others.
+    """Writes on the main process only.
 
     Args:
         process: this process.
-        folder: where the files go; ``None`` writes to the console alone.
-        first_update: the first update to come; scalars of the broken-off run from there on are dropped.
+        folder: for the files; None writes to the console only.
+        first_update: the next update; scalars of an interrupted run from it on are dropped.
         first_epoch: likewise for the JSON lines.
     """
 
@@ -34,13 +34,13 @@ class RunLog:
         self._metrics = None
         if folder is None or not process.is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed where files are written
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for earlier in [h for h in _PACKAGE_LOGGER.handlers if isinstance(h, MemoryHandler)]:
             earlier.setTarget(handler)
-            earlier.close()  # hands its records over
+            earlier.close()  # passes its records on
             _PACKAGE_LOGGER.removeHandler(earlier)
         _PACKAGE_LOGGER.addHandler(handler)
         self._writer = SummaryWriter(str(folder), purge_step=first_update)
@@ -53,7 +53,7 @@ class RunLog:
         return self._writes and self._is_terminal
 
     def progress(self, items: Iterable, total: int, title: str) -> tqdm:
-        """A progress bar with ETA on a terminal; the bare items elsewhere."""
+        """A progress bar with ETA on a terminal; elsewhere just the items."""
         return tqdm(items, total=total, desc=title, disable=not self.shows_bars, leave=False, dynamic_ncols=True)
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
@@ -63,7 +63,7 @@ class RunLog:
                 self._writer.add_scalar(name, value, update)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Append one JSON line; numbers that JSON cannot hold become null."""
+        """Append one JSON line; non-finite numbers become null."""
         if self._metrics:
             finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
             with self._metrics.open("a", encoding="utf-8") as file:
@@ -78,9 +78,9 @@ class RunLog:
 
 
 def set_up_console(is_main: bool) -> None:
-    """Send the package's log records to the console: all of the main process, only errors of the others.
+    """Send log records to the console: all records of the main process, errors of the others.
 
-    They are also kept, for the log file of a run that has none yet.
+    They are also buffered for the log file, which is opened later.
     """
     _detach_handlers()
     handler = _ConsoleHandler()
@@ -106,7 +106,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _drop_epochs(metrics: Path, first_epoch: int) -> None:
-    """Forget epochs that are about to be run (again), and a line cut short by a crash."""
+    """Drop epochs that will run again, and a line truncated by a crash."""
     if not metrics.is_file():
         return
     kept = []

@@ -7,8 +7,9 @@ import torch
 
 
 def random_seed(*key: int) -> int:
-    """A seed that depends on every number of the key, such as run seed, epoch and rank."""
-    return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])  # else trailing zeros would not count
+    """A seed that depends on all numbers of the key, such as run seed, epoch and rank."""
+    # The length distinguishes keys that differ by trailing zeros.
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])
 
 
 def seed_everything(*key: int) -> None:

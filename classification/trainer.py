@@ -1,4 +1,4 @@
-"""A job of the trainer from its config to its result: prepare everything that can fail early, then run."""
+"""The jobs of the trainer: everything that can fail is prepared first, then the job runs."""
 
 import copy
 import logging
@@ -57,22 +57,22 @@ class Job(Protocol):
 
 
 def prepare(config: CfgNode, notes: list[str]) -> Job:
-    """Build what the config asks for: a throughput measurement, an evaluation or a training.
+    """Build the job of a config: a throughput measurement, an evaluation or a training.
 
-    Everything found wrong here is found alike by all processes, before any file is written.
+    All processes find the same errors here, before any file is written.
 
     Args:
         config: checked and frozen.
-        notes: lines on config keys that have no effect, for the log.
+        notes: lines for the log, on ignored config keys.
 
     Raises:
-        UserError, WeightsError: naming what is wrong and the remedy.
+        UserError, WeightsError: naming what is wrong and the fix.
     """
     kind = ThroughputJob if config.THROUGHPUT_MODE else EvaluationJob if config.EVAL_MODE else TrainingJob
     if kind is not ThroughputJob and not config.DATA.DATA_PATH:
         raise UserError("--data-path is missing: the folder that holds the train and val splits")
     if kind is EvaluationJob and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
-        raise UserError("--eval needs the checkpoint to evaluate: add --pretrained FILE")
+        raise UserError("no checkpoint to evaluate: add --pretrained FILE")
     process = start_process(config.DEVICE)
     set_up_console(process.is_main)
     for note in notes:
@@ -110,7 +110,7 @@ def build_model(config: CfgNode, num_classes: int) -> SpatialMamba:
 
 
 class ThroughputJob:
-    """Inference speed and memory for each batch size asked for; needs no data."""
+    """Speed and memory of inference at each batch size; needs no data."""
 
     def __init__(self, config: CfgNode, process: Process) -> None:
         self.config, self.process = config, process
@@ -133,10 +133,10 @@ class ThroughputJob:
 
 
 class EvaluationJob:
-    """Accuracy of a checkpoint, and of the EMA weights in it if there are any; writes no files.
+    """Accuracy of a checkpoint, and of its EMA weights if it has any; writes no files.
 
-    The data's classes are those of the checkpoint of the same names, all or some of them. Where one of both has no
-    names, they are taken in their order.
+    The classes of the data are matched with those of the checkpoint by name, and may be some of them. If either has no
+    names, they are matched by number.
     """
 
     def __init__(self, config: CfgNode, process: Process) -> None:
@@ -150,7 +150,7 @@ class EvaluationJob:
         if found > num_classes or (found < num_classes and reader.has_names and known is None):
             raise UserError(
                 f"{config.DATA.DATA_PATH}: the data set has {found} classes, the classifier of {self.path} has "
-                f"{num_classes}; evaluate it on the classes that it was trained on"
+                f"{num_classes}; evaluate it on the classes of its training"
             )
         check_number(config, num_classes, f"{self.path}: its classifier")
         if found < num_classes:
@@ -164,13 +164,13 @@ class EvaluationJob:
 
 
 class TrainingJob:
-    """Training from scratch, from pretrained weights, or from where the same run was broken off."""
+    """Training from scratch, from pretrained weights, or continued from a checkpoint."""
 
     def __init__(self, config: CfgNode, process: Process) -> None:
         self.config, self.process = config, process
         if config.COMPILE and config.TRAIN.USE_CHECKPOINT and process.device.type == "cpu":
-            # Seen with 2.11: Inductor's backward pass of two checkpointed blocks dies of a segmentation fault.
-            raise UserError("--compile with --use-checkpoint crashes PyTorch on a CPU; leave one of them out")
+            # PyTorch 2.11: Inductor's backward pass of two checkpointed blocks ends in a segmentation fault.
+            raise UserError("--compile with --use-checkpoint crashes PyTorch on a CPU; remove one of them")
         if (Path(config.OUTPUT) / PUBLISHED_LATEST).is_file():
             raise UserError(
                 f"--output {config.OUTPUT}: is the folder of one run of the published trainer; name another folder, "
@@ -181,7 +181,7 @@ class TrainingJob:
         self.val_loader = build_val_loader(config, process)
         reader, val_reader = train_loader.dataset.reader, self.val_loader.dataset.reader
         others = val_reader.classes
-        if not (reader.has_names or val_reader.has_names):  # numbers, of which a list for validation may lack the last
+        if not (reader.has_names or val_reader.has_names):  # numbers; the list of val may lack the last ones
             others = [*others, *reader.classes[len(others) :]]
         num_classes = check_classes(config, reader.classes, others)
         classes = reader.classes if reader.has_names else None
@@ -241,7 +241,7 @@ class TrainingJob:
             log.close()
 
     def _report_start(self) -> None:
-        """Say which weights the training goes on from."""
+        """Log which weights the training starts from."""
         given = {"--resume": self.config.MODEL.RESUME, "--pretrained": self.config.MODEL.PRETRAINED}
         if not self.resumed_from:
             logger.info("training starts from %s", given["--pretrained"] or "initial weights")
@@ -249,7 +249,8 @@ class TrainingJob:
         logger.info("resumed from %s after epoch %d", self.resumed_from, self.state.epoch + 1)
         if self.state.epoch + 1 >= self.config.TRAIN.EPOCHS:
             logger.warning(
-                "%s: this run is finished; give it more --epochs, or a new run another --output or --tag", self.folder
+                "%s: this run is finished; raise --epochs, or start a new run under another --output or --tag",
+                self.folder,
             )
         for option, file in given.items():
             if file and Path(file) != self.resumed_from:
@@ -262,7 +263,7 @@ class TrainingJob:
         config, state, process, log = self.config, self.state, self.process, self.training.log
         record = {"epoch": epoch, **train_one_epoch(self.training, epoch)}
         if process.world_size > 1:
-            # From here on every process holds the same model: the one that is evaluated is the one that is saved.
+            # Now every process holds the same model: the one that is evaluated is the one that is saved.
             for model in (state.model, *([state.ema.module] if state.ema else [])):
                 distribute_bn(model, process.world_size, reduce=True)
         result, ema_result = _validate(
@@ -297,7 +298,7 @@ class TrainingJob:
         process.barrier()
 
     def _resume(self, updates_per_epoch: int) -> Path | None:
-        """Restore the checkpoint to continue from, if there is one, and say which."""
+        """Restore the checkpoint to continue from; returns its path, or None."""
         config = self.config
         if config.TRAIN.AUTO_RESUME and (found := find_resumable(self.folder)):
             path, checkpoint = found
@@ -306,14 +307,14 @@ class TrainingJob:
             checkpoint = read_checkpoint(path)
         else:
             return None
-        if self.pretrained:  # its accuracy comes first
+        if self.pretrained:  # evaluated first
             self.pretrained = copy.deepcopy(self.pretrained)
         scale = learning_rate_scale(config, self.process.world_size)
         restore_checkpoint(self.state, config, checkpoint, path, updates_per_epoch, scale)
         return path
 
     def _open_folder(self) -> RunLog:
-        """Claim the run's folder for this run, and open its records."""
+        """Lock the folder of the run, and open its records."""
         config, process, folder = self.config, self.process, self.folder
         records = (LATEST, BEST, BEST_EMA, "metrics.jsonl")
         if not self.resumed_from and any((folder / name).exists() for name in records):
@@ -321,22 +322,22 @@ class TrainingJob:
             raise UserError(
                 f"{folder}: holds a run that would be overwritten; choose another --output or --tag, or {remedy}"
             )
-        # Also keeps a process from finding the folder of another and taking it for an earlier run's.
+        # Otherwise a process could find the new folder of another one and take it for an earlier run.
         if process.sum([self.state.epoch])[0] != process.world_size * self.state.epoch:
             raise UserError(
-                f"{folder}: not all processes find the same checkpoint; --output must be a folder that all share"
+                f"{folder}: the processes find different checkpoints; --output must be a folder that all of them share"
             )
         if not process.is_main:
             return RunLog(process)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Processes of a killed launcher may live on and write; the lock goes with the process that holds it.
+            # Processes may outlive a killed launcher and still write; the lock ends with the process that holds it.
             self._lock = (folder / ".lock").open("w")
             lock(self._lock)
             (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
             return RunLog(process, folder, self.state.updates + 1, self.state.epoch + 1)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another training is writing here; end it or choose another --tag") from error
+            raise UserError(f"{folder}: another training writes here; stop it or choose another --tag") from error
         except OSError as error:
             raise UserError(f"--output {folder}: cannot be written ({error})") from error
 
@@ -344,8 +345,8 @@ class TrainingJob:
 def _parallel(model: nn.Module, process: Process) -> nn.Module:
     if process.world_size == 1:
         return model
-    # Gradients of 1x1 and depthwise convolutions in channels-last memory differ from the weights in the strides of
-    # dimensions of size 1 alone, which costs nothing.
+    # In channels-last memory, gradients of 1x1 and depthwise convolutions differ from the weights only in the strides
+    # of dimensions of size 1, which costs nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,

@@ -128,7 +128,7 @@ WRONG = {
     "seed": (add("--seed", "-3"), "SEED is -3"),
     "throughput": (add("--throughput", "0"), "THROUGHPUT_BATCHES is [0]"),
     "compiled checkpointing": (add("--compile", "--use-checkpoint"), "--compile with --use-checkpoint crashes"),
-    "eval without weights": (add("--eval"), "--eval needs the checkpoint"),
+    "eval without weights": (add("--eval"), "no checkpoint to evaluate"),
     "output is a file": (add("--output", "FOLDER/micro.yaml"), "cannot be written"),
     "overwriting a run": (add("--opts", "TRAIN.AUTO_RESUME", "False"), "holds a run that would be overwritten"),
     # config files
