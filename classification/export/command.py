@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,10 +54,12 @@ def _command(argv: Sequence[str] | None) -> None:
     _check_output(args.output)
 
     start = time.perf_counter()
+    print(f"{args.output}: exporting", file=sys.stderr)
     try:
         with atomic_write(args.output) as unfinished:
             FORMATS[args.format].write(classifier, unfinished, args, metadata_of(classifier, args.size))
             exported = time.perf_counter()
+            print(f"{args.output}: checking the outputs", file=sys.stderr)
             function = FORMATS[args.format].read(unfinished, next(model.parameters()).device)
             difference = largest_difference(function, model, args.size)
             tolerance = INT8_TOLERANCE if args.int8 else TOLERANCE

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import timm
 import torch
+from tqdm import tqdm
 
 from ...kernels.command_line import Parser, run_command, whole_number
 from ...kernels.errors import UserError
@@ -16,7 +17,7 @@ from ..models.image_files import find_images
 from ..models.trained import TrainedClassifier, load_classifier
 from .inputs import model_input, preprocessing_at, require_rgb, single_image, visible_image
 from .layers import fusion_change, most_changed, parse_layer, read_layer
-from .receptive_field import SHARES, ReceptiveField, noise_batches, receptive_field
+from .receptive_field import FRACTIONS, ReceptiveField, noise_batches, receptive_field
 from .run_records import read_run, short_labels
 
 ENDINGS = (".png", ".pdf", ".svg")
@@ -165,7 +166,7 @@ def _receptive_field(args: argparse.Namespace) -> None:
         "Squares hold 50 and 90 % of it."
     )
     for label, field in fields:
-        areas = ", ".join(f"{100 * share:g} % in {100 * field.area(share):.1f} %" for share in SHARES)
+        areas = ", ".join(f"{100 * fraction:g} % in {100 * field.area(fraction):.1f} %" for fraction in FRACTIONS)
         print(f"{label}: {areas} of the image")
     save(draw_receptive_fields(fields, text), args.output)
 
@@ -217,7 +218,7 @@ def _measured(
     args: argparse.Namespace, classifier: TrainedClassifier, paths: Sequence[Path], stage: int
 ) -> ReceptiveField:
     if paths:
-        firsts = range(0, len(paths), BATCH_SIZE)
+        firsts = tqdm(range(0, len(paths), BATCH_SIZE), unit="batch", disable=None)
         batches = (model_input(classifier, paths[i : i + BATCH_SIZE], args.size) for i in firsts)
     else:
         size = preprocessing_at(classifier, args.size).image_size

@@ -106,7 +106,7 @@ WRONG = {
     "odd opts": (add("--opts", "TRAIN.EPOCHS"), "--opts takes pairs of KEY VALUE"),
     "unknown shipped config": (
         add("--cfg", "spatialmamba_tny"),
-        "no config of the package; did you mean spatialmamba_tiny?",
+        "no such file or shipped config; did you mean spatialmamba_tiny?",
     ),
     "unknown opts key": (add("--opts", "TRAIN.EPOCH", "3"), "unknown config key TRAIN.EPOCH; did you mean"),
     "section as opts key": (add("--opts", "TRAIN", "3"), "TRAIN is a section"),
