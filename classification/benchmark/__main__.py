@@ -51,9 +51,11 @@ def _parser(prog: str) -> Parser:
     add("--models", nargs="+", metavar="GLOB", default=["*"], help="names or patterns, e.g. '*tiny*' (default: all)")
     add("--mode", nargs="+", choices=MODES, default=[INFERENCE])
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of weights; in training, of autocast")
-    add("--form", nargs="+", choices=FORMS, default=[EAGER], help="models without a form run in the closest one")
-    add("--batch", nargs="+", type=whole_number, help="images (default: 8 on a CPU, 128 on a GPU)")
-    add("--resolution", nargs="+", type=image_size, default=[roster.BASE_RESOLUTION], help="sides of the images")
+    text = f"{', '.join(FORMS)} (default: {EAGER}); models without a form run in the closest one"
+    add("--form", nargs="+", choices=FORMS, default=[EAGER], metavar="FORM", help=text)
+    add("--batch", nargs="+", type=whole_number, metavar="N", help="images (default: 8 on a CPU, 128 on a GPU)")
+    side = roster.BASE_RESOLUTION
+    add("--resolution", nargs="+", type=image_size, default=[side], metavar="N", help=f"of images (default: {side})")
     add("--same-pixels", action="store_true", help="--batch counts images of 224x224; take as many pixels at each size")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--parts", action="store_true", help="time each part of Spatial-Mamba by itself")

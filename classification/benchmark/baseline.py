@@ -7,6 +7,8 @@ advance. The published code has a native scan; here the fastest available scan t
 operations in the dtype of the activations.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import drop_path
@@ -25,7 +27,7 @@ def as_baseline(model: SpatialMamba) -> SpatialMamba:
     for module in model.modules():
         if isinstance(module, StructureAwareSSM):
             module.__class__ = BaselineSSM
-            fusion = module.state_fusion
+            fusion: Any = module.state_fusion
             with torch.no_grad():
                 module.register_buffer("dense", merge_dense(fusion.kernels, fusion.alpha), persistent=False)
         elif isinstance(module, Block):
@@ -46,6 +48,8 @@ class BaselineBlock(Block):
 
 
 class BaselineSSM(StructureAwareSSM):
+    dense: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         x, gate = F.linear(x, self.in_proj.weight).chunk(2, dim=-1)
         maps = F.silu(_convolve(x.permute(0, 3, 1, 2).contiguous(), self.conv2d))  # (B, D, H, W)
@@ -56,7 +60,8 @@ class BaselineSSM(StructureAwareSSM):
 
     def _fuse(self, h: Tensor) -> Tensor:
         if self.training:
-            return three_convolutions(h, self.state_fusion.kernels, self.state_fusion.alpha)
+            fusion: Any = self.state_fusion
+            return three_convolutions(h, fusion.kernels, fusion.alpha)
         return convolve_dense(h, self.dense)
 
 

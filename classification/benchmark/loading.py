@@ -61,7 +61,8 @@ def step_rates(config: CfgNode, device: torch.device, seconds: float) -> dict[st
         seconds: of timing per step.
     """
     process = Process(0, 1, device)
-    train, val = build_train_loader(config, process).dataset, build_val_loader(config, process).dataset
+    train: Any = build_train_loader(config, process).dataset
+    val: Any = build_val_loader(config, process).dataset
     batch_size, reader = config.DATA.BATCH_SIZE, train.reader
     batch = [train[i % len(train), i] for i in range(batch_size)]
     images, classes, _ = (x.to(device) for x in default_collate(batch))
@@ -97,6 +98,7 @@ def loader_rate(config: CfgNode, pipeline: str, device: torch.device, seconds: f
         pipeline: one of ``PIPELINES``; ``decode`` passes on nothing of the image.
     """
     process = Process(0, 1, device)
+    loader: Any
     if pipeline == "evaluation":
         loader = build_val_loader(config, process)
         loader.sampler.indices = range(MANY)

@@ -7,6 +7,7 @@ the multiply-adds at the speed of a large matrix product. Both speeds are measur
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def add_tables(report: Report, pairs: Sequence[tuple[Model, str]], case: Case, t
     """Add one table per form of Spatial-Mamba, eager or fused, to the report."""
     for model, form in pairs:
         if model.family == OURS:
-            module = model.create(case.resolution).to(trial.device)
+            module: Any = model.create(case.resolution).to(trial.device)
             bench = Bench(module, case, trial, is_fused=form == FUSED)
             roofs = f"memory copy {bench.bandwidth / 1e9:.1f} GB/s, matrix product {bench.peak / 1e9:.0f} GFLOP/s"
             setting = {"model": model.name, "form": form, "bandwidth": bench.bandwidth, "peak": bench.peak}
@@ -81,7 +82,7 @@ class Bench:
 
     def add_all(self) -> None:
         """Add the parts in the order they run in; one block stands for all of a stage, whose shapes are the same."""
-        model = self.model
+        model: Any = self.model
         tokens = self.add("stem", 1, model.patch_embed, self.images, reads=(model.patch_embed,), is_first=True)
         for i, stage in enumerate(model.layers, 1):
             add = self._add_fused_block if model.fused else self._add_block
@@ -91,7 +92,7 @@ class Bench:
                 tokens = self.add(f"stage {i}: downsample", 1, down, tokens, reads=(down,))
         self.add("head", 1, lambda x: model.forward_head(model.norm(x)), tokens, reads=(model.norm, model.head))
 
-    def _add_block(self, stage: str, depth: int, block: nn.Module, tokens: Shape) -> None:
+    def _add_block(self, stage: str, depth: int, block: Any, tokens: Shape) -> None:
         ssm, inner, wide = block.self_attention, *_wider(tokens)
         mixer = copy.deepcopy(ssm)  # what lies between the projections
         mixer.in_proj = mixer.out_proj = nn.Identity()
@@ -111,7 +112,7 @@ class Bench:
         count = 2 * depth * (2 if self.is_training else 1)
         self.add(f"{stage} residual sums", count, block.residual_sum, tokens, tokens, has_backward=False)
 
-    def _add_fused_block(self, stage: str, depth: int, block: nn.Module, tokens: Shape) -> None:
+    def _add_fused_block(self, stage: str, depth: int, block: Any, tokens: Shape) -> None:
         inner, wide = _wider(tokens)
 
         def in_proj(x: Tensor) -> Tensor:

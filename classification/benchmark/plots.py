@@ -72,7 +72,7 @@ def _resolution(panels: Sequence["Axes"], title: str, results: Sequence[Result])
                     points.append((result["resolution"], factor * row[cost] / pixels))
         for (family, name, form), points in curves.items():
             line = LINES[families[family].index(name)]
-            style = dict(color=COLOURS[family], linestyle=line, marker=MARKERS[form], ms=4, alpha=0.8)
+            style: dict[str, Any] = dict(color=COLOURS[family], linestyle=line, marker=MARKERS[form], ms=4, alpha=0.8)
             panel.plot(*zip(*points, strict=True), label=f"{name}, {form}", **style)
         panel.set(title=title, xlabel="side of the image, pixels", ylabel=unit)
         panel.set_xticks(sorted({result["resolution"] for result in results}))

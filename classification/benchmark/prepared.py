@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,26 +66,26 @@ class Prepared:
     def __init__(self, model: Model, form: str, case: Case, device: torch.device) -> None:
         self.form, self.case, self.device, self.dtype = form, case, device, getattr(torch, case.dtype)
         try:
-            self.module = module = model.create(case.resolution).to(device)
+            self.module: Any = model.create(case.resolution).to(device)
         except Exception as reason:  # each model raises its own type
             if not model.is_peer or case.resolution == BASE_RESOLUTION:
                 raise
-            size = f"{case.resolution}x{case.resolution}"
-            raise measure.NotRunError(f"cannot take {size} images: {reason}") from reason
+            side = case.resolution
+            raise measure.NotRunError(f"cannot take {side}x{side} images: {reason}") from reason
         generator = torch.Generator(device).manual_seed(0)
         size = (case.images, 3, case.resolution, case.resolution)
         self.images = torch.randn(size, generator=generator, device=device)
-        self.optimizer = None
+        self.optimizer: torch.optim.Optimizer | None = None
         if case.mode == INFERENCE:
-            module.eval().to(self.dtype)
+            self.module.eval().to(self.dtype)
             self.images = self.images.to(self.dtype)
         else:
-            options = dict(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-            self.optimizer = torch.optim.AdamW(module.train().parameters(), **options)
+            weights = self.module.train().parameters()
+            self.optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=case.dtype == "float16")
-        self.forward: Callable[[Tensor], Tensor] = module
+        self.forward: Callable[[Tensor], Tensor] = self.module
         self.setting = self._choose_setting(model.layouts)
-        self.weight_bytes = sum(x.numel() * x.itemsize for x in (*module.parameters(), *module.buffers()))
+        self.weight_bytes = sum(x.numel() * x.itemsize for x in (*self.module.parameters(), *self.module.buffers()))
         self._take_form()
 
     def step(self) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from ...kernels.benchmark import measure
 from ...kernels.benchmark.report import Column, Report, prepare
@@ -36,7 +37,7 @@ def add_tables(report: Report, models: Sequence[Model], case: Case, args: argpar
     """
     for model in models:
         rows: list[measure.Row] = []
-        for count in sorted(set(args.processes)):
+        for count in tqdm(sorted(set(args.processes)), f"{model.name}, processes", disable=None, leave=False):
             row = {"processes": count, **time_steps(model, case, count, args)}
             fewest = (rows or [row])[0]
             row["images_per_second"] = count * case.images / row["seconds"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 from torch import nn
@@ -58,8 +59,8 @@ class Model:
         Raises:
             Exception: of any type, if the model cannot take that resolution.
         """
-        size = {"img_size": resolution} if self.family == "Swin" else {}
-        module = timm.create_model(self.name.removeprefix("baseline/"), drop_path_rate=DROP_PATH_RATE, **size)
+        size: dict[str, Any] = {"img_size": resolution} if self.family == "Swin" else {}
+        module: Any = timm.create_model(self.name.removeprefix("baseline/"), drop_path_rate=DROP_PATH_RATE, **size)
         return as_baseline(module) if self.family == BASELINE else module
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ from .cases import ACTIVATIONS, DILATIONS, Case, gradient_like
 from .measure import dry_run
 
 REFERENCE, COMPILED = "torch", "torch.compile"
-OPERATORS: dict[str, Callable[..., Tensor]] = {
+Kernels = Tensor | Sequence[Tensor]  # (3, dim, 1, 3, 3)
+OPERATORS: dict[str, Callable[..., Any]] = {
     "core": structure_aware_scan,
     "fusion": state_fusion,
     "mixer": spatial_mixer,
@@ -159,12 +161,12 @@ def published_core(
     """
     tokens = maps.flatten(2)
     r, B, C = projected.split([dt_weight.shape[1], 1, 1], dim=1)
-    h = selective_scan(tokens, dt_weight @ r, A, B, delta_bias=dt_bias, delta_softplus=True)
+    h: Any = selective_scan(tokens, dt_weight @ r, A, B, delta_bias=dt_bias, delta_softplus=True)
     fused = fusion(h.reshape(maps.shape))
     return (fused.flatten(2) * C + D[:, None] * tokens).reshape(maps.shape)
 
 
-def three_convolutions(h: Tensor, kernels: Tensor, alpha: Tensor) -> Tensor:
+def three_convolutions(h: Tensor, kernels: Kernels, alpha: Tensor) -> Tensor:
     """State fusion as published for training: padded copies, dilated depthwise convolutions, and a weighted sum."""
     branches = [
         weight * F.conv2d(F.pad(h, [dilation] * 4, mode="replicate"), kernel, dilation=dilation, groups=h.shape[1])
@@ -173,12 +175,12 @@ def three_convolutions(h: Tensor, kernels: Tensor, alpha: Tensor) -> Tensor:
     return sum(branches[1:], branches[0])
 
 
-def dense_convolution(h: Tensor, kernels: Tensor, alpha: Tensor) -> Tensor:
+def dense_convolution(h: Tensor, kernels: Kernels, alpha: Tensor) -> Tensor:
     """State fusion as published for evaluation: the kernels merged into one dense depthwise convolution."""
     return convolve_dense(h, merge_dense(kernels, alpha))
 
 
-def merge_dense(kernels: Sequence[Tensor], alpha: Tensor) -> Tensor:
+def merge_dense(kernels: Kernels, alpha: Tensor) -> Tensor:
     """Merge three kernels (dim, 1, 3, 3) at their dilations into one (dim, 1, 11, 11)."""
     reach = max(DILATIONS)
     merged = kernels[0].new_zeros(kernels[0].shape[0], 1, 2 * reach + 1, 2 * reach + 1)
@@ -213,7 +215,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _mixer(
     xz: Tensor, projection_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, norm_weight: Tensor,
-    norm_bias: Tensor, **core: Tensor,
+    norm_bias: Tensor, **core: Any,
 ) -> Tensor:  # fmt: skip
     """The core between PyTorch's operators, with the dtypes of autocast."""
     x, gate = xz.chunk(2, dim=-1)
