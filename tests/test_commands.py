@@ -9,6 +9,7 @@ from spatial_mamba import __version__
 from spatial_mamba.__main__ import COMMANDS, main
 
 
+@pytest.mark.slow
 def test_every_command_gives_help_without_what_only_posix_has() -> None:
     script = """if True:
         import contextlib, importlib.util, io, os, runpy, signal, sys, warnings

@@ -167,6 +167,7 @@ def test_command_times_training_steps(tmp_path: Path, small_models: None, dtype:
     assert all(row["peak_bytes"] > 0 and row["images_per_second"] > 0 for row in result["rows"])
 
 
+@pytest.mark.slow
 def test_exported_files_and_checkpointing_are_timed(tmp_path: Path, small_models: None) -> None:
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     model = ["--models", "spatial_mamba_tiny", "--batch", "2"]
@@ -185,6 +186,7 @@ def test_same_pixels_and_limit(tmp_path: Path, small_models: None, capsys: pytes
     assert capsys.readouterr().out.endswith("; failed: 0; not run: 1\n")
 
 
+@pytest.mark.slow
 def test_command_needs_no_package_of_the_trainer() -> None:
     """GPU machines have PyTorch, timm and little else."""
     absent = "sys.modules.update(dict.fromkeys(('yacs', 'fvcore', 'mmengine', 'tensorboard', 'onnx')))"
@@ -257,6 +259,7 @@ def test_parts_add_up(tmp_path: Path, small_models: None) -> None:
             assert row["bound"] == pytest.approx(bounds[row["set_by"]]) == pytest.approx(max(bounds.values()))
 
 
+@pytest.mark.slow
 def test_steps_are_timed_between_processes(tmp_path: Path) -> None:
     options = ["--models", "spatial_mamba_tiny", "--processes", "1", "2", "--batch", "2", "--resolution", "32"]
     [result] = record(tmp_path, "processes", *options)["results"]

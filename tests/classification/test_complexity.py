@@ -7,7 +7,11 @@ from spatial_mamba.classification import complexity
 
 @pytest.mark.parametrize(
     ("variant", "parameters", "gflops"),
-    [("tiny", 26_748_862, 4.5), ("small", 43_074_280, 7.1), ("base", 95_745_592, 15.8)],
+    [
+        ("tiny", 26_748_862, 4.5),
+        pytest.param("small", 43_074_280, 7.1, marks=pytest.mark.slow),
+        pytest.param("base", 95_745_592, 15.8, marks=pytest.mark.slow),
+    ],
 )
 def test_complexity_command(variant: str, parameters: int, gflops: float, capsys: pytest.CaptureFixture) -> None:
     assert complexity.main([f"spatialmamba_{variant}"]) == 0

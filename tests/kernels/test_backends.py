@@ -31,7 +31,8 @@ COMPILED = [
     pytest.param(("cuda", "cuda"), marks=gpu),
 ]
 compiled_backends = pytest.mark.parametrize("backend", COMPILED, ids="-on-".join, indirect=True)
-all_backends = pytest.mark.parametrize("backend", [*COMPILED, ("triton", "cpu")], ids="-on-".join, indirect=True)
+INTERPRETED = pytest.param(("triton", "cpu"), marks=pytest.mark.slow)
+all_backends = pytest.mark.parametrize("backend", [*COMPILED, INTERPRETED], ids="-on-".join, indirect=True)
 half_types = (torch.bfloat16, torch.float16)
 SINGLE_TOLERANCE = {"output": 1e-5, "gradient": 3e-5}  # of the largest magnitude
 ACTIVATIONS = {"u", "delta", "B", "C", "z", "h", "projection", "x", "y", "gate", "xz"}

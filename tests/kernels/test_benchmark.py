@@ -227,6 +227,7 @@ def test_wrong_options_are_one_line(
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_gpu_check_goes_on_after_failures(tmp_path: Path) -> None:
     python, Step = sys.executable, gpu_check.Step
     show = (
@@ -273,6 +274,7 @@ def test_gpu_check_calls_commands_as_they_are(monkeypatch: pytest.MonkeyPatch) -
     assert called == [*models_of, "operators, compiled", "operators"]
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_found_without_the_trainers_packages() -> None:
     """A file that needs them is left out as a whole, where the machine has PyTorch, timm and little else."""
     code = (
