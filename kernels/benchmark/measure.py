@@ -23,7 +23,7 @@ from .. import backends
 FLUSH_BYTES = 256 * 2**20  # larger than the L2 cache of any GPU
 COPY_BYTES = 512 * 2**20  # larger than any cache
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
-SLEEP_CYCLES = 4_000_000  # about 2 ms, longer than the launch of an operator
+CYCLES_PER_SECOND = 3e9  # no GPU's clock is faster
 LONG_CALL = 0.1  # seconds; the working set of longer calls does not stay in a cache
 WARM_UP = {"cpu": 1, "cuda": 3}  # calls; on a GPU libraries choose algorithms, and CUDA graphs are recorded
 PEAK_SIZES = {"cpu": 2048, "cuda": 8192}  # sides of the square matrices whose product is timed
@@ -56,8 +56,8 @@ def wall_clock(device: torch.device) -> Clock:
 def operator_clock(device: torch.device) -> Clock:
     """The clock for parts of a model: on a GPU between two events, with the data out of the L2 cache.
 
-    The GPU first sleeps while the host launches the call. It then runs the call without gaps, as in training, where
-    the host runs ahead.
+    The GPU sleeps for longer than the host needs to launch the call. It then runs the call without gaps, as in
+    training, where the host runs ahead.
     """
     if device.type == "cpu":
         return wall_clock(device)
@@ -65,7 +65,11 @@ def operator_clock(device: torch.device) -> Clock:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def clock(call: Call) -> float:
-        torch.cuda._sleep(SLEEP_CYCLES)
+        begin = time.perf_counter()
+        call()
+        launch = time.perf_counter() - begin
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(round(1.5 * launch * CYCLES_PER_SECOND))
         scratch.zero_()  # flushes the cache
         start.record()
         call()
