@@ -1,4 +1,4 @@
-"""The state-space operators of Spatial-Mamba and their backends; nothing here knows about models."""
+"""The state-space operators of Spatial-Mamba and their backends, independent of any model."""
 
 from . import packed_linear as _  # noqa: F401, registers its operators
 from .backends import use_backend

@@ -1,4 +1,4 @@
-"""Which backend serves which device and dtype: the compiled libraries, Triton, or the reference implementation."""
+"""Choose the backend for a device and dtype: a compiled library, Triton, or the reference implementation."""
 
 import importlib.util
 import os
@@ -24,7 +24,7 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
-OLDEST_TRITON = (3, 4)  # that of PyTorch 2.8; older versions lack features that the kernels use
+OLDEST_TRITON = (3, 4)  # comes with PyTorch 2.8; older versions lack features that the kernels use
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 FORCE_VARIABLE = "SPATIAL_MAMBA_BACKEND"
 REQUIRE_VARIABLE = "SPATIAL_MAMBA_REQUIRE_NATIVE"
@@ -35,10 +35,8 @@ def _why_no_triton() -> str | None:
     if not spec or not spec.origin:  # find_spec also finds a plain folder of that name
         return "Triton is not installed: pip install triton"
     if (version := _version_in(Path(spec.origin))) and version < OLDEST_TRITON:
-        return "Triton {}.{} is too old, {}.{} is needed: upgrade PyTorch, which brings it".format(
-            *version, *OLDEST_TRITON
-        )
-    # Triton compiles a small C program at its first call, which launches the kernels.
+        return "Triton {}.{} is too old, {}.{} is needed: upgrade PyTorch".format(*version, *OLDEST_TRITON)
+    # Triton compiles the launchers of its kernels as C programs.
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     if not _interpreted and not (any(map(shutil.which, compilers)) and headers.exists()):
@@ -47,10 +45,7 @@ def _why_no_triton() -> str | None:
 
 
 def _version_in(module: Path) -> tuple[int, ...]:
-    """Major and minor version that a module states, read without importing it: that takes most of a second.
-
-    Empty if it states none, or not as text.
-    """
+    """Major and minor version from the source of a module, whose import would take most of a second; () if unknown."""
     stated = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", module.read_text(), re.MULTILINE)
     return tuple(map(int, stated.groups())) if stated else ()
 
@@ -72,15 +67,16 @@ _operators = {
 }
 _required = os.environ.get(REQUIRE_VARIABLE) == "1"
 _forced = _read_force_variable()
+_always_custom = False
 _hinted: set[str] = set()
 
 
 def why_not(
     backend: str, device_type: str, dtype: torch.dtype, capability: tuple[int, int] | None = None
 ) -> str | None:
-    """The reason why a backend cannot serve tensors of this device type and dtype here, or None if it can.
+    """Why a backend cannot serve tensors of this device type and dtype, or None if it can.
 
-    ``capability`` is that of the GPU, where it is known which one.
+    ``capability`` is the compute capability of the GPU, if known.
     """
     if backend == "torch":
         return None
@@ -89,7 +85,7 @@ def why_not(
     if dtype not in DTYPES[backend]:
         return f"the {backend} backend has no kernels for {dtype}"
     if backend == "triton" and device_type == "cpu" and not _interpreted:
-        return "Triton runs on the CPU only in its interpreter, for tests: set TRITON_INTERPRET=1"
+        return "Triton runs on the CPU only in its interpreter, which is for tests: set TRITON_INTERPRET=1"
     if backend == "cuda" and _missing["cuda"] is None and capability and not native.kernels_for(capability):
         return "built without code for compute capability {0}.{1}: {2} cuda --arch {0}.{1}".format(
             *capability, native.BUILD_COMMAND
@@ -103,41 +99,45 @@ def serving(
     capability: tuple[int, int] | None = None,
     operator: str = "structure_aware_scan",
 ) -> str:
-    """Name of the backend that serves tensors of this device type and dtype: the forced one, or the fastest here.
+    """Name of the backend that serves an operator on tensors of this device type and dtype.
 
-    Operators that this backend lacks fall through to the next one.
+    That is the forced backend, otherwise the fastest usable one, among the backends that implement the operator.
 
     Raises:
-        RuntimeError: if the forced backend cannot serve them, or native code is required and there is none.
+        RuntimeError: if the forced backend cannot be used, or native code is required but missing.
     """
     if _forced is not None:
         reason = why_not(_forced, device_type, dtype, capability)
         if reason is not None:
             raise RuntimeError(f"the backend {_forced!r} is forced, but cannot be used: {reason}")
-        if _defines(_forced, operator):
+        if _implements(_forced, operator):
             return _forced
-    # Interpreted kernels are for tests alone, which force them.
+    # Interpreted Triton kernels are only for tests, which force them.
     candidates = [name for name in PREFERENCE.get(device_type, ("torch",)) if (name, device_type) != ("triton", "cpu")]
-    usable = [name for name in candidates if _defines(name, operator)]
-    best = next(name for name in usable if why_not(name, device_type, dtype, capability) is None)
-    if best != usable[0] and dtype in DTYPES[usable[0]]:  # otherwise there is nothing that the user could build
-        reason = why_not(usable[0], device_type, dtype, capability)
+    fastest, *others = (name for name in candidates if _implements(name, operator))
+    reason = why_not(fastest, device_type, dtype, capability)
+    if reason is None:
+        return fastest
+    best = next(name for name in others if why_not(name, device_type, dtype, capability) is None)
+    if dtype in DTYPES[fastest]:  # otherwise there is nothing that the user could build
         if _required:
-            raise RuntimeError(f"{REQUIRE_VARIABLE}=1, but the {usable[0]} backend cannot be used: {reason}")
-        if not torch.compiler.is_compiling():
-            _hint(usable[0], best, device_type, reason)
+            raise RuntimeError(f"{REQUIRE_VARIABLE}=1, but the {fastest} backend cannot be used: {reason}")
+        if not torch.compiler.is_compiling() and device_type not in _hinted:
+            _hinted.add(device_type)
+            message = f"{device_type} operators run on the {best!r} backend; {fastest!r} would be faster: {reason}"
+            warnings.warn(message, stacklevel=2)
     return best
 
 
-def _defines(backend: str, operator: str) -> bool:
+def _implements(backend: str, operator: str) -> bool:
     return backend == "torch" or operator in _operators[backend]
 
 
 def module_for(tensor: Tensor, operator: str) -> ModuleType | None:
-    """The namespace whose functions, named like the operators, run on this tensor; None for the reference.
+    """The module or namespace of the backend that serves an operator on this tensor; None for the reference.
 
     Raises:
-        RuntimeError: as ``serving``.
+        RuntimeError: as `serving`.
     """
     capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
     name = serving(tensor.device.type, tensor.dtype, capability, operator)
@@ -152,32 +152,45 @@ def module_for(tensor: Tensor, operator: str) -> ModuleType | None:
 
 @torch.compiler.assume_constant_result
 def custom_operators_fail() -> bool:
-    """Whether PyTorch is doing something that it supports only for its own operators.
+    """Whether PyTorch is doing something that custom operators do not support.
 
-    That is a transform of torch.func, forward-mode differentiation, or an ONNX export. Custom operators would give a
-    zero tangent there, or an error.
+    These are transforms of torch.func, forward-mode differentiation and ONNX export. Custom operators would raise an
+    error there or give a zero tangent.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     return transformed or torch.onnx.is_in_onnx_export()
 
 
 def reference_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> bool:
-    """Whether the operator runs on this tensor as the reference implementation, rather than as one native operator."""
+    """Whether calls of the operator on this tensor run the reference implementation, not a custom operator."""
+    if _always_custom:
+        return False
     return custom_operators_fail() or serving(tensor.device.type, tensor.dtype, operator=operator) == "torch"
 
 
 @contextmanager
+def custom_operators_only() -> Iterator[None]:
+    """Call custom operators within the ``with`` block, even for the reference implementation: for counting FLOPs."""
+    global _always_custom
+    before, _always_custom = _always_custom, True
+    try:
+        yield
+    finally:
+        _always_custom = before
+
+
+@contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend within the ``with`` block, for tests and bug reports; process-wide, not per thread.
+    """Force one backend within the ``with`` block, for tests and bug reports. Affects all threads of the process.
 
     The environment variable ``SPATIAL_MAMBA_BACKEND`` does the same for a whole process.
 
     Args:
-        name: ``"cpu"``, ``"cuda"`` (with Triton for the operators that it lacks), ``"triton"`` or ``"torch"`` (the
-            reference implementation).
+        name: ``"cpu"``, ``"cuda"`` (with Triton for operators that have no CUDA code), ``"triton"`` or ``"torch"``
+            (the reference implementation).
 
     Raises:
-        ValueError: for another name. An operator then raises RuntimeError if the backend cannot serve its tensors.
+        ValueError: if the name is unknown. Operators raise RuntimeError if the backend cannot serve their tensors.
     """
     global _forced
     if name not in BACKENDS:
@@ -187,10 +200,3 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
-
-
-def _hint(better: str, used: str, device_type: str, reason: str | None) -> None:
-    """Say once per device type what would be faster."""
-    if device_type not in _hinted:
-        _hinted.add(device_type)
-        warnings.warn(f"{device_type} operators run on {used!r}; faster is {better!r}: {reason}", stacklevel=2)

@@ -1,13 +1,13 @@
-"""Compile the libraries of ``csrc/`` against the PyTorch that is installed.
+"""Compile the libraries ``cpu.so`` and ``cuda.so`` from ``csrc/`` against the installed PyTorch.
 
-Two plain shared objects for ``torch.ops.load_library``, ``cpu.so`` and ``cuda.so``: they know nothing of Python, so one
-build serves every Python version. Beside each lies a JSON file of the same name: what the library was built for, which
-`native` compares with what it meets before it loads anything.
+They are plain shared objects for ``torch.ops.load_library``, independent of the Python version. A JSON file of the same
+name records what each was built for; `native` compares it with the running environment before it loads the library.
 
-This file imports nothing of its package, and PyTorch only when called: ``setup.py`` uses it too.
+``setup.py`` uses this module too, so it imports nothing from its package, and PyTorch only inside functions.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,32 +17,30 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 PACKAGE = Path(__file__).parent
 SOURCES = PACKAGE / "csrc"
 LIBRARIES = ("cpu", "cuda")
 FOLDER_VARIABLE = "SPATIAL_MAMBA_LIB"
-SUFFIXES = {"cpu": (".cpp",), "cuda": (".cpp", ".cu")}
-# OpenMP is how ATen's header-only at::parallel_for reaches PyTorch's own thread pool.
+# With OpenMP, ATen's header-only at::parallel_for uses PyTorch's own thread pool.
 FLAGS = {
     ("cpu", ".cpp"): ("-O3", "-fPIC", "-fopenmp"),
     ("cuda", ".cpp"): ("-O3", "-fPIC"),
     ("cuda", ".cu"): ("-O3", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"),
 }
-# What portable libraries may use of a processor: a name for -march, and the features in it, as Linux names them.
+# Processors that portable libraries need: a name for -march, and its features, as Linux names them.
 BASELINES = {
     "x86_64": ("x86-64-v3", "abm avx avx2 bmi1 bmi2 f16c fma movbe"),
     "aarch64": ("armv8-a", "asimd fp"),
 }
-# Tags of wheels, each with the newest symbols of its systems (auditwheel's policies).
+# Wheel tags, oldest first, each with the newest symbol versions of its systems (auditwheel's policies).
 SYSTEMS = {
     "manylinux_2_28": {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)},
     "manylinux_2_31": {"GLIBC": (2, 31), "GLIBCXX": (3, 4, 28), "CXXABI": (1, 3, 12)},
@@ -50,21 +48,21 @@ SYSTEMS = {
     "manylinux_2_35": {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)},
     "manylinux_2_39": {"GLIBC": (2, 39), "GLIBCXX": (3, 4, 33), "CXXABI": (1, 3, 15)},
 }
-# For a build on a machine without a GPU: Ampere, Ada, Hopper, Blackwell.
+# Default on a machine without a GPU: Ampere, Ada, Hopper, Blackwell.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
-# Headers that ATen's CUDA headers include and that the smallest toolkits lack; PyTorch's own dependencies bring them.
+# Headers that ATen includes and small toolkits lack; PyTorch's own dependencies contain them.
 MATH_HEADERS = ("cusparse.h", "cublas_v2.h", "cusolverDn.h")
 # Features that Linux and compilers spell differently, beyond underscores.
 _MACRO_OF = {"pni": "sse3", "abm": "lzcnt", "sha_ni": "sha", "asimddp": "dotprod", "asimdhp": "fp16vectorarithmetic"}
 
 
 class BuildError(Exception):
-    """A library cannot be built here; the message says why, and what helps."""
+    """A library cannot be built here. The message says why and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA toolkit: its folder, its version (``"13.0"``), where its headers lie."""
+    """A CUDA toolkit: its folder, its version (``"13.0"``) and the folder of its headers."""
 
     root: Path
     version: str
@@ -75,14 +73,14 @@ class Toolkit:
         return str(self.root / "bin/nvcc")
 
     def architectures(self) -> list[str]:
-        """Compute capabilities that nvcc knows, lowest first."""
+        """Compute capabilities that nvcc can compile for, lowest first."""
         listed = re.findall(r"compute_(\d+)(\d)\b", _output([self.nvcc, "--list-gpu-arch"]))
         return sorted((f"{major}.{minor}" for major, minor in listed), key=capability)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one library is built: sources, a compiler command per suffix, the end of the link command, its facts."""
+    """How to build a library: sources, a compiler command per suffix, linker and its flags, the facts to record."""
 
     name: str
     sources: list[Path]
@@ -96,19 +94,19 @@ class Plan:
 
 
 def library_folder() -> Path:
-    """Where libraries are built to and loaded from: ``SPATIAL_MAMBA_LIB``, else ``lib`` inside the package."""
+    """The folder of the libraries: ``SPATIAL_MAMBA_LIB``, or ``lib`` in the package."""
     return Path(os.environ.get(FOLDER_VARIABLE) or PACKAGE / "lib")
 
 
 def portable_folder(folder: Path) -> Path:
-    """Where inside ``folder`` the portable library for the installed PyTorch lies."""
+    """The subfolder of ``folder`` for the portable library of the installed PyTorch."""
     return folder / f"torch-{_minor_release()}"
 
 
 def environment(portable: bool = False) -> dict[str, str]:
-    """What a compiled library has to agree with in the running process, apart from the processor.
+    """What a library must have been built for to run in this process, apart from the processor.
 
-    A portable library serves all patch releases and builds of one minor release of PyTorch.
+    A portable library serves all patch releases and builds of a minor release of PyTorch.
     """
     import torch
 
@@ -121,7 +119,7 @@ def environment(portable: bool = False) -> dict[str, str]:
 
 
 def _minor_release() -> str:
-    """``"2.11"`` for 2.11.0+cpu; all of the version where it is no final release, since its interface may differ."""
+    """``"2.11"`` for 2.11.0+cpu; the full version of a pre-release, whose interface may differ."""
     import torch
 
     final = re.match(r"(\d+\.\d+)\.\d+(\+|$)", torch.__version__)
@@ -129,23 +127,20 @@ def _minor_release() -> str:
 
 
 def cpu_features() -> set[str]:
-    """Extensions of this processor's instruction set, as Linux names them; empty on other systems."""
+    """Instruction set extensions of this processor, as Linux names them; empty on other systems."""
     try:
         with Path("/proc/cpuinfo").open() as lines:
-            for line in lines:
-                key, _, value = line.partition(":")
-                if key.strip() in ("flags", "Features"):  # x86, Arm
-                    return set(value.split())
+            line = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # x86, Arm
     except OSError:
-        pass
-    return set()
+        return set()
+    return set(line.partition(":")[2].split())
 
 
 def cxx_standard() -> str:
     """The C++ standard that the headers of the installed PyTorch need: ``"17"``, or ``"20"`` for newer releases.
 
-    No header states it, so it is the one that PyTorch's own build of extensions passes to compilers. That module is
-    read rather than imported, since importing it looks for compilers and GPUs.
+    It is the one that PyTorch passes to compilers of extensions. That module is read as text, since importing it
+    searches for compilers and GPUs.
     """
     source = (_torch_folder() / "utils/cpp_extension.py").read_text(encoding="utf-8")
     passed = Counter(re.findall(r"'-std=c\+\+(\d+)'", source))
@@ -153,7 +148,7 @@ def cxx_standard() -> str:
 
 
 def source_hash(name: str, sources: Path = SOURCES) -> str:
-    """SHA-256 of everything that one library is made of: its sources, shared headers, compiler flags."""
+    """SHA-256 of the sources, shared headers and compiler flags of a library."""
     digest = hashlib.sha256(repr([flags for key, flags in FLAGS.items() if key[0] == name]).encode())
     for path in sorted([*sources.glob("*"), *(sources / name).rglob("*")]):
         if path.suffix not in (".cpp", ".cu", ".h", ".cuh"):
@@ -163,7 +158,7 @@ def source_hash(name: str, sources: Path = SOURCES) -> str:
 
 
 def _used_features(compiler: Sequence[str]) -> list[str]:
-    """Those features of this processor that ``-march=native`` lets the compiler use, told by its macros."""
+    """The features of this processor that the compiler uses with ``-march=native``, according to its macros."""
     defined = _output([*compiler, "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"])
     macros = re.findall(r"#define __(?:ARM_FEATURE_)?(\w+?)(?:__)?\s", defined)
     used = {macro.lower().replace("_", "") for macro in macros}
@@ -174,24 +169,24 @@ def _used_features(compiler: Sequence[str]) -> list[str]:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command: ``CXX``, else g++ or c++ from PATH.
+    """The command of the C++ compiler: ``CXX``, or g++ or c++ from PATH.
 
     Raises:
         BuildError: if there is none.
     """
-    for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]:
+    chosen = os.environ.get("CXX")
+    for command in [chosen] if chosen else ["g++", "c++"]:
         words = shlex.split(command)
         if words and shutil.which(words[0]):
             return words
-    wanted = f"CXX={os.environ['CXX']} is not there" if os.environ.get("CXX") else "neither g++ nor c++ is on PATH"
-    raise BuildError(f"no C++ compiler: {wanted} (for instance: apt install g++)")
+    missing = f"CXX={chosen} was not found" if chosen else "neither g++ nor c++ is on PATH"
+    raise BuildError(f"no C++ compiler: {missing} (for instance: apt install g++)")
 
 
 def find_toolkit() -> Toolkit:
-    """The CUDA toolkit of the same major version as PyTorch's CUDA.
+    """Find the CUDA toolkit with the major version of PyTorch's CUDA.
 
-    Looked for under ``CUDA_HOME``, ``CUDA_PATH``, around the nvcc on PATH, in /usr/local/cuda*, and among the Python
-    packages of NVIDIA.
+    The places are ``CUDA_HOME``, ``CUDA_PATH``, the nvcc on PATH, /usr/local/cuda* and NVIDIA's Python packages.
 
     Raises:
         BuildError: if PyTorch has no CUDA, or no toolkit matches.
@@ -201,15 +196,15 @@ def find_toolkit() -> Toolkit:
     wanted = torch.version.cuda
     if wanted is None:
         raise BuildError("PyTorch is built without CUDA here (builds with CUDA: https://pytorch.org/get-started)")
-    others = []
-    for root in _toolkit_folders(major=wanted.split(".")[0]):
-        toolkit = _toolkit_at(root)
-        if toolkit is not None and toolkit.version.split(".")[0] == wanted.split(".")[0]:
-            return toolkit
-        if toolkit is not None:
-            others.append(f"{toolkit.version} in {root}")
-    found = f"found only {', '.join(others)}" if others else "found none; CUDA_HOME names its folder"
-    raise BuildError(f"a CUDA toolkit {wanted.split('.')[0]} is needed, to match PyTorch's CUDA {wanted}; {found}")
+    major = wanted.split(".")[0]
+    toolkits = []
+    for root in _toolkit_folders(major):
+        if toolkit := _toolkit_at(root):
+            if toolkit.version.split(".")[0] == major:
+                return toolkit
+            toolkits.append(f"{toolkit.version} in {root}")
+    found = f"found only {', '.join(toolkits)}" if toolkits else "found none; set CUDA_HOME to its folder"
+    raise BuildError(f"a CUDA toolkit {major} is needed, to match PyTorch's CUDA {wanted}; {found}")
 
 
 def _toolkit_folders(major: str) -> Iterator[Path]:
@@ -224,20 +219,18 @@ def _toolkit_folders(major: str) -> Iterator[Path]:
 
 
 def _toolkit_at(root: Path) -> Toolkit | None:
-    headers = [
-        path.parent for path in (*root.glob("include/cuda_runtime.h"), *root.glob("targets/*/include/cuda_runtime.h"))
-    ]
+    headers = [*root.glob("include/cuda_runtime.h"), *root.glob("targets/*/include/cuda_runtime.h")]
     if not headers or not (root / "bin/nvcc").exists():
         return None
     try:
         version = re.search(r"release (\d+\.\d+)", _output([str(root / "bin/nvcc"), "--version"]))
     except BuildError:
         return None
-    return Toolkit(root, version[1], headers[0]) if version else None
+    return Toolkit(root, version[1], headers[0].parent) if version else None
 
 
 def _nvidia_packages(pattern: str) -> list[Path]:
-    """Folders of NVIDIA's Python packages, which lie beside PyTorch's."""
+    """Folders of NVIDIA's Python packages, which are next to PyTorch's."""
     return sorted((_torch_folder().parent / "nvidia").glob(pattern))
 
 
@@ -262,41 +255,40 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
 
     Args:
         name: ``"cpu"`` or ``"cuda"``.
-        architectures: compute capabilities to compile for, such as ``"9.0"``; by default those of
-            ``TORCH_CUDA_ARCH_LIST``, else of the GPUs present, else the usual ones.
+        architectures: compute capabilities to compile for, such as ``"9.0"``; by default those in
+            ``TORCH_CUDA_ARCH_LIST``, otherwise those of the GPUs present, otherwise ``ARCHITECTURES``.
         sources: the folder with one folder of sources per library.
-        portable: of the CPU's: for other machines too, with the processors of ``BASELINES``.
+        portable: build the cpu library for all machines with the processors of ``BASELINES``.
 
     Raises:
         BuildError: if it cannot be built here: system, sources, compiler, toolkit, architecture.
     """
     if platform.system() != "Linux":
-        raise BuildError(f"native code is built on Linux alone, this is {platform.system()}")
-    files = sorted(path for path in (sources / name).rglob("*") if path.suffix in SUFFIXES[name])
+        raise BuildError(f"native code can only be built on Linux, this is {platform.system()}")
+    files = sorted(path for path in (sources / name).rglob("*") if (name, path.suffix) in FLAGS)
     if not files:
         raise BuildError(f"there are no sources in {sources / name}")
     compiler = find_compiler()
-    facts = environment(portable)
+    facts = {
+        **environment(portable),
+        "compilers": _output([*compiler, "--version"]).partition("\n")[0],
+        "sources": source_hash(name, sources),
+    }
     torch_folder = _torch_folder()
-    shared = [
-        f"-std=c++{cxx_standard()}",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(facts['C++ ABI'] == 'cxx11')}",
-        f"-I{sources}",
-    ]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(facts['C++ ABI'] == 'cxx11')}"
+    shared = [f"-std=c++{cxx_standard()}", abi, f"-I{sources}"]
     shared += _system_includes([torch_folder / "include", torch_folder / "include/torch/csrc/api/include"])
     link_flags = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
-    facts |= {"compilers": _output([*compiler, "--version"]).partition("\n")[0]}
-    facts |= {"sources": source_hash(name, sources)}
     compilers = {".cpp": [*compiler, *FLAGS[name, ".cpp"], *shared]}
     if portable:
         if platform.machine() not in BASELINES:
             raise BuildError(f"portable libraries are for {' and '.join(BASELINES)}, this is {platform.machine()}")
         level, features = BASELINES[platform.machine()]
         facts |= {"portable": level, "CPU features": features}
-        compilers[".cpp"] += [f"-march={level}"]
-        # Messages name source files, not the folders of the machine that built them.
-        compilers[".cpp"] += [f"-ffile-prefix-map={sources}=csrc", f"-ffile-prefix-map={torch_folder}=torch"]
-        link_flags.insert(0, "-lstdc++")  # PyTorch's libraries export parts of their own one, without versions
+        # Messages must not name the folders of the machine that built the library.
+        prefixes = [f"-ffile-prefix-map={sources}=csrc", f"-ffile-prefix-map={torch_folder}=torch"]
+        compilers[".cpp"] += [f"-march={level}", *prefixes]
+        link_flags.insert(0, "-lstdc++")  # before PyTorch's libraries, which export unversioned parts of theirs
     elif name == "cpu":
         facts |= {"CPU features": " ".join(_used_features(compiler))}
         compilers[".cpp"] += ["-march=native"]
@@ -307,21 +299,18 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
         facts |= {"compilers": f"{facts['compilers']}, nvcc {toolkit.version}"}
         facts |= {"compute capabilities": " ".join(capabilities), "PTX": capabilities[-1]}
         headers = _system_includes(_cuda_includes(toolkit))
-        code = [*_host_compiler(compiler), *_code_flags(capabilities)]
+        host = shutil.which(compiler[-1]) or compiler[-1]  # the last word: nvcc does not accept "ccache g++"
+        code = ["-ccbin", host, *_code_flags(capabilities)]
         compilers[".cpp"] += headers
         compilers[".cu"] = [toolkit.nvcc, *FLAGS[name, ".cu"], *code, *shared, *headers]
         link_flags += _cuda_link_flags(toolkit)
-    if not portable:  # Its OpenMP is PyTorch's own, whose file is named differently from release to release.
-        link_flags += ["-Wl,-z,defs"]  # an undefined symbol is an error now, not when the library is loaded
+    if not portable:  # a portable library uses PyTorch's own OpenMP, whose file name depends on the release
+        link_flags += ["-Wl,-z,defs"]  # undefined symbols are errors now, not when the library is loaded
     return Plan(name, files, compilers, [*compiler, "-shared"], link_flags, facts)
 
 
 def _system_includes(folders: Iterable[Path]) -> list[str]:
-    return [word for folder in folders for word in ("-isystem", str(folder))]  # no warnings from others' headers
-
-
-def _host_compiler(compiler: Sequence[str]) -> list[str]:
-    return ["-ccbin", shutil.which(compiler[-1]) or compiler[-1]]  # the last word: nvcc takes no "ccache g++"
+    return [word for folder in folders for word in ("-isystem", str(folder))]  # no warnings from their headers
 
 
 def _cuda_includes(toolkit: Toolkit) -> list[Path]:
@@ -333,7 +322,7 @@ def _cuda_includes(toolkit: Toolkit) -> list[Path]:
 
 
 def _cuda_link_flags(toolkit: Toolkit) -> list[str]:
-    """Flags for PyTorch's CUDA libraries, and for the very runtime library that PyTorch has loaded already."""
+    """Flags for PyTorch's CUDA libraries and for the CUDA runtime that PyTorch uses."""
     root, major = toolkit.root, toolkit.version.split(".")[0]
     folders = [*root.glob("lib64"), *root.glob("lib"), *root.glob("targets/*/lib")]
     folders += [*_nvidia_packages(f"cu{major}/lib"), *_nvidia_packages("cuda_runtime/lib")]
@@ -344,7 +333,7 @@ def _chosen_architectures(wanted: Sequence[str], toolkit: Toolkit) -> list[str]:
     """Compute capabilities to compile for, lowest first."""
     known = toolkit.architectures()
     wanted = wanted or re.split(r"[\s;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    # "9.0a" and "9.0+PTX" are spellings of 9.0 here: the kernels use nothing of one chip alone, PTX is always added.
+    # "9.0a" and "9.0+PTX" mean 9.0 here: no kernel uses features of a single chip, and PTX is always added.
     chosen = {re.sub(r"([af]?(\+PTX)?)$", "", word) for word in wanted if word}
     for word in chosen - set(known):
         raise BuildError(f"CUDA toolkit {toolkit.version} cannot compile for {word!r}; it knows {', '.join(known)}")
@@ -360,13 +349,14 @@ def _present_architectures() -> set[str]:
 
 
 def _code_flags(capabilities: Sequence[str]) -> list[str]:
-    """Machine code for each capability, and PTX of the highest, from which drivers compile for later GPUs."""
+    """Machine code for each capability, and PTX of the highest, which drivers compile for later GPUs."""
     numbers = [capability.replace(".", "") for capability in capabilities]
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
 
 
 def capability(text: str) -> tuple[int, int]:
+    """``"9.0"`` as ``(9, 0)``."""
     major, minor = text.split(".")
     return int(major), int(minor)
 
@@ -381,20 +371,19 @@ def build(
     sources: Path = SOURCES,
     portable: bool = False,
 ) -> list[str]:
-    """Build libraries and put them, with their JSON files, into ``out``; print one line per file.
+    """Build libraries and write them, with their JSON files, to ``out``. Prints one line per source file.
 
     Args:
-        names: ``"cpu"``, ``"cuda"``; by default the CPU's, and CUDA's where that is possible.
-        architectures: see `prepare`.
+        names: ``"cpu"``, ``"cuda"``; by default cpu, and cuda if it can be built.
+        architectures, sources: see `prepare`.
         out: default `library_folder`.
-        sources: see `prepare`.
-        portable: see `prepare`; the library then goes into `portable_folder` of ``out``.
+        portable: see `prepare`; the library is written to `portable_folder` of ``out``.
 
     Returns:
         The names of the libraries built.
 
     Raises:
-        BuildError: if a named library (by default: the CPU's) cannot be built, or does not compile.
+        BuildError: if a library in ``names`` (by default: cpu) cannot be built, or does not compile.
     """
     start = time.monotonic()
     plans = [prepare(name, architectures, sources, portable) for name in (names or ("cpu",))]
@@ -405,62 +394,52 @@ def build(
             print(f"cuda: not built, {obstacle}", flush=True)
     out = (out or library_folder()).absolute()
     out = portable_folder(out) if portable else out
-    for one in plans:
-        with _workshop(out) as folder:
-            _compile(one, folder)
+    for plan in plans:
+        with _folder_inside(out) as folder:
+            _compile(plan, Path(folder))
             if portable:
-                one.facts["system"] = _oldest_system(folder / f"{one.name}.so")
-            _install(one, folder, out)
-    print(f"built {' and '.join(one.name for one in plans)} in {time.monotonic() - start:.0f} s: {out}", flush=True)
-    return [one.name for one in plans]
+                plan.facts["system"] = _oldest_system(Path(folder, f"{plan.name}.so"))
+            _install(plan, Path(folder), out)
+    built = [plan.name for plan in plans]
+    print(f"built {' and '.join(built)} in {time.monotonic() - start:.0f} s: {out}", flush=True)
+    return built
 
 
-@contextmanager
-def _workshop(out: Path) -> Iterator[Path]:
-    """A temporary folder inside ``out``, on the same file system, so that files can be moved into place at once."""
+def _folder_inside(out: Path) -> TemporaryDirectory:
+    """A temporary folder inside ``out``, so that moves to ``out`` stay on one file system and are atomic."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".build-", dir=out))
+        return TemporaryDirectory(prefix=".build-", dir=out, ignore_cleanup_errors=True)
     except OSError as error:
         raise BuildError(
-            f"cannot write to {out} ({error.strerror}): name a folder of your own in the environment variable "
-            f"{FOLDER_VARIABLE}, when building and ever after"
+            f"cannot write to {out} ({error.strerror}): set the environment variable {FOLDER_VARIABLE} to a folder of "
+            "your own, for building and for running"
         ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compile(plan: Plan, folder: Path) -> None:
-    """Compile all sources, as many at a time as there are processors (``MAX_JOBS`` at most), and link them."""
-    objects = [folder / f"{index}.o" for index in range(len(plan.sources))]
-    # Not every system says which processors a process may use.
+    """Compile all sources, in parallel on all processors (at most ``MAX_JOBS``), and link them."""
+    # Not every system reports the processors that a process may use.
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if limit := os.environ.get("MAX_JOBS"):
         if not limit.isdecimal() or int(limit) < 1:
             raise BuildError(f"MAX_JOBS must be a positive number, got {limit!r}")
         jobs = min(jobs, int(limit))
+    objects = [str(folder / f"{index}.o") for index in range(len(plan.sources))]
+    done = itertools.count(1)
+
+    def compile_one(source: Path, target: str) -> None:
+        seconds = _run(str(source), [*plan.compilers[source.suffix], "-c", str(source), "-o", target])
+        print(f"{plan.name}: [{next(done)}/{len(objects)}] {source.name}  {seconds:.1f} s", flush=True)
+
     with ThreadPoolExecutor(jobs) as pool:
-        running = {
-            pool.submit(
-                _run, str(source), [*plan.compilers[source.suffix], "-c", str(source), "-o", str(target)]
-            ): source
-            for source, target in zip(plan.sources, objects, strict=True)
-        }
-        try:
-            for done, future in enumerate(as_completed(running), 1):
-                seconds, source = future.result(), running[future]
-                print(f"{plan.name}: [{done}/{len(objects)}] {source.name}  {seconds:.1f} s", flush=True)
-        except BuildError:
-            pool.shutdown(cancel_futures=True)
-            raise
+        list(pool.map(compile_one, plan.sources, objects))  # an error cancels what has not started
     library = f"{plan.name}.so"
-    _run(library, [*plan.linker, *map(str, objects), *plan.link_flags, "-o", str(folder / library)])
+    _run(library, [*plan.linker, *objects, *plan.link_flags, "-o", str(folder / library)])
 
 
 def _oldest_system(library: Path) -> str:
-    """The first tag of ``SYSTEMS`` whose C and C++ libraries have all symbols that this one needs."""
+    """The first tag of ``SYSTEMS`` whose C and C++ libraries have all symbols that this library needs."""
     needed = re.findall(r"\b([A-Z]+)_(\d+(?:\.\d+)*)\b", _output(["readelf", "--version-info", str(library)]))
     for tag, newest in SYSTEMS.items():
         if all(tuple(map(int, version.split("."))) <= newest.get(name, (math.inf,)) for name, version in needed):
@@ -469,7 +448,7 @@ def _oldest_system(library: Path) -> str:
 
 
 def _run(name: str, command: Sequence[str]) -> float:
-    """Run a compiler; return the seconds it took. Its complaints go to the terminal, in one piece."""
+    """Run a compiler and return the seconds it took. Its messages are printed together at the end."""
     start = time.monotonic()
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -477,21 +456,21 @@ def _run(name: str, command: Sequence[str]) -> float:
     if result.stdout:
         print(result.stdout, file=sys.stderr, flush=True)
     if result.returncode:
-        raise BuildError(f"{name} could not be built; the compiler's own words are above")
+        raise BuildError(f"{name} could not be built; see the messages of the compiler above")
     return time.monotonic() - start
 
 
 def _install(plan: Plan, folder: Path, out: Path) -> None:
-    """Move a library and its facts into place.
+    """Move a library and its facts to ``out``.
 
-    Two moves cannot be one, so the facts go first and come last: who looks in between finds a library without facts,
-    and leaves it alone. The lock keeps the files of two builds apart.
+    The old facts are removed first and the new ones come last: in between, a process finds a library without facts and
+    does not load it. The lock keeps two builds from mixing their files.
     """
-    import fcntl  # exists where libraries are built, not on every system that imports this file
+    import fcntl  # missing on some systems that import this file but cannot build
 
     library, facts = f"{plan.name}.so", f"{plan.name}.json"
-    described = {**plan.facts, "bytes": (folder / library).stat().st_size}
-    (folder / facts).write_text(json.dumps(described, indent=1) + "\n")
+    recorded = {**plan.facts, "bytes": (folder / library).stat().st_size}
+    (folder / facts).write_text(json.dumps(recorded, indent=1) + "\n")
     lock = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

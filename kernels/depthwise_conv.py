@@ -1,5 +1,6 @@
 """Depthwise 3x3 convolution of a map of tokens, channels last."""
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -9,20 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import at_token_stride, check_tensors
+from .tensors import at_token_stride, check_tensors, layouts
 
 EPILOGUES = ("none", "silu", "residual")
-CONV_FLOPS = 2 * 9  # per element; the epilogue counts nothing, as activations and sums do not
+CONV_FLOPS = 2 * 9  # per element; the epilogue counts nothing, like all activations and sums
+LAYOUTS = layouts(x="batch, H, W, dim", weight="dim, 1, 3, 3", bias="dim")
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "none") -> Tensor:
-    """Convolve each channel with a 3x3 kernel of its own (cross-correlation, stride 1, zeros around the map).
+    """Convolve each channel with its own 3x3 kernel (cross-correlation, stride 1, zero padding).
 
-    Computed in float32 (float64 for float64 input), also under autocast, and rounded once. The backward pass keeps the
-    inputs alone.
+    Computed in float32 (float64 for float64 input), also under autocast, and rounded once. The backward pass keeps
+    only the inputs.
 
     Args:
-        x: (batch, H, W, dim). Channels of a wider map, ``wide[..., a:b]``, are read where they are.
+        x: (batch, H, W, dim). Channels of a wider map, ``wide[..., a:b]``, are read in place.
         weight: (dim, 1, 3, 3).
         bias: (dim,).
         epilogue: what follows: ``"none"``; ``"silu"``, the activation; or ``"residual"``, adding ``x``.
@@ -31,17 +33,19 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "non
         The result, (batch, H, W, dim), contiguous and in the dtype of ``x``.
 
     Raises:
-        ValueError: if shapes or devices do not fit together, or for another epilogue.
-        TypeError: for a tensor that is not of a floating-point type.
+        ValueError: if shapes or devices do not match, or the epilogue is unknown.
+        TypeError: if a tensor is not of a real floating-point type.
     """
-    _check_arguments(x, weight, bias, epilogue)
+    check_tensors(LAYOUTS, dict(x=x, weight=weight, bias=bias))
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"epilogue must be one of {', '.join(EPILOGUES)}, got {epilogue!r}")
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.flatten(1).to(compute_dtype), bias.to(compute_dtype)
     return DEPTHWISE_CONV(x, weight.contiguous(), bias.contiguous(), epilogue)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
-    """The reference implementation; weight (dim, 9), weights in the compute dtype."""
+    """The reference implementation, with weight (dim, 9), and weight and bias in the compute dtype."""
     tokens = x.to(weight.dtype)
     maps = tokens.permute(0, 3, 1, 2)  # (batch, dim, H, W), in channels-last memory
     kernels = weight.view(-1, 1, 3, 3)
@@ -64,28 +68,11 @@ def _backward(
     return grad_x, *backend.depthwise_conv_backward(grad_out, at_token_stride(x), *others, grad_x)
 
 
-def _flops(x: Sequence[int], *_: Any) -> int:
-    return CONV_FLOPS * x[0] * x[1] * x[2] * x[3]
-
-
 DEPTHWISE_CONV = Operator(
     "depthwise_conv(Tensor x, Tensor weight, Tensor bias, str epilogue) -> Tensor",
     reference,
-    _forward,
     fake=lambda x, *_: x.new_empty(x.shape),
+    forward=_forward,
     backward=_backward,
-    flops=_flops,
+    flops=lambda x, *_: CONV_FLOPS * math.prod(x),
 )
-
-
-def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> None:
-    if x.ndim != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"x must be (batch, H, W, dim), none but batch zero, got {tuple(x.shape)}")
-    dim = x.shape[-1]
-    if tuple(weight.shape) != (dim, 1, 3, 3):
-        raise ValueError(f"weight must be (dim, 1, 3, 3) = {(dim, 1, 3, 3)}, got {tuple(weight.shape)}")
-    if tuple(bias.shape) != (dim,):
-        raise ValueError(f"bias must be (dim,) = {(dim,)}, got {tuple(bias.shape)}")
-    if epilogue not in EPILOGUES:
-        raise ValueError(f"epilogue must be one of {', '.join(EPILOGUES)}, got {epilogue!r}")
-    check_tensors(dict(x=x, weight=weight, bias=bias))

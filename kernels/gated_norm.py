@@ -9,18 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import at_token_stride, check_tensors
+from .tensors import at_token_stride, check_tensors, layouts
+
+LAYOUTS = layouts(y="batch, H, W, dim", gate="batch, H, W, dim", weight="dim", bias="dim")
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """``layer_norm(y, weight, bias) * silu(gate)``, normalised over the channels of each token.
 
     Computed in float32 (float64 for a float64 gate), also under autocast, and rounded once. The backward pass keeps
-    the inputs alone.
+    only the inputs.
 
     Args:
-        y: (batch, H, W, dim), also in a wider dtype than the gate: it need not be rounded before.
-        gate: (batch, H, W, dim). Channels of a wider map, ``wide[..., a:b]``, are read where they are.
+        y: (batch, H, W, dim). It may have a wider dtype than the gate, so that it need not be rounded first.
+        gate: (batch, H, W, dim). Channels of a wider map, ``wide[..., a:b]``, are read in place.
         weight: (dim,).
         bias: (dim,).
         eps: added to the variance.
@@ -29,10 +31,10 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
         The result, (batch, H, W, dim), contiguous and in the dtype of ``gate``.
 
     Raises:
-        ValueError: if shapes or devices do not fit together.
-        TypeError: for a tensor that is not of a floating-point type.
+        ValueError: if shapes or devices do not match.
+        TypeError: if a tensor is not of a real floating-point type.
     """
-    _check_arguments(y, gate, weight, bias)
+    check_tensors(LAYOUTS, dict(y=y, gate=gate, weight=weight, bias=bias))
     compute_dtype = torch.promote_types(gate.dtype, torch.float32)
     weight, bias = weight.to(compute_dtype), bias.to(compute_dtype)
     y = (y if y.dtype == gate.dtype else y.to(compute_dtype)).contiguous()
@@ -40,7 +42,7 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
 
 
 def reference(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The reference implementation; weights in the compute dtype."""
+    """The reference implementation, with weight and bias in the compute dtype."""
     normed = F.layer_norm(y.to(weight.dtype), weight.shape, weight, bias, eps)
     return (normed * F.silu(gate.to(weight.dtype))).to(gate.dtype)
 
@@ -61,19 +63,7 @@ def _backward(
 GATED_NORM = Operator(
     "gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor",
     reference,
-    _forward,
     fake=lambda y, gate, *_: gate.new_empty(gate.shape),
+    forward=_forward,
     backward=_backward,
 )
-
-
-def _check_arguments(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if y.ndim != 4 or 0 in y.shape[1:]:
-        raise ValueError(f"y must be (batch, H, W, dim), none but batch zero, got {tuple(y.shape)}")
-    if gate.shape != y.shape:
-        raise ValueError(f"gate must be of the shape of y, {tuple(y.shape)}, got {tuple(gate.shape)}")
-    dim = y.shape[-1]
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tuple(tensor.shape) != (dim,):
-            raise ValueError(f"{name} must be (dim,) = {(dim,)}, got {tuple(tensor.shape)}")
-    check_tensors(dict(y=y, gate=gate, weight=weight, bias=bias))

@@ -14,17 +14,18 @@ _loaded: dict[str, dict[str, Any]] = {}  # the facts of each library in use
 
 
 def load(name: str, folder: Path | None = None, sources: Path = build.SOURCES) -> str | None:
-    """Load the library ``"cpu"`` or ``"cuda"``: the one built on this machine, else the portable one of a wheel.
+    """Load the library ``"cpu"`` or ``"cuda"``: the one built on this machine, or the portable one from a wheel.
 
-    One that was built for a different environment (PyTorch, CUDA, CPU) is not loaded: it could crash the process.
+    A library is loaded unless it was built for a different environment (PyTorch, CUDA, CPU), which could crash the
+    process, or from different sources.
 
     Args:
         name: of the library.
-        folder: where both lie; default `build.library_folder` and the package.
-        sources: what it has to be made of.
+        folder: where to look; by default in `build.library_folder`, then for a portable one in the package.
+        sources: the folder of the sources that it must be built from.
 
     Returns:
-        None, or the reason why it is not loaded and what helps, in one line.
+        None, or in one line why the library is not loaded and how to fix it.
     """
     if name == "cuda" and torch.version.cuda is None:
         return "PyTorch is built without CUDA here (builds with CUDA: https://pytorch.org/get-started)"
@@ -37,25 +38,25 @@ def load(name: str, folder: Path | None = None, sources: Path = build.SOURCES) -
                 torch.ops.load_library(where / f"{name}.so")
                 _loaded[name] = facts
                 return None
-        except Exception as error:  # whatever is wrong with a library: the package works without
+        except Exception as error:  # the package works without the library, whatever is wrong with it
             reason = f"cannot be loaded ({' '.join(str(error).split())})"
         reasons.append(reason)
     return f"{reasons[0] if reasons else 'not built'}: {BUILD_COMMAND} {name}"
 
 
 def folders(name: str, folder: Path | None = None) -> list[Path]:
-    """Folders that hold a library of this name for the installed PyTorch, the preferred one first."""
-    built, packed = folder or build.library_folder(), folder or build.PACKAGE / "lib"
-    return [where for where in (built, build.portable_folder(packed)) if (where / f"{name}.so").exists()]
+    """Folders that contain a library of this name for the installed PyTorch, the preferred one first."""
+    native, packaged = folder or build.library_folder(), folder or build.PACKAGE / "lib"
+    return [where for where in (native, build.portable_folder(packaged)) if (where / f"{name}.so").exists()]
 
 
 def loaded(name: str) -> dict[str, Any]:
-    """The facts of a library in use; empty if it is not loaded."""
+    """The facts of a loaded library; empty if it is not loaded."""
     return _loaded.get(name, {})
 
 
 def read_facts(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """What a library was built for, by and from, as its JSON file tells; empty if that is missing or broken."""
+    """The facts of a library, from its JSON file: how it was built; empty if the file is missing or broken."""
     try:
         facts = json.loads(((folder or build.library_folder()) / f"{name}.json").read_text())
     except (OSError, ValueError):
@@ -70,23 +71,21 @@ def kernels_for(capability: tuple[int, int]) -> bool:
     """
     facts = loaded("cuda")
     compiled = [build.capability(text) for text in facts.get("compute capabilities", "").split()]
-    ptx = [build.capability(facts["PTX"])] if "PTX" in facts else []
-    return any(major == capability[0] and minor <= capability[1] for major, minor in compiled) or any(
-        version <= capability for version in ptx
-    )
+    if any(major == capability[0] and minor <= capability[1] for major, minor in compiled):
+        return True
+    return "PTX" in facts and build.capability(facts["PTX"]) <= capability
 
 
 def _mismatch(name: str, library: Path, facts: dict[str, Any], sources: Path) -> str | None:
     if not facts:
-        return f"{library} is without {name}.json, which tells what it was built for, or that is broken"
+        return f"{name}.json, which records what {library} was built for, is missing or broken"
     for key, here in build.environment(portable="portable" in facts).items():
         if facts.get(key) != here:
             return f"built for {key} {facts.get(key) or 'unknown'}, but this is {here}"
-    lacking = set(facts.get("CPU features", "").split()) - build.cpu_features()
-    if lacking:
+    if lacking := set(facts.get("CPU features", "").split()) - build.cpu_features():
         return f"built for a processor with {', '.join(sorted(lacking)[:6])}, which this one lacks"
     if facts.get("sources") != build.source_hash(name, sources):
-        return "built from other sources than these"
+        return "built from different sources"
     if facts.get("bytes") != library.stat().st_size:
-        return f"{library} is damaged: its size is not the one that was built"
+        return f"{library} is damaged: its size has changed since it was built"
     return None

@@ -1,11 +1,10 @@
-"""Linear layers of a model's inference form: weights in the order in which matrix units read them, and what lies
-before and behind a layer done while its tokens are in the cache.
+"""Linear layers for inference on CPUs: packed weights, fused with the operations before and after the layer.
 
-For CPUs: elsewhere libraries' linear layers under `torch.compile` serve. There are no gradients.
+Weights are stored in the order in which matrix units read them. There are no gradients.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,12 +14,22 @@ from torch import Tensor
 
 from . import backends
 from .registration import Operator
+from .tensors import Layout, check_tensors, layouts
 
 COLUMNS = 64  # outputs per block
+LINEAR_LAYOUTS = layouts(packed="blocks, inputs, 64", bias="outputs", norm_weight="inputs", norm_bias="inputs")
+MLP_LAYOUTS = layouts(
+    norm_weight="dim",
+    norm_bias="dim",
+    expand="hidden_blocks, dim, 64",
+    expand_bias="hidden",
+    project="dim_blocks, hidden, 64",
+    project_bias="dim",
+)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether a weight (outputs, inputs) can be packed here: on this device, for its dtype and its number of inputs."""
+    """Whether the cpu backend can pack a weight (outputs, inputs) of this device, dtype and number of inputs."""
     return (
         weight.device.type == "cpu"
         and weight.shape[1] % _inputs_per_row(weight.dtype) == 0
@@ -33,11 +42,11 @@ def pack_weight(weight: Tensor) -> Tensor:
     """Pack the weight of a linear layer.
 
     Args:
-        weight: (outputs, inputs), one for which `can_pack` is true.
+        weight: (outputs, inputs), for which `can_pack` is true.
 
     Returns:
-        (ceil(outputs / 64), inputs, 64): blocks of outputs, the last filled up with zeros. Half-precision types have
-        the inputs in pairs.
+        (ceil(outputs / 64), inputs, 64): blocks of outputs, the last padded with zeros. In half precision, inputs are
+        stored in pairs.
 
     Raises:
         ValueError: if it cannot be packed here.
@@ -59,43 +68,35 @@ def packed_linear(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``relu(linear(layer_norm(x)))`` or ``linear(layer_norm(x)) + residual``, without what is not given.
+    """``relu(linear(layer_norm(x)))`` or ``linear(layer_norm(x)) + residual``; all but the linear layer is optional.
 
     Args:
-        x: (..., inputs), in the dtype of all other tensors.
+        x: (..., inputs). All other tensors must have its dtype.
         packed: from `pack_weight`.
-        outputs: of the layer.
+        outputs: number of outputs of the layer.
         bias: (outputs,).
-        norm_weight, norm_bias: (inputs,), both or none.
+        norm_weight, norm_bias: (inputs,), both or neither.
         eps: added to the variance.
-        relu: whether the activation follows.
+        relu: whether to apply ReLU.
         residual: (..., outputs), not with ``relu``.
 
     Returns:
         (..., outputs).
 
     Raises:
-        ValueError: if shapes do not fit together.
+        ValueError: if shapes or devices do not match, or for a combination of arguments ruled out above.
         TypeError: if dtypes differ.
     """
-    expected = {
-        "packed": (-(-outputs // COLUMNS), x.shape[-1], COLUMNS),
-        "bias": (outputs,),
-        "norm_weight": (x.shape[-1],),
-        "norm_bias": (x.shape[-1],),
-        "residual": (*x.shape[:-1], outputs),
-    }
-    given = dict(packed=packed, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual)
-    _check(x, given, expected)
+    tensors = dict(packed=packed, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual)
+    _check(LINEAR_LAYOUTS, x, tensors, inputs=x.shape[-1], outputs=outputs, blocks=-(-outputs // COLUMNS))
+    if residual is not None and residual.shape != (*x.shape[:-1], outputs):
+        raise ValueError(f"residual must have shape {(*x.shape[:-1], outputs)}, got {tuple(residual.shape)}")
     if (norm_weight is None) != (norm_bias is None):
-        raise ValueError("give both norm_weight and norm_bias, or none of them")
+        raise ValueError("give both norm_weight and norm_bias, or neither")
     if relu and residual is not None:
         raise ValueError("give relu or a residual, not both")
-    bias, norm_weight, norm_bias, residual = (
-        None if tensor is None else tensor.contiguous() for tensor in (bias, norm_weight, norm_bias, residual)
-    )
-    tensors = (packed.contiguous(), bias, norm_weight, norm_bias, residual)
-    return PACKED_LINEAR(x.contiguous(), *tensors, outputs, eps, relu)
+    contiguous = (None if tensor is None else tensor.contiguous() for tensor in tensors.values())
+    return PACKED_LINEAR(x.contiguous(), *contiguous, outputs, eps, relu)
 
 
 def packed_mlp(
@@ -108,32 +109,23 @@ def packed_mlp(
     project: Tensor,
     project_bias: Tensor,
 ) -> Tensor:
-    """``x + linear(gelu(linear(layer_norm(x))))``; the hidden activations never reach memory.
+    """``x + linear(gelu(linear(layer_norm(x))))``; the hidden activations stay in the cache.
 
     Args:
-        x: (..., dim), in the dtype of all other tensors.
+        x: (..., dim). All other tensors must have its dtype.
         norm_weight, norm_bias: (dim,).
         eps: added to the variance.
         expand, project: from `pack_weight`, of weights (hidden, dim) and (dim, hidden).
         expand_bias, project_bias: (hidden,) and (dim,).
 
     Returns:
-        The shape of ``x``.
+        A tensor of the shape of ``x``.
 
     Raises:
-        ValueError: if shapes do not fit together.
+        ValueError: if shapes or devices do not match.
         TypeError: if dtypes differ.
     """
-    dim, hidden = x.shape[-1], project.shape[1]
-    expected = {
-        "norm_weight": (dim,),
-        "norm_bias": (dim,),
-        "expand": (-(-hidden // COLUMNS), dim, COLUMNS),
-        "expand_bias": (hidden,),
-        "project": (-(-dim // COLUMNS), hidden, COLUMNS),
-        "project_bias": (dim,),
-    }
-    given = dict(
+    tensors = dict(
         norm_weight=norm_weight,
         norm_bias=norm_bias,
         expand=expand,
@@ -141,13 +133,21 @@ def packed_mlp(
         project=project,
         project_bias=project_bias,
     )
-    _check(x, given, expected)
-    weights = (norm_weight, norm_bias, expand, expand_bias, project, project_bias)
-    return PACKED_MLP(x.contiguous(), *(weight.contiguous() for weight in weights), eps)
+    dim, hidden = x.shape[-1], len(expand_bias)
+    blocks = dict(dim_blocks=-(-dim // COLUMNS), hidden_blocks=-(-hidden // COLUMNS))
+    _check(MLP_LAYOUTS, x, tensors, dim=dim, hidden=hidden, **blocks)
+    return PACKED_MLP(x.contiguous(), *(tensor.contiguous() for tensor in tensors.values()), eps)
+
+
+def _check(expected: dict[str, Layout], x: Tensor, tensors: dict[str, Tensor | None], **sizes: int) -> None:
+    check_tensors(expected, {"x": x, **tensors}, **sizes)
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
 def unpack_weight(packed: Tensor, outputs: int) -> Tensor:
-    """Undo `pack_weight`: the weight (outputs, inputs)."""
+    """Undo `pack_weight`: return the original weight, (outputs, inputs)."""
     pair = _inputs_per_row(packed.dtype)
     blocks, inputs, columns = packed.shape
     pairs = packed.view(blocks, inputs // pair, columns, pair)
@@ -155,7 +155,7 @@ def unpack_weight(packed: Tensor, outputs: int) -> Tensor:
 
 
 def _inputs_per_row(dtype: torch.dtype) -> int:
-    """How many inputs lie side by side: matrix units take half-precision values in pairs."""
+    """How many inputs are stored side by side: matrix units take half-precision values in pairs."""
     return 2 if dtype.itemsize == 2 else 1
 
 
@@ -194,52 +194,31 @@ def mlp_reference(
     return linear_reference(F.gelu(hidden), project, project_bias, None, None, x, len(project_bias), 0.0, False)
 
 
-def _linear_forward(backend: ModuleType, x: Tensor, *others: Any) -> Tensor:
-    if not backend.can_pack(x.dtype):  # packed on another machine
-        return linear_reference(x, *others)
-    packed, bias, norm_weight, norm_bias, residual, outputs, eps, relu = others
-    return backend.packed_linear(x, packed, outputs, bias, norm_weight, norm_bias, eps, relu, residual)
+def _packed_on(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The backend's function; the reference implementation for a model that was packed on another machine."""
 
+    def forward(backend: ModuleType, x: Tensor, *others: Any) -> Tensor:
+        return (getattr(backend, name) if backend.can_pack(x.dtype) else reference)(x, *others)
 
-def _mlp_forward(backend: ModuleType, x: Tensor, *others: Any) -> Tensor:
-    if not backend.can_pack(x.dtype):
-        return mlp_reference(x, *others)
-    norm_weight, norm_bias, *layers, eps = others
-    return backend.packed_mlp(x, norm_weight, norm_bias, eps, *layers)
-
-
-def _linear_flops(x: Sequence[int], packed: Sequence[int], *others: Any) -> int:
-    return 2 * math.prod(x) * others[4]
-
-
-def _mlp_flops(x: Sequence[int], *others: Any) -> int:
-    return 4 * math.prod(x) * others[3][0]
+    return forward
 
 
 PACKED_LINEAR = Operator(
     "packed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
     "int outputs, float eps, bool relu) -> Tensor",
     linear_reference,
-    _linear_forward,
     fake=lambda x, *others: x.new_empty(*x.shape[:-1], others[5]),
-    flops=_linear_flops,
+    forward=_packed_on("packed_linear", linear_reference),
+    differentiable=False,
+    flops=lambda x, *others: 2 * math.prod(x) * others[5],
 )
 PACKED_MLP = Operator(
     "packed_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tensor expand_bias, Tensor project, "
     "Tensor project_bias, float eps) -> Tensor",
     mlp_reference,
-    _mlp_forward,
     fake=lambda x, *_: torch.empty_like(x),
+    forward=_packed_on("packed_mlp", mlp_reference),
+    differentiable=False,
     served_as="packed_linear",
-    flops=_mlp_flops,
+    flops=lambda x, *others: 4 * math.prod(x) * others[3][0],
 )
-
-
-def _check(x: Tensor, given: dict[str, Tensor | None], expected: dict[str, tuple[int, ...]]) -> None:
-    for name, tensor in given.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{name} must be {expected[name]} for x of {tuple(x.shape)}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must be of x's dtype, {x.dtype}, got {tensor.dtype}")

@@ -1,4 +1,4 @@
-"""The first-order linear recurrence as a work-efficient parallel scan, and in a form for exported graphs."""
+"""The first-order linear recurrence, as a work-efficient parallel scan and in a form for exported graphs."""
 
 import math
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from . import backends
 
-LARGEST_BLOCK = 8  # tokens that ``scan_in_blocks`` goes through one after the other
+LARGEST_BLOCK = 8  # tokens that `scan_in_blocks` processes one after the other
 
 
 def linear_recurrence(decays: Tensor, inputs: Tensor) -> Tensor:
     """Solve ``h[0] = inputs[0]``, ``h[t + 1] = decays[t] * h[t] + inputs[t + 1]``.
 
     Neighbouring steps are composed pairwise, so the work is linear in L and the depth logarithmic.
-    Decays are only ever multiplied with each other, never divided or accumulated in logarithms:
-    with decays in [0, 1] nothing can overflow, and a decay that underflows to 0 simply forgets the past.
-    Differentiable any number of times, also in forward mode and under the transforms of torch.func.
+    Decays are only multiplied, never divided or summed as logarithms: decays in [0, 1] cannot overflow, and a decay
+    that underflows to 0 forgets the past.
+    Differentiable any number of times, also in forward mode and under transforms of torch.func.
 
     Args:
-        decays: (..., L - 1), the factor that carries step t into step t + 1.
+        decays: (..., L - 1), the factors from step t to step t + 1.
         inputs: (..., L) with L >= 1, of the same dtype.
 
     Returns:
@@ -37,7 +37,7 @@ def linear_recurrence(decays: Tensor, inputs: Tensor) -> Tensor:
 
 @torch.library.custom_op("spatial_mamba::linear_recurrence", mutates_args=())
 def _operator(decays: Tensor, inputs: Tensor) -> Tensor:
-    """An operator of its own for compilers, which would otherwise meet the many small steps one by one."""
+    """A single operator for compilers, which would otherwise trace many small steps."""
     return _scan_pairwise(decays, inputs)
 
 
@@ -52,7 +52,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient is the same recurrence run backwards in time; only decays and states are saved for it."""
+    """The gradient is the same recurrence, backwards in time. It needs only decays and states."""
     decays, states = ctx.saved_tensors
     grad_inputs = _operator(decays.flip(-1), grad_states.flip(-1)).flip(-1)
     return grad_inputs[..., 1:] * states[..., :-1], grad_inputs
@@ -83,14 +83,13 @@ def _scan_pairwise(decays: Tensor, inputs: Tensor) -> Tensor:
 def scan_in_blocks(decays: Tensor, inputs: Tensor) -> Tensor:
     """Solve ``h[0] = inputs[0]``, ``h[t] = decays[t] * h[t - 1] + inputs[t]`` in few, large, out-of-place operations.
 
-    For exported graphs, whose runtimes pay per operation and per copy: the tokens are cut into blocks, all blocks are
-    passed through side by side, token by token; the recurrence of their last states, shorter by the length of a
-    block, is solved by the same means and gives the states in front of the blocks, with which they are passed through
-    again. The work is linear in L; the number of operations is proportional to log L.
-    Decays are only multiplied, as in ``linear_recurrence``.
+    This is for exported graphs, whose runtimes pay per operation and per copy. All blocks of tokens are scanned in
+    parallel, token by token. Their last states form a shorter recurrence, which is solved in the same way. It yields
+    the states before the blocks, with which the blocks are scanned again. The work is linear in L, and the number of
+    operations is proportional to log L. Decays are only multiplied, as in `linear_recurrence`.
 
     Args:
-        decays: (batch, L, dim), finite, the factors that carry step t - 1 into step t; the first does not matter.
+        decays: (batch, L, dim), finite, the factors from step t - 1 to step t; the first is not used.
         inputs: (batch, L, dim) with L >= 1, of the same dtype.
 
     Returns:
@@ -106,10 +105,10 @@ def scan_in_blocks(decays: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _scan_blocks(decays: Tensor, inputs: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The states (batch, L, dim) of L tokens, L being the product of the sizes of blocks, from the innermost on."""
+    """The states (batch, L, dim), where L is the product of the block sizes, innermost first."""
     size, *outer_sizes = sizes
     blocks = (inputs.shape[1] // size, size)
-    # One (batch, blocks, 1, dim) per position in a block.
+    # For each position in a block, a tensor (batch, blocks, 1, dim).
     a, x = (tokens.unflatten(1, blocks).split(1, dim=2) for tokens in (decays, inputs))
     first = x[0]
     if outer_sizes:
@@ -127,7 +126,7 @@ def _scan_blocks(decays: Tensor, inputs: Tensor, sizes: Sequence[int]) -> Tensor
 
 @cache
 def _block_sizes(length: int) -> tuple[int, ...]:
-    """Sizes of nested blocks that hold ``length`` tokens with the least left over, and of these the fewest."""
+    """Sizes of nested blocks for ``length`` tokens: with the least padding, and then the fewest."""
     if length <= LARGEST_BLOCK:
         return (length,)
     plans = [(size, *_block_sizes(math.ceil(length / size))) for size in range(LARGEST_BLOCK, 1, -1)]

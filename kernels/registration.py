@@ -1,4 +1,4 @@
-"""Registers an operator with PyTorch: the backend that runs it, shapes, gradients of any order, and FLOPs."""
+"""Register an operator with PyTorch: its backends, output shapes, gradients of any order, and FLOPs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,30 +18,31 @@ _AUTOGRAD_KEYS = [getattr(torch._C.DispatchKey, f"Autograd{name}") for name in (
 
 @dataclass
 class Operator:
-    """An operator ``spatial_mamba::NAME``. Tensor arguments must precede all others; the first selects the backend.
+    """The operator ``spatial_mamba::NAME``. Its first tensor selects the backend. Call it with positional arguments.
 
-    Calling it, with positional arguments, runs either the reference implementation, left to autograd, or the registered
-    custom operator, which runs a native backend. On the backend "torch" the custom operator is thus not used, and FLOPs
-    are those of PyTorch's operators.
+    Where a native backend serves, PyTorch sees one custom operator. Where the reference implementation serves, it runs
+    as ordinary PyTorch code: PyTorch differentiates it and counts the FLOPs of the operations in it.
 
     Args:
-        schema: ``"NAME(ARGUMENTS) -> OUTPUTS"``, without defaults.
-        reference: ``reference(*arguments) -> outputs``, the reference implementation.
-        forward: ``forward(backend, *arguments) -> outputs``, computed by a native backend: the module or namespace that
-            holds its functions. Never called where no backend has a file of the operator.
-        fake: ``fake(*arguments) -> outputs``, empty, of the shapes and dtypes of the reference implementation's.
-        backward: ``backward(backend, *grads, *tensors, *kept, *others) -> gradients of the tensors``, computed by a
-            native backend. Without it the custom operator has no gradients.
+        schema: ``"NAME(ARGUMENTS) -> OUTPUTS"``, without defaults; tensor arguments must precede all others.
+        reference: ``reference(*arguments) -> outputs``, the reference implementation; also gives higher derivatives.
+        fake: ``fake(*arguments) -> outputs``, empty tensors with the shapes and dtypes of the outputs.
+        forward: ``forward(backend, *arguments) -> outputs``, with the module or namespace of a native backend. By
+            default ``backend.NAME(*arguments)``.
+        backward: ``backward(backend, *grads, *tensors, *kept, *others) -> gradients of the tensors``. By default
+            ``backend.NAME_backward(...)``.
+        differentiable: whether the custom operator has gradients.
         kept: number of trailing outputs that only the backward pass needs; calls do not return them.
-        served_as: the operator whose backend serves this one, for an operator made of others.
+        served_as: for an operator composed of others, the one whose backend serves it.
         flops: ``flops(*shapes) -> number``, from the shapes of the arguments, for PyTorch's FLOP counter.
     """
 
     schema: str
     reference: Callable[..., Any]
-    forward: Callable[..., Any]
     fake: Callable[..., Any]
+    forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
+    differentiable: bool = True
     kept: int = 0
     served_as: str | None = None
     flops: Callable[..., int] | None = None
@@ -51,6 +52,8 @@ class Operator:
         inputs, _, returns = signature.partition(") -> ")
         inputs = inputs.split(", ")
         self.served_as = self.served_as or self.name
+        self.forward = self.forward or (lambda backend, *inputs: getattr(backend, self.name)(*inputs))
+        self.backward = self.backward or (lambda backend, *inputs: getattr(backend, f"{self.name}_backward")(*inputs))
         self.num_tensors = sum(argument.startswith("Tensor") for argument in inputs)
         if any("Tensor" in argument for argument in inputs[self.num_tensors :]):
             raise ValueError(f"{self.schema}: tensor arguments must precede all others")
@@ -59,7 +62,7 @@ class Operator:
         name = f"spatial_mamba::{self.name}"
         operator = custom_op(name, self.run, mutates_args=(), schema=f"({signature}")
         operator.register_fake(self.fake)
-        if self.backward is not None:
+        if self.differentiable:
             grads = [f"Tensor grad{i}" for i in range(self.num_differentiable)]
             kept = [f"Tensor kept{i}" for i in range(self.kept)]
             signature = ", ".join([*grads, *inputs[: self.num_tensors], *kept, *inputs[self.num_tensors :]])
@@ -78,19 +81,19 @@ class Operator:
         return outputs[0] if self.num_differentiable == 1 else outputs[: self.num_differentiable]
 
     def run(self, *arguments: Any) -> Any:
-        """The outputs, from the backend that serves the first tensor; not differentiable."""
+        """Compute the outputs on the backend that serves the first tensor; not differentiable."""
         with without_autocast(arguments[0]):
             if backend := backends.module_for(arguments[0], self.served_as):
                 return self.forward(backend, *arguments)
             outputs = self.reference(*arguments)
-        # Copied, because outputs of custom operators may not share memory with anything.
+        # Copied, because outputs of custom operators must not share memory with anything.
         copies = tuple(x.clone(memory_format=torch.contiguous_format) for x in _as_tuple(outputs))
         return copies if isinstance(outputs, tuple) else copies[0]
 
     def run_backward(self, *arguments: Any, **into: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the tensor arguments, an empty tensor for an absent one.
+        """Compute the gradients of the tensor arguments, an empty tensor for an absent one.
 
-        Keyword arguments are preallocated gradients for native backends to write into.
+        Keyword arguments are preallocated gradients that native backends write into.
         """
         first = arguments[self.num_differentiable]
         with without_autocast(first):
@@ -140,7 +143,7 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _autograd_enabled() -> Iterator[None]:
-    """Enable autograd inside a custom operator, where PyTorch masks its dispatch keys."""
+    """Enable autograd inside a custom operator, where PyTorch excludes its dispatch keys."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:
         excluded = excluded.remove(key)

@@ -1,5 +1,6 @@
 """Everything between the two linear projections of a Spatial-Mamba block, as one operator."""
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,24 @@ from .depthwise_conv import reference as conv_reference
 from .gated_norm import GATED_NORM
 from .gated_norm import reference as norm_reference
 from .registration import Operator
-from .state_fusion import check_branches, check_dilations, merge_taps, tap_offsets
+from .state_fusion import check_branches, check_dilations, kernel_sizes_of, merge_taps, tap_offsets
 from .structure_aware_scan import CORE_TENSORS, STRUCTURE_AWARE_SCAN, flops_per_element
 from .structure_aware_scan import reference as core_reference
-from .tensors import at_token_stride, check_tensors
+from .tensors import at_token_stride, check_tensors, layouts
+
+LAYOUTS = layouts(
+    xz="batch, H, W, 2 dim",
+    conv_weight="dim, 1, 3, 3",
+    conv_bias="dim",
+    step_weight="dim, R",
+    projection_weight="R + 2, dim",
+    step_bias="dim",
+    A_log="dim",
+    D="dim",
+    norm_weight="dim",
+    norm_bias="dim",
+    taps="T, dim",
+)
 
 
 def spatial_mixer(
@@ -42,18 +57,18 @@ def spatial_mixer(
 
     With x and z the halves of ``xz``: ``u = silu(depthwise_conv(x))``, ``p = projection_weight u``,
     ``y = structure_aware_scan(u, p, ...)``, and the result is ``gated_norm(y, z)``. u and p are rounded to the dtype of
-    ``xz``, as by separate operators; y is not. Autocast changes nothing. The native forms write the gradient of
-    ``xz`` in one piece, and keep ``xz``, u, p, y and one state per row of tokens for it.
+    ``xz``, as by separate operators; y is not. Autocast has no effect. For the backward pass, native backends keep
+    ``xz``, u, p, y and one state per row of tokens.
     Source: Xiao et al., "Spatial-Mamba", arXiv 2410.15091, section 4.1, with one state per channel.
 
     Args:
-        xz: (batch, H, W, 2 dim), the tokens, then their gate.
+        xz: (batch, H, W, 2 dim), the tokens and their gate, concatenated.
         conv_weight: (dim, 1, 3, 3).
         conv_bias: (dim,).
-        projection_weight: (R + 2, dim), projects u to the low-rank step (R channels), B and C.
-        step_weight: (dim, R), R >= 1, expands the low-rank step to the steps of all channels.
-        step_bias: (dim,), added to the steps before the softplus.
-        A_log: (dim,), logarithm of the rates of decay.
+        projection_weight: (R + 2, dim), projects u to the low-rank delta (R channels), B and C.
+        step_weight: (dim, R), R >= 1, expands the low-rank delta to all channels.
+        step_bias: (dim,), added before the softplus.
+        A_log: (dim,), the logarithm of -A.
         D: (dim,), weight of the skip connection.
         kernels: K tensors (dim, 1, k, k) of odd k; None if ``taps`` are given.
         alpha: (K,), the weight of each kernel; None if ``taps`` are given.
@@ -61,17 +76,16 @@ def spatial_mixer(
         norm_bias: (dim,).
         dilations: K positive integers.
         eps: added to the variance.
-        taps: (T, dim), what ``merge_taps`` makes of K kernels, in place of ``kernels`` and ``alpha``: saves merging
-            weights that no longer change.
-        kernel_sizes: of these K kernels; 3 each unless given.
+        taps: (T, dim), from ``merge_taps``, instead of ``kernels`` and ``alpha``: saves merging constant weights.
+        kernel_sizes: the K sizes of the kernels in ``taps``, 3 each by default.
 
     Returns:
         The result, (batch, H, W, dim), contiguous and in the dtype of ``xz``.
 
     Raises:
-        ValueError: if shapes or devices do not fit together, the numbers of kernels, weights and dilations differ, or
-            not exactly one of ``kernels`` with ``alpha`` and ``taps`` is given.
-        TypeError: for a tensor that is not of a floating-point type.
+        ValueError: if shapes or devices do not match, if the numbers of kernels, weights and dilations differ, or
+            unless either ``kernels`` with ``alpha`` or ``taps`` are given.
+        TypeError: if a tensor is not of a real floating-point type.
     """
     weights = dict(
         conv_weight=conv_weight,
@@ -84,33 +98,36 @@ def spatial_mixer(
         norm_weight=norm_weight,
         norm_bias=norm_bias,
     )
-    if kernels is not None:
-        kernel_sizes = [kernel.shape[-1] for kernel in kernels]
-    elif kernel_sizes is None:
-        kernel_sizes = [3] * len(dilations)
-    _check_arguments(xz, weights, kernels, alpha, taps, dilations, kernel_sizes)
+    axes = check_tensors(LAYOUTS, {"xz": xz, **weights})
+    if (kernels is None) != (alpha is None) or (kernels is None) == (taps is None):
+        given = [k for k, v in (("kernels", kernels), ("alpha", alpha), ("taps", taps)) if v is not None]
+        raise ValueError(f"give either kernels and alpha, or taps; got {', '.join(given) or 'none of them'}")
     compute_dtype = torch.promote_types(xz.dtype, torch.float32)
+    if kernels is not None:
+        check_branches(kernels, alpha, dilations, axes["dim"], xz=xz)
+        sizes = kernel_sizes_of(kernels)
+        taps = merge_taps(kernels, alpha.to(compute_dtype), dilations)
+    else:
+        sizes = [3] * len(dilations) if kernel_sizes is None else list(kernel_sizes)
+        check_dilations(dilations)
+        if len(sizes) != len(dilations) or any(size < 1 or size % 2 == 0 for size in sizes):
+            raise ValueError(f"kernel_sizes must be odd, one per dilation of {tuple(dilations)}, got {tuple(sizes)}")
+        check_tensors(LAYOUTS, dict(xz=xz, taps=taps), T=len(tap_offsets(sizes, dilations)) // 2)
 
     dtypes = {"projection_weight": xz.dtype}  # so that the product runs on half-precision units
     weights["conv_weight"] = conv_weight.flatten(1)
     weights = {name: weight.to(dtypes.get(name, compute_dtype)).contiguous() for name, weight in weights.items()}
-    if taps is None:
-        taps = merge_taps(kernels, alpha.to(compute_dtype), dilations)
-    norm = (weights.pop("norm_weight"), weights.pop("norm_bias"))
     taps = taps.to(compute_dtype).contiguous()
-    return SPATIAL_MIXER(xz, *weights.values(), taps, *norm, list(kernel_sizes), list(dilations), eps)
+    norm = (weights.pop("norm_weight"), weights.pop("norm_bias"))
+    return SPATIAL_MIXER(xz, *weights.values(), taps, *norm, sizes, list(dilations), eps)
 
 
 def reference(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    projection_weight: Tensor,
-    *others: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The reference implementation: the outputs, then u, projection, y and the states before each row.
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    """The reference implementation: the outputs, then u, projection, y and the state before each row.
 
-    conv_weight is (dim, 9), taps (T, dim). projection_weight is in the dtype of xz, all others in the compute dtype.
+    conv_weight has shape (dim, 9), taps (T, dim). projection_weight has the dtype of xz, all others the compute dtype.
     """
     *core, norm_weight, norm_bias, sizes, dilations, eps = others
     x, gate = xz.chunk(2, dim=-1)
@@ -122,7 +139,7 @@ def reference(
 
 def _forward(
     _: ModuleType, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     *core, norm_weight, norm_bias, sizes, dilations, eps = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
@@ -132,16 +149,10 @@ def _forward(
 
 
 def _backward(
-    _: ModuleType,
-    grad_out: Tensor,
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    projection_weight: Tensor,
-    *others: Any,
-) -> Sequence[Tensor]:
-    """Native backends write the halves of the first gradient where they belong."""
-    *core, norm_weight, norm_bias, u, projection, y, row_states, sizes, dilations, eps = others
+    _: ModuleType, grad_out: Tensor, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    """Native backends write both halves of the gradient of ``xz`` in place."""
+    projection_weight, *core, norm_weight, norm_bias, u, projection, y, row_states, sizes, dilations, eps = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
     grad_xz = xz.new_empty(xz.shape)
     grad_x, grad_gate = grad_xz.chunk(2, dim=-1)
@@ -162,9 +173,7 @@ def _backward(
     return grad_xz, *conv_grads, grad_projection_weight, *core_grads, *norm_grads
 
 
-def _fake(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
     *image, channels = xz.shape
     dim, compute = channels // 2, conv_weight
     out, u = xz.new_empty(*image, dim), xz.new_empty(*image, dim)
@@ -172,17 +181,10 @@ def _fake(
     return out, u, projection, compute.new_empty(*image, dim), compute.new_empty(*image[:2], dim)
 
 
-def _flops(
-    xz: Sequence[int],
-    conv_weight: Sequence[int],
-    conv_bias: Sequence[int],
-    projection_weight: Sequence[int],
-    step_weight: Sequence[int],
-    *others: Any,
-) -> int:
-    taps = others[3]
+def _flops(xz: Sequence[int], *weights: Any) -> int:
+    conv_weight, _, projection_weight, step_weight, _, _, _, taps, *_ = weights
     per_element = CONV_FLOPS + 2 * projection_weight[0] + flops_per_element(step_weight[1], taps[0])
-    return xz[0] * xz[1] * xz[2] * conv_bias[0] * per_element
+    return math.prod(xz[:3]) * conv_weight[0] * per_element
 
 
 SPATIAL_MIXER = Operator(
@@ -190,58 +192,10 @@ SPATIAL_MIXER = Operator(
     "Tensor norm_weight, Tensor norm_bias, int[] sizes, int[] dilations, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference,
-    _forward,
     _fake,
+    _forward,
     _backward,
     kept=4,
-    flops=_flops,
     served_as="structure_aware_scan",
+    flops=_flops,
 )
-
-
-def _check_arguments(
-    xz: Tensor,
-    weights: dict[str, Tensor],
-    kernels: Sequence[Tensor] | None,
-    alpha: Tensor | None,
-    taps: Tensor | None,
-    dilations: Sequence[int],
-    kernel_sizes: Sequence[int],
-) -> None:
-    if xz.ndim != 4 or 0 in xz.shape[1:] or xz.shape[-1] % 2:
-        raise ValueError(f"xz must be (batch, H, W, 2 dim), none but batch zero, got {tuple(xz.shape)}")
-    dim = xz.shape[-1] // 2
-    step_weight = weights["step_weight"]
-    if step_weight.ndim != 2 or step_weight.shape[0] != dim or step_weight.shape[1] < 1:
-        raise ValueError(f"step_weight must be (dim, R) with dim = {dim} and R >= 1, got {tuple(step_weight.shape)}")
-    layouts = {
-        "conv_weight": ("(dim, 1, 3, 3)", (dim, 1, 3, 3)),
-        "projection_weight": ("(R + 2, dim)", (step_weight.shape[1] + 2, dim)),
-        "step_weight": ("(dim, R)", tuple(step_weight.shape)),
-    }
-    for name, weight in weights.items():
-        layout, expected = layouts.get(name, ("(dim,)", (dim,)))
-        if tuple(weight.shape) != expected:
-            raise ValueError(f"{name} must be {layout} = {expected}, got {tuple(weight.shape)}")
-
-    if (kernels is None) != (alpha is None) or (kernels is None) == (taps is None):
-        given = [k for k, v in (("kernels", kernels), ("alpha", alpha), ("taps", taps)) if v is not None]
-        raise ValueError(f"give either kernels and alpha, or taps; got {', '.join(given) or 'none of them'}")
-    tensors = {"xz": xz, **weights}  # a union would break the graph of torch.compile before PyTorch 2.7
-    if taps is None:
-        check_branches(kernels, alpha, dilations, dim)
-        tensors = {**tensors, "alpha": alpha, **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}}
-    else:
-        check_dilations(dilations)
-        if len(kernel_sizes) != len(dilations) or any(size < 1 or size % 2 == 0 for size in kernel_sizes):
-            raise ValueError(
-                f"kernel_sizes must be odd, one per dilation of {tuple(dilations)}, got {tuple(kernel_sizes)}"
-            )
-        expected = (len(tap_offsets(kernel_sizes, dilations)) // 2, dim)
-        if tuple(taps.shape) != expected:
-            raise ValueError(
-                f"taps must be (T, dim) = {expected} for kernels of sizes {tuple(kernel_sizes)} with "
-                f"dilations {tuple(dilations)}, got {tuple(taps.shape)}"
-            )
-        tensors = {**tensors, "taps": taps}
-    check_tensors(tensors)

@@ -1,18 +1,20 @@
-"""Structure-aware state fusion (SASF): dilated depthwise convolutions of the states, summed up.
+"""Structure-aware state fusion (SASF): a weighted sum of dilated depthwise convolutions of the states.
 
-Kernels that share neighbours are merged into taps: one weight per distinct neighbour and channel. Sizes 3, 3, 3 with
-dilations 1, 3, 5 read 25 neighbours: 27 weights, of which three fall on the centre.
+Kernels are merged into taps: one weight per distinct neighbour and channel. Three 3x3 kernels with dilations 1, 3, 5
+have 27 weights but 25 taps, since they share the centre.
 """
 
+import math
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import check_tensors
+from .tensors import check_tensors, layouts
+
+LAYOUTS = layouts(h="batch, dim, H, W")
 
 
 def state_fusion(
@@ -23,9 +25,8 @@ def state_fusion(
 ) -> Tensor:
     """Mix each state with its 2-D neighbours: ``sum_k alpha_k conv_k(h)``.
 
-    Each ``conv_k`` is a depthwise convolution (cross-correlation) of stride 1 whose borders repeat the edge
-    states, so that the size is kept. Computed in float32 (float64 for float64 input), also under autocast.
-    Nothing derived from the weights is kept between calls.
+    Each ``conv_k`` is a depthwise convolution (cross-correlation) with stride 1 and replicate padding, which keeps the
+    size. Computed in float32 (float64 for float64 input), also under autocast. Nothing is cached between calls.
     Source: Xiao et al., "Spatial-Mamba", arXiv 2410.15091, structure-aware state fusion.
 
     Args:
@@ -38,18 +39,18 @@ def state_fusion(
         The fused states, (batch, dim, H, W), in the dtype of ``h``.
 
     Raises:
-        ValueError: if shapes or devices do not fit, or the numbers of kernels, weights and dilations differ.
-        TypeError: for a tensor that is not of a real floating-point type.
+        ValueError: if shapes or devices do not match, or the numbers of kernels, weights and dilations differ.
+        TypeError: if a tensor is not of a real floating-point type.
     """
-    _check_arguments(h, kernels, alpha, dilations)
+    sizes = check_tensors(LAYOUTS, dict(h=h))
+    check_branches(kernels, alpha, dilations, sizes["dim"], h=h)
     taps = merge_taps(kernels, alpha.to(torch.promote_types(h.dtype, torch.float32)), dilations)
     tokens = h.permute(0, 2, 3, 1).contiguous()  # (batch, H, W, dim)
-    sizes = [kernel.shape[-1] for kernel in kernels]
-    return STATE_FUSION(tokens, taps, sizes, list(dilations)).permute(0, 3, 1, 2)
+    return STATE_FUSION(tokens, taps, kernel_sizes_of(kernels), list(dilations)).permute(0, 3, 1, 2)
 
 
 def reference(h: Tensor, taps: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> Tensor:
-    """The reference implementation: states (batch, H, W, dim), taps (T, dim) in the compute dtype."""
+    """The reference implementation, with states (batch, H, W, dim) and taps (T, dim) in the compute dtype."""
     states = h.to(taps.dtype)
     fused = torch.zeros_like(states)
     for kernel, dilation in zip(split_taps(taps, sizes, dilations), dilations, strict=True):
@@ -61,8 +62,8 @@ def reference(h: Tensor, taps: Tensor, sizes: Sequence[int], dilations: Sequence
 def repeat_edges(x: Tensor, reach: int) -> Tensor:
     """Replicate padding by ``reach`` on all sides of (batch, H, W, dim).
 
-    PyTorch's own is neither deterministic in its backward pass on GPUs, nor right under Inductor for
-    channels-last inputs (2.11).
+    PyTorch's own padding has a nondeterministic backward pass on GPUs, and Inductor (2.11) compiles it wrongly for
+    channels-last inputs.
     """
     for axis in (1, 2):
         first, last = x.narrow(axis, 0, 1), x.narrow(axis, x.shape[axis] - 1, 1)
@@ -71,12 +72,12 @@ def repeat_edges(x: Tensor, reach: int) -> Tensor:
 
 
 def tap_offsets(sizes: Sequence[int], dilations: Sequence[int]) -> list[int]:
-    """Distinct (row, column) offsets of square kernels of odd ``sizes``, sorted, as one flat list of 2 T integers."""
+    """Distinct (row, column) offsets of square kernels with odd ``sizes``, sorted, as a flat list of 2 T integers."""
     return [coordinate for offset in _distinct(sizes, dilations) for coordinate in offset]
 
 
 def merge_taps(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int]) -> Tensor:
-    """Sum the weights ``alpha_k kernel_k`` per distinct offset, differentiably.
+    """Sum the weights ``alpha_k kernel_k`` per distinct offset. Differentiable.
 
     Args:
         kernels: K tensors (dim, 1, k, k) of odd k.
@@ -86,7 +87,7 @@ def merge_taps(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int
     Returns:
         (T, dim), in the order of ``tap_offsets`` and in the dtype of ``alpha``.
     """
-    sizes = [kernel.shape[-1] for kernel in kernels]
+    sizes = kernel_sizes_of(kernels)
     merged: dict[tuple[int, int], Tensor] = {}
     for kernel, weight, size, dilation in zip(kernels, alpha.unbind(), sizes, dilations, strict=True):
         columns = (weight * kernel.to(alpha.dtype).flatten(1)).unbind(1)  # k * k of (dim,)
@@ -96,18 +97,21 @@ def merge_taps(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int
 
 
 def split_taps(taps: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
-    """Kernels (dim, 1, size, size) that ``merge_taps`` with weights of 1 turns into ``taps``, (T, dim), differentiably.
+    """Undo `merge_taps` with weights of 1: turn taps (T, dim) into kernels (dim, 1, size, size). Differentiable.
 
     A tap that several kernels share goes to the first; the others are zero there.
     """
-    left = dict(zip(_distinct(sizes, dilations), taps.unbind(), strict=True))
-    none = torch.zeros_like(taps[0])
-    return [
-        torch.stack([left.pop(offset, none) for offset in _offsets(size, dilation)], dim=1).unflatten(
-            1, (1, size, size)
-        )
-        for size, dilation in zip(sizes, dilations, strict=True)
-    ]
+    remaining = dict(zip(_distinct(sizes, dilations), taps.unbind(), strict=True))
+    zeros = torch.zeros_like(taps[0])
+    kernels = []
+    for size, dilation in zip(sizes, dilations, strict=True):
+        columns = [remaining.pop(offset, zeros) for offset in _offsets(size, dilation)]
+        kernels.append(torch.stack(columns, dim=1).unflatten(1, (1, size, size)))
+    return kernels
+
+
+def kernel_sizes_of(kernels: Sequence[Tensor]) -> list[int]:
+    return [kernel.shape[-1] for kernel in kernels]
 
 
 def _offsets(size: int, dilation: int) -> list[tuple[int, int]]:
@@ -120,43 +124,30 @@ def _distinct(sizes: Sequence[int], dilations: Sequence[int]) -> list[tuple[int,
     return sorted({offset for pair in zip(sizes, dilations, strict=True) for offset in _offsets(*pair)})
 
 
-def _forward(backend: ModuleType, h: Tensor, taps: Tensor, *branches: Sequence[int]) -> Tensor:
-    return backend.state_fusion(h, taps, tap_offsets(*branches))
-
-
-def _backward(
-    backend: ModuleType, grad_out: Tensor, h: Tensor, taps: Tensor, *branches: Sequence[int]
-) -> Sequence[Tensor]:
-    return backend.state_fusion_backward(grad_out, h, taps, tap_offsets(*branches))
-
-
-def _flops(h: Sequence[int], taps: Sequence[int], *_: Sequence[int]) -> int:
-    return 2 * h[0] * h[1] * h[2] * taps[0] * taps[1]
-
-
 STATE_FUSION = Operator(
     "state_fusion(Tensor h, Tensor taps, int[] sizes, int[] dilations) -> Tensor",
     reference,
-    _forward,
     fake=lambda h, *_: torch.empty_like(h),
-    backward=_backward,
-    flops=_flops,
+    forward=lambda backend, h, taps, *branches: backend.state_fusion(h, taps, tap_offsets(*branches)),
+    backward=lambda backend, grad_out, h, taps, *branches: backend.state_fusion_backward(
+        grad_out, h, taps, tap_offsets(*branches)
+    ),
+    flops=lambda h, taps, *_: 2 * math.prod(h) * taps[0],
 )
 
 
-def _check_arguments(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int]) -> None:
-    if h.ndim != 4 or 0 in h.shape[1:]:
-        raise ValueError(f"h must be (batch, dim, H, W), none but batch zero, got {tuple(h.shape)}")
-    check_branches(kernels, alpha, dilations, h.shape[1])
-    check_tensors({"h": h, "alpha": alpha, **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}})
+def check_branches(
+    kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int], dim: int, **first: Tensor
+) -> None:
+    """Check that there are a (dim, 1, k, k) kernel, a weight and a dilation per branch, all on the device of ``first``.
 
-
-def check_branches(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int], dim: int) -> None:
-    """Raise ValueError unless there is one (dim, 1, k, k) kernel, one weight and one dilation per branch."""
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
     if alpha.ndim != 1 or not len(kernels) == len(dilations) == alpha.shape[0]:
         raise ValueError(
-            f"one kernel, one weight and one dilation per branch are needed, got {len(kernels)} kernels, "
-            f"alpha of {tuple(alpha.shape)} and dilations {tuple(dilations)}"
+            f"each branch needs one kernel, one weight and one dilation, got {len(kernels)} kernels, "
+            f"alpha of shape {tuple(alpha.shape)} and dilations {tuple(dilations)}"
         )
     if len(kernels) == 0:
         raise ValueError("kernels must hold at least one kernel")
@@ -164,9 +155,10 @@ def check_branches(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence
         size = kernel.shape[-1]
         if tuple(kernel.shape) != (dim, 1, size, size) or size % 2 == 0:
             raise ValueError(
-                f"a fusion kernel must be (dim, 1, k, k) with dim = {dim} and odd k, got {tuple(kernel.shape)}"
+                f"fusion kernels must have shape (dim, 1, k, k) with dim = {dim} and odd k, got {tuple(kernel.shape)}"
             )
     check_dilations(dilations)
+    check_tensors({}, {**first, "alpha": alpha, **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}})
 
 
 def check_dilations(dilations: Sequence[int]) -> None:

@@ -6,24 +6,69 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+Layout = list[tuple[str, int, str, int]]  # per axis: its text, which reads factor * sizes[name] + offset
 
-def check_tensors(tensors: Mapping[str, Tensor | None]) -> None:
-    """Check that all are floating-point tensors on one device.
+
+def layouts(**texts: str) -> dict[str, Layout]:
+    """Parse the axes of tensors for `check_tensors`, such as ``"batch, H, W, 2 dim"`` or ``"R + 2, dim"``."""
+    return {name: [_parse_axis(axis) for axis in text.split(", ")] for name, text in texts.items()}
+
+
+def _parse_axis(text: str) -> tuple[str, int, str, int]:
+    match text.split():
+        case [factor, name]:
+            return text, int(factor), name, 0
+        case [name, "+", offset]:
+            return text, 1, name, int(offset)
+    return (text, 0, "", int(text)) if text.isdecimal() else (text, 1, text, 0)
+
+
+def check_tensors(expected: Mapping[str, Layout], tensors: Mapping[str, Tensor | None], **sizes: int) -> dict[str, int]:
+    """Check arguments: their shapes, that they hold floating-point numbers, and that they are on one device.
+
+    Args:
+        expected: from `layouts`, checked in this order. The first tensor with an axis sets its size, which must be at
+            least 1, except for ``batch``.
+        tensors: by name; None is skipped. Tensors without a layout may have any shape.
+        sizes: axes whose sizes are known.
+
+    Returns:
+        The sizes of all axes.
 
     Raises:
-        TypeError: naming the argument that does not hold real floating-point numbers.
-        ValueError: naming the argument on another device than the first.
+        ValueError: if a shape does not fit, or a tensor is not on the device of the first.
+        TypeError: if a tensor is not of a real floating-point type.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, device = next((name, tensor.device) for name, tensor in given.items())
+    for name, layout in expected.items():
+        if name in given:
+            sizes = _match(name, tuple(given[name].shape), layout, sizes)
     for name, tensor in given.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be of a real floating-point type, got {tensor.dtype}")
-    first, *others = given.items()
-    for name, tensor in others:
-        if tensor.device != first[1].device:
-            raise ValueError(
-                f"{name} must be on the device of {first[0]}, {first[1].device}, but is on {tensor.device}"
-            )
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of {first}, {device}, but is on {tensor.device}")
+    return sizes
+
+
+def _match(name: str, shape: tuple[int, ...], layout: Layout, known: dict[str, int]) -> dict[str, int]:
+    """The known sizes of axes and those that this shape adds."""
+    sizes = dict(known)
+    fits = len(shape) == len(layout)
+    for size, (_, factor, axis, offset) in zip(shape, layout, strict=False):
+        if axis and axis not in sizes:
+            sizes[axis] = (size - offset) // factor
+            fits = fits and (sizes[axis] >= 1 or axis == "batch")
+        fits = fits and size == factor * sizes.get(axis, 0) + offset
+    if fits:
+        return sizes
+    names = dict.fromkeys(axis for _, _, axis, _ in layout if axis)
+    conditions = [f"{axis} = {known[axis]}" for axis in names if axis in known]
+    if free := [axis for axis in names if axis not in known and axis != "batch"]:
+        conditions.append(f"{', '.join(free)} >= 1")
+    axes = ", ".join(text for text, *_ in layout)
+    raise ValueError(f"{name} must have shape ({axes}) with {', '.join(conditions)}, got {shape}")
 
 
 def at_token_stride(x: Tensor) -> Tensor:
@@ -40,7 +85,7 @@ def at_token_stride(x: Tensor) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Autocast off on the device of a tensor; the meta device knows none."""
+    """Switch autocast off on the device of a tensor. The meta device has no autocast."""
     if tensor.is_meta:
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)

@@ -1,7 +1,7 @@
-"""Make the wheel of a release: the package, and a portable CPU library for every PyTorch release: ``make wheel``.
+"""Build the wheel of a release, with a portable CPU library for every PyTorch release: ``make wheel``.
 
-Each library is compiled and loaded by the Python of an environment that holds one PyTorch release. Without the names of
-such interpreters the environments are made one after the other, each removed before the next.
+Each library is compiled and loaded by a Python interpreter whose environment has one PyTorch release. Without
+interpreters on the command line, temporary environments are created one after the other.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 PACKAGE = Path(__file__).parent
 RELEASES = ("2.6", "2.7", "2.8", "2.9", "2.10", "2.11", "2.12", "2.13", "2.14")
-# Run by path, since the package would need more than PyTorch.
+# Run by path, since importing the package needs more than PyTorch.
 BUILD = """
 import runpy, sys, torch
 from pathlib import Path
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         for python in arguments.pythons or _environments():
-            python = Path(python).absolute()  # not resolved: that would leave the environment
+            python = Path(python).absolute()  # symbolic links stay: resolving them would leave the environment
             subprocess.run([python, "-c", BUILD, PACKAGE / "build.py", folder], check=True, cwd=folder)
         wheels = arguments.out.expanduser()
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", wheels, PACKAGE.parent]
@@ -56,6 +56,6 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)  # the command has said what is wrong
+        sys.exit(error.returncode)  # the command has printed what is wrong
     except OSError as error:
         sys.exit(f"error: {error}")

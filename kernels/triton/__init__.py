@@ -1,7 +1,7 @@
-"""The backend "triton": the operators as Triton kernels, for GPUs, and for the CPU in Triton's interpreter.
+"""The "triton" backend: the operators as Triton kernels, for GPUs and, in Triton's interpreter, for the CPU.
 
-The modules of the operators call these functions with shapes and dtypes as their reference implementations have them.
-No kernel adds atomically, so that results are the same from run to run.
+Arguments have the shapes and dtypes of the reference implementations. No kernel uses atomic additions, so results are
+the same in every run.
 """
 
 from .depthwise_conv import depthwise_conv, depthwise_conv_backward

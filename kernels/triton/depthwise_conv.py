@@ -1,11 +1,11 @@
-"""Depthwise 3x3 convolution and its adjoint: a program walks down a tile of columns and reads each row once.
+"""Depthwise 3x3 convolution and its adjoint. A program moves down a tile of columns and reads each row once.
 
-A row is read in three loads that are shifted by a column each. The rows of a tile are unrolled, for loads to be under
-way while earlier rows are summed.
+A row is read by three loads, each shifted by a column. The rows of a tile are unrolled, so that loads overlap with the
+sums of earlier rows.
 
-The adjoint needs the gradient before the SiLU at all neighbours of a token. A kernel of its own writes that to a
-scratch map of the I/O dtype, which is gone at the end: to recompute it within the adjoint takes three times the
-multiply-adds, for the columns beside, and their exponentials, which costs more than the traffic of a map.
+The adjoint needs the gradient before the SiLU at all neighbours of a token. A separate kernel writes it to a temporary
+map of the I/O dtype. Recomputing it within the adjoint would take three times the multiply-adds, and exponentials, for
+the neighbouring columns, and cost more than the memory traffic of the map.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from .device_functions import channel_block, load_float
 from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, multiprocessors, on_device_of_first
 
 MAX_ROWS, TILE_WIDTH, TILE_CHANNELS = 8, 8, 64  # 4 elements of a row per thread
-WARPS, ADJOINT_WARPS = 4, 8  # the adjoint has its sums in registers
+WARPS, ADJOINT_WARPS = 4, 8  # the adjoint keeps its sums in registers
 
 
 @on_device_of_first
@@ -56,7 +56,7 @@ def depthwise_conv_backward(
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Numbers of tiles and of blocks of channels, and sizes."""
+    """The numbers of tiles and of blocks of channels, and the block sizes."""
     batch, height, width, dim = x.shape
     block_width, block_dim = block(width, TILE_WIDTH), block(dim, TILE_CHANNELS)
     bands = triton.cdiv(height, MAX_ROWS)
@@ -102,7 +102,7 @@ def _taps(weight, channel, in_dim) -> tuple[tl.tensor, ...]:
 
 @triton.jit
 def _store_sums(parts, sums, dim, channel, in_dim) -> None:
-    """Over the columns, to (programs, dim, 10): the taps in order, then the bias."""
+    """Sum over the columns and write to (programs, dim, 10): the taps in order, then the bias."""
     place = (tl.program_id(0) * dim + channel) * 10
     for k in tl.static_range(10):
         tl.store(parts + place + k, tl.sum(sums[k], axis=0), mask=in_dim)
@@ -130,7 +130,7 @@ def _convolve(
     first, first_row, column = _tile(tl.program_id(0), height, width, ROWS, BLOCK_WIDTH)
     taps = _taps(weight, channel, in_dim)
     start = load_float(bias + channel, in_dim)[None, :] + tl.zeros((BLOCK_WIDTH, BLOCK_DIM), tl.float32)
-    before, here = start, start  # sums of the row before the one that is read, and of that one
+    before, here = start, start  # sums of the previous row and of the current one
     for i in tl.static_range(ROWS + 2):
         row = first_row + i - 1
         left = _load(x, stride, first, row, column - 1, height, width, channel, in_dim)
@@ -164,7 +164,7 @@ def _before_silu(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """The gradient before the SiLU in some tiles, and their share of the gradients of the weights and of the bias."""
+    """The gradient before the SiLU in some tiles, and their contribution to the gradients of weight and bias."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     taps = _taps(weight, channel, in_dim)
     start = load_float(bias + channel, in_dim)[None, :]
@@ -174,7 +174,7 @@ def _before_silu(
         sums += (zeros,)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first, first_row, column = _tile(tile, height, width, ROWS, BLOCK_WIDTH)
-        above, here = (zeros, zeros, zeros), (zeros, zeros, zeros)  # rows, shifted to the left, not at all, and right
+        above, here = (zeros, zeros, zeros), (zeros, zeros, zeros)  # rows, shifted left, unshifted, and shifted right
         for i in tl.static_range(ROWS + 2):
             row = first_row + i - 1
             below = (
@@ -218,9 +218,9 @@ def _adjoint(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """The gradient of the tokens of some tiles; their share of those of the weights and of the bias too, if asked for.
+    """The gradient of the tokens of some tiles; with ``parts`` also their contribution to those of weight and bias.
 
-    Both are products with the gradients around a token, so that only these are read with their neighbours.
+    All are products with the gradients around a token, so only the gradients are read with their neighbours.
     """
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     taps = _taps(weight, channel, in_dim)
@@ -230,8 +230,8 @@ def _adjoint(
         sums += (zeros,)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first, first_row, column = _tile(tile, height, width, ROWS, BLOCK_WIDTH)
-        before, here = zeros, zeros  # sums of the row before the one that is read, and of that one
-        token_above, token_here = zeros, zeros  # of the tile, 0 outside it
+        before, here = zeros, zeros  # sums of the previous row and of the current one
+        token_above, token_here = zeros, zeros  # 0 outside the tile
         for i in tl.static_range(ROWS + 2):
             row = first_row + i - 1
             left = _load(grad_convolved, dim, first, row, column - 1, height, width, channel, in_dim)

@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: loads, the step size, and the composition of stretches of the scan."""
+"""Device functions for all kernels: loads, softplus, and the composition of segments of the scan."""
 
 import triton
 import triton.language as tl
@@ -21,24 +21,24 @@ def softplus(x) -> tl.tensor:
     e = tl.exp(-tl.abs(x))
     sum_ = 1.0 + e
     kept = tl.where(sum_ == 1.0, 1.0, sum_ - 1.0)
-    # log(1 + e), times what rounding 1 + e has lost of e.
+    # log(1 + e), corrected for the part of e that is lost in rounding 1 + e.
     log1p = tl.where(sum_ == 1.0, e, tl.log(sum_) * (e / kept))
     return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
 def compose(decay, state, next_decay, next_state) -> tuple[tl.tensor, tl.tensor]:
-    """Two stretches ``h -> decay h + state``, one after the other."""
+    """Compose two consecutive segments ``h -> decay h + state``."""
     return decay * next_decay, next_decay * state + next_state
 
 
 @triton.jit
-def compose_adjoint(next_decay, next_grad, next_share, decay, grad, share) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Two stretches of ``lambda_t = g_t + a_(t+1) lambda_(t+1)``, the later one first, as the reverse scan goes.
+def compose_adjoint(next_decay, next_grad, next_factor, decay, grad, factor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Compose two segments of ``lambda_t = g_t + a_(t+1) lambda_(t+1)``, the later one first, for a reverse scan.
 
-    A stretch that begins at token t is the decay ``a_t`` into it, and ``lambda_t = grad + share x`` in terms of the
-    gradient ``x = a lambda`` that enters behind its end. A token alone is ``(a_t, g_t, 1)``. Each token brings its own
-    decay, so that none has to be shifted against the gradients.
+    A segment from token t on consists of its decay ``a_t``, and of ``grad`` and ``factor`` in
+    ``lambda_t = grad + factor x``, where the gradient ``x = a lambda`` enters after its end. A single token is
+    ``(a_t, g_t, 1)``. Since each token has its own decay, decays need not be shifted against gradients.
     """
-    through = share * next_decay
-    return decay, grad + through * next_grad, through * next_share
+    through = factor * next_decay
+    return decay, grad + through * next_grad, through * next_factor

@@ -1,7 +1,7 @@
-"""LayerNorm times the SiLU of a gate: a program has whole tokens, so that each is read once.
+"""LayerNorm times the SiLU of a gate. A program handles whole tokens, so each is read once.
 
-The backward pass finds the statistics anew. Each of its programs takes blocks of tokens in turn and keeps one sum per
-channel for the gradients of the weights, so that few sums are left to be added.
+The backward pass recomputes the statistics. Each program loops over blocks of tokens and keeps one sum per channel for
+the gradients of the weights, so that few partial sums remain.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from .device_functions import load_float
 from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, multiprocessors, on_device_of_first
 
-BLOCK_ELEMENTS = 2048  # tokens x channels of a block, at least: 16 per thread, 8 in the backward pass
+BLOCK_ELEMENTS = 2048  # tokens x channels per block, at least: 16 per thread, 8 in the backward pass
 WARPS, BACKWARD_WARPS = 4, 8
 
 
@@ -60,7 +60,7 @@ def gated_norm_backward(
 
 
 def _blocks(gate: Tensor) -> tuple[int, dict[str, Any]]:
-    """The number of blocks of tokens, and their sizes."""
+    """The number of blocks of tokens, and the block sizes."""
     tokens, dim = gate.numel() // gate.shape[3], gate.shape[3]
     block_dim = block(dim, 1 << 30)
     block_tokens = block(tokens, max(BLOCK_ELEMENTS // block_dim, 1))
@@ -69,7 +69,7 @@ def _blocks(gate: Tensor) -> tuple[int, dict[str, Any]]:
 
 @triton.jit
 def _normalise(y, dim, eps, in_dim) -> tuple[tl.tensor, tl.tensor]:
-    """Tokens of mean 0 and variance 1, 0 beyond the channels; and the reciprocal deviations, (tokens, 1)."""
+    """Tokens with mean 0 and variance 1, and 0 beyond the channels; and 1 / standard deviation, (tokens, 1)."""
     mean = tl.sum(y, axis=1) / dim
     centred = tl.where(in_dim[None, :], y - mean[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / dim + eps)
@@ -138,7 +138,7 @@ def _gated_norm_backward(
         grad_gate_ = grad_silu * sigmoid * (1.0 + gate_ * (1.0 - sigmoid))
         tl.store(grad_gate + token[:, None] * grad_stride + channel[None, :], grad_gate_, mask=mask)
 
-        grad *= gate_ * sigmoid  # of the scaled and shifted token
+        grad *= gate_ * sigmoid  # the gradient of the scaled and shifted token
         sum_weight += grad * normed
         sum_bias += grad
         grad *= weight_

@@ -1,4 +1,4 @@
-"""What all launches share: block sizes, the number of programs to aim at, the device."""
+"""Helpers for launches: block sizes, the number of programs to aim for, the device."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PROGRAMS_PER_MULTIPROCESSOR = 4  # where the number of programs is a matter of choice
-# In the interpreter, a number that lets short tests reach both the divided and the undivided scan.
+PROGRAMS_PER_MULTIPROCESSOR = 4  # where the number of programs can be chosen
+# For the interpreter: small enough for short tests to run both the divided and the undivided scan.
 INTERPRETED_MULTIPROCESSORS = 2
 
 
 def block(size: int, limit: int) -> int:
-    """The power of two that holds ``size``, or ``limit``, a power of two, if that is less."""
+    """The smallest power of two that is at least ``size``, but at most ``limit``, a power of two."""
     return min(1 << (size - 1).bit_length(), limit) if size > 0 else 1
 
 
@@ -24,7 +24,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def on_device_of_first(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch the kernels of ``operator`` on the device of its first argument: Triton takes the current one."""
+    """Launch the kernels of ``operator`` on the device of its first argument; Triton uses the current device."""
 
     @wraps(operator)
     def run(first: Tensor, *rest: Any) -> Any:

@@ -1,7 +1,7 @@
 """The selective scan in the layout of mamba_ssm, tokens contiguous: N states per channel, scanned together.
 
-A program has a block of channels that share B and C, and goes through the tokens in blocks. The backward pass first
-goes forward once more to save the states between blocks, then walks back and recomputes those within each block.
+A program handles a block of channels with the same B and C, and loops over blocks of tokens. The backward pass first
+repeats the forward scan to save the states between blocks, then loops backwards and recomputes those within each block.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .device_functions import compose, compose_adjoint, load_float, softplus
 from .launch import block, on_device_of_first
 
-BLOCK_ELEMENTS = 2048  # channels x states x tokens of a block: 16 per thread
+BLOCK_ELEMENTS = 2048  # channels x states x tokens per block: 16 per thread
 MAX_TOKENS = 64
 
 
@@ -113,7 +113,7 @@ def _launch_scan(
     last_state: Tensor | None,
     carries: Tensor | None,
 ) -> None:
-    """Write the results that are given: outputs (states without C), last state, state before each block of tokens."""
+    """Write the results that are not None: outputs (states without C), last state, state before each token block."""
     if not u.numel():
         return
     groups = B.shape[1]
@@ -124,7 +124,7 @@ def _launch_scan(
 
 
 def _blocks(u: Tensor, A: Tensor, groups: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid, one program per sequence, group and block of its channels, and block sizes."""
+    """The grid, one program per sequence, group and block of its channels; and the block sizes."""
     batch, dim, length = u.shape
     block_states = block(A.shape[1], 1 << 30)
     block_tokens = block(length, max(min(MAX_TOKENS, BLOCK_ELEMENTS // block_states), 16))
@@ -138,7 +138,7 @@ def _blocks(u: Tensor, A: Tensor, groups: int) -> tuple[tuple[int], dict[str, in
 
 @triton.jit
 def _place(dim, groups, BLOCK_DIM: tl.constexpr) -> tuple[tl.tensor, ...]:
-    """This program's sequence, its group, its block of channels within the group, the channels, which of them exist."""
+    """This program's sequence, group, block of channels within the group, the channels, and which of them exist."""
     channels = dim // groups  # of a group
     blocks = tl.cdiv(channels, BLOCK_DIM)
     block_of_all = tl.program_id(0) % (groups * blocks)
@@ -149,7 +149,7 @@ def _place(dim, groups, BLOCK_DIM: tl.constexpr) -> tuple[tl.tensor, ...]:
 
 @triton.jit
 def _load_step(delta, delta_bias, rows, channel, in_dim, t, inside, length) -> tl.tensor:
-    """The biased steps, before softplus."""
+    """The biased deltas, before softplus."""
     step = load_float(delta + rows[:, None] * length + t[None, :], in_dim[:, None] & inside[None, :])
     if delta_bias is not None:
         step += load_float(delta_bias + channel, in_dim)[:, None]
@@ -158,13 +158,13 @@ def _load_step(delta, delta_bias, rows, channel, in_dim, t, inside, length) -> t
 
 @triton.jit
 def _delta(step, in_dim, inside, SOFTPLUS: tl.constexpr) -> tl.tensor:
-    """The steps; 0 where there is no token, which keeps the state."""
+    """The deltas; 0 where there is no token, which keeps the state."""
     return tl.where(in_dim[:, None] & inside[None, :], softplus(step) if SOFTPLUS else step, 0.0)
 
 
 @triton.jit
 def _scan_block(decays, inputs, entering) -> tl.tensor:
-    """States (channels, states, tokens) of a block that the state ``entering`` enters."""
+    """States (channels, states, tokens) of a block, from the state ``entering`` before it."""
     flat: tl.constexpr = (decays.shape[0] * decays.shape[1], decays.shape[2])
     through, ends = tl.associative_scan((tl.reshape(decays, flat), tl.reshape(inputs, flat)), 1, compose)
     return tl.reshape(ends, decays.shape) + tl.reshape(through, decays.shape) * entering[:, :, None]
@@ -176,7 +176,7 @@ def _pick(x, index) -> tl.tensor:
     return tl.sum(tl.where(tl.arange(0, x.shape[2])[None, None, :] == index, x, 0.0), axis=2)
 
 
-# --- Kernels; results whose pointer is None are left out --------------------------------------------------------------
+# --- Kernels; results whose pointer is None are omitted ---------------------------------------------------------------
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def _scan(
     BLOCK_STATES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """Walk over the blocks of tokens, with the states of all n of a block of channels at once."""
+    """Loop over the blocks of tokens, with all N states of a block of channels at once."""
     sequence, group, _, channel, in_dim = _place(dim, groups, BLOCK_DIM)
     rows = sequence * dim + channel
     matrix = sequence * groups + group  # of the B and C of this group
@@ -277,7 +277,7 @@ def _scan_backward(
     BLOCK_STATES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """Walk back over the blocks; ``grad_state`` is the gradient lambda of the states of a block."""
+    """Loop backwards over the blocks; ``grad_state`` is the gradient lambda of the states of a block."""
     sequence, group, part, channel, in_dim = _place(dim, groups, BLOCK_DIM)
     rows = sequence * dim + channel
     matrix = sequence * groups + group  # of the B and C of this group
@@ -286,7 +286,7 @@ def _scan_backward(
     in_state = in_dim[:, None] & (n < d_state)[None, :]
     A_ = load_float(A + channel[:, None] * d_state + n[None, :], in_state)
     state_rows = rows[:, None] * d_state + n[None, :]
-    entering = load_float(grad_last + state_rows, in_state)  # the gradient of the last state of a block, from behind it
+    entering = load_float(grad_last + state_rows, in_state)  # the gradient that enters a block from behind
 
     sum_A = tl.zeros((BLOCK_DIM, BLOCK_STATES), tl.float32)
     sum_D = tl.zeros((BLOCK_DIM,), tl.float32)
@@ -303,7 +303,7 @@ def _scan_backward(
         part_place = (matrix_part * d_state + n)[:, None] * length + t[None, :]
         matrix_mask = (n < d_state)[:, None] & inside[None, :]
 
-        # The states before each token: those after the tokens before, of which the first comes with the carry.
+        # The state before each token; for the first token that is the carry.
         carry = load_float(
             carries + ((sequence * blocks + k) * dim + channel)[:, None] * d_state + n[None, :], in_state
         )
@@ -346,11 +346,11 @@ def _scan_backward(
             grad = grad_y[:, None, :] * C_[None, :, :]
 
         flat: tl.constexpr = (BLOCK_DIM * BLOCK_STATES, BLOCK_TOKENS)
-        shares = tl.full(flat, 1.0, tl.float32)
-        _, ends, shares = tl.associative_scan(
-            (tl.reshape(decays, flat), tl.reshape(grad, flat), shares), 1, compose_adjoint, reverse=True
+        factors = tl.full(flat, 1.0, tl.float32)
+        _, ends, factors = tl.associative_scan(
+            (tl.reshape(decays, flat), tl.reshape(grad, flat), factors), 1, compose_adjoint, reverse=True
         )
-        grad_state = tl.reshape(ends, grad.shape) + tl.reshape(shares, grad.shape) * entering[:, :, None]
+        grad_state = tl.reshape(ends, grad.shape) + tl.reshape(factors, grad.shape) * entering[:, :, None]
         entering = _pick(decays * grad_state, 0)
 
         grad_input = tl.sum(grad_state * B_[None, :, :], axis=1)

@@ -1,7 +1,7 @@
-"""State fusion: neighbours gathered by their clamped position, and the adjoint of that, also a gather.
+"""State fusion, which gathers neighbours at clamped positions, and its adjoint, also a gather.
 
-The kernels serve ``structure_aware_scan`` too, which multiplies the fused states by C and adds D u: with
-``projection`` given, C is read from its last channel and the gradient of the fused states is ``grad_out C``.
+``structure_aware_scan`` uses the same kernels. It multiplies the fused states by C and adds D u: if ``projection`` is
+given, C is its last channel, and the gradient of the fused states is ``grad_out C``.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from torch import Tensor
 from .device_functions import channel_block, load_float
 from .launch import block, on_device_of_first
 
-TILE_ELEMENTS = 4096  # of a program that gathers: 8 per thread
+TILE_ELEMENTS = 4096  # per program that gathers: 8 per thread
 TILE_WARPS = 16
 STRIP_WARPS = 8
-STRIP_WIDTH, PART_CHANNELS = 8, 64  # 4 elements per thread: one sum per tap and element stays in registers
+STRIP_WIDTH, PART_CHANNELS = 8, 64  # 4 elements per thread: the sums of all taps fit in registers
 
 
 @on_device_of_first
@@ -44,7 +44,7 @@ def launch_fuse(
     projection: Tensor | None = None,
     D: Tensor | None = None,
 ) -> None:
-    """Write the fused states to ``out``, both (batch, H, W, dim); ``C fused + D u`` if those are given."""
+    """Write the fused states, or ``C fused + D u`` if these are given, to ``out``, (batch, H, W, dim)."""
     grid, blocks = _tiles(h)
     if h.numel():
         _fuse[grid](h, taps, out, u, projection, D, *_sizes(h), _channels(projection), tuple(offsets), **blocks)
@@ -83,8 +83,8 @@ def launch_tap_gradients(
 ) -> Tensor:
     """The gradient of the taps, (T, dim).
 
-    That of C is written to the last channel of ``grad_projections``, (channel blocks of ``PART_CHANNELS``, batch, H,
-    W, R + 2), if that is given: one part per block, to be added.
+    If ``grad_projections`` is given, (channel blocks of ``PART_CHANNELS``, batch, H, W, R + 2), the gradient of C is
+    written to its last channel, one partial sum per block.
     """
     batch, _, width, dim = h.shape
     block_width, block_dim = block(width, STRIP_WIDTH), block(dim, PART_CHANNELS)
@@ -111,7 +111,7 @@ def launch_tap_gradients(
 
 @lru_cache(maxsize=32)
 def _as_tensor(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept, for a copy to the GPU would wait for it on each call."""
+    """Cached, because a copy to the GPU would synchronise with it in each call."""
     return torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
@@ -124,7 +124,7 @@ def _channels(projection: Tensor | None) -> int:
 
 
 def _tiles(h: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and block sizes: tiles of the image, for neighbours to meet in the L1 cache, times blocks of channels."""
+    """Grid and block sizes: tiles of the image, so that neighbours hit the L1 cache, times blocks of channels."""
     batch, height, width, dim = h.shape
     block_height, block_width = (min((16, 8), key=lambda side: -(-size // side) * side) for size in (height, width))
     block_height, block_width = min(block_height, block(height, 16)), min(block_width, block(width, 16))
@@ -158,7 +158,7 @@ def _clamp(index, size) -> tl.tensor:
 
 @triton.jit
 def _load_grad_fused(grad_out, projection, token, inside, channel, in_dim, dim, projection_channels) -> tl.tensor:
-    """Gradient of the fused states of some tokens: ``grad_out``, times C where there is one; 0 outside."""
+    """Gradient of the fused states of some tokens: ``grad_out``, times C if ``projection`` is given; 0 outside."""
     grad = load_float(grad_out + token[:, None] * dim + channel[None, :], inside[:, None] & in_dim[None, :])
     if projection is not None:
         C = load_float(projection + token * projection_channels + projection_channels - 1, inside)
@@ -168,7 +168,7 @@ def _load_grad_fused(grad_out, projection, token, inside, channel, in_dim, dim, 
 
 @triton.jit
 def _preimage(index, offset, size) -> tuple[tl.tensor, tl.tensor]:
-    """First and last of the positions j within an axis for which ``clamp(j + offset) == index``."""
+    """The first and last positions j on an axis with ``clamp(j + offset) == index``."""
     first = tl.where(index == 0, 0, tl.maximum(index - offset, 0))
     last = tl.where(index == size - 1, size - 1, tl.minimum(index - offset, size - 1))
     return first, last
@@ -176,7 +176,7 @@ def _preimage(index, offset, size) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def _region(which, size) -> tuple[tl.tensor, tl.tensor]:
-    """Start and length of the first (0), inner (1) or last (2) part of an axis; the edge parts hold one position."""
+    """Start and length of the first (0), inner (1) or last (2) part of an axis; the edge parts have one position."""
     start = tl.where(which == 0, 0, tl.where(which == 1, 1, size - 1))
     length = tl.where(which == 0, 1, tl.where(which == 1, tl.maximum(size - 2, 0), tl.minimum(size - 1, 1)))
     return start, length
@@ -237,7 +237,7 @@ def _fuse_adjoint_interior(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """States off the border, each read by at most one position per tap."""
+    """States inside the border, each read by at most one position per tap."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     first, row, column = _tile(height, width, BLOCK_HEIGHT, BLOCK_WIDTH)
 
@@ -273,20 +273,20 @@ def _fuse_adjoint_border(
 ) -> None:
     """States on the border, which the padding repeats: read by several positions per tap.
 
-    A program has pixels of one of the four corners or four edges, whose counts of readers are alike. The loops are not
-    unrolled: there are too few pixels for that to pay its compilation.
+    A program handles pixels of one of the four corners or four edges, which have similar numbers of readers. The loops
+    are not unrolled: for so few pixels that would not pay for its compilation.
     """
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     blocks = tl.cdiv(tl.maximum(tl.maximum(height, width) - 2, 1), BLOCK_PIXELS)
     image, place_in_image = tl.program_id(0) // (8 * blocks), tl.program_id(0) % (8 * blocks)
     region = place_in_image // blocks
-    region += (region >= 4).to(tl.int32)  # of 3 x 3 regions the middle one is the interior
+    region += (region >= 4).to(tl.int32)  # the middle one of the 3 x 3 regions is the interior
     row_start, rows = _region(region // 3, height)
     column_start, columns = _region(region % 3, width)
     first = image.to(tl.int64) * height * width
 
     start = place_in_image % blocks * BLOCK_PIXELS
-    if start >= rows * columns:  # there are as many blocks as the longest edge needs
+    if start >= rows * columns:  # the number of blocks is that of the longest edge
         return
     pixel = start + tl.arange(0, BLOCK_PIXELS)
     in_region = pixel < rows * columns
@@ -328,7 +328,7 @@ def _tap_gradients(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """Walk down a strip of the image, which keeps the rows around in the L1 cache, with one sum per tap."""
+    """Move down a strip of the image, whose rows stay in the L1 cache, with one sum per tap."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     strips = tl.cdiv(width, BLOCK_WIDTH)
     image, strip = tl.program_id(0) // strips, tl.program_id(0) % strips

@@ -1,7 +1,7 @@
-"""The fused core: scan, state fusion and read-out, with the states in a float32 scratch between the kernels.
+"""Scan, state fusion and read-out, with the states in a temporary float32 map between the kernels.
 
-Where there are too few images and channels to fill the GPU, the scan runs in bands of rows at once: first what each
-band does to the state that enters it, then the states that enter, then the bands themselves.
+If there are too few images and channels to fill the GPU, the scan runs over bands of rows in parallel: first the map
+from the state before a band to the state after it, then the states before all bands, then the bands themselves.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from .device_functions import channel_block, compose, compose_adjoint, load_floa
 from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, multiprocessors, on_device_of_first
 from .state_fusion import PART_CHANNELS, launch_fuse, launch_fuse_adjoint, launch_tap_gradients
 
-SCAN_TOKENS, ADJOINT_TOKENS, PRODUCT_TOKENS = 32, 16, 32  # per step of a program
+SCAN_TOKENS, ADJOINT_TOKENS, PRODUCT_TOKENS = 32, 16, 32  # per iteration of a program
 
 
-class _Raster(NamedTuple):
-    """Sizes of a problem, and the rows per band of its scan."""
+class _Sizes(NamedTuple):
+    """Sizes of the map, and the rows per band of its scan."""
 
     batch: int
     height: int
@@ -34,11 +34,11 @@ class _Raster(NamedTuple):
         return triton.cdiv(self.height, self.rows)
 
 
-def _raster(u: Tensor, step_weight: Tensor) -> _Raster:
+def _sizes_of(u: Tensor, step_weight: Tensor) -> _Sizes:
     batch, height, width, dim = u.shape
     programs = batch * triton.cdiv(dim, PART_CHANNELS)
     bands = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(u.device) // programs)
-    return _Raster(batch, height, width, dim, step_weight.shape[1], rows=triton.cdiv(height, bands))
+    return _Sizes(batch, height, width, dim, step_weight.shape[1], rows=triton.cdiv(height, bands))
 
 
 @on_device_of_first
@@ -57,11 +57,11 @@ def structure_aware_scan(
     row_states = taps.new_empty(u.shape[0], u.shape[1], u.shape[3])
     if u.numel() == 0:
         return y, row_states
-    raster = _raster(u, step_weight)
+    sizes = _sizes_of(u, step_weight)
     inputs = (u, projection, step_weight.t().contiguous(), step_bias, A_log)
-    carries = _carries(_summarise_bands, raster, inputs, reverse=False)
+    carries = _carries(_summarise_bands, sizes, inputs, reverse=False)
     h = torch.empty_like(u, dtype=taps.dtype)
-    _launch(_scan_bands, raster, SCAN_TOKENS, *inputs, carries, h, row_states)
+    _launch(_scan_bands, sizes, SCAN_TOKENS, *inputs, carries, h, row_states)
     launch_fuse(h, taps, offsets, y, u, projection, D)
     return y, row_states
 
@@ -81,69 +81,69 @@ def structure_aware_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if u.numel() == 0:
         return tuple(torch.zeros_like(x) for x in (u, projection, step_weight, step_bias, A_log, D, taps))
-    raster = _raster(u, step_weight)
+    sizes = _sizes_of(u, step_weight)
     steps = (projection, step_weight.t().contiguous(), step_bias, A_log)
     h = torch.empty_like(u, dtype=taps.dtype)
-    _launch(_scan_bands, raster, SCAN_TOKENS, u, *steps, row_states[:, :: raster.rows].contiguous(), h, None)
+    _launch(_scan_bands, sizes, SCAN_TOKENS, u, *steps, row_states[:, :: sizes.rows].contiguous(), h, None)
 
     grad_h = torch.empty_like(h)
     launch_fuse_adjoint(grad_out, taps, offsets, grad_h, projection)
-    # The three kernels that fill it each sum over a block of channels; the sum over the blocks is left to the end.
-    grad_projections = taps.new_empty(triton.cdiv(raster.dim, PART_CHANNELS), *projection.shape)
+    # Three kernels write to it, each one sum per block of channels; the blocks are added at the end.
+    grad_projections = taps.new_empty(triton.cdiv(sizes.dim, PART_CHANNELS), *projection.shape)
     grad_taps = launch_tap_gradients(grad_out, h, taps, offsets, projection, grad_projections)
 
-    carries = _carries(_summarise_bands_adjoint, raster, (grad_h, *steps), reverse=True)
+    carries = _carries(_summarise_bands_adjoint, sizes, (grad_h, *steps), reverse=True)
     grad_u, grad_step = torch.empty_like(u), torch.empty_like(h)
     grad_A_log, grad_D = torch.empty_like(carries), torch.empty_like(carries)
     grads = (grad_u, grad_step, grad_projections, grad_A_log, grad_D)
-    _launch(_scan_bands_adjoint, raster, ADJOINT_TOKENS, grad_h, *steps, carries, u, D, h, grad_out, *grads)
+    _launch(_scan_bands_adjoint, sizes, ADJOINT_TOKENS, grad_h, *steps, carries, u, D, h, grad_out, *grads)
 
-    grad_weight, grad_bias = _launch_step_products(raster, grad_step, projection, step_weight, grad_projections)
+    grad_weight, grad_bias = _launch_step_products(sizes, grad_step, projection, step_weight, grad_projections)
     grad_projection = grad_projections.sum(0).to(projection.dtype)
     return grad_u, grad_projection, grad_weight, grad_bias, grad_A_log.sum((0, 1)), grad_D.sum((0, 1)), grad_taps
 
 
-def _carries(summarise: triton.JITFunction, raster: _Raster, inputs: tuple[Tensor, ...], reverse: bool) -> Tensor:
-    """What enters each band, (batch, bands, dim): the state, or in reverse the gradient of the state that leaves it."""
-    carries = inputs[-1].new_zeros(raster.batch, raster.bands, raster.dim)
-    if raster.bands > 1:
+def _carries(summarise: triton.JITFunction, sizes: _Sizes, inputs: tuple[Tensor, ...], reverse: bool) -> Tensor:
+    """The state before each band, (batch, bands, dim); in reverse, the gradient of the state after it."""
+    carries = inputs[-1].new_zeros(sizes.batch, sizes.bands, sizes.dim)
+    if sizes.bands > 1:
         decays, ends = torch.empty_like(carries), torch.empty_like(carries)
-        _launch(summarise, raster, SCAN_TOKENS, *inputs, decays, ends)
-        block_dim = block(raster.dim, 128)
-        _carry_over_bands[raster.batch, triton.cdiv(raster.dim, block_dim)](
-            decays, ends, carries, raster.bands, raster.dim, REVERSE=reverse, BLOCK_DIM=block_dim
+        _launch(summarise, sizes, SCAN_TOKENS, *inputs, decays, ends)
+        block_dim = block(sizes.dim, 128)
+        _carry_over_bands[sizes.batch, triton.cdiv(sizes.dim, block_dim)](
+            decays, ends, carries, sizes.bands, sizes.dim, REVERSE=reverse, BLOCK_DIM=block_dim
         )
     return carries
 
 
-def _launch(kernel: triton.JITFunction, raster: _Raster, max_tokens: int, *tensors: Tensor | None) -> None:
-    """One program per band and block of channels, going through the tokens in blocks."""
-    kernel[raster.batch * raster.bands, triton.cdiv(raster.dim, PART_CHANNELS)](
+def _launch(kernel: triton.JITFunction, sizes: _Sizes, max_tokens: int, *tensors: Tensor | None) -> None:
+    """One program per band and block of channels, which loops over blocks of tokens."""
+    kernel[sizes.batch * sizes.bands, triton.cdiv(sizes.dim, PART_CHANNELS)](
         *tensors,
-        raster.batch,
-        raster.height,
-        raster.width,
-        raster.dim,
-        raster.rows,
-        RANK=raster.rank,
-        BLOCK_TOKENS=block(raster.rows * raster.width, max_tokens),
-        BLOCK_DIM=block(raster.dim, PART_CHANNELS),
+        sizes.batch,
+        sizes.height,
+        sizes.width,
+        sizes.dim,
+        sizes.rows,
+        RANK=sizes.rank,
+        BLOCK_TOKENS=block(sizes.rows * sizes.width, max_tokens),
+        BLOCK_DIM=block(sizes.dim, PART_CHANNELS),
     )
 
 
 def _launch_step_products(
-    raster: _Raster, grad_step: Tensor, projection: Tensor, step_weight: Tensor, grad_projections: Tensor
+    sizes: _Sizes, grad_step: Tensor, projection: Tensor, step_weight: Tensor, grad_projections: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of step_weight and step_bias; that of r is written to the first channels of ``grad_projections``.
 
-    By a kernel, for PyTorch rounds the factors of such products to TF32 if a process-wide setting says so. Here tensor
-    cores add three TF32 products, which is as good as float32 and takes fewer registers than products without them.
+    PyTorch's products would round their factors to TF32 under a process-wide setting. In this kernel, tensor cores add
+    three TF32 products, which is as accurate as float32 and takes fewer registers than products without tensor cores.
     """
-    tokens = raster.batch * raster.height * raster.width
-    channel_blocks = triton.cdiv(raster.dim, PART_CHANNELS)
+    tokens = sizes.batch * sizes.height * sizes.width
+    channel_blocks = triton.cdiv(sizes.dim, PART_CHANNELS)
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(projection.device)
     splits = min(triton.cdiv(wanted, channel_blocks), triton.cdiv(tokens, PRODUCT_TOKENS))
-    parts = step_weight.new_empty(splits, raster.dim, raster.rank + 1)
+    parts = step_weight.new_empty(splits, sizes.dim, sizes.rank + 1)
     _step_products[splits, channel_blocks](
         grad_step,
         projection,
@@ -151,14 +151,14 @@ def _launch_step_products(
         grad_projections,
         parts,
         tokens,
-        raster.dim,
-        RANK=raster.rank,
-        BLOCK_RANK=max(block(raster.rank + 1, 1 << 30), 16),
+        sizes.dim,
+        RANK=sizes.rank,
+        BLOCK_RANK=max(block(sizes.rank + 1, 1 << 30), 16),
         BLOCK_TOKENS=PRODUCT_TOKENS,
-        BLOCK_DIM=max(block(raster.dim, PART_CHANNELS), 16),
+        BLOCK_DIM=max(block(sizes.dim, PART_CHANNELS), 16),
         num_warps=8,
     )
-    grad_weight, grad_bias = parts.sum(0).split([raster.rank, 1], dim=1)
+    grad_weight, grad_bias = parts.sum(0).split([sizes.rank, 1], dim=1)
     return grad_weight.contiguous(), grad_bias.squeeze(1).contiguous()
 
 
@@ -167,7 +167,7 @@ def _launch_step_products(
 
 @triton.jit
 def _band(height, rows) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """This program's image, its band's first row, and the number of rows of the band."""
+    """This program's image, and the first row and number of rows of its band."""
     bands = tl.cdiv(height, rows)
     row = tl.program_id(0) % bands * rows
     return (tl.program_id(0) // bands).to(tl.int64), row, tl.minimum(height - row, rows)
@@ -177,8 +177,8 @@ def _band(height, rows) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
 def _biased_step(
     projection, step_weight, step_bias, token, inside, channel, in_dim, dim, RANK: tl.constexpr
 ) -> tl.tensor:
-    """The steps before softplus, (tokens, channels), from the weight as (RANK, dim)."""
-    # A load of the whole block, so that Triton lays it out over the threads as it does the other blocks.
+    """The deltas before softplus, (tokens, channels), from the weight as (RANK, dim)."""
+    # Load a whole block, so that Triton distributes it over the threads like the other blocks.
     place = channel[None, :] + tl.zeros_like(token)[:, None]
     step = load_float(step_bias + place, inside[:, None] & in_dim[None, :])
     for k in tl.static_range(RANK):
@@ -191,7 +191,7 @@ def _biased_step(
 def _decays_and_inputs(
     u, projection, step_weight, step_bias, A_log, token, inside, channel, in_dim, dim, RANK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The recurrence of a block of tokens; beyond the end (not ``inside``) one that keeps the state."""
+    """Decays and inputs of a block of tokens; tokens beyond the end (not ``inside``) keep the state."""
     step = _biased_step(projection, step_weight, step_bias, token, inside, channel, in_dim, dim, RANK)
     delta = tl.where(inside[:, None], softplus(step), 0.0)
     rate = tl.exp(load_float(A_log + channel, in_dim))
@@ -227,7 +227,7 @@ def _summarise_bands(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """What a band does to the state h that enters it: ``decays h + ends`` leaves it."""
+    """The map from the state h before a band to the state after it: ``decays h + ends``."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     image, first_row, band_rows = _band(height, rows)
     first = (image * height + first_row) * width
@@ -274,7 +274,7 @@ def _scan_bands(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """The states of a band, from the one that enters it; those before each of its rows too, if asked for."""
+    """The states of a band, from the state before it; with ``row_states`` also those before its rows."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     image, first_row, band_rows = _band(height, rows)
     first = (image * height + first_row) * width
@@ -317,7 +317,7 @@ def _summarise_bands_adjoint(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """What a band does to the gradient x of the state that leaves it: ``decays x + ends`` is that of the one before."""
+    """The map from the gradient x of the state after a band to that of the state before it: ``decays x + ends``."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     image, first_row, band_rows = _band(height, rows)
     first = (image * height + first_row) * width
@@ -331,10 +331,10 @@ def _summarise_bands_adjoint(
         step = _biased_step(projection, step_weight, step_bias, token, inside, channel, in_dim, dim, RANK)
         decay_into = tl.exp(-tl.where(inside[:, None], softplus(step), 0.0) * rate[None, :])
         grad = load_float(grad_h + token[:, None] * dim + channel[None, :], inside[:, None] & in_dim[None, :])
-        first_decay, grad, share = tl.associative_scan(
+        first_decay, grad, factor = tl.associative_scan(
             (decay_into, grad, tl.full(grad.shape, 1.0, tl.float32)), 0, compose_adjoint, reverse=True
         )
-        decay, end = compose(decay, end, _pick(first_decay * share, 0), _pick(first_decay * grad, 0))
+        decay, end = compose(decay, end, _pick(first_decay * factor, 0), _pick(first_decay * grad, 0))
     place = tl.program_id(0).to(tl.int64) * dim + channel
     tl.store(decays + place, decay, mask=in_dim)
     tl.store(ends + place, end, mask=in_dim)
@@ -366,7 +366,7 @@ def _scan_bands_adjoint(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """The gradients ``lambda_t = grad_h_t + a_(t+1) lambda_(t+1)`` of a band, and what follows from them."""
+    """The gradients ``lambda_t = grad_h_t + a_(t+1) lambda_(t+1)`` of a band, and all that depend on them."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     image, first_row, band_rows = _band(height, rows)
     first = (image * height + first_row) * width
@@ -388,10 +388,10 @@ def _scan_bands_adjoint(
         delta = tl.where(inside[:, None], softplus(step), 0.0)
         decay = tl.exp(delta * A)
         grad = load_float(grad_h + place, mask)
-        _, grad, share = tl.associative_scan(
+        _, grad, factor = tl.associative_scan(
             (decay, grad, tl.full(grad.shape, 1.0, tl.float32)), 0, compose_adjoint, reverse=True
         )
-        grad_state = grad + share * entering[None, :]  # lambda
+        grad_state = grad + factor * entering[None, :]  # lambda
         entering = _pick(decay * grad_state, 0)
 
         B = load_float(projection + token * (RANK + 2) + RANK, inside)[:, None]

@@ -865,6 +865,6 @@ def test_what_cuda_lacks_is_served_by_triton(monkeypatch: pytest.MonkeyPatch) ->
     ):
         serving("gated_norm")
     monkeypatch.setattr(backends, "_required", False)
-    with use_backend("cuda"), pytest.warns(UserWarning, match="run on 'torch'; faster is 'triton'"):
+    with use_backend("cuda"), pytest.warns(UserWarning, match="run on the 'torch' backend; 'triton' would be faster"):
         monkeypatch.setattr(backends, "_hinted", set())
         assert serving("gated_norm") == "torch"

@@ -48,12 +48,12 @@ def test_conv_matches_shifted_sums() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(DIM, 4, 5)}, "^x must be"),
-        ({"x": torch.ones(BATCH, 4, 0, DIM)}, "^x must be"),
-        ({"weight": torch.ones(DIM, 9)}, r"^weight must be .* = \(4, 1, 3, 3\), got \(4, 9\)"),
-        ({"weight": torch.ones(DIM + 1, 1, 3, 3)}, "^weight must be"),
-        ({"weight": torch.ones(DIM, 1, 5, 5)}, "^weight must be"),
-        ({"bias": torch.ones(1)}, "^bias must be"),
+        ({"x": torch.ones(DIM, 4, 5)}, "^x must have shape"),
+        ({"x": torch.ones(BATCH, 4, 0, DIM)}, "^x must have shape"),
+        ({"weight": torch.ones(DIM, 9)}, r"^weight must have shape \(dim, 1, 3, 3\) with dim = 4, got \(4, 9\)"),
+        ({"weight": torch.ones(DIM + 1, 1, 3, 3)}, "^weight must have shape"),
+        ({"weight": torch.ones(DIM, 1, 5, 5)}, "^weight must have shape"),
+        ({"bias": torch.ones(1)}, "^bias must have shape"),
         ({"epilogue": "relu"}, "^epilogue must be one of none, silu, residual, got 'relu'"),
     ],
 )

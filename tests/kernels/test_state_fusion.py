@@ -72,19 +72,19 @@ def test_states_beyond_the_range_of_fp16_stay_finite_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"h": torch.ones(DIM, 4, 4)}, "^h must be"),
-        ({"h": torch.ones(BATCH, DIM, 0, 4)}, "^h must be"),
+        ({"h": torch.ones(DIM, 4, 4)}, "^h must have shape"),
+        ({"h": torch.ones(BATCH, DIM, 0, 4)}, "^h must have shape"),
         ({"kernels": [], "alpha": torch.ones(0), "dilations": ()}, "^kernels must hold at least one"),
         ({"kernels": [torch.ones(DIM, 1, 3, 3)]}, "1 kernels"),
-        ({"alpha": torch.ones(2)}, r"alpha of \(2,\)"),
-        ({"alpha": torch.ones(3, 1)}, r"alpha of \(3, 1\)"),
+        ({"alpha": torch.ones(2)}, r"alpha of shape \(2,\)"),
+        ({"alpha": torch.ones(3, 1)}, r"alpha of shape \(3, 1\)"),
         ({"dilations": (1, 3)}, r"dilations \(1, 3\)"),
         ({"dilations": (1, 0, 5)}, r"dilations must be positive integers, got \(1, 0, 5\)"),
         ({"dilations": (1, 3.0, 5)}, r"dilations must be positive integers, got \(1, 3.0, 5\)"),
-        ({"kernels": [torch.ones(DIM + 1, 1, 3, 3)] * 3}, r"fusion kernel must be .* got \(5, 1, 3, 3\)"),
-        ({"kernels": [torch.ones(DIM, 1, 2, 2)] * 3}, r"fusion kernel must be .* odd k, got \(4, 1, 2, 2\)"),
-        ({"kernels": [torch.ones(DIM, 1, 3, 5)] * 3}, r"fusion kernel must be .* got \(4, 1, 3, 5\)"),
-        ({"kernels": [torch.ones(DIM, 3, 3)] * 3}, r"fusion kernel must be .* got \(4, 3, 3\)"),
+        ({"kernels": [torch.ones(DIM + 1, 1, 3, 3)] * 3}, r"fusion kernels must have shape .* got \(5, 1, 3, 3\)"),
+        ({"kernels": [torch.ones(DIM, 1, 2, 2)] * 3}, r"fusion kernels must have shape .* odd k, got \(4, 1, 2, 2\)"),
+        ({"kernels": [torch.ones(DIM, 1, 3, 5)] * 3}, r"fusion kernels must have shape .* got \(4, 1, 3, 5\)"),
+        ({"kernels": [torch.ones(DIM, 3, 3)] * 3}, r"fusion kernels must have shape .* got \(4, 3, 3\)"),
     ],
 )
 def test_fusion_refuses(change: dict[str, Any], message: str) -> None:

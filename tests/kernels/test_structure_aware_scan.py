@@ -39,15 +39,18 @@ def test_core_matches_scan_fusion_and_read_out() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"u": torch.ones(DIM, 4, 5)}, "^u must be"),
-        ({"u": torch.ones(BATCH, 4, 0, DIM)}, "^u must be"),
-        ({"projection": torch.ones(BATCH, 4, 5, 4)}, r"^projection must be .* = \(2, 4, 5, 5\) .* got \(2, 4, 5, 4\)"),
-        ({"step_weight": torch.ones(DIM + 1, 3)}, "^step_weight must be"),
-        ({"step_weight": torch.ones(DIM, 0)}, "^step_weight must be .* R >= 1"),
-        ({"step_bias": torch.ones(DIM, 1)}, "^step_bias must be"),
-        ({"A_log": torch.ones(DIM, 1)}, "^A_log must be"),
-        ({"D": torch.ones(1)}, "^D must be"),
-        ({"alpha": torch.ones(2)}, r"alpha of \(2,\)"),
+        ({"u": torch.ones(DIM, 4, 5)}, "^u must have shape"),
+        ({"u": torch.ones(BATCH, 4, 0, DIM)}, "^u must have shape"),
+        (
+            {"projection": torch.ones(BATCH, 4, 5, 4)},
+            r"^projection must have shape \(.*, R \+ 2\) with .* R = 3, got \(2, 4, 5, 4\)",
+        ),
+        ({"step_weight": torch.ones(DIM + 1, 3)}, "^step_weight must have shape"),
+        ({"step_weight": torch.ones(DIM, 0)}, "^step_weight must have shape .* R >= 1"),
+        ({"step_bias": torch.ones(DIM, 1)}, "^step_bias must have shape"),
+        ({"A_log": torch.ones(DIM, 1)}, "^A_log must have shape"),
+        ({"D": torch.ones(1)}, "^D must have shape"),
+        ({"alpha": torch.ones(2)}, r"alpha of shape \(2,\)"),
         ({"dilations": (0, 1, 2)}, "^dilations must be"),
     ],
 )

@@ -1,4 +1,4 @@
-// Depthwise 3x3 convolution of tokens with what follows it: bias, and SiLU or the residual sum; and its gradients.
+// Depthwise 3x3 convolution of tokens, with bias and an optional SiLU or residual sum; and its gradients.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -15,7 +15,7 @@ namespace {
 using at::Tensor;
 
 constexpr int kTaps = 9;
-constexpr int kBlock = 4;  // tokens of a row that are computed together: their neighbours overlap
+constexpr int kBlock = 4;  // tokens of a row that are computed together, since their neighbours overlap
 
 enum class Epilogue { kNone, kSilu, kResidual };
 
@@ -49,7 +49,7 @@ class Weights {
   Vectors<T> vectors_;
 };
 
-// The neighbours of n tokens of one row, as pointers to their channels; beyond the edges, to zeros.
+// The neighbours of n tokens of a row, as pointers to their channels, or to zeros outside the map.
 template <typename io, int n>
 struct Neighbours {
   template <typename At>
@@ -73,7 +73,7 @@ struct Neighbours {
   const io* tokens[3][n + 2];
 };
 
-// sums += the taps times the neighbours; `tap(row, column)` has the weight of a neighbour.
+// sums += taps times neighbours; `tap(row, column)` is the weight of a neighbour.
 template <typename T, int n, typename Tap>
 inline __attribute__((always_inline)) void convolve(const Vec<T> (&x)[3][n + 2], Tap&& tap, Vec<T> (&sums)[n]) {
 #pragma GCC unroll 3
@@ -129,8 +129,8 @@ void forward(const Shape& shape, const Tokens<const io>& x, const Weights<Comput
 
 // --- backward ---------------------------------------------------------------------------------------------------------
 
-// Gradients of one image, for a few neighbouring vectors of channels. Row by row, the gradient in front of the epilogue
-// goes into a ring of three rows; the row above the newest then has all it needs for its gradient.
+// Gradients of one image, for a few neighbouring vectors of channels. Row by row, the gradient before the epilogue is
+// written to a ring of three rows; then the gradient of the row above the newest can be computed.
 template <typename io, Epilogue epilogue>
 class BackwardTile {
  public:
@@ -249,7 +249,7 @@ class BackwardTile {
   Vectors<T> none_, ring_, sums_;
 };
 
-// Vectors of channels per tile: enough that memory is read in long runs, few enough to keep all threads busy.
+// Vectors of channels per tile: enough to read memory in long runs, few enough to keep all threads busy.
 template <typename T>
 int64_t tile_size(const Shape& shape) {
   const int64_t tiles = (2 * at::get_num_threads() + shape.batch - 1) / std::max<int64_t>(shape.batch, 1);

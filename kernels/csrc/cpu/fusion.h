@@ -1,4 +1,4 @@
-// Fusion of one row of states with the rows around it, its adjoint and the gradients of its taps.
+// Fusion of a row of states with the rows around it, its adjoint and the gradients of its taps.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace spatial_mamba {
 
-// The neighbours that fusion reads, and how far away the farthest of them are.
+// The neighbours that fusion reads, and their largest distance.
 struct Neighbourhood {
   struct Offset {
     int64_t row, column;
@@ -31,8 +31,8 @@ struct Neighbourhood {
   int64_t row_reach = 0, column_reach = 0;
 };
 
-// The last few rows of a map, one vector of channels per token, with a margin on both sides of each row: zeros, or
-// copies of the row's first and last token.
+// The last few rows of a map, one vector of channels per token. Each row has a margin on both sides: zeros, or copies
+// of its first and last token.
 template <typename T>
 class RowRing {
  public:
@@ -61,14 +61,14 @@ class RowRing {
   Vectors<T> tokens_;
 };
 
-// A neighbour of every token of a row: tokens[j] is that of token j, t its place among the taps.
+// A neighbour of every token of a row: tokens[j] is the neighbour of token j, t the index of its tap.
 template <typename T>
 struct Tap {
   const Vec<T>* tokens;
   int64_t t;
 };
 
-// The taps of row i of a map: rows beyond the first and the last repeat them.
+// The taps of row i of a map; rows outside the map repeat its first and last row.
 template <typename T>
 inline void find_taps(const Neighbourhood& around, RowRing<T>& states, int64_t i, int64_t height,
                       std::vector<Tap<T>>& taps) {
@@ -78,7 +78,7 @@ inline void find_taps(const Neighbourhood& around, RowRing<T>& states, int64_t i
   for (int64_t t = 0; t < around.size(); ++t) {
     const auto [row, column] = around.offsets[t];
     const int64_t neighbour = std::clamp<int64_t>(i + row, 0, height - 1);
-    if (neighbour != tokens_row) tokens = states.row(tokens_row = neighbour);  // offsets come sorted by row
+    if (neighbour != tokens_row) tokens = states.row(tokens_row = neighbour);  // offsets are sorted by row
     taps[t] = {tokens + column, t};
   }
 }
@@ -101,8 +101,8 @@ inline void find_adjoint_taps(const Neighbourhood& around, RowRing<T>& grads, in
   }
 }
 
-// Calls step(n, j) for blocks of n tokens that cover a row; the last block overlaps its predecessor. 14 accumulators
-// and a weight fill the registers of AVX2, and the maps of 224 pixel images are multiples of 14 or 7 wide.
+// Calls step(n, j) for blocks of n tokens that cover a row; the last block overlaps the one before. 14 accumulators and
+// a weight fill the registers of AVX2, and the map widths of 224-pixel images are multiples of 14 or 7.
 template <typename Step>
 inline void for_token_blocks(int64_t width, Step&& step) {
   const auto cover = [&](auto n) {
@@ -129,7 +129,7 @@ inline void fuse(const std::vector<Tap<T>>& taps, const Vectors<T>& weights, int
   each<n>([&](int k) { fused[k] = sums[k]; });
 }
 
-// As fuse, and adds grad[k] * neighbour to the gradients of the taps.
+// Like fuse, and adds grad[k] * neighbour to the gradients of the taps.
 template <int n, typename T>
 inline void fuse_and_correlate(const std::vector<Tap<T>>& taps, const Vectors<T>& weights, int64_t j,
                                const Vec<T> (&grad)[n], Vec<T> (&fused)[n], Vectors<T>& grad_weights) {
@@ -147,8 +147,8 @@ inline void fuse_and_correlate(const std::vector<Tap<T>>& taps, const Vectors<T>
   each<n>([&](int k) { fused[k] = sums[k]; });
 }
 
-// The adjoint of fusion for one row: what each token receives from the tokens that read it, the gradients of which lie
-// in rows with margins of zeros. The first and last token are also read in place of neighbours beyond the edge.
+// The adjoint of fusion for one row: the sum over the tokens that read each token. Their gradients are in rows with
+// margins of zeros. The first and last token are also read in place of neighbours outside the map.
 template <typename T>
 inline void fuse_adjoint(const Neighbourhood& around, const std::vector<Tap<T>>& adjoint_taps,
                          const Vectors<T>& weights, int64_t width, Vec<T>* received) {

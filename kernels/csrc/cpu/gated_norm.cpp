@@ -14,7 +14,7 @@ namespace {
 
 using at::Tensor;
 
-// Parts of the tokens whose sums for the weights' gradients are made apart: they do not depend on the number of threads.
+// Parts of the tokens with separate sums for the gradients of the weights, independent of the number of threads.
 constexpr int64_t kParts = 64;
 constexpr int64_t kGrain = 64;  // tokens that are worth a thread
 
@@ -105,12 +105,13 @@ void backward(int64_t tokens, int64_t dim, const io* grad_out, const yio* y, con
 
 // --- tensors ----------------------------------------------------------------------------------------------------------
 
-// Runs with the dtype of y as a null pointer: that of the gate, or the compute dtype.
+// Calls `run` with a null pointer of y's type: that of the gate, or the compute type.
 template <typename io, typename Run>
 void with_dtype_of(const Tensor& y, const Tensor& gate, Run&& run) {
   if (y.scalar_type() == gate.scalar_type()) return run(static_cast<io*>(nullptr));
-  TORCH_CHECK_TYPE(y.scalar_type() == c10::CppTypeToScalarType<Compute<io>>::value, "y must be of the gate's dtype or of ",
-                   c10::CppTypeToScalarType<Compute<io>>::value, ", got ", y.scalar_type());
+  constexpr at::ScalarType compute_type = c10::CppTypeToScalarType<Compute<io>>::value;
+  TORCH_CHECK_TYPE(y.scalar_type() == compute_type, "y must have the dtype of the gate or ", compute_type, ", got ",
+                   y.scalar_type());
   run(static_cast<Compute<io>*>(nullptr));
 }
 

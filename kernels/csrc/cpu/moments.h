@@ -1,4 +1,4 @@
-// Mean and deviation of a token's channels, as LayerNorm needs them.
+// Mean and standard deviation over a token's channels, for LayerNorm.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace spatial_mamba {
 
 constexpr int kLockstep = 4;  // vectors of channels
 
-// Calls visit(n, channel, lanes) for all vectors of channels: n at a time while they are full, else one.
+// Calls visit(n, channel, lanes) for all vectors of channels: n full vectors at a time, then single ones.
 template <typename T, typename Visit>
 inline __attribute__((always_inline)) void for_channels(int64_t dim, Visit&& visit) {
   constexpr int lanes = kLanes<T>;
@@ -25,7 +25,7 @@ inline __attribute__((always_inline)) void for_channels(int64_t dim, Visit&& vis
   }
 }
 
-// Lanes beyond the last channel, which loads fill with zeros, set to zero again.
+// Sets lanes beyond the last channel to zero again, as loads leave them.
 template <typename T>
 inline Vec<T> masked(Vec<T> x, int lanes) {
   for (int lane = lanes; lane < kLanes<T>; ++lane) x[lane] = T(0);

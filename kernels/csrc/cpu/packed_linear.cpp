@@ -1,5 +1,5 @@
-// Linear layers of the inference form, over packed weights: with the LayerNorm in front and the bias, the GELU and the
-// residual sum behind, a tile of tokens at a time, so that what lies in between stays in the cache.
+// Linear layers with packed weights for inference, fused with LayerNorm before and bias, GELU and residual sum after
+// the layer. Tokens are processed in tiles, so that intermediate results stay in the cache.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -13,7 +13,7 @@
 #include "moments.h"
 #include "vec.h"
 
-// Matrix products of tiles by oneDNN's microkernels: PyTorch defines this macro where it exports them.
+// Matrix products of tiles use oneDNN's microkernels; PyTorch defines this macro if it exports them.
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
 #define SPATIAL_MAMBA_TILE_PRODUCTS 1
 #endif
@@ -24,8 +24,8 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kColumns = 64;      // outputs per block of packed weights
-constexpr int64_t kRound = 8;         // of the tokens of a tile: every number of them is one more generated product
-constexpr int64_t kTileTokens = 200;  // their hidden activations stay in the cache, but in the widest layers
+constexpr int64_t kRound = 8;         // tile sizes are multiples of it, since each size needs a generated product
+constexpr int64_t kTileTokens = 200;  // their hidden activations fit into the cache, except in the widest layers
 
 // --- packed weights: (blocks, K, 64), inputs in pairs for the half-precision types, as matrix units read them ---------
 
@@ -70,7 +70,7 @@ struct Tiling {
   explicit Tiling(int64_t tokens) : tokens(tokens) {
     const int64_t threads = at::get_num_threads();
     const int64_t wanted = std::max<int64_t>((tokens + kTileTokens - 1) / kTileTokens, 1);
-    tiles = (wanted + threads - 1) / threads * threads;  // as much work for every thread
+    tiles = (wanted + threads - 1) / threads * threads;  // the same work for every thread
     size = std::max<int64_t>((tokens + tiles - 1) / tiles, 1);
     size = (size + kRound - 1) / kRound * kRound;
     tiles = (tokens + size - 1) / size;
@@ -123,8 +123,8 @@ void normalise(const Norm<io>& norm, const io* x, int64_t tokens, int64_t dim, i
   }
 }
 
-// x times the normal distribution's integral up to x. The integral's absolute error is 8e-8 (Abramowitz and Stegun,
-// Handbook of Mathematical Functions, 7.1.26).
+// x times the cumulative normal distribution at x, whose absolute error is 8e-8 (Abramowitz and Stegun, Handbook of
+// Mathematical Functions, 7.1.26).
 template <int n>
 inline __attribute__((always_inline)) void gelu(Vec<float> (&x)[n]) {
   Vec<float> t[n], tail[n], p[n];
@@ -140,7 +140,7 @@ inline __attribute__((always_inline)) void gelu(Vec<float> (&x)[n]) {
   each<n>([&](int k) { x[k] *= x[k] < 0 ? tail[k] : 1.0f - tail[k]; });
 }
 
-// One block of 64 outputs of all tokens, `stride` from token to token.
+// One block of 64 outputs of all tokens, which are `stride` apart.
 template <typename io>
 void multiply(const Layer<io>& layer, int64_t first, const io* x, int64_t tokens, float* out, int64_t stride) {
 #if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
@@ -246,9 +246,9 @@ Norm<io> make_norm(const std::optional<Tensor>& weight, const std::optional<Tens
   return {weight->const_data_ptr<io>(), bias->const_data_ptr<io>(), static_cast<float>(eps)};
 }
 
-Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t outputs, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
-                     bool relu, const std::optional<Tensor>& residual) {
+Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+                     const std::optional<Tensor>& residual, int64_t outputs, double eps, bool relu) {
   TORCH_CHECK_VALUE(!(relu && residual), "give relu or a residual, not both");
   auto sizes = x.sizes().vec();
   sizes.back() = outputs;
@@ -262,8 +262,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t outputs, con
   return out;
 }
 
-Tensor packed_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
-                  const Tensor& expand, const Tensor& expand_bias, const Tensor& project, const Tensor& project_bias) {
+Tensor packed_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& expand,
+                  const Tensor& expand_bias, const Tensor& project, const Tensor& project_bias, double eps) {
   const int64_t dim = x.size(-1), hidden = project.size(1);
   Tensor out = at::empty(x.sizes(), x.options());
   TORCH_CHECK(can_pack(x.scalar_type()), "packed layers of ", x.scalar_type(), " cannot run here");
@@ -281,11 +281,11 @@ TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
   m.def("can_pack(ScalarType dtype) -> bool", &can_pack);
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def(
-      "packed_linear(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
-      "float eps, bool relu, Tensor? residual) -> Tensor");
+      "packed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
+      "int outputs, float eps, bool relu) -> Tensor");
   m.def(
-      "packed_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor expand, Tensor expand_bias, "
-      "Tensor project, Tensor project_bias) -> Tensor");
+      "packed_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tensor expand_bias, Tensor project, "
+      "Tensor project_bias, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {

@@ -1,4 +1,4 @@
-// How passes over maps are shared out among threads: by image, group of channels and vector of channels.
+// Distributes passes over maps among threads: by image, group of channels and vector of channels.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -25,8 +25,8 @@ Vectors<T> load_taps(const Map& map, const T* taps, int64_t channel, int lanes) 
   return weights;
 }
 
-// Groups of channels per image: no more than needed to keep all threads busy, because the channels of a group add to
-// the same gradients one after the other.
+// Groups of channels per image: just enough to keep all threads busy, because each group has its own copy of the
+// gradients that its channels add to.
 template <typename T>
 int64_t channel_groups(const Map& map) {
   const int64_t wanted = (at::get_num_threads() + map.batch - 1) / std::max<int64_t>(map.batch, 1);
@@ -34,8 +34,8 @@ int64_t channel_groups(const Map& map) {
 }
 
 // Runs a pass over every vector of channels of every image; make(b, channel, group) starts one. A pass takes one step
-// per row, and some more until fusion has seen all neighbours of the last row. Neighbouring vectors of channels step
-// together as long as the rows they hold fit into the cache, so that memory is read in longer runs.
+// per row, and some more until fusion has read all neighbours of the last row. Neighbouring vectors of channels step
+// together while their rows fit into the cache, so that memory is read in longer runs.
 template <typename Pass, typename Make>
 void run_passes(const Map& map, int64_t groups, Make&& make) {
   using T = typename Pass::T;

@@ -1,8 +1,8 @@
 // The selective scan in mamba_ssm's layout, and its gradients.
 //
 // Work is split over the batch and vectors of channels of one group. Tokens are contiguous in memory, so tiles of them
-// are transposed to vectors of channels. The backward pass keeps the states in front of each tile and recomputes a
-// tile's own.
+// are transposed to vectors of channels. The backward pass keeps the states before each tile and recomputes those
+// within a tile.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -28,7 +28,7 @@ const T* pointer(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-// Shapes and inputs that the forward and the backward pass have in common; absent inputs are null.
+// Shapes and inputs of the forward and the backward pass; absent inputs are null.
 template <typename io>
 struct Scan {
   using T = Compute<io>;
@@ -59,7 +59,7 @@ struct Scan {
   const T *A, *D, *bias;
 };
 
-// A vector of channels of one image: where its data lie and the weights that do not change along the tokens.
+// A vector of channels of one image: the positions of its data, and the weights that are the same for all tokens.
 template <typename io>
 struct Channels {
   using T = Compute<io>;
@@ -91,7 +91,7 @@ struct Channels {
   Vec<T> D, bias;
 };
 
-// Tokens [0, count) of neighbouring channels, `stride` apart, to one vector of channels per token; and back.
+// Converts tokens [0, count) of neighbouring channels, `stride` apart, to one vector of channels per token; and back.
 template <typename io>
 void read_tile(const io* p, int64_t stride, int lanes, int64_t count, Vec<Compute<io>>* tile) {
   using T = Compute<io>;
@@ -111,7 +111,7 @@ void write_tile(io* p, int64_t stride, int lanes, int64_t count, const Vec<Compu
   }
 }
 
-// The inputs of one tile of tokens, and the decays and states of one of the N states at a time.
+// The inputs of a tile of tokens, and decays and states for one of the N states at a time.
 template <typename io>
 struct Tile {
   using T = Compute<io>;
@@ -133,7 +133,7 @@ struct Tile {
     }
   }
 
-  // Runs the recurrence of state n over the tile, from the state h in front of it.
+  // Runs the recurrence of state n over the tile, from the state h before it.
   void run(const Channels<io>& channels, int64_t n, Vec<T>& h) {
     const io* B = channels.scan.B + channels.matrix(n) + start;
     const Vec<T> A = channels.A[n] * T(M_LOG2E);
@@ -160,7 +160,7 @@ struct Tile {
 
 // --- forward ----------------------------------------------------------------------------------------------------------
 
-// out: outputs (batch, dim, L), or null; states: (batch, dim, N, L), where there is no C; last: (batch, dim, N).
+// out: outputs (batch, dim, L), or null; states: (batch, dim, N, L), if there is no C; last: (batch, dim, N).
 template <typename io>
 void forward_channels(const Scan<io>& scan, int64_t item, io* out, Compute<io>* states, Compute<io>* last) {
   using T = Compute<io>;
@@ -197,8 +197,8 @@ void forward_channels(const Scan<io>& scan, int64_t item, io* out, Compute<io>* 
 
 // --- backward ---------------------------------------------------------------------------------------------------------
 
-// Gradients; those of weights per image, those of B and C per vector of channels, to be summed afterwards. Those of
-// absent inputs are null.
+// Gradients: of weights per image, of B and C per vector of channels, to be summed afterwards. They are null for absent
+// inputs.
 template <typename io>
 struct ScanGradients {
   using T = Compute<io>;
@@ -236,7 +236,7 @@ class BackwardChannels {
   int64_t tiles() const { return (scan_.length + kTile - 1) / kTile; }
   int64_t weight(int lane) const { return channels_.b * scan_.dim + channels_.channel + lane; }
 
-  // Keeps the states in front of every tile.
+  // Keeps the states before every tile.
   void record_tiles() {
     Vectors<T> h(scan_.d_state);
     std::fill_n(h.data(), scan_.d_state, Vec<T>{});
@@ -270,7 +270,7 @@ class BackwardChannels {
     write_tile(grads_.delta + tokens, scan_.length, channels_.lanes, tile_.count, grad_delta_.data());
   }
 
-  // Gradient of z, and that of the outputs in front of the gate; the outputs themselves are recomputed.
+  // Gradients of z and of the outputs before the gate; the outputs are recomputed.
   void gate_backward(int64_t i) {
     for (int64_t t = 0; t < tile_.count; ++t) y_[t] = channels_.D * tile_.u[t];
     for (int64_t n = 0; n < scan_.d_state; ++n) {

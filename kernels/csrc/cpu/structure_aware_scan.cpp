@@ -1,7 +1,7 @@
 // Scan, state fusion and read-out in one pass over the image, and their gradients in one pass back.
 //
-// Work is split over images and vectors of channels. The states of a vector of channels live in a ring of rows, as
-// many as fusion reaches, which stays in the cache; the step, the decay and the padded maps never exist in full.
+// Work is split over images and vectors of channels. The states of a vector of channels are kept in a ring with the
+// rows that fusion reads, which stays in the cache. Maps of deltas, decays and padded states are never stored.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -19,7 +19,7 @@ namespace {
 
 using at::Tensor;
 
-// Shapes and inputs that the forward and the backward pass have in common.
+// Shapes and inputs of the forward and the backward pass.
 template <typename io>
 struct Core : Map {
   using T = Compute<io>;
@@ -46,7 +46,7 @@ struct Core : Map {
   const T* taps;
 };
 
-// The weights of one vector of n channels. Steps are kept to base 2, s = log2(1 + 2^x) = delta / ln 2, which saves the
+// The weights of one vector of n channels. Deltas are stored to base 2, s = log2(1 + 2^x) = delta / ln 2, which saves
 // conversions around the exponentials: the decay is 2^(s A), and delta B u is s (ln 2 B) u.
 template <typename T>
 struct ChannelWeights {
@@ -113,16 +113,16 @@ class ProjectionRow {
   std::vector<T> converted_;
 };
 
-// What the backward pass needs of the scan of a row besides the states.
+// What the backward pass needs from the scan of a row in addition to the states.
 template <typename T>
 struct ScanRecord {
   Vec<T>* decays;  // 2^(s A)
   Vec<T>* steps;   // s
-  Vec<T>* slopes;  // derivative of delta by its argument
+  Vec<T>* slopes;  // derivative of delta with respect to its argument
 };
 
-// Vectors of neighbouring tokens lie far apart, which the processor's own prefetching does not foresee: they are asked
-// for this many tokens ahead.
+// Vectors of neighbouring tokens are far apart in memory, which defeats hardware prefetching: they are prefetched this
+// many tokens ahead.
 constexpr int64_t kAhead = 16;
 
 template <int n, typename io, typename T>
@@ -163,8 +163,8 @@ void scan_rest(int64_t count, Arguments&&... arguments) {
   }
 }
 
-// Runs the recurrence over one row, from the state h before it to that after it. Blocks of 7 tokens fill the registers
-// of AVX-512 and the maps of 224 pixel images.
+// Runs the recurrence over one row, from the state h before it to the state after it. Blocks of 7 tokens fill the
+// registers of AVX-512 and divide the map widths of 224-pixel images.
 template <typename io, typename T>
 void scan_row(const Core<io>& core, const ChannelWeights<T>& weights, const ProjectionRow<io>& projection, const io* u,
               int lanes, Vec<T>& h, Vec<T>* states, ScanRecord<T>* record = nullptr) {
@@ -196,7 +196,7 @@ class ForwardChannels {
         projection_(core),
         states_(core.around.rows(), core.width, core.around.column_reach) {}
 
-  // Scans row i, if there is one, and finishes the row that fusion has just been waiting for.
+  // Scans row i, if there is one, and finishes the row whose last neighbours are now known.
   void advance(int64_t step) {
     if (step < core_.height) scan(step);
     if (step >= core_.around.row_reach) read_out(step - core_.around.row_reach);
@@ -243,7 +243,7 @@ class ForwardChannels {
 
 // --- backward ---------------------------------------------------------------------------------------------------------
 
-// Gradients; those of weights per image, those of the projection per group of channels, to be summed afterwards.
+// Gradients: of weights per image, of the projection per group of channels, to be summed afterwards.
 template <typename io>
 struct CoreGradients {
   using T = Compute<io>;
@@ -257,7 +257,7 @@ struct CoreGradients {
 };
 
 // The backward pass of one image and one vector of channels, from the last row to the first. A row is finished as soon
-// as the rows that fusion reaches above it have been recomputed.
+// as the rows above it that fusion reads have been recomputed.
 template <typename io, typename out>
 class BackwardChannels {
  public:
@@ -288,7 +288,7 @@ class BackwardChannels {
     std::fill_n(grad_taps_.data(), core.around.size(), Vec<T>{});
   }
 
-  // Recomputes a row, if there is one left, and finishes the row that fusion has just been waiting for.
+  // Recomputes a row, if one is left, and finishes the row whose last neighbours are now known.
   void advance(int64_t step) {
     const int64_t recomputed = core_.height - 1 - step, finished = recomputed + core_.around.row_reach;
     if (recomputed >= 0) recompute(recomputed);
@@ -341,7 +341,7 @@ class BackwardChannels {
   void read_out_backward(int64_t i) {
     find_taps(core_.around, states_, i, core_.height, taps_);
     const Vec<T>* grad_fused = grad_fused_.row(i);
-    // Blocks that overlapped would count tokens twice.
+    // Overlapping blocks would count tokens twice.
     int64_t j = 0;
     for (; j + 7 <= core_.width; j += 7) read_out_tokens_backward<7>(i, j, grad_fused);
     for (; j < core_.width; ++j) read_out_tokens_backward<1>(i, j, grad_fused);
@@ -360,7 +360,7 @@ class BackwardChannels {
     });
   }
 
-  // Gradients of the states of row i, as far as they come from their readers.
+  // Gradients of the states of row i through fusion.
   void fusion_backward(int64_t i) {
     find_adjoint_taps(core_.around, grad_fused_, i, core_.height, taps_);
     fuse_adjoint(core_.around, taps_, weights_.taps, core_.width, grad_states_.data());
@@ -370,7 +370,7 @@ class BackwardChannels {
   void scan_backward(int64_t i) {
     const Vec<T>*states = states_.row(i), *decays = decays_.row(i), *steps = steps_.row(i), *slopes = slopes_.row(i);
     const Vec<T> before = load(row_states_ + (b_ * core_.height + i) * core_.dim + channel_, lanes_);
-    // In local variables, which the compiler keeps in registers.
+    // Local variables, which the compiler keeps in registers.
     const Vec<T> A = weights_.A, D = weights_.D;
     const int64_t dim = core_.dim, stride = projection_.stride();
     const io* row_u = core_.u + first(i);
@@ -398,7 +398,7 @@ class BackwardChannels {
     grad_A_log_ = grad_A_log;
   }
 
-  // Gradients of the low-rank step r and of step_weight from those of x = step_weight r + bias.
+  // Gradients of the low-rank delta r and of step_weight from those of x = step_weight r + bias.
   void step_backward(int64_t i) {
     for (int64_t k = 0; k < core_.rank; k += kLanes<T>) {
       const int n = static_cast<int>(std::min<int64_t>(kLanes<T>, core_.rank - k));
@@ -478,7 +478,7 @@ std::tuple<Tensor, Tensor> structure_aware_scan(const Tensor& u, const Tensor& p
                                                 const Tensor& step_bias, const Tensor& A_log, const Tensor& D,
                                                 const Tensor& taps, at::IntArrayRef offsets, at::ScalarType out_dtype) {
   const auto compute = taps.scalar_type();
-  // Outputs in a dtype that is neither that of the tokens nor the compute dtype are converted afterwards.
+  // Outputs of another dtype than that of the tokens or the compute dtype are converted afterwards.
   const bool narrow_output = out_dtype == u.scalar_type();
   Tensor y = at::empty(u.sizes(), u.options().dtype(narrow_output ? out_dtype : compute));
   Tensor row_states = at::empty({u.size(0), u.size(1), u.size(3)}, taps.options());

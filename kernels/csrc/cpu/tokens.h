@@ -1,5 +1,5 @@
-// Token maps (batch, height, width, dim), channels last, whose tokens may lie further apart than they are long: one
-// half of the channels of a wider map is read and written where it is.
+// Maps of tokens (batch, height, width, dim), channels last. The stride between tokens may exceed dim, so that half of
+// the channels of a wider map can be read and written in place.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@ struct Shape {
     return (dim + kLanes<T> - 1) / kLanes<T>;
   }
   template <typename T>
-  int lanes(int64_t channel) const {  // how many channels the vector from `channel` on has
+  int lanes(int64_t channel) const {  // number of channels in the vector that starts at `channel`
     return static_cast<int>(std::min<int64_t>(kLanes<T>, dim - channel));
   }
   int64_t token(int64_t b, int64_t i) const { return (b * height + i) * width; }  // the first token of row i
@@ -36,15 +36,15 @@ struct Tokens {
 
 inline int64_t token_stride(const at::Tensor& x, const char* name) {
   const int64_t height = x.size(1), width = x.size(2), dim = x.size(3);
-  // Of a dimension of size 1 the stride says nothing, so the innermost one that counts is asked.
+  // Strides of dimensions of size 1 are arbitrary, so use the innermost dimension that is larger.
   const int64_t stride = width > 1    ? x.stride(2)
                          : height > 1 ? x.stride(1)
                          : x.size(0) > 1 ? x.stride(0)
                                          : dim;
   const bool even = (dim == 1 || x.stride(3) == 1) && (height == 1 || x.stride(1) == width * stride) &&
                     (x.size(0) <= 1 || x.stride(0) == height * width * stride) && stride >= dim;
-  TORCH_CHECK_VALUE(even || x.numel() == 0, name, " must have its tokens at one distance, channels last, got strides ",
-                    x.strides(), " of sizes ", x.sizes());
+  TORCH_CHECK_VALUE(even || x.numel() == 0, name, " must have channels last and evenly spaced tokens, got strides ",
+                    x.strides(), " for sizes ", x.sizes());
   return stride;
 }
 

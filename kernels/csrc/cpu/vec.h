@@ -1,4 +1,4 @@
-// Vectors of the compiler's own extension (GCC, Clang; any instruction set) and the few functions that scans need.
+// Vectors from the compiler's vector extension (GCC, Clang; any instruction set), and the functions that scans need.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -34,7 +34,7 @@ using Vec = typename VecOf<T>::type;
 template <typename T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
 
-// The dtype of states and accumulators for tensors of dtype io: float, or double for double.
+// The type of states and accumulators for tensors of type io: float, or double for double.
 template <typename io>
 struct ComputeType {
   using type = float;
@@ -46,7 +46,7 @@ struct ComputeType<double> {
 template <typename io>
 using Compute = typename ComputeType<io>::type;
 
-// --- load and store; n is less than a vector's lanes where the channels end -------------------------------------------
+// --- load and store; n is less than the number of lanes in the last vector of channels --------------------------------
 
 template <typename T, std::enable_if_t<std::is_floating_point_v<T>, bool> = true>
 inline Vec<T> widen(const T* p) {
@@ -121,7 +121,7 @@ inline Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
 }
 
-// The sum of all lanes: halves are added until one lane is left.
+// The sum of all lanes, by adding halves until one lane is left.
 template <typename T, int bytes = kVectorBytes, typename Lanes>
 inline T sum_lanes(const Lanes& x) {
   if constexpr (bytes == sizeof(T)) {
@@ -140,7 +140,7 @@ inline T sum(const Vec<T>& x) {
   return sum_lanes<T>(x);
 }
 
-// Uninitialised vectors in memory, aligned as vectors want it.
+// Uninitialised vectors in memory, aligned for vector loads.
 template <typename T>
 class Vectors {
  public:
@@ -158,7 +158,7 @@ class Vectors {
   Vec<T>* data_;
 };
 
-// --- exponentials to base 2, of n vectors in lockstep, which hides the latency of each step ---------------------------
+// --- exponentials to base 2, of n vectors in lockstep to hide latency --------------------------------------------------
 
 template <int n, typename Step>
 inline __attribute__((always_inline)) void each(Step&& step) {
@@ -166,17 +166,17 @@ inline __attribute__((always_inline)) void each(Step&& step) {
   for (int k = 0; k < n; ++k) step(k);
 }
 
-// x = 2^x for x <= 0, with a relative error of 2e-7; 0 below 2^-126.5, and NaN stays NaN. Exact at 0: the error of a
-// decay near 1 would pile up over the many tokens that it remembers.
+// x = 2^x for x <= 0, with a relative error of 2e-7; 0 below 2^-126.5, and NaN stays NaN. Exact at 0, because errors of
+// decays near 1 accumulate over many tokens.
 template <int n>
 inline __attribute__((always_inline)) void exp2_nonpositive(Vec<float> (&x)[n]) {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
-  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it leaves the integer part, here biased by 127
-  constexpr float kSmallest = -127.0f;  // its biased exponent is 0, which makes the result 0
+  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 rounds to an integer, here biased by 127
+  constexpr float kSmallest = -127.0f;  // the biased exponent is 0, so the result is 0
   Vec<float> rounded[n], p[n];
   each<n>([&](int k) { x[k] = kSmallest > x[k] ? broadcast(kSmallest) : x[k]; });
   each<n>([&](int k) { rounded[k] = x[k] + kRound; });
-  each<n>([&](int k) { x[k] -= rounded[k] - kRound; });  // the rest, in [-0.5, 0.5]
+  each<n>([&](int k) { x[k] -= rounded[k] - kRound; });  // the remainder, in [-0.5, 0.5]
   each<n>([&](int k) { p[k] = x[k] * 1.3264727123536587e-3f + 9.6715126448226100e-3f; });
   each<n>([&](int k) { p[k] = p[k] * x[k] + 5.5507337434971390e-2f; });
   each<n>([&](int k) { p[k] = p[k] * x[k] + 2.4022242085262313e-1f; });
@@ -185,7 +185,7 @@ inline __attribute__((always_inline)) void exp2_nonpositive(Vec<float> (&x)[n]) 
   each<n>([&](int k) { x[k] = p[k] * (Vec<float>)((Int)rounded[k] << 23); });
 }
 
-// p = log2(1 + e) for e in [0, 1], with a relative error of 3e-7 however small e is.
+// p = log2(1 + e) for e in [0, 1], with a relative error of 3e-7, also for tiny e.
 template <int n>
 inline __attribute__((always_inline)) void log2_1p(const Vec<float> (&e)[n], Vec<float> (&p)[n]) {
   each<n>([&](int k) { p[k] = e[k] * -1.2319486767681303e-2f + 6.3607945360343070e-2f; });
@@ -205,7 +205,7 @@ inline void exp2_nonpositive(Vec<double> (&x)[n]) {
   }
 }
 
-// As exp2_nonpositive for any x; infinite from 2^127.5 on.
+// Like exp2_nonpositive, for any x; infinite from 2^127.5 on.
 template <int n>
 inline void exp2(Vec<float> (&x)[n]) {
   each<n>([&](int k) { x[k] = 128.0f < x[k] ? broadcast(128.0f) : x[k]; });
@@ -224,7 +224,7 @@ inline void log2_1p(const Vec<double> (&e)[n], Vec<double> (&p)[n]) {
   }
 }
 
-// Softplus to base 2, s = log2(1 + 2^x); e receives 2^-|x|, of which the derivative is made.
+// Softplus to base 2, s = log2(1 + 2^x); e receives 2^-|x|, from which the derivative is computed.
 template <typename T, int n>
 inline __attribute__((always_inline)) void softplus2(const Vec<T> (&x)[n], Vec<T> (&e)[n], Vec<T> (&s)[n]) {
   each<n>([&](int k) { e[k] = x[k] < -x[k] ? x[k] : -x[k]; });

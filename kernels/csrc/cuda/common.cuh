@@ -1,4 +1,4 @@
-// What all kernels share: conversions, the step's softplus, sums over a warp, launches that report their errors.
+// Helpers for all kernels: conversions, softplus, sums over a warp, launches with error checks.
 #pragma once
 
 #include <stdexcept>
@@ -12,7 +12,7 @@
 
 #include "launchers.h"
 
-// All shared memory is dynamic; kernels cut it into arrays with `take`.
+// All shared memory is dynamic; kernels divide it into arrays with `take`.
 extern __shared__ __align__(16) float shared_memory[];
 
 namespace spatial_mamba {
@@ -34,8 +34,8 @@ __device__ inline void store(float* target, float value) { *target = value; }
 __device__ inline void store(__nv_bfloat16* target, float value) { *target = __float2bfloat16_rn(value); }
 __device__ inline void store(__half* target, float value) { *target = __float2half_rn(value); }
 
-// exp at the cost of one special instruction: its relative error is 1e-7 (1 + |x|), which grows only where the steps
-// and decays that it is used for are near to nothing or to their limit.
+// exp for one special instruction. Its relative error, 1e-7 (1 + |x|), is larger only where the deltas and decays
+// computed with it are close to zero or to their limit.
 __device__ inline float fast_exp(float x) { return __expf(x); }
 
 // log(1 + x) for x in [0, 1]: log1p(x) / x as a polynomial, interpolated at Chebyshev nodes; relative error 2e-7, also
@@ -61,7 +61,7 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
-// One or more steps of a recurrence, as the map they make of the state before them: h -> decay h + input.
+// One or more steps of a recurrence, as a map of the state before them: h -> decay h + input.
 struct alignas(8) Affine {
   float decay = 1.0f, input = 0.0f;
 
@@ -111,7 +111,7 @@ void with_type(Activations x, Body&& body) {
   }
 }
 
-// Call `body` with two typed pointers, the second of the type of the first or of float32; others are not compiled.
+// Call `body` with two typed pointers; the second has the type of the first or float32, other pairs are not compiled.
 template <class Body>
 void with_types(Activations x, Activations same_or_float32, Body&& body) {
   with_type(x, [&](auto* typed) {

@@ -1,5 +1,5 @@
-// What operators.cpp asks of the kernels: raw pointers, sizes and a stream, so that neither side includes the other's
-// headers.
+// The interface between operators.cpp and the kernels: raw pointers, sizes and a stream, so that neither side includes
+// the headers of the other.
 #pragma once
 
 #include <cstdint>
@@ -28,12 +28,12 @@ struct Map {
   int height, width, dim;
 };
 
-// Number of partial sums over the tokens of a map: enough blocks to fill a GPU. They are added in a fixed order later.
+// Number of partial sums over the tokens of a map: enough blocks to fill a GPU. They are added later in a fixed order.
 int partial_sums(const Map& map);
 
 // --- State fusion, with replicate padding ----------------------------------------------------------------------------
 
-constexpr int kMaxTaps = 448;  // travels with each launch, whose arguments may take 4 KiB
+constexpr int kMaxTaps = 448;  // they are kernel arguments, which are limited to 4 KiB
 
 struct Offsets {
   int count;
@@ -54,7 +54,7 @@ int read_out_partial_sums(const Map& map, const Offsets& offsets);
 void read_out_gradient(const Map& map, Activations grad_y, const float* h, const float* taps, const Offsets& offsets,
                        float* grad_C, cudaStream_t stream);
 
-// The gradient of the fused states is grad, or C grad where C is given.
+// The gradient of the fused states is grad, or C grad if C is given.
 void fuse_adjoint(const Map& map, Activations grad, const float* C, const float* taps, const Offsets& offsets,
                   Activations grad_h, cudaStream_t stream);
 
@@ -63,8 +63,8 @@ int tap_partial_sums(const Map& map, const Offsets& offsets);
 void tap_gradients(const Map& map, Activations grad, const float* C, Activations h, const Offsets& offsets,
                    float* grad_taps, cudaStream_t stream);
 
-// The same for the offsets of 3x3 kernels of dilations 1, 3 and 5, which `streaming_serves` recognises; the functions
-// above come here of themselves.
+// The same for the offsets of 3x3 kernels with dilations 1, 3 and 5, which `streaming_serves` recognises. The functions
+// above call these.
 bool streaming_serves(const Offsets& offsets);
 void stream_fuse(const Map& map, Activations h, const float* taps, Activations fused, cudaStream_t stream);
 int stream_read_out_gradient_partial_sums(const Map& map);
@@ -76,7 +76,7 @@ int stream_tap_gradients_partial_sums(const Map& map);
 void stream_tap_gradients(const Map& map, Activations grad, const float* C, Activations h, float* grad_taps,
                           cudaStream_t stream);
 
-// --- Structure-aware scan: the recurrence over the raster, one state per channel -------------------------------------
+// --- Structure-aware scan: the recurrence in row-major order, one state per channel ----------------------------------
 
 struct Recurrence {
   Map map;
@@ -85,8 +85,8 @@ struct Recurrence {
   int rank;
 };
 
-// A cut of all rows into strips: outputs of `columns` columns each, the last with fewer. A strip starts earlier, by the
-// columns to its left that its outputs depend on.
+// A division of all rows into strips: outputs of `columns` columns each, fewer in the last. A strip starts earlier, by
+// the columns to the left that its outputs depend on.
 struct Strips {
   int count, columns, reach;
 
@@ -96,15 +96,15 @@ struct Strips {
 constexpr Strips kWholeRows = {1, 0, 0};
 
 // states (batch, H, strips, dim): the state before the first token of each strip in each row; for whole rows these are
-// the row_states (batch, H, dim). piece_maps: scratch of twice that size.
+// the row_states (batch, H, dim). piece_maps: scratch memory of twice that size.
 void find_states(const Recurrence& recurrence, const Strips& strips, float* piece_maps, float* states,
                  cudaStream_t stream);
 
 // All states h (batch, H, W, dim) from those before each row.
 void restore_states(const Recurrence& recurrence, const float* row_states, float* h, cudaStream_t stream);
 
-// How `stream_scan` cuts images: into strips and into bands of rows, which are independent of each other given the
-// states before each strip. One of each needs no states: the state is carried along.
+// How `stream_scan` divides images: into strips and bands of rows, which are independent given the states before each
+// strip. A single strip and band needs no states, since the state is carried along.
 struct Cut {
   Strips strips;
   int bands, band_rows;
@@ -114,20 +114,20 @@ struct Cut {
 
 Cut streaming_cut(const Map& map);
 
-// y = C fused + D u in one pass over the image, where `streaming_serves`. `states`: of the strips, or null if the image
-// is whole; then row_states are written.
+// y = C fused + D u in one pass over the image, if `streaming_serves`. `states`: of the strips, or null if the image is
+// not divided; then row_states are written.
 void stream_scan(const Recurrence& recurrence, const Cut& cut, const float* taps, const float* states,
                  float* row_states, Activations y, cudaStream_t stream);
 
 struct RecurrenceGradients {
   Activations u;
-  float* step;       // (batch, H, W, dim), of the step before its softplus; on entry the gradient of h
+  float* step;       // (batch, H, W, dim), of delta before softplus; on entry the gradient of h
   float* B;          // (ceil(dim / 32), batch, H, W), to be summed over its first dimension
   float *A_log, *D;  // (partial_sums, dim), likewise
 };
 
-// Gradients through the recurrence and the skip connection D u. row_maps and row_carries are scratch, as row_maps and
-// row_states above.
+// Gradients through the recurrence and the skip connection D u. row_maps and row_carries are scratch memory, like
+// piece_maps and row_states above.
 void recurrence_gradients(const Recurrence& recurrence, Activations grad_y, const float* h, const float* row_states,
                           float* row_maps, float* row_carries, const RecurrenceGradients& gradients,
                           cudaStream_t stream);
@@ -145,13 +145,13 @@ struct SelectiveScan {
   bool delta_softplus;
 };
 
-// out: outputs, or float32 states (batch, dim, N, L) where C is null. last_state (batch, dim, N).
+// out: outputs, or float32 states (batch, dim, N, L) if C is null. last_state (batch, dim, N).
 void selective_scan(const SelectiveScan& scan, void* out, float* last_state, cudaStream_t stream);
 
 // chunk_states (batch, dim, chunks, N): the states before each chunk of kScanChunk tokens.
 void selective_scan_chunk_states(const SelectiveScan& scan, float* chunk_states, cudaStream_t stream);
 
-// Neighbouring channels that one block of the backward pass sums up; divides dim / groups.
+// Number of neighbouring channels summed by one block of the backward pass; divides dim / groups.
 int selective_scan_channels_per_block(const SelectiveScan& scan);
 
 struct SelectiveScanGradients {

@@ -1,5 +1,5 @@
 // The operators of torch.ops.spatial_mamba_cuda: they allocate, call the kernels and add up partial sums.
-// Arguments arrive checked and contiguous; shapes are those of the modules in kernels/.
+// Arguments are checked and contiguous; shapes are those of the modules in kernels/.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -11,7 +11,7 @@
 
 #include "launchers.h"
 
-// The tests compile this file for the CPU too, under another name.
+// The tests also compile this file for the CPU, under another name.
 #ifndef SPATIAL_MAMBA_NAMESPACE
 #define SPATIAL_MAMBA_NAMESPACE spatial_mamba_cuda
 #define SPATIAL_MAMBA_DEVICE CUDA
@@ -46,7 +46,7 @@ Scalar scalar_of(const Tensor& x) {
     case at::kHalf:
       return Scalar::float16;
     default:
-      TORCH_CHECK_TYPE(false, "CUDA kernels serve float32, bfloat16 and float16, got ", x.scalar_type());
+      TORCH_CHECK_TYPE(false, "CUDA kernels support float32, bfloat16 and float16, got ", x.scalar_type());
   }
 }
 
@@ -69,7 +69,7 @@ Map map_of(const Tensor& x) {
 
 Offsets offsets_of(IntArrayRef pairs) {
   const auto count = static_cast<int>(pairs.size() / 2);
-  TORCH_CHECK_VALUE(count <= spatial_mamba::kMaxTaps, "offsets: CUDA kernels serve at most ", spatial_mamba::kMaxTaps,
+  TORCH_CHECK_VALUE(count <= spatial_mamba::kMaxTaps, "offsets: CUDA kernels support at most ", spatial_mamba::kMaxTaps,
                     " distinct taps, got ", count);
   Offsets offsets;
   offsets.count = count;
@@ -80,7 +80,7 @@ Offsets offsets_of(IntArrayRef pairs) {
   return offsets;
 }
 
-// The types that kernels pair with the type of u: that one itself and float32.
+// The types that kernels combine with the type of u: the same and float32.
 bool pairs_with(at::ScalarType type, const Tensor& u) { return type == u.scalar_type() || type == at::kFloat; }
 
 // --- State fusion ----------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
   // (batch, groups, blocks of channels in a group, N, L): one per block, so the sum over channels needs no atomics.
   const int64_t blocks = scan.dim / scan.groups / spatial_mamba::selective_scan_channels_per_block(scan);
   const std::vector<int64_t> partial_shape = {scan.batch, scan.groups, blocks, scan.states, scan.length};
-  const auto absent = [&] { return at::empty({0}, u.options()); };  // a new one each time: outputs may not share memory
+  const auto absent = [&] { return at::empty({0}, u.options()); };  // a new one per call: outputs must not share memory
   Tensor grad_u = at::empty_like(u), grad_delta = at::empty_like(delta), grad_z = z ? at::empty_like(*z) : absent();
   Tensor grad_B = empty_floats(u, partial_shape), grad_C = C ? empty_floats(u, partial_shape) : absent();
   Tensor grad_A = empty_floats(u, {scan.batch, scan.dim, scan.states});

@@ -6,22 +6,22 @@
 namespace spatial_mamba {
 
 constexpr int kTokens = 4;        // per thread
-constexpr int kMaxSegments = 16;  // warps per block, each on its own kTokens tokens; longer rows take several tiles
+constexpr int kMaxSegments = 16;  // warps per block, each with its own kTokens tokens; longer rows take several tiles
 
 // The recurrence at one token: h = decay h_before + delta B u.
 struct Step {
   float before_softplus, delta, decay, B, u;
-  bool exists;  // false behind the end of the walk, where the step changes nothing
+  bool exists;  // false after the end of the walk, where the state does not change
 
   __device__ Affine map() const { return {decay, delta * B * u}; }
 };
 
-// Walks a block along rows of tokens, from left to right or, with kReverse, from right to left. All its threads call
+// Moves a block along rows of tokens, from left to right or, with kReverse, from right to left. All threads must call
 // each method together. Positions count the tokens of a row in the order of the walk.
 template <class T, bool kReverse>
 class RowWalk {
  public:
-  // Floats of shared memory that a walk takes.
+  // Floats of shared memory that a walk needs.
   static int shared_floats(const Recurrence& recurrence, int segments) {
     return recurrence.rank * kWarp + segments * kTokens * (recurrence.rank + 2) + 2 * segments * kWarp;
   }
@@ -51,13 +51,13 @@ class RowWalk {
   }
 
   // Load the tile of a row (counted over all images) that starts at a position; the walk ends before `end`. Between two
-  // calls there must be one of `before`.
+  // calls, `before` must be called.
   __device__ void load_steps(Step (&steps)[kTokens], int64_t row, int tile_start, int end) {
     const int width = recurrence_.map.width, pitch = recurrence_.rank + 2;
     const int count = min(tile_, end - tile_start);
     const int first_column = kReverse ? width - tile_start - count : tile_start;
     const T* source = static_cast<const T*>(recurrence_.projection.data) + (row * width + first_column) * pitch;
-    // The tile before was read before the barrier in `before`.
+    // The previous tile was read before the barrier in `before`.
     for (int i = threadIdx.y * kWarp + threadIdx.x; i < count * pitch; i += blockDim.y * kWarp) {
       projection_[i] = load(source + i);
     }
@@ -86,8 +86,8 @@ class RowWalk {
     }
   }
 
-  // What the steps between the start of the walk and this thread's first token do, given what this thread's own do.
-  // `walked` holds what the tiles before do, and on return this tile too.
+  // The map of the steps from the start of the walk to this thread's first token, from the map of its own steps.
+  // `walked` is the map of all previous tiles; on return it includes this tile.
   __device__ Affine before(Affine own, Affine& walked) {
     segments_[threadIdx.y * kWarp + threadIdx.x] = own;
     __syncthreads();
@@ -112,8 +112,8 @@ class RowWalk {
     return sum;
   }
 
-  int channel;       // a valid one in every lane
-  bool has_channel;  // whether it is this lane's own
+  int channel;       // valid in every lane
+  bool has_channel;  // whether it belongs to this lane
   float rate;        // -exp(A_log)
 
  private:

@@ -1,5 +1,5 @@
-// The selective scan in mamba_ssm's layout, tokens contiguous: a block walks along one sequence in chunks of tokens,
-// with a few neighbouring tokens per thread, and per chunk from state to state.
+// The selective scan in mamba_ssm's layout, tokens contiguous. A block loops over one sequence in chunks of tokens, a
+// few neighbouring tokens per thread, and in each chunk over the states.
 #include <algorithm>
 
 #include "common.cuh"
@@ -20,7 +20,7 @@ struct Items {
     count = static_cast<int>(left < 0 ? 0 : (left < kItems ? left : kItems));
   }
 
-  // Values at these tokens, zero behind the end of the sequence.
+  // Values at these tokens, zero after the end of the sequence.
   template <class T>
   __device__ void load_from(const T* sequence, float (&values)[kItems]) const {
     if (is_vector(sequence)) {
@@ -49,7 +49,7 @@ struct Items {
   }
 
  private:
-  // All items in one access to memory.
+  // All items in one memory access.
   template <class T>
   struct alignas(kItems * sizeof(T)) Vector {
     T values[kItems];
@@ -61,8 +61,8 @@ struct Items {
   }
 };
 
-// What the threads before this one do to the state (with kReverse those behind it) and, in `all`, what the whole block
-// does. `totals` holds (2, kWarps) maps; calls alternate between its halves, so that one barrier per call is enough.
+// The map of the threads before this one (with kReverse after it) and, in `all`, of the whole block. `totals` has
+// (2, kWarps) maps; calls alternate between its halves, so that one barrier per call is enough.
 template <bool kReverse>
 __device__ Affine scan_block(Affine own, Affine* totals, int& half, Affine& all) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -123,7 +123,7 @@ struct Channel {
     z = scan.z == nullptr ? nullptr : static_cast<const T*>(scan.z) + sequence;
   }
 
-  // The step sizes, zero behind the end so that nothing changes there, and their derivatives by the input.
+  // The deltas, zero after the end so that the state does not change, and their derivatives with respect to the input.
   __device__ void load_delta(const SelectiveScan& scan, const Items& items, float (&steps)[kItems],
                              float (&derivatives)[kItems]) const {
     const float bias = scan.delta_bias == nullptr ? 0.0f : scan.delta_bias[channel];
@@ -137,7 +137,7 @@ struct Channel {
   }
 };
 
-// What the steps of one thread do to one state; `decays` and `inputs` on the way.
+// The map of one thread's steps for one state; also sets `decays` and `inputs`.
 __device__ inline Affine compose(const float (&delta)[kItems], const float (&u)[kItems], const float (&B)[kItems],
                                  float rate, float (&decays)[kItems], float (&inputs)[kItems]) {
   Affine own;
@@ -150,7 +150,7 @@ __device__ inline Affine compose(const float (&delta)[kItems], const float (&u)[
   return own;
 }
 
-// The carries of all states between chunks, doubled: a chunk reads one half and writes the other.
+// The carries of all states between chunks, twice: a chunk reads one half and writes the other.
 struct Carries {
   float* values;  // (2, count)
   int count;
@@ -162,8 +162,8 @@ struct Carries {
   __device__ float& out_of(int64_t chunk, int i) const { return values[(~chunk & 1) * count + i]; }
 };
 
-// One block per channel of the batch. Writes outputs to `out`, or states where C is null; or, with kChunkStates, only
-// the states before each chunk.
+// One block per channel of the batch. Writes outputs to `out`, or states if C is null; or, with kChunkStates, only the
+// states before each chunk.
 template <class T, bool kChunkStates>
 __global__ void __launch_bounds__(kScanThreads)
     selective_scan_kernel(const __grid_constant__ SelectiveScan scan, void* out, float* last_state,
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kScanThreads)
   }
 }
 
-// Sums over all chunks, of each channel, warp and value: each warp adds to its own place, always in the same order.
+// Sums over all chunks, per channel, warp and value: each warp adds to its own place, always in the same order.
 struct WarpSums {
   float* values;  // (channels, kWarps, count)
   int count;
@@ -243,8 +243,8 @@ struct WarpSums {
   }
 };
 
-// One block per `channels` neighbouring channels of a group, over which it sums the gradients of B and C. The carry
-// from token to token, backwards, is decay (grad_h + carry).
+// One block per `channels` neighbouring channels of a group, over which it sums the gradients of B and C. Going
+// backwards, the carry from token to token is decay (grad_h + carry).
 template <class T>
 __global__ void __launch_bounds__(kScanThreads)
     selective_scan_backward_kernel(const __grid_constant__ SelectiveScan scan, const void* grad_out,
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kScanThreads)
         }
         sums.add(c, n, sum_A);
         const int64_t partial = (blockIdx.x * static_cast<int64_t>(states) + n) * scan.length;
-        if (c > 0) {  // this thread's own values of the channels before
+        if (c > 0) {  // this thread's values of the previous channels
           float earlier[kItems];
           items.load_from(gradients.B + partial, earlier);
 #pragma unroll

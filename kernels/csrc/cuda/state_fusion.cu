@@ -10,11 +10,11 @@ namespace {
 constexpr int kRun = 4;  // neighbouring columns per thread, which share the loads of the taps
 constexpr int kWarpsPerBlock = 8;
 constexpr int kThreads = kWarp * kWarpsPerBlock;
-constexpr int kTapsPerBlock = 8;  // of the gradients of taps: one register each
+constexpr int kTapsPerBlock = 8;  // for the gradients of taps: one register each
 
 int64_t runs_of(const Map& map) { return map.batch * map.height * divide_up(map.width, kRun); }
 
-// Where a warp works: up to kRun neighbouring columns of a row, one channel per lane.
+// The position of a warp: up to kRun neighbouring columns of a row, one channel per lane.
 struct Run {
   int64_t image_start;  // index of the image's first element of this channel
   int64_t token;        // of the first column, counted over all images
@@ -39,7 +39,7 @@ struct Run {
 
 __device__ inline int64_t first_run() { return static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.y; }
 
-// The neighbours of a run at one offset; of columns beyond the run too, which the clamping keeps inside the image.
+// The neighbours of a run at one offset. Columns after the end of the run are clamped to the image too.
 template <class H>
 __device__ void load_neighbours(float (&neighbours)[kRun], const Map& map, const Run& run, const H* h, int row_offset,
                                 int column_offset) {
@@ -96,7 +96,7 @@ template <class G>
 __global__ void __launch_bounds__(kThreads)
     read_out_gradient_kernel(Map map, const G* grad_y, const float* h, const float* taps,
                              const __grid_constant__ Offsets offsets, float* grad_C) {
-  if (first_run() >= map.batch * map.height * divide_up(map.width, kRun)) return;  // a whole warp or none of it
+  if (first_run() >= map.batch * map.height * divide_up(map.width, kRun)) return;  // the same for the whole warp
   const Run run(map, first_run());
   float fused[kRun];
   gather(fused, map, run, h, taps, offsets);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Each block sums kTapsPerBlock taps (blockIdx.z) of 32 channels (blockIdx.y) over its share of the tokens
+// Each block sums kTapsPerBlock taps (blockIdx.z) of 32 channels (blockIdx.y) over its part of the tokens
 // (blockIdx.x).
 template <class G, class H>
 __global__ void __launch_bounds__(kThreads)

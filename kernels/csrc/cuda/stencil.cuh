@@ -1,5 +1,5 @@
-// The 25 taps of 3x3 kernels of dilations 1, 3 and 5, applied row by row: what one row of a map adds to the eleven rows
-// of sums within reach, which a thread holds in registers, for a few neighbouring columns of one channel.
+// The 25 taps of 3x3 kernels with dilations 1, 3 and 5, applied row by row: each row of a map is added to the eleven
+// rows of sums within reach, which a thread keeps in registers, for a few neighbouring columns of one channel.
 #pragma once
 
 #include "common.cuh"
@@ -9,13 +9,13 @@ namespace spatial_mamba {
 constexpr int kReach = 5;  // the largest dilation
 constexpr int kTaps = 25;
 constexpr int kRunOfColumns = 4;                     // per thread
-constexpr int kWindow = kRunOfColumns + 2 * kReach;  // columns that these depend on
-constexpr int kChannels = 16;  // per block: rows of 16 float32 or bfloat16 are whole sectors of memory
-// Channels of one column in shared memory, padded so that the two halves of a warp meet different banks.
+constexpr int kWindow = kRunOfColumns + 2 * kReach;  // columns that they depend on
+constexpr int kChannels = 16;  // per block: 16 values of float32 or bfloat16 are whole memory sectors
+// Channels of one column in shared memory, padded so that the two halves of a warp use different banks.
 constexpr int kPitch = kChannels + 4;
 static_assert(kRunOfColumns * kPitch % 32 == 16);
 
-// Sums of the unfinished rows that have one parity: five, two rows apart from each other.
+// Sums of the five unfinished rows of one parity, two rows apart.
 struct Sums {
   float rows[5][kRunOfColumns] = {};
 };
@@ -24,13 +24,13 @@ struct Sums {
 struct Stencil {
   float taps[kTaps];
 
-  // The taps of one channel; mirrored for the adjoint, which adds to where the stencil reads.
+  // The taps of one channel; mirrored for the adjoint, which adds to the places that the stencil reads.
   __device__ Stencil(const float* of_channel, int dim, bool mirrored) {
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) taps[t] = of_channel[static_cast<int64_t>(mirrored ? kTaps - 1 - t : t) * dim];
   }
 
-  // Add what row i, seen through the window, gives to all rows that `needed` names, and complete row i - 5 in `done`.
+  // Add row i, from the window, to all rows in `needed`, and complete row i - 5 in `done`.
   // `opposite` holds the sums of the other parity: those of rows i - 5 to i + 3 before, of i - 3 to i + 5 after.
   // `same` holds those of rows i - 4 to i + 4.
   template <class Needed>
@@ -54,7 +54,7 @@ struct Stencil {
   }
 
  private:
-  // to = from + the three taps from kFirst on, kDilation columns apart: the sums move up a place in the same breath.
+  // to = from + the three taps from kFirst on, kDilation columns apart: the sums move up one place at the same time.
   template <int kFirst, int kDilation>
   __device__ __forceinline__ void add_three(bool needed, const float (&window)[kWindow],
                                             const float (&from)[kRunOfColumns], float (&to)[kRunOfColumns]) const {
@@ -79,8 +79,8 @@ __device__ __forceinline__ void load_window(const float* row, float (&window)[kW
 // Threads along a row: even, so that all warps are full.
 inline int segments_for(int columns) { return divide_up(columns, 2 * kRunOfColumns) * 2; }
 
-// Into how many bands of rows to cut images that keep `blocks` blocks busy uncut: enough to fill a GPU, and not more,
-// for each band repeats work at its ends.
+// Number of bands of rows for images that need `blocks` blocks undivided: just enough to fill a GPU, because each band
+// repeats work at its ends.
 inline int bands_for(int64_t blocks, int height) {
   constexpr int64_t kBlocksThatFillAGpu = 512;
   constexpr int kFewestRows = 16;

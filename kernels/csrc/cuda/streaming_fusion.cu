@@ -1,4 +1,4 @@
-// State fusion for 3x3 kernels of dilations 1, 3 and 5: blocks walk down the rows of a map, so that each element is
+// State fusion for 3x3 kernels with dilations 1, 3 and 5: blocks move down the rows of a map, so that each element is
 // read about once. The fused states, the gradient of C, the adjoint, and the gradients of the taps.
 #include <algorithm>
 
@@ -10,14 +10,14 @@ namespace {
 constexpr int kMaxSegments = 16;  // threads along a row
 constexpr int kMaxThreads = kChannels * kMaxSegments;
 constexpr int kMaxColumns = kMaxSegments * kRunOfColumns;
-constexpr int kMaxLoads = kRunOfColumns + kReach;  // per thread and row: its columns, and a share of 2 kReach more
+constexpr int kMaxLoads = kRunOfColumns + kReach;  // per thread and row: its columns, and a part of 2 kReach more
 
-// In the order of the taps, the rows and columns that they read.
+// The rows and columns that the taps read, in their order.
 constexpr int kOffsets[kTaps][2] = {{-5, -5}, {-5, 0}, {-5, 5}, {-3, -3}, {-3, 0}, {-3, 3}, {-1, -1}, {-1, 0}, {-1, 1},
                                     {0, -5},  {0, -3}, {0, -1}, {0, 0},   {0, 1},  {0, 3},  {0, 5},   {1, -1}, {1, 0},
                                     {1, 1},   {3, -3}, {3, 0},  {3, 3},   {5, -5}, {5, 0},  {5, 5}};
 
-// How blocks share the images: bands of rows, strips of columns, groups of kChannels channels.
+// How images are divided among blocks: bands of rows, strips of columns, groups of kChannels channels.
 struct Tiling {
   int bands, band_rows, strips, strip_columns;
 
@@ -68,7 +68,7 @@ struct Place {
   }
 };
 
-// States, those outside the image being the nearest inside.
+// States; outside the image, the nearest one inside.
 template <class H>
 struct States {
   const Map& map;
@@ -97,7 +97,7 @@ struct Gradients {
 
   struct Line {
     const G* first;
-    const float* C;  // null without
+    const float* C;  // may be null
     int width, dim;  // the width is zero for rows outside
 
     __device__ float operator[](int column) const {
@@ -115,7 +115,7 @@ struct Gradients {
   }
 };
 
-// Brings rows of a source into shared memory, one ahead of their use; their columns begin kReach before `first_column`.
+// Loads rows of a source into shared memory, one ahead of their use; columns start kReach before `first_column`.
 template <class Source>
 class Rows {
  public:
@@ -128,8 +128,8 @@ class Rows {
         columns_(blockDim.y * kRunOfColumns + 2 * kReach),
         memory_(memory) {}
 
-  // Visit the rows from first to last - 1 in pairs of calls visit(i, window, opposite, same), which take turns in the
-  // parity of the two objects passed on.
+  // Visit the rows from first to last - 1 in pairs of calls visit(i, window, opposite, same), between which the two
+  // objects of opposite and same parity are exchanged.
   template <class Parity, class Visit>
   __device__ __forceinline__ void walk(int first, int last, Parity& even, Parity& odd, const Visit& visit) {
     begin(first);
@@ -148,7 +148,7 @@ class Rows {
       const int slot = threadIdx.y + n * blockDim.y;
       if (slot < columns_) row[slot * kPitch + threadIdx.x] = loaded_[n];
     }
-    __syncthreads();  // the row before the last, which had this place, was read before the barrier of the last
+    __syncthreads();  // the row that had this place was read before the previous barrier
     if (i + 1 < last) begin(i + 1);
     float window[kWindow];
     load_window(row, window);
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   rows.walk(place.first_row - kReach, place.last_row + kReach, even, odd,
             [&](int i, const float (&window)[kWindow], Sums& opposite, Sums& same) {
               float fused[kRunOfColumns];
-              if (place.has_row(i)) {  // what this adds to rows outside the band is never stored
+              if (place.has_row(i)) {  // sums of rows outside the band are never stored
                 stencil.contribute(i, [](int) { return true; }, window, opposite, same, fused);
               } else {
                 stencil.contribute(i, [&](int row) { return place.has_row(row); }, window, opposite, same, fused);
@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
             });
 }
 
-// The stencil mirrored, over the image and the kReach rows and columns around it whose states repeat the edge: what
-// reaches those belongs to the edge.
+// The mirrored stencil, over the image and the kReach rows and columns around it, whose states repeat the edge: their
+// gradients are added to the edge.
 template <class G, class H>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     stream_adjoint_kernel(const __grid_constant__ Map map, const __grid_constant__ Tiling tiling, const G* grad,
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   const int column = first_column + static_cast<int>(threadIdx.y) * kRunOfColumns;
 
   float* memory = shared_memory;
-  float* beyond = take(memory, 2 * kReach * kChannels);  // results of the columns left and right of the image
+  float* beyond = take(memory, 2 * kReach * kChannels);  // results for the columns left and right of the image
   Rows<Gradients<G>> rows(gradients, place, first_column, memory);
   float results[kRunOfColumns] = {};
   Sums even, odd;
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
           if (column + k < 0) beyond[left * kChannels + threadIdx.x] = results[k];
           if (right >= 0 && right < kReach) beyond[(kReach + right) * kChannels + threadIdx.x] = results[k];
         }
-        __syncthreads();  // and until these are written again, there is the barrier of the next row
+        __syncthreads();  // the barrier of the next row comes before these are written again
 #pragma unroll
         for (int k = 0; k < kRunOfColumns; ++k) {
           const int own = column + k;

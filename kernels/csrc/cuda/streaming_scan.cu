@@ -1,9 +1,9 @@
-// The structure-aware scan in one pass, for 3x3 fusion kernels of dilations 1, 3 and 5: states never leave the chip.
+// The structure-aware scan in one pass, for 3x3 fusion kernels with dilations 1, 3 and 5: states stay on the chip.
 //
-// A block walks down the rows of an image, or of a band and strip of it, for a few channels. Each thread owns kTokens
-// neighbouring columns of one channel. Per row it scans the states, lays them out in shared memory, and adds what they
-// contribute to the up to eleven rows of outputs within reach, whose sums it holds in registers; then the uppermost of
-// these is complete.
+// A block moves down the rows of an image, or of a band and strip of it, for a few channels. Each thread has kTokens
+// neighbouring columns of one channel. For each row it scans the states, writes them to shared memory, and adds their
+// contributions to the up to eleven rows of outputs within reach, whose sums it keeps in registers. Then the uppermost
+// of these rows is complete.
 #include "stencil.cuh"
 
 namespace spatial_mamba {
@@ -84,7 +84,7 @@ class Stream {
 
     source_ = kNone;
     Sums even, odd;
-    // Rows above and below the image repeat its first and last.
+    // Rows above and below the image repeat its first and last row.
     for (int i = first_row_ - kReach; i < last_row_ + kReach; i += 2) {
       visit_row(i, even, odd);
       if (i + 1 < last_row_ + kReach) visit_row(i + 1, odd, even);
@@ -92,7 +92,7 @@ class Stream {
   }
 
  private:
-  // Row i, or that which it repeats, of states; `opposite` and `same` are the sums that Stencil asks for.
+  // Row i of states, or the row that it repeats; `opposite` and `same` are the sums for Stencil.
   __device__ __forceinline__ void visit_row(int i, Sums& opposite, Sums& same) {
     const int source = clamp(i, map_.height);
     const bool is_new = source != source_;
@@ -108,7 +108,7 @@ class Stream {
 
     float window[kWindow];
     load_window(row_, window);
-    if (i >= first_row_ && i < last_row_) {  // what this adds to rows outside the band is never stored
+    if (i >= first_row_ && i < last_row_) {  // sums of rows outside the band are never stored
       stencil_.contribute(i, [](int) { return true; }, window, opposite, same, done);
     } else {
       stencil_.contribute(
@@ -118,7 +118,7 @@ class Stream {
     if (is_new) finish_loads();
   }
 
-  // The states of row source_ into row_, its ends repeated.
+  // Write the states of row source_ to row_, with its ends repeated.
   __device__ __forceinline__ void scan_row() {
     const float* projection = projection_of(source_) + static_cast<int>(threadIdx.y) * kTokens * projection_pitch();
     float decays[kTokens], inputs[kTokens];
@@ -127,7 +127,7 @@ class Stream {
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) own = own.then({decays[k], inputs[k]});
     segments_[threadIdx.y * kChannels + threadIdx.x] = own;
-    if (states_ == nullptr && source_ > 0) {  // the last state of the row before
+    if (states_ == nullptr && source_ > 0) {  // the last state of the previous row
       carry_ = row_[(last_column_ - first_column_ - 1 + kReach) * kPitch + threadIdx.x];
     }
     if (row_states_ != nullptr && threadIdx.y == 0 && has_channel_) {
@@ -148,12 +148,12 @@ class Stream {
     }
     if (threadIdx.y == 0) repeat(places, -kPitch, decays[0] * before + inputs[0]);
     if (own_columns_ > 0 && own_column_ + own_columns_ == last_column_) {
-      repeat(places + (own_columns_ - 1) * kPitch, kPitch, state);  // where columns do not exist, steps change nothing
+      repeat(places + (own_columns_ - 1) * kPitch, kPitch, state);  // missing columns leave the state unchanged
     }
     __syncthreads();
   }
 
-  // Loads for the rows after source_, some of which arrive while its states are fused.
+  // Load the rows after source_; some loads overlap with the fusion of its states.
   __device__ __forceinline__ void begin_loads() {
     if (source_ + 1 < map_.height) {
       load_tokens(u_, source_ + 1);
@@ -163,7 +163,7 @@ class Stream {
   }
 
   __device__ __forceinline__ void finish_loads() {
-    // The place is that of row source_, which all threads have read.
+    // This overwrites row source_, which all threads have read.
     if (source_ + 2 < map_.height) store_projection(staged_, source_ + 2);
   }
 
@@ -194,7 +194,7 @@ class Stream {
     }
   }
 
-  // The kReach places behind an end of the row.
+  // The kReach places beyond an end of the row.
   __device__ __forceinline__ static void repeat(float* end, int pitch, float state) {
 #pragma unroll
     for (int j = 1; j <= kReach; ++j) end[j * pitch] = state;
@@ -206,8 +206,8 @@ class Stream {
     return projections_ + (row % 2) * static_cast<int>(blockDim.y) * kTokens * projection_pitch();
   }
 
-  // In shared memory the projection of a token is r, zeros up to a whole vector, and B; C is not needed yet. A thread
-  // brings the elements threadIdx.x, threadIdx.x + kChannels, ... of kTokens tokens, the first of them through
+  // In shared memory, the projection of a token is r, padded with zeros to a whole vector, and B; C is not needed yet.
+  // A thread loads the elements threadIdx.x, threadIdx.x + kChannels, ... of kTokens tokens, the first of them through
   // registers.
   __device__ __forceinline__ void load_projection(float (&values)[kTokens], int row, int element) const {
     const int rank = recurrence_.rank;
@@ -282,7 +282,7 @@ class Stream {
   int first_row_, last_row_;        // of the outputs
   int first_output_, last_output_;  // columns of the outputs
   int first_column_, last_column_;  // columns of the states
-  int own_column_, own_columns_;    // the first of this thread's, and how many exist
+  int own_column_, own_columns_;    // this thread's first one, and how many of them exist
   bool has_channel_;
   float bias_, rate_, skip_;
 
@@ -292,8 +292,8 @@ class Stream {
 
   static constexpr int kNone = -1;
   int source_;                // the last row scanned
-  float carry_, u_[kTokens];  // of row source_ until its scan is done, then of the next
-  float staged_[kTokens];     // of the projection of the row after that
+  float carry_, u_[kTokens];  // of row source_ until it is scanned, then of the next row
+  float staged_[kTokens];     // of the projection of the row after the next
 };
 
 template <class T, class Y>

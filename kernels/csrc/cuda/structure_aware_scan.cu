@@ -1,5 +1,5 @@
-// The recurrence of the structure-aware scan over any image, in three steps: what each row does to the state, the
-// states before the rows, and then all rows at once. Its gradients take the same steps backwards.
+// The recurrence of the structure-aware scan over any image, in three steps: the map of the state by each row, the
+// states before the rows, then all rows in parallel. The gradients take the same steps backwards.
 #include <algorithm>
 
 #include "row_scan.cuh"
@@ -12,8 +12,8 @@ constexpr int kCarryWarps = 16, kCarryThreads = kWarp * kCarryWarps;
 
 __host__ __device__ int64_t rows_of(const Map& map) { return map.batch * map.height; }
 
-// What each piece of a row does to the state that enters it or, with kReverse, to the gradient that does: from token to
-// token that carry is decay (grad_h + carry).
+// The map of each piece of a row for the state before it or, with kReverse, for the gradient that enters it. From token
+// to token, that carry is decay (grad_h + carry).
 template <class T, bool kReverse>
 __global__ void __launch_bounds__(kMaxThreads)
     piece_maps_kernel(const __grid_constant__ Recurrence recurrence, const __grid_constant__ Strips strips,
@@ -45,25 +45,25 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 // The carries into the pieces of each image (blockIdx.x), one after the other in the order of the walk, from zero. Each
-// warp has a share of them, first to find what the whole share does, then to fill in its carries.
+// warp handles a part of them: first it finds the map of the whole part, then it fills in the carries.
 template <bool kReverse>
 __global__ void __launch_bounds__(kCarryThreads)
     carries_kernel(int pieces, int dim, const Affine* piece_maps, float* carries) {
-  Affine* shares = reinterpret_cast<Affine*>(shared_memory);  // (warps, lanes)
+  Affine* part_maps = reinterpret_cast<Affine*>(shared_memory);  // (warps, lanes)
   const int own_channel = blockIdx.y * kWarp + threadIdx.x;
   const int channel = min(own_channel, dim - 1);
-  const int share = divide_up(pieces, kCarryWarps);
-  const int first = min(static_cast<int>(threadIdx.y) * share, pieces), last = min(first + share, pieces);
+  const int part_size = divide_up(pieces, kCarryWarps);
+  const int first = min(static_cast<int>(threadIdx.y) * part_size, pieces), last = min(first + part_size, pieces);
   const int64_t image = static_cast<int64_t>(blockIdx.x) * pieces;
   const auto element = [&](int i) { return (image + (kReverse ? pieces - 1 - i : i)) * dim + channel; };
 
   Affine own;
 #pragma unroll 8
   for (int i = first; i < last; ++i) own = own.then(piece_maps[element(i)]);
-  shares[threadIdx.y * kWarp + threadIdx.x] = own;
+  part_maps[threadIdx.y * kWarp + threadIdx.x] = own;
   __syncthreads();
   float carry = 0.0f;
-  for (unsigned warp = 0; warp < threadIdx.y; ++warp) carry = shares[warp * kWarp + threadIdx.x](carry);
+  for (unsigned warp = 0; warp < threadIdx.y; ++warp) carry = part_maps[warp * kWarp + threadIdx.x](carry);
   if (own_channel >= dim) return;
 #pragma unroll 8
   for (int i = first; i < last; ++i) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// With grad_state the whole gradient of a state h = decay h_before + delta B u, that is grad_h + carry.
+// grad_state is the full gradient of a state h = decay h_before + delta B u, that is grad_h + carry.
 template <class T, class G>
 __global__ void __launch_bounds__(kMaxThreads)
     recurrence_gradients_kernel(const __grid_constant__ Recurrence recurrence, const G* grad_y, const float* h,
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         carry = step.decay * grad_state;
 
         const float h_before = column == 0 ? row_state : h[element - map.dim];
-        const float grad_rate = carry * h_before;  // of delta rate
+        const float grad_rate = carry * h_before;  // of delta * rate
         const float grad = load(grad_y + element);
         if (walk.has_channel) {
           store(grad_u + element, grad_state * step.delta * step.B + skip * grad);
@@ -159,7 +159,7 @@ int segments_of(const Map& map) { return std::min(divide_up(map.width, kTokens),
 
 dim3 block_shape(const Map& map) { return dim3(kWarp, segments_of(map)); }
 
-// Enough blocks to fill a GPU, each with several rows, which share the weights of the step.
+// Enough blocks to fill a GPU, each with several rows, which use the same weights for delta.
 dim3 grid_over_rows(const Map& map) {
   constexpr int64_t kBlocksThatFillAGpu = 4096;
   const int channel_blocks = divide_up(map.dim, kWarp);
