@@ -16,6 +16,7 @@ pytest.importorskip("cv2")
 
 import spatial_mamba.detection.demo_data as coco
 import spatial_mamba.segmentation.demo_data as ade
+from spatial_mamba.classification.data_folder import run_demo_data
 from spatial_mamba.detection.openmmlab import digit_scenes as scenes_module
 from spatial_mamba.detection.openmmlab.digit_scenes import Scene, Sources, compose, load_sources, scenes
 from spatial_mamba.kernels.errors import UserError
@@ -167,8 +168,8 @@ def test_folders_are_written_atomically(
     assert {path: path.stat().st_mtime_ns for path in images} == before
 
     images[0].unlink()  # no longer the complete data set: not touched
-    monkeypatch.setattr(sys, "argv", ["digits", str(folder)])
-    assert module.main() == 2
+    package = module.__name__.split(".")[-2]
+    assert run_demo_data(package, lambda path: module.write_digits(path, counts), [str(folder)]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert f"{folder}: exists and is not this data set; remove it" in message
