@@ -576,7 +576,8 @@ class SpatialMamba(SpatialMambaEncoder):
         num_classes: number of logits; 0 returns the pooled features instead.
         drop_rate: dropout before the classifier.
         global_pool: ``"avg"``, or ``""`` to classify every token.
-        in_chans, **encoder_options: see ``SpatialMambaEncoder``.
+        in_chans: see ``SpatialMambaEncoder``.
+        **encoder_options: see ``SpatialMambaEncoder``.
 
     Raises:
         ValueError: for any other pooling.
@@ -713,7 +714,8 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         out_indices: the stages whose maps are returned, ascending; later stages are left out of the model.
         pretrained: a classification checkpoint to start from, loaded strictly: only its classifier and final
             norm may be unused, and only the ``outnorm`` layers keep their initial values.
-        in_chans, **encoder_options: see ``SpatialMambaEncoder``.
+        in_chans: see ``SpatialMambaEncoder``.
+        **encoder_options: see ``SpatialMambaEncoder``.
 
     Raises:
         ValueError: for an index without a stage.
