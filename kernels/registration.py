@@ -91,10 +91,7 @@ class Operator:
         return copies if isinstance(outputs, tuple) else copies[0]
 
     def run_backward(self, *arguments: Any, **into: Tensor) -> tuple[Tensor, ...]:
-        """Compute the gradients of the tensor arguments, an empty tensor for an absent one.
-
-        Keyword arguments are preallocated gradients that native backends write into.
-        """
+        """Compute the gradients of the tensors, empty for absent ones. Native backends may write them to ``into``."""
         first = arguments[self.num_differentiable]
         with without_autocast(first):
             if backend := backends.module_for(first, self.served_as):

@@ -117,7 +117,7 @@ void with_types(Activations x, Activations same_or_float32, Body&& body) {
   with_type(x, [&](auto* typed) {
     if (same_or_float32.type == x.type) return body(typed, static_cast<decltype(typed)>(same_or_float32.data));
     if (same_or_float32.type == Scalar::float32) return body(typed, static_cast<float*>(same_or_float32.data));
-    throw std::invalid_argument("a CUDA kernel was asked for a pair of types that it does not serve");
+    throw std::invalid_argument("a CUDA kernel does not support this pair of types");
   });
 }
 
