@@ -3,8 +3,8 @@
 import warnings
 from importlib.util import find_spec
 
-if find_spec("mmengine"):  # without it there is no registry; the commands say what is missing
+if find_spec("mmengine"):  # without it there is no registry; the commands report what is missing
     try:
         from .openmmlab import registration  # noqa: F401
-    except ImportError as error:  # such as OpenCV's, for which the commands have a remedy
+    except ImportError as error:  # such as OpenCV's, for which the commands name the fix
         warnings.warn(f"MM_SpatialMamba is not registered: {error}", stacklevel=2)

@@ -50,13 +50,13 @@ def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
 
 
 def outline(mask: np.ndarray) -> list[list[int]]:
-    """Polygons [x0, y0, x1, y1, ...] along the pixels' outer edges that cover exactly the (H, W) mask together.
+    """Polygons [x0, y0, x1, y1, ...] along the outer edges of pixels that together cover exactly the (H, W) mask.
 
-    COCO's polygons have no holes, so a part with a hole is cut in two there.
+    COCO's polygons have no holes, so a component with a hole is cut in two at the hole.
     """
-    import cv2  # comes with mmcv, which those who only want the scenes do not need
+    import cv2  # installed with mmcv, which drawing scenes does not need
 
-    # At twice the size a pixel x has its left border at 2x and its right one at 2x + 1, for the edges x and x + 1.
+    # At twice the size, pixel x spans 2x to 2x + 1, which stand for its edges x and x + 1.
     doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     if not contours:
@@ -67,7 +67,7 @@ def outline(mask: np.ndarray) -> list[list[int]]:
         columns = np.arange(mask.shape[1])
         cut = (holes[0][:, 0].min() + holes[0][:, 0].max() + 1) // 2
         return outline(mask & (columns < cut)) + outline(mask & (columns >= cut))
-    # The inner corners come twice.
+    # Inner corners occur twice.
     return [ring[(ring != np.roll(ring, 1, axis=0)).any(axis=1)].ravel().tolist() for ring in rings]
 
 
@@ -76,7 +76,7 @@ def _name(number: int) -> str:
 
 
 def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """One COCO annotation per digit of the scene, their boxes tight around the visible pixels."""
+    """One COCO annotation per digit of the scene, with a tight box around its visible pixels."""
     annotations = []
     for number, (value, mask) in enumerate(zip(scene.classes.tolist(), scene.masks, strict=True)):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

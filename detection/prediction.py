@@ -25,10 +25,10 @@ class Detector(inference.Predictor):
     def build(self, config: Config, device: str) -> nn.Module:
         from mmdet.apis import init_detector
 
-        return init_detector(config, palette="random", device=device)  # the palette to use is the checkpoint's
+        return init_detector(config, palette="random", device=device)  # the checkpoint's replaces it
 
     def predict(self, image: np.ndarray, stem: Path) -> tuple[dict[str, Any], str]:
-        """See ``Predictor``; the boxes are in pixels of the image, the masks COCO's run-length code."""
+        """See ``Predictor``; boxes are in pixels of the image, masks in COCO's run-length encoding."""
         from mmdet.apis import inference_detector
         from mmdet.structures.mask import encode_mask_results
         from mmdet.visualization import DetLocalVisualizer

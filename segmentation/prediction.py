@@ -1,7 +1,7 @@
-"""Labels the pixels of images, for ``python -m spatial_mamba.segmentation``.
+"""Classifies the pixels of images, for ``python -m spatial_mamba.segmentation``.
 
 For every image NAME.* the output folder gets NAME.png, the image with the classes drawn over it, NAME_labels.png, the
-class number of every pixel, and NAME.json.
+class index of every pixel, and NAME.json.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Segmentor(inference.Predictor):
         return revert_sync_batchnorm(init_model(config, device=device))
 
     def predict(self, image: np.ndarray, stem: Path) -> tuple[dict[str, Any], str]:
-        """See ``Predictor``; the classes are listed from the largest to the smallest."""
+        """See ``Predictor``; the classes are sorted by decreasing area."""
         from mmseg.apis import inference_model, show_result_pyplot
 
         meta = self.model.dataset_meta

@@ -1,4 +1,4 @@
-"""Models as files that run without this package: ONNX, programs of `torch.export`, AOTInductor packages."""
+"""Exports models to files that run without this package: ONNX, `torch.export` programs, AOTInductor packages."""
 
 from .onnx_file import export_onnx
 from .programs import export_aoti, export_program

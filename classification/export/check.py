@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the model does: both run on the same fixed images."""
+"""Compares an exported file with its model on fixed images."""
 
 from collections.abc import Callable
 
@@ -13,21 +13,21 @@ Function = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 
 
 def fixed_images(model: SpatialMambaEncoder, size: Size, batch: int) -> Tensor:
-    """Normally distributed images, always the same: (batch, in_chans, height, width), on the CPU."""
+    """Normally distributed images (batch, in_chans, height, width) on the CPU, always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, model.in_chans, *height_and_width(size), generator=generator)
 
 
 def largest_difference(function: Function, model: SpatialMambaEncoder, size: Size) -> float:
-    """The largest difference from the model's outputs for batches of 1 and 2, relative to the largest of them.
+    """The largest difference from the model's outputs for batches of 1 and 2, relative to the largest output.
 
     Args:
-        function: of images on the CPU, what the file computes.
-        model: on any device and in any dtype.
-        size: of the images.
+        function: the exported file, as a function of images on the CPU.
+        model: the model, on any device and in any dtype.
+        size: height and width of the images.
 
     Returns:
-        A fraction; NaN if one of the numbers is.
+        A fraction; NaN if any output is NaN.
     """
     like = next(model.parameters())
     differences = []

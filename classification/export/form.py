@@ -1,8 +1,8 @@
-"""The form in which models are exported: the same function in plain operations that runtimes execute well.
+"""The form in which models are exported: the same function in standard operations that runtimes execute fast.
 
-No operator of this package is left in it, tokens stay channels-last wherever they are not convolved, and the scan is
-a few hundred operations at most, without a loop. BatchNorms are folded into convolutions. A test holds it to the
-reference implementations.
+It has no operators of this package. Tokens stay channels-last except in convolutions, BatchNorms are folded into
+convolutions, and the scan has no loop but at most a few hundred operations. A test compares it with the reference
+implementations.
 """
 
 from copy import deepcopy
@@ -15,18 +15,18 @@ from ...kernels.recurrence import scan_in_blocks
 from ...kernels.state_fusion import repeat_edges
 from ..models.spatial_mamba import (
     ConvLayer,
-    DepthwiseConv,
+    PositionEncoding,
     SpatialMambaEncoder,
     StructureAwareSSM,
     refuse_modified_parts,
 )
 
-# log((1 + s) / (1 - s)) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...); for s up to 1/3 these six leave out less than 2e-7 of it.
+# log((1 + s) / (1 - s)) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...). For s <= 1/3 six terms have a relative error below 2e-7.
 ATANH_DENOMINATORS = (11, 9, 7, 5, 3, 1)
 
 
 def export_form(model: SpatialMambaEncoder) -> SpatialMambaEncoder:
-    """A copy of the model, in float32 and on its device, that computes the same in operations fit for export.
+    """Copy the model, in float32 and on its device, and replace modules by equivalents made of standard operations.
 
     Raises:
         RuntimeError: for a fused model, one in training mode, or one with hooks or wrappers on its layers.
@@ -36,33 +36,33 @@ def export_form(model: SpatialMambaEncoder) -> SpatialMambaEncoder:
     refuse_modified_parts(model)
     if model.training:
         raise RuntimeError("only a model in evaluation mode can be exported: call eval() first")
-    model = _exchanged(deepcopy(model).float())
+    model = deepcopy(model).float()
+    _replace_children(model)
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False
     return model.requires_grad_(False)
 
 
-def _exchanged(module: nn.Module) -> nn.Module:
-    """The module, or what takes its place; the same inside it."""
-    if isinstance(module, StructureAwareSSM):
-        return ExportedMixer(module)
-    if isinstance(module, DepthwiseConv):
-        return PositionEncoding(module)
-    if isinstance(module, nn.Linear):
-        return Projection(module)
-    if isinstance(module, ConvLayer):
-        module.conv, module.norm = module.folded(), nn.Identity()
-        return module
+def _replace_children(module: nn.Module) -> None:
+    """Replace modules at any depth by their equivalents for export, in place."""
     for name, child in module.named_children():
-        setattr(module, name, _exchanged(child))
-    return module
+        if isinstance(child, StructureAwareSSM):
+            setattr(module, name, ExportedMixer(child))
+        elif isinstance(child, PositionEncoding):
+            setattr(module, name, ExportedPositionEncoding(child))
+        elif isinstance(child, nn.Linear):
+            setattr(module, name, Projection(child))
+        elif isinstance(child, ConvLayer):
+            child.conv, child.norm = child.folded(), nn.Identity()
+        else:
+            _replace_children(child)
 
 
-class PositionEncoding(nn.Module):
-    """``DepthwiseConv``, (B, H, W, C) to the same: the convolution's result is added to its input."""
+class ExportedPositionEncoding(nn.Module):
+    """``PositionEncoding`` for tokens (B, H, W, C)."""
 
-    def __init__(self, conv: DepthwiseConv) -> None:
+    def __init__(self, conv: PositionEncoding) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
 
@@ -72,11 +72,11 @@ class PositionEncoding(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear layer whose weight lies in the file as it is multiplied, (inputs, outputs): it can be quantised there.
+    """A linear layer whose weight is stored as (inputs, outputs), the form that quantisation expects.
 
     Args:
-        linear: the layer, or some rows of its weight.
-        rows: of the weight that are taken; all by default.
+        linear: the layer.
+        rows: the rows of its weight to use; all by default.
     """
 
     def __init__(self, linear: nn.Linear, rows: slice = slice(None)) -> None:
@@ -90,19 +90,19 @@ class Projection(nn.Module):
 
 
 class ExportedMixer(nn.Module):
-    """``StructureAwareSSM``, (B, H, W, C) to (B, H, W, C), see there for the equations; D = 2 C channels inside."""
+    """``StructureAwareSSM``, which has the equations: (B, H, W, C) to (B, H, W, C), with D = 2 C inner channels."""
 
     def __init__(self, ssm: StructureAwareSSM) -> None:
         super().__init__()
         self.inner_dim, self.dt_rank = ssm.inner_dim, ssm.dt_rank
-        # Two products in place of one that is cut in halves: cutting copies.
+        # Two products instead of one: splitting its result would copy.
         self.token_proj = Projection(ssm.in_proj, slice(ssm.inner_dim))
         self.gate_proj = Projection(ssm.in_proj, slice(ssm.inner_dim, None))
         self.conv = ssm.conv2d
         self.x_proj = nn.Parameter(ssm.x_proj_weight.detach().t().contiguous())  # (D, R + 2)
-        self.step_proj = nn.Parameter(ssm.dt_projs_weight.detach().t().contiguous())  # (R, D)
-        self.step_bias = ssm.dt_projs_bias
-        self.rate = nn.Parameter(-ssm.A_logs.detach().exp().squeeze(1))  # (D,)
+        self.dt_proj = nn.Parameter(ssm.dt_projs_weight.detach().t().contiguous())  # (R, D)
+        self.dt_bias = ssm.dt_projs_bias
+        self.A = nn.Parameter(-ssm.A_logs.detach().exp().squeeze(1))  # (D,)
         self.skip = ssm.Ds
         fusion = ssm.state_fusion
         self.dilations = fusion.dilations
@@ -118,15 +118,15 @@ class ExportedMixer(nn.Module):
         maps = self.token_proj(x).permute(0, 3, 1, 2)
         convolved = F.conv2d(maps, self.conv.weight, self.conv.bias, padding=1, groups=self.inner_dim)
         u = F.silu(convolved).permute(0, 2, 3, 1)  # (B, H, W, D)
-        low_rank_step, B, C = (u @ self.x_proj).split([self.dt_rank, 1, 1], dim=-1)
-        step = softplus(low_rank_step @ self.step_proj + self.step_bias)
-        decays, inputs = torch.exp(step * self.rate), step * u * B
+        r, B, C = (u @ self.x_proj).split([self.dt_rank, 1, 1], dim=-1)
+        dt = softplus(r @ self.dt_proj + self.dt_bias)
+        decays, inputs = torch.exp(dt * self.A), dt * u * B
         h = scan_in_blocks(decays.flatten(1, 2), inputs.flatten(1, 2)).unflatten(1, x.shape[1:3])
         y = C * self._fused(h) + self.skip * u
         return self.out_proj(self.out_norm(y) * F.silu(gate))
 
     def _fused(self, h: Tensor) -> Tensor:
-        """State fusion of (B, H, W, D); without kernels the states themselves."""
+        """State fusion of (B, H, W, D); the identity without kernels."""
         if not self.dilations:
             return h
         maps = [
@@ -142,10 +142,10 @@ class ExportedMixer(nn.Module):
 
 
 def softplus(x: Tensor) -> Tensor:
-    """``log(1 + exp(x))`` in float32, to the last bits for tiny results too, and never infinite.
+    """``log(1 + exp(x))`` in float32, without overflow and accurate to the last bits even for tiny results.
 
-    ONNX Runtime takes several times as long for ``Softplus``, and its error is absolute: with steps of 1e-3 that is
-    6e-5 of them.
+    ``Softplus`` of ONNX Runtime takes several times as long and has an absolute error, which is 6e-5 of a delta of
+    1e-3.
     """
     y = torch.exp(-x.abs())
     s = y / (y + 2)  # log(1 + y) = 2 artanh(s)

@@ -1,4 +1,4 @@
-"""ONNX files: written by PyTorch's exporter, tidied, described and, if wanted, quantised."""
+"""Writes ONNX files with PyTorch's exporter, simplifies and optionally quantises them, and runs them."""
 
 import importlib.util
 import logging
@@ -18,7 +18,7 @@ from ..models.spatial_mamba import SpatialMambaBackbone, SpatialMambaEncoder
 from .programs import Size, export_program, quiet
 
 OPSET = 20  # the first with Gelu
-NARROWEST = 32  # rows and columns of the matrices that are quantised: narrower ones gain nothing and lose precision
+NARROWEST = 32  # rows and columns of quantised matrices; smaller ones would lose precision and gain no speed
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -32,18 +32,18 @@ def export_onnx(
     """Write the model as an ONNX file, for any batch size and one image size.
 
     The input is ``images`` (batch, in_chans, height, width), the output ``logits`` (batch, num_classes), or
-    ``feature{i}`` for each map of a backbone. The graph has no loop and no branch.
+    ``feature{i}`` for each map of a backbone. The graph has no loops or branches.
 
     Args:
-        model: see ``export_program``; its device does not matter.
-        path: of the file.
+        model: see ``export_program``; on any device.
+        path: the file to write.
         size: height and width of the images, or one number for both.
-        metadata: kept in the file.
-        int8: quantise the matrices of linear layers to 8 bits per output channel, and, as the model runs, what they
-            are multiplied with.
+        metadata: stored in the file.
+        int8: quantise the matrices of linear layers to 8 bits per output channel. Their inputs are quantised at run
+            time.
 
     Raises:
-        UserError: for too small a size, or without the packages that this needs.
+        UserError: if the size is too small, or a package is missing.
         RuntimeError: for a fused model, or one in training mode.
     """
     require_onnx()
@@ -62,20 +62,21 @@ def export_onnx(
             optimize=False,
             verbose=False,
         )
+    assert program is not None
     graph = program.model
-    # Of the exporter's own optimisation what this graph needs: the whole takes time quadratic in the number of nodes.
+    # The parts of the exporter's own optimisation that this graph needs. All of it takes quadratic time.
     optimizer.fold_constants(graph, onnx_shape_inference=True)
     rewriter.rewrite(graph, [materialize_reshape_shape_rule, reshape_reshape_rule])
-    for tidy in (
+    for simplify in (
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),
         passes.CommonSubexpressionEliminationPass(),
         passes.IdentityEliminationPass(),
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),
-        passes.ClearMetadataAndDocStringPass(),  # the exporter's traces of this machine
+        passes.ClearMetadataAndDocStringPass(),  # removes stack traces with local paths
     ):
-        tidy(graph)
+        simplify(graph)
     graph.metadata_props.update(metadata or {})
     proto = program.model_proto
     if int8:
@@ -90,7 +91,7 @@ def _output_names(model: SpatialMambaEncoder) -> list[str]:
 
 
 def _quantised(proto: Any) -> Any:
-    """The model with weights in int8; activations are quantised by their range, as it is found at run time."""
+    """Quantise the weights to int8; activations are quantised by their range at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -102,7 +103,7 @@ def _quantised(proto: Any) -> Any:
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantised.onnx"
-        logging.disable(logging.WARNING)  # it advises to fold constants first, which is done
+        logging.disable(logging.WARNING)  # it recommends constant folding, which is done
         try:
             quantize_dynamic(
                 proto,
@@ -118,7 +119,7 @@ def _quantised(proto: Any) -> Any:
 
 
 def onnx_session(path: str | PathLike[str], threads: int = 0) -> Any:
-    """ONNX Runtime's session of a file, on the CPU; ``threads`` of 0 leaves their number to it.
+    """Open a file in ONNX Runtime on the CPU; with ``threads=0`` the runtime chooses the number of threads.
 
     Raises:
         UserError: without ONNX Runtime.
@@ -133,7 +134,7 @@ def onnx_session(path: str | PathLike[str], threads: int = 0) -> Any:
 
 
 def onnx_function(path: str | PathLike[str]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The file as a function of images, computed by ONNX Runtime on the CPU.
+    """The file as a function of images, run by ONNX Runtime on the CPU.
 
     Raises:
         UserError: without ONNX Runtime.
@@ -143,7 +144,7 @@ def onnx_function(path: str | PathLike[str]) -> Callable[[Tensor], tuple[Tensor,
 
 
 def require_onnx() -> None:
-    """Raise UserError unless the packages that write and run ONNX files are installed."""
+    """Raise UserError unless the packages for ONNX files are installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX files need more packages: pip install {' '.join(missing)}")
@@ -151,19 +152,19 @@ def require_onnx() -> None:
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """What a file holds: the version of the operators, and how many nodes there are of each."""
+    """The version of the operators in a file, and the number of nodes of each operator."""
 
     opset: int
     operators: Counter[str]
 
     @property
     def nodes(self) -> int:
-        """All of them."""
+        """Total number of nodes."""
         return self.operators.total()
 
 
 def onnx_facts(path: str | PathLike[str]) -> OnnxFacts:
-    """Look into a file."""
+    """Count the operators of a file."""
     import onnx
 
     proto = onnx.load(path)

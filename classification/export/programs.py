@@ -1,4 +1,4 @@
-"""Programs of `torch.export`, and AOTInductor packages made of them."""
+"""Exports models to `torch.export` programs and AOTInductor packages."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,10 +20,10 @@ Size = int | tuple[int, int]
 
 
 def height_and_width(size: Size) -> tuple[int, int]:
-    """Height and width, of which a single number means both.
+    """Height and width; a single number stands for both.
 
     Raises:
-        UserError: for less than ``SMALLEST_SIZE`` pixels.
+        UserError: for fewer than ``SMALLEST_SIZE`` pixels.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < SMALLEST_SIZE:
@@ -34,27 +34,27 @@ def height_and_width(size: Size) -> tuple[int, int]:
 
 
 def export_program(model: SpatialMambaEncoder, size: Size = 224) -> ExportedProgram:
-    """A program of ATen operations alone, for any batch size and one image size; save it with ``torch.export.save``.
+    """Export a program of ATen operations, for any batch size and one image size; ``torch.export.save`` writes it.
 
     Args:
-        model: a classifier or backbone in evaluation mode, not fused; it is left as it is. The program is in float32
-            and on the model's device.
+        model: a classifier or backbone in evaluation mode, not fused; it is not changed. The program is in float32 and
+            on the model's device.
         size: height and width of the images, or one number for both.
 
     Returns:
-        The program, from images (batch, in_chans, height, width) to what the model returns.
+        The program, which maps images (batch, in_chans, height, width) to the outputs of the model.
 
     Raises:
-        UserError: for too small a size.
+        UserError: if the size is too small.
         RuntimeError: for a fused model, or one in training mode.
     """
     height, width = height_and_width(size)
     form = export_form(model)
     device = next(form.parameters()).device
-    # A batch of 1 would be taken for a constant.
+    # A batch of 1 would become a constant.
     images = torch.zeros(2, form.in_chans, height, width, device=device)
     with torch.no_grad(), quiet():
-        # PyTorch 2.6 needs both a bound of the batch and the mode that later became the default.
+        # PyTorch 2.6 needs an upper bound for the batch, and strict=False, which later became the default.
         return torch.export.export(form, (images,), dynamic_shapes=({0: Dim("batch", max=2**31)},), strict=False)
 
 
@@ -64,18 +64,18 @@ def export_aoti(
     size: Size = 224,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Compile the model for its device, and write an AOTInductor package: native code and weights, run from C++ too.
+    """Compile the model for its device and write an AOTInductor package: native code and weights, for Python and C++.
 
-    On a CPU the code is for the processor of this machine. One that lacks some of its instructions cannot run it.
+    Code for a CPU uses the instructions of this machine's processor, and needs a processor that has them all.
 
     Args:
         model: see ``export_program``.
-        path: of the file, which ends in ``.pt2``.
+        path: the file to write, which ends in ``.pt2``.
         size: height and width of the images, or one number for both.
-        metadata: kept in the package.
+        metadata: stored in the package.
 
     Raises:
-        UserError: for too small a size, or without a C++ compiler.
+        UserError: if the size is too small, or there is no C++ compiler.
         RuntimeError: for a fused model, or one in training mode.
     """
     require_compiler()
@@ -91,12 +91,12 @@ def require_compiler() -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise UserError("AOTInductor needs a C++ compiler: install g++, or name one in the variable CXX") from error
+        raise UserError("AOTInductor needs a C++ compiler: install g++, or set the variable CXX to one") from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what PyTorch warns its own developers of."""
+    """Suppress PyTorch's warnings to its own developers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -1,5 +1,5 @@
-"""Pictures of what a model computes and of how it was trained: ``python -m spatial_mamba.visualize``.
+"""Pictures of what a model computes and how it was trained: ``spatial-mamba visualize``.
 
-`layers`, `formulations`, `receptive_field` and `run_records` compute; the modules named ``*_picture`` draw, and only
-these need matplotlib.
+`layers`, `formulations`, `receptive_field` and `run_records` compute. The modules named ``*_picture`` draw, and only
+they need matplotlib.
 """

@@ -1,4 +1,4 @@
-"""Draws where a token of a layer takes its output from, and the outputs of all, in the three formulations."""
+"""Draws which tokens contribute to the output of one token, and all outputs of a layer, in three formulations."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,11 +8,11 @@ from .formulations import FORMULATIONS, activation, magnitude, matrix_row
 from .layers import ScanLayer
 from .style import QUERY_COLOUR, colour_bar, in_paper_style, note, page, title, without_ticks
 
-GAMMA = 0.5  # small weights stay visible beside the largest
+GAMMA = 0.5  # keeps small weights visible next to the largest
 NOTE = (
-    "All from the parameters of this one layer: linear attention is its $B$ and $C$ without decay and step, "
-    "Mamba its scan without fusion; neither is a model trained that way. "
-    "Each map is over its own maximum, mean over channels, without the skip connection."
+    "All maps use the parameters of this layer: linear attention is its $B$ and $C$ without decay and delta, "
+    "Mamba its scan without fusion; no model was trained that way. "
+    "Each map is a mean over channels, relative to its own maximum, without the skip connection."
 )
 
 
@@ -22,10 +22,10 @@ def draw_attention(image: np.ndarray, layer: ScanLayer, row: int, column: int, n
 
     Args:
         image: (height, width, 3), from 0 to 1.
-        layer: what `read_layer` read for the image.
-        row: of the query on the map of tokens.
-        column: likewise.
-        name: of the layer.
+        layer: the result of `read_layer` for the image.
+        row: row of the query on the map of tokens.
+        column: its column.
+        name: the name of the layer.
     """
     size = (layer.height, layer.width)
     figure = page(height=0.95 + 2 * 1.6 * layer.height / layer.width)
@@ -68,5 +68,6 @@ def _relative(values: np.ndarray) -> np.ndarray:
 
 
 def _mark(axes: Axes, row: int, column: int) -> None:
-    style = dict(marker="s", markersize=5, markerfacecolor="none", markeredgewidth=1.2, markeredgecolor=QUERY_COLOUR)
-    axes.plot(column, row, **style)
+    axes.plot(
+        column, row, marker="s", markersize=5, markerfacecolor="none", markeredgewidth=1.2, markeredgecolor=QUERY_COLOUR
+    )

@@ -1,4 +1,4 @@
-"""Draws training curves of several runs over one another."""
+"""Draws the training curves of several runs in one figure."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from .run_records import RunRecord
 from .style import COLOURS, INK, in_paper_style, page, title
 
-# By panel: title, label of the y axis, and by field its name in the legend and its line.
+# For each panel: title, label of the y axis, and for each field its name in the legend and its line style.
 PANELS: Sequence[tuple[str, str, dict[str, tuple[str, str]]]] = (
     (
         "loss",
@@ -27,12 +27,12 @@ SKIPPED = "skipped_updates"
 
 @in_paper_style
 def draw_curves(runs: Sequence[RunRecord]) -> Figure:
-    """Loss, accuracy, learning rate and gradient norm by epoch; a colour per run, a kind of line per quantity.
+    """Loss, accuracy, learning rate and gradient norm by epoch, with a colour per run and a line style per quantity.
 
-    Epochs that skipped updates are marked on the gradient norm, with how many they were.
+    Epochs with skipped updates are marked on the gradient norm, with their number.
 
     Args:
-        runs: no more than there are colours.
+        runs: at most as many as there are colours.
     """
     figure = page(height=4.4)
     for i, (panel, (name, unit, fields)) in enumerate(zip(figure.subplots(2, 2).flat, PANELS, strict=True)):
@@ -65,7 +65,7 @@ def _mark_skipped(panel: Axes, run: RunRecord, colour: str) -> None:
     if not run.has(SKIPPED):
         return
     skipped = np.nan_to_num(run.values[SKIPPED])
-    norms = np.nan_to_num(run.values["gradient_norm"])  # where all updates of an epoch were skipped there is none
+    norms = np.nan_to_num(run.values["gradient_norm"])  # NaN if all updates of an epoch were skipped
     for epoch, norm, count in zip(run.epochs, norms, skipped, strict=True):
         if count:
             panel.plot(epoch, norm, "x", color=colour)

@@ -7,8 +7,8 @@ For token i, token j and a channel, with ``h_t = sum_j G_tj u_j`` the states of 
 - Spatial-Mamba: ``M_ij = C_i sum_n w_n G_(n(i))j`` over the neighbours n(i) of token i that the fusion reads, with the
   weight w_n of each; outside the map they are the nearest token inside it.
 
-The skip connection, ``y += D u``, is the same for the last two and is left out. The first two are what is left of this
-very layer without decay and step, and without fusion; they are not models that were trained that way.
+The skip connection, ``y += D u``, is the same in the last two and is left out. The first two are this layer without
+decay and delta, and without fusion; no model was trained that way.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ LINEAR_ATTENTION, MAMBA, SPATIAL_MAMBA = FORMULATIONS = ("linear attention", "Ma
 
 
 def matrix_row(layer: ScanLayer, formulation: str, row: int, column: int) -> Tensor:
-    """What the token at a row and column of the map takes from every token: one row of M per channel, exactly.
+    """The exact contribution of every token to the token at a row and column of the map: one row of M per channel.
 
-    Nothing larger than the result is made, however many tokens there are.
+    No intermediate is larger than the result.
 
     Returns:
-        (D, L), in the order of the raster.
+        (D, L), in row-major order.
     """
     query = row * layer.width + column
     if formulation == LINEAR_ATTENTION:
@@ -39,9 +39,9 @@ def matrix_row(layer: ScanLayer, formulation: str, row: int, column: int) -> Ten
     else:
         weights = torch.zeros_like(layer.u)
         for (down, right), tap in _taps(layer):
-            near_row = min(max(row + down, 0), layer.height - 1)
-            near_column = min(max(column + right, 0), layer.width - 1)
-            weights += tap[:, None] * _state_row(layer, near_row * layer.width + near_column)
+            nearest_row = min(max(row + down, 0), layer.height - 1)
+            nearest_column = min(max(column + right, 0), layer.width - 1)
+            weights += tap[:, None] * _state_row(layer, nearest_row * layer.width + nearest_column)
     return layer.C[query] * weights
 
 
@@ -61,18 +61,18 @@ def magnitude(values: Tensor) -> Tensor:
 
 
 def _state_row(layer: ScanLayer, token: int) -> Tensor:
-    """How the states at one token come from all tokens, G of the equation: (D, L)."""
-    steps = layer.delta[:, : token + 1]
-    # The decays multiply to the exponential of a sum. In float64 the difference of two running sums is as good as it.
-    since = steps.cumsum(dim=1)
-    since = since[:, -1:] - since  # of the steps after each token
+    """The weights of all tokens in the states at one token, a row of G: (D, L)."""
+    delta = layer.delta[:, : token + 1]
+    # The product of decays is the exponential of a sum. In float64, the difference of two running sums is accurate.
+    since = delta.cumsum(dim=1)
+    since = since[:, -1:] - since  # sum of delta after each token
     row = torch.zeros_like(layer.u)
-    row[:, : token + 1] = torch.exp(since * layer.A[:, None]) * steps * layer.B[: token + 1]
+    row[:, : token + 1] = torch.exp(since * layer.A[:, None]) * delta * layer.B[: token + 1]
     return row
 
 
 def _taps(layer: ScanLayer) -> Sequence[tuple[tuple[int, int], Tensor]]:
-    """The distinct neighbours that fusion reads, (rows down, columns right), and their weights (D,)."""
+    """The distinct neighbours that fusion reads, as (rows down, columns right), and their weights (D,)."""
     offsets = tap_offsets([kernel.shape[-1] for kernel in layer.kernels], layer.dilations)
     taps = merge_taps(layer.kernels, layer.alpha, layer.dilations)
     return list(zip(zip(offsets[::2], offsets[1::2], strict=True), taps, strict=True))

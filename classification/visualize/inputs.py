@@ -1,4 +1,4 @@
-"""The images that pictures are made of: as the model gets them, and as people see them."""
+"""Prepares the images of pictures, for the model and for display."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,12 +15,12 @@ from ..models.trained import TrainedClassifier
 
 
 def preprocessing_at(classifier: TrainedClassifier, size: int | None) -> Preprocessing:
-    """How images are brought to the model; ``size`` in pixels replaces that of its evaluation."""
+    """The preprocessing of a classifier; ``size``, in pixels, replaces its image size."""
     return classifier.preprocessing if size is None else replace(classifier.preprocessing, image_size=size)
 
 
 def single_image(path: Path) -> Path:
-    """The one image that a path or pattern names.
+    """The single image that a path or pattern names.
 
     Raises:
         ImageFileError: if there is none.
@@ -33,11 +33,11 @@ def single_image(path: Path) -> Path:
 
 
 def model_input(classifier: TrainedClassifier, paths: Sequence[Path], size: int | None = None) -> Tensor:
-    """Image files as a batch (B, 3, size, size), normalised, on the model's device.
+    """Read image files as a normalised batch (B, 3, size, size) on the model's device.
 
     Raises:
         ImageFileError: for a file that cannot be read.
-        UserError: for a model of other images than RGB.
+        UserError: unless the model takes RGB images.
     """
     require_rgb(classifier)
     transform = preprocessing_at(classifier, size).transform()
@@ -46,12 +46,12 @@ def model_input(classifier: TrainedClassifier, paths: Sequence[Path], size: int 
 
 
 def require_rgb(classifier: TrainedClassifier) -> None:
-    """Raise UserError for a model of other images than RGB."""
+    """Raise UserError unless the model takes RGB images."""
     if classifier.model.in_chans != 3:
         raise UserError(f"the model takes images of {classifier.model.in_chans} channels; RGB is needed")
 
 
 def visible_image(normalised: Tensor) -> np.ndarray:
-    """A normalised image (3, H, W) as RGB (H, W, 3) from 0 to 1."""
+    """Convert a normalised image (3, H, W) to RGB (H, W, 3) in 0..1."""
     mean, std = (torch.tensor(NORMALISATION[name])[:, None, None] for name in ("mean", "std"))
     return (normalised.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()

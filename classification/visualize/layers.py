@@ -1,4 +1,4 @@
-"""Looks into one state-space layer: what its scan gets for an image, and its states before and after fusion."""
+"""Reads one state-space layer: the inputs of its scan for an image, and its states before and after fusion."""
 
 import re
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from ..models import SpatialMamba
 
 @dataclass(frozen=True)
 class ScanLayer:
-    """What the scan of one layer gets for one image of H x W = L tokens, row by row; all in float64, on the CPU.
+    """The inputs of the scan of one layer for one image of H x W = L tokens in row-major order; in float64 on the CPU.
 
     ``h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t``, ``y = C SASF(h) + skip u`` (arXiv 2410.15091, section 4.1),
     for D channels with one state each.
 
     Attributes:
         u: (D, L), the tokens.
-        delta: (D, L), the steps, positive.
+        delta: (D, L), positive.
         A: (D,), negative.
         B: (L,), the same for all channels.
-        C: (L,), likewise.
-        skip: (D,), called D in the equation.
-        kernels: of the fusion, each (D, 1, k, k); one 1x1 kernel of ones where the model fuses nothing.
+        C: (L,), the same for all channels.
+        skip: (D,), D in the equation.
+        kernels: the fusion kernels, each (D, 1, k, k); one 1x1 kernel of ones if the model has no fusion.
         alpha: one weight per kernel.
         dilations: one per kernel.
         height: H.
@@ -52,17 +52,17 @@ class ScanLayer:
         return len(self.A)
 
     def states(self) -> Tensor:
-        """The states h that the scan makes, (D, H, W)."""
+        """The states h of the scan, (D, H, W)."""
         h = selective_scan(self.u[None], self.delta[None], self.A[:, None], self.B[None, None])  # (1, D, 1, L)
         return h[0, :, 0].unflatten(1, (self.height, self.width))
 
     def fused_states(self) -> Tensor:
-        """The states h' that the output is read from, (D, H, W)."""
+        """The fused states h', (D, H, W)."""
         return state_fusion(self.states()[None], self.kernels, self.alpha, self.dilations)[0]
 
 
 def parse_layer(text: str | None, model: SpatialMamba, default_stage: int) -> tuple[int, int]:
-    """Stage and block that ``"STAGE.BLOCK"`` names, both from 0; for None the last block of a default stage.
+    """Parse ``"STAGE.BLOCK"``, both from 0; None means the last block of a default stage.
 
     Raises:
         UserError: for a layer that the model does not have.
@@ -80,7 +80,7 @@ def parse_layer(text: str | None, model: SpatialMamba, default_stage: int) -> tu
 
 
 def read_layer(model: SpatialMamba, image: Tensor, stage: int, block: int) -> ScanLayer:
-    """Run the model on an image and take down what the scan of one layer gets.
+    """Run the model on an image and record the inputs of the scan of one layer.
 
     Args:
         model: in evaluation mode, not fused.
@@ -98,13 +98,13 @@ def read_layer(model: SpatialMamba, image: Tensor, stage: int, block: int) -> Sc
         hook.remove()
     (tokens,) = received  # (1, H, W, C)
 
-    # The definition of kernels.spatial_mixer, up to the scan.
+    # As in the reference implementation of kernels.spatial_mixer, up to the scan.
     with torch.no_grad():
         x, _ = ssm.in_proj(tokens).chunk(2, dim=-1)  # (1, H, W, D)
         u = depthwise_conv(x, ssm.conv2d.weight, ssm.conv2d.bias, "silu")
         r, B, C = _exact(F.linear(u, ssm.x_proj_weight)).split([ssm.dt_rank, 1, 1], dim=-1)
-        step_weight, step_bias, A_log, skip = map(_exact, (ssm.dt_projs_weight, ssm.dt_projs_bias, ssm.A_logs, ssm.Ds))
-        delta = F.softplus(F.linear(r, step_weight, step_bias))  # (1, H, W, D)
+        dt_weight, dt_bias, A_log, skip = map(_exact, (ssm.dt_projs_weight, ssm.dt_projs_bias, ssm.A_logs, ssm.Ds))
+        delta = F.softplus(F.linear(r, dt_weight, dt_bias))  # (1, H, W, D)
         kernels, alpha, dilations = ssm.state_fusion.branches(ssm.Ds)
         return ScanLayer(
             u=_exact(u).flatten(0, 2).T.contiguous(),
@@ -126,9 +126,9 @@ def _exact(tensor: Tensor) -> Tensor:
 
 
 def fusion_change(before: Tensor, after: Tensor) -> Tensor:
-    """How much fusion changes the pattern of each channel: 1 minus the correlation over the map of h and h'.
+    """How much fusion changes the pattern of each channel: 1 minus the spatial correlation of h and h'.
 
-    It is 0 where fusion only scales and shifts, as it does to a map of one value.
+    It is 0 if fusion only scales and shifts a map, which includes constant maps.
 
     Args:
         before: (D, H, W).
@@ -143,12 +143,12 @@ def fusion_change(before: Tensor, after: Tensor) -> Tensor:
 
 
 def most_changed(change: Tensor, count: int) -> Sequence[int]:
-    """The channels that change most, from the first on; all of them if there are fewer than ``count``."""
+    """The channels that change most, in decreasing order; all channels if there are fewer than ``count``."""
     return change.topk(min(count, len(change))).indices.tolist()
 
 
 def standardised(maps: Tensor) -> Tensor:
-    """Maps (D, H, W) less their means, over their standard deviations; 0 where a map has one value."""
+    """Subtract the mean of each map of (D, H, W) and divide by its standard deviation; constant maps become 0."""
     spread = _spread(maps)
     spread = torch.where(spread == 0, 1.0, spread)
     return (maps - maps.mean(dim=(1, 2), keepdim=True)) / spread[:, None, None]

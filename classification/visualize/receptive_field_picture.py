@@ -1,8 +1,9 @@
-"""Draws effective receptive fields side by side, and how their contribution grows with the area around the centre."""
+"""Draws effective receptive fields side by side, and their contribution as a function of the area."""
 
 import math
 from collections.abc import Sequence
 from textwrap import fill
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -11,24 +12,24 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import ScaledTranslation
 
-from .receptive_field import SHARES, ReceptiveField
+from .receptive_field import FRACTIONS, ReceptiveField
 from .style import COLOURS, in_paper_style, note, page, title, without_ticks
 
-FAINTEST = 1e-4  # of the largest contribution: the least that the dark end of the colour scale stands for
-OUTLINED = {0.5: "top", 0.9: "bottom"}  # shares, and the left corner of the square where each is written
+FAINTEST = 1e-4  # lower bound of the colour scale, relative to the largest contribution
+OUTLINED = {0.5: "top", 0.9: "bottom"}  # fractions of the contribution, each with the corner of its label
 COLUMNS = 3
 MAP_WIDTH, CURVES_WIDTH = 1.7, 2.1  # inches
 LABEL_WIDTH = 20  # characters in a line of a label
-OUTLINE = [withStroke(linewidth=1.6, foreground="#00000080")]  # dark about white: seen on all colours
+OUTLINE = [withStroke(linewidth=1.6, foreground="#00000080")]  # dark around white: visible on all colours
 
 
 @in_paper_style
 def draw_receptive_fields(fields: Sequence[tuple[str, ReceptiveField]], of: str) -> Figure:
-    """A panel per model, with the squares that hold half and 90 % of the contribution, and one for all their growths.
+    """One panel per model, with the squares that have 50 % and 90 % of the contribution, and one with curves for all.
 
     Args:
-        fields: labels of models and what they were measured to have.
-        of: the note below the panels: which features, which images.
+        fields: labels of the models with their receptive fields.
+        of: the note below the panels, about features and images.
     """
     rows = math.ceil(len(fields) / COLUMNS)
     columns = math.ceil(len(fields) / rows)
@@ -51,15 +52,16 @@ def draw_receptive_fields(fields: Sequence[tuple[str, ReceptiveField]], of: str)
         panel.set_xlabel("{} \u00d7 {} pixels".format(*relative[i].shape))
         areas, inside = field.growth()
         curves.plot(100 * areas, 100 * inside, color=COLOURS[i], label=label)
-        curves.plot([100 * field.area(s) for s in SHARES], [100 * s for s in SHARES], "o", color=COLOURS[i], ms=2.5)
+        points = [(100 * field.area(fraction), 100 * fraction) for fraction in FRACTIONS]
+        curves.plot(*zip(*points, strict=True), "o", color=COLOURS[i], ms=2.5)
     bar = left.colorbar(
         shown, ax=maps, label="contribution / largest", location="bottom", aspect=40, pad=0.03, extend="min"
     )
     bar.outline.set_visible(False)
     bar.minorticks_off()
     title(curves, len(fields), "contribution by area")
-    curves.set(xlim=(0, 100), ylim=(0, 101), xlabel="share of the image, %", ylabel="share of the contribution, %")
-    curves.set_yticks([0, *(100 * share for share in SHARES[:-1]), 100])
+    curves.set(xlim=(0, 100), ylim=(0, 101), xlabel="area, % of the image", ylabel="contribution, %")
+    curves.set_yticks([0, *(100 * fraction for fraction in FRACTIONS[:-1]), 100])
     curves.set_box_aspect(1)
     curves.set_anchor("N")
     curves.grid()
@@ -71,14 +73,14 @@ def draw_receptive_fields(fields: Sequence[tuple[str, ReceptiveField]], of: str)
 
 
 def _outline(axes: Axes, field: ReceptiveField) -> None:
-    """The squares that hold the shares of ``OUTLINED``, as far as they lie in the image."""
+    """Outline the squares for the fractions in ``OUTLINED``, clipped to the image."""
     height, width = field.contribution.shape
-    for share, corner in OUTLINED.items():
-        reach = field.reach(share)
+    for fraction, corner in OUTLINED.items():
+        reach = field.reach(fraction)
         top, left = max(field.centre[0] - reach, 0), max(field.centre[1] - reach, 0)
         bottom, right = min(field.centre[0] + reach, height - 1), min(field.centre[1] + reach, width - 1)
-        square = dict(width=right - left + 1, height=bottom - top + 1, fill=False, ec="white", lw=0.7)
-        axes.add_patch(Rectangle((left - 0.5, top - 0.5), **square, path_effects=OUTLINE))
+        size = (right - left + 1, bottom - top + 1)
+        axes.add_patch(Rectangle((left - 0.5, top - 0.5), *size, fill=False, ec="white", lw=0.7, path_effects=OUTLINE))
         at, up = (top, -2) if corner == "top" else (bottom, 2)
-        style = dict(color="white", size=6, va=corner, path_effects=OUTLINE)
-        axes.annotate(f"{100 * share:g} %", (left, at), xytext=(2, up), textcoords="offset points", **style)
+        style: dict[str, Any] = dict(color="white", size=6, va=corner, path_effects=OUTLINE)
+        axes.annotate(f"{100 * fraction:g} %", (left, at), xytext=(2, up), textcoords="offset points", **style)

@@ -1,4 +1,4 @@
-"""Reads what a training run wrote down of its epochs, ``metrics.jsonl``, and tells several runs apart."""
+"""Reads the record of a training run, ``metrics.jsonl``, and finds short labels for several runs."""
 
 import json
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ class RunRecord:
     """The epochs of one run.
 
     Attributes:
-        label: of the run in a legend.
-        epochs: numbers of finished epochs, from 1.
-        values: by field of the file, one number per epoch; NaN where an epoch has none.
+        label: the name of the run in a legend.
+        epochs: numbers of the finished epochs, from 1.
+        values: for each field of the file one number per epoch, NaN if an epoch has none.
     """
 
     label: str
@@ -40,7 +40,7 @@ def read_run(path: Path, label: str) -> RunRecord:
         label: see ``RunRecord``.
 
     Raises:
-        UserError: naming the file, and the line in it, that cannot be used.
+        UserError: naming the file, and the line in it that cannot be used.
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
@@ -58,9 +58,9 @@ def read_run(path: Path, label: str) -> RunRecord:
 
 
 def short_labels(paths: Sequence[Path]) -> list[str]:
-    """The last parts of paths, as many as tell them all apart; the name of a file that all share is left out."""
-    whole = [path.absolute() for path in paths]
-    parts = [(*path.parent.parts, path.stem if path.is_file() else path.name) for path in whole]
+    """The shortest ends of the paths that distinguish them all, without a file name that all have in common."""
+    absolute = [path.absolute() for path in paths]
+    parts = [(*path.parent.parts, path.stem if path.is_file() else path.name) for path in absolute]
     if len({names[-1] for names in parts}) == 1 and len(set(parts)) > 1:
         parts = [names[:-1] for names in parts]
     for count in range(1, max(map(len, parts)) + 1):
@@ -71,13 +71,13 @@ def short_labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _record(line: str, place: str) -> dict[str, float]:
-    """The numbers of one epoch by their fields; null is NaN."""
+    """The numbers of one epoch by field; null becomes NaN."""
     try:
         record: Any = json.loads(line)
     except ValueError as error:
         raise UserError(f"{place}: is not JSON ({error}); remove the line if a crash cut it short") from error
     if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-        raise UserError(f"{place}: is no record of an epoch, an object with the number of the epoch in it")
+        raise UserError(f"{place}: is not the record of an epoch, an object with the number of the epoch")
     numbers = {name: np.nan if value is None else value for name, value in record.items()}
     for name, value in numbers.items():
         if not isinstance(value, (int, float)):

@@ -10,22 +10,23 @@ from .layers import fusion_change, standardised
 from .style import colour_bar, in_paper_style, number, page, title, without_ticks
 
 LIMIT = 2.5  # standard deviations at the ends of the colour scale
-MAP_WIDTH, PHOTO = 1.4, 1.35  # inches of a map, and how much wider the image is
+MAP_WIDTH = 1.4  # inches
+PHOTO = 1.35  # width of the image, in widths of a map
 
 
 @in_paper_style
 def draw_states(image: np.ndarray, before: Tensor, after: Tensor, channels: Sequence[int], name: str) -> Figure:
-    """Image, states before fusion (upper row) and after it (lower row), in one colour scale.
+    """Image, states before fusion (upper row) and after fusion (lower row), in one colour scale.
 
-    Fusion scales the states, up to 27-fold at first, so what is compared is their pattern: each map less its mean over
-    its standard deviation, both of which stand below it, with the change that `layers.fusion_change` finds.
+    Fusion scales the states, up to 27-fold at initialisation, so the picture compares patterns: each map is
+    standardised. Its mean and standard deviation are printed below it, with the result of `layers.fusion_change`.
 
     Args:
         image: (height, width, 3), from 0 to 1.
         before: (D, H, W), the states h of all channels.
-        after: (D, H, W), the states h' of fusion.
-        channels: those to draw.
-        name: of the layer.
+        after: (D, H, W), the fused states h'.
+        channels: the channels to draw.
+        name: the name of the layer.
     """
     change = fusion_change(before, after)
     count = len(channels)
@@ -44,7 +45,7 @@ def draw_states(image: np.ndarray, before: Tensor, after: Tensor, channels: Sequ
             panel = figure.add_subplot(grid[row, column + 1])
             shown = panel.imshow(patterns[channel].numpy(), vmin=-LIMIT, vmax=LIMIT)
             without_ticks(panel)
-            mean, spread = maps[channel].mean(), maps[channel].std(correction=0)
+            mean, spread = maps[channel].mean().item(), maps[channel].std(correction=0).item()
             numbers = f"mean {number(mean)}\ns.d. {number(spread)}"
             if row == 0:
                 title(panel, column + 1, f"channel {channel}")

@@ -1,15 +1,16 @@
-"""How the pictures look, and how they are saved: sizes and type for a page of a paper, colours for all eyes."""
+"""The style of all pictures, and saving them: sizes and fonts for a paper, colours for colour-blind readers."""
 
 from pathlib import Path
 from string import ascii_lowercase
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...kernels.errors import UserError
 
 try:
     import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 except ImportError as missing:
     raise UserError("matplotlib, which draws the pictures, is missing: pip install matplotlib") from missing
 
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 PAGE_WIDTH = 7.2  # inches, of a paper's two columns
 DPI = 300
-COLOUR_MAP = "viridis"  # perceptually uniform, and readable without red and green
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+COLOUR_MAP = "viridis"  # perceptually uniform, safe for colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
 INK = "#333333"
-NOTE_SIZE = 6.5  # points, of the line below a picture
-QUERY_COLOUR = "#D55E00"  # seen on photographs and on the colour map
+NOTE_SIZE = 6.5  # points, for the text below a picture
+QUERY_COLOUR = "#D55E00"  # visible on photographs and on the colour map
 
 _STYLE = {
     "font.size": 7.5,
@@ -57,26 +58,24 @@ _STYLE = {
     "savefig.facecolor": "white",
 }
 
-# Decorates whatever draws or saves; the user's settings of matplotlib are back afterwards.
+# Decorator of everything that draws or saves; it restores the user's settings of matplotlib.
 in_paper_style = matplotlib.style.context(["default", _STYLE])
 
 
 def page(height: float, width: float = PAGE_WIDTH) -> Figure:
-    """An empty figure, in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-    return figure
+    """An empty figure of this size in inches."""
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
 
 
 def note(figure: Figure, text: str) -> None:
-    """A line or more of small print at the foot of a figure, broken to its width."""
-    characters = int(figure.get_figwidth() * 72 / NOTE_SIZE / 0.56)  # of 0.56 em on average
+    """Small print below a figure, wrapped to its width."""
+    characters = int(figure.get_figwidth() * 72 / NOTE_SIZE / 0.56)  # 0.56 em wide on average
     figure.supxlabel(fill(text, characters), fontsize=NOTE_SIZE, x=0.01, ha="left")
 
 
 @in_paper_style
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the ending of the path names.
+    """Write a figure in the format given by the ending of the path.
 
     Raises:
         UserError: if the file cannot be written.
@@ -89,27 +88,28 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def title(axes: "Axes", index: int, text: str) -> None:
-    """Title of a panel, with its letter."""
+    """Set the title of a panel, with its letter."""
     axes.set_title(rf"$\bf{{{ascii_lowercase[index]}}}$  {text}")
 
 
 def number(value: float) -> str:
-    """Two digits, in mathematical type, with a power of ten where it is needed."""
+    """Format a value as mathematical text with two digits, and a power of ten if needed."""
     digits, _, power = f"{value:.2g}".partition("e")
     return f"${digits}$" if not power else rf"${digits} \times 10^{{{int(power)}}}$"
 
 
 def without_ticks(axes: "Axes") -> None:
-    """A picture rather than a plot: neither ticks nor a frame."""
+    """Remove ticks and frame, for a picture rather than a plot."""
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[:].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def colour_bar(
     figure: Figure, mappable: "ScalarMappable", axes: "list[Axes]", label: str, extend: str = "neither"
 ) -> "Colorbar":
-    """A slim colour bar beside panels, with what it measures; pointed at the ends that values may lie beyond."""
-    bar = figure.colorbar(mappable, ax=axes, label=label, shrink=0.9, aspect=28, pad=0.015, extend=extend)
+    """A slim, labelled colour bar next to panels; pointed ends, set by ``extend``, mean values beyond the scale."""
+    bar: Any = figure.colorbar(mappable, ax=axes, label=label, shrink=0.9, aspect=28, pad=0.015, extend=extend)
     bar.outline.set_visible(False)
     return bar

@@ -4,7 +4,7 @@ _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
 custom_imports = dict(imports=["spatial_mamba.detection"])
 custom_hooks = [dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook")]
 
-pretrained = "data/pretrained/spatialmamba_tiny.pth"  # another: --cfg-options model.backbone.pretrained=FILE
+pretrained = "data/pretrained/spatialmamba_tiny.pth"  # or --cfg-options model.backbone.pretrained=FILE
 model = dict(
     backbone=dict(
         _delete_=True,

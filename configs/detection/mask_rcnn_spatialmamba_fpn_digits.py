@@ -26,7 +26,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=20)),
 )
 
-# Nothing is flipped: a mirrored digit is none. Images without a digit stay in.
+# No flips: a mirrored digit is not a digit. Images without a digit are kept.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),

@@ -4,8 +4,8 @@ _base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k
 custom_imports = dict(imports=["spatial_mamba.segmentation"])
 custom_hooks = [dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook")]
 
-checkpoint_file = "data/pretrained/spatialmamba_tiny.pth"  # another: --cfg-options model.backbone.pretrained=FILE
-backbone_norm_cfg = None  # of the base's backbone; this one has its own
+checkpoint_file = "data/pretrained/spatialmamba_tiny.pth"  # or --cfg-options model.backbone.pretrained=FILE
+backbone_norm_cfg = None  # the base config sets it for its own backbone
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -21,7 +21,7 @@ model = dict(
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(_delete_=True, norm=dict(decay_mult=0.0))))
 
 train_dataloader = dict(batch_size=4)
-total_batch = dict(images=16, processes=4)  # tools/train.py keeps the images on other numbers of processes
+total_batch = dict(images=16, processes=4)  # tools/train.py keeps this number of images
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 
 # The published multi-scale test.

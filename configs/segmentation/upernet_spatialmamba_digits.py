@@ -9,8 +9,8 @@ randomness = dict(seed=0)
 checkpoint_file = None  # from scratch
 norm_cfg = dict(type="BN")
 digits = [1.0] * 10
-# The photograph covers most pixels and would long drown what tells the digits apart. So it counts little in the loss,
-# and not at all in that of the auxiliary head, which only tells digits apart.
+# The photograph covers most pixels and would dominate the loss. It has a low weight in the loss of the decode head and
+# none in that of the auxiliary head, which only distinguishes digits.
 model = dict(
     data_preprocessor=dict(size=(160, 160)),
     backbone=dict(dims=32, depths=(1, 1, 2, 1), drop_path_rate=0.0, pretrained=checkpoint_file),
@@ -30,7 +30,7 @@ model = dict(
     ),
 )
 
-# Nothing is flipped: a mirrored digit is none.
+# No flips: a mirrored digit is not a digit.
 train_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
 test_pipeline = train_pipeline
 tta_pipeline = [

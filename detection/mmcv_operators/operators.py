@@ -1,8 +1,8 @@
-"""mmcv's operators on top of torchvision and PyTorch, for all devices; imported under the name ``mmcv._ext``.
+"""mmcv's operators on top of torchvision and PyTorch, for all devices; imported as ``mmcv._ext``.
 
-The functions have the names and arguments that ``mmcv.ops`` calls: most write their result into a given tensor. They
-agree with the compiled ones; where those refuse a dtype (bfloat16, and float16 in ``nms``), these compute in float32.
-Every other name is a function that raises `MissingOperatorError`.
+The functions have the names and arguments that ``mmcv.ops`` uses; most write their result into a given tensor. They
+agree with the compiled operators. For dtypes that those refuse (bfloat16, and float16 in ``nms``) they compute in
+float32. Every other name is a function that raises `MissingOperatorError`.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
 
 
 def get_compiler_version() -> str:
-    return f"none, torchvision {torchvision.__version__} serves"
+    return f"none, torchvision {torchvision.__version__} is used"
 
 
 def get_compiling_cuda_version() -> str:
@@ -37,17 +37,17 @@ def get_compiling_cuda_version() -> str:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the kept boxes, by falling score.
+    """Indices of the kept boxes, by decreasing score.
 
     Args:
         boxes: (N, 4), corners x1, y1, x2, y2.
         scores: (N,).
-        offset: added to widths and heights: 1 where x2 and y2 name the last pixel inside.
+        offset: added to widths and heights: 1 if x2 and y2 are the last pixel inside.
     """
     dtype = torch.promote_types(boxes.dtype, torch.float32)
-    # mmcv compares in float32, torchvision with a double: an IoU of just 0.4 would be above a threshold of 0.4.
+    # mmcv compares in float32, torchvision in double, where 0.4 in float32 is above a threshold of 0.4.
     threshold = torch.tensor(iou_threshold, dtype=dtype).item()
-    # Of equal scores the one that mmcv's unstable sort puts first wins; torchvision's own sort is stable.
+    # Among equal scores, mmcv's unstable sort decides; torchvision's own sort is stable.
     scores, order = scores.to(dtype).sort(descending=True)
     return order[torchvision.ops.nms(_with_offset(boxes.to(dtype), offset)[order], scores, threshold)]
 
@@ -67,7 +67,7 @@ def softnms(
     Args:
         boxes: (N, 4).
         scores: (N,).
-        dets: (N, 5), filled from the front with the kept boxes and their new scores.
+        dets: (N, 5); the kept boxes and their new scores are written to its first rows.
         method: 0 drops overlapping boxes, 1 lowers scores linearly in the IoU, 2 by a Gaussian of width ``sigma``.
         offset: as in `nms`.
 
@@ -76,8 +76,8 @@ def softnms(
     """
     overlaps = torchvision.ops.box_iou(*[_with_offset(boxes, offset)] * 2).nan_to_num(0)  # of two empty boxes
     scores, order, place, count = scores.clone(), list(range(len(scores))), 0, len(scores)
-    # Boxes move as in mmcv, since of equal scores the first wins: the best to the front, the last to a dropped one's
-    # place.
+    # Boxes move as in mmcv, where the first of equal scores wins: the best to the front, the last to the place of a
+    # dropped one.
     while place < count:
         first = place + int(scores[order[place:count]].numpy().argmax())
         order[place], order[first] = order[first], order[place]
@@ -124,11 +124,11 @@ def roi_align_forward(
     Args:
         input: (N, C, H, W).
         rois: (K, 5), index of the map, x1, y1, x2, y2.
-        argmax_y, argmax_x: unused, of pool_mode 0.
+        argmax_y, argmax_x: unused; they belong to pool_mode 0.
         spatial_scale: factor from the regions' coordinates to the map's.
         sampling_ratio: samples per bin and axis; 0 takes as many as the bin has pixels.
         pool_mode: 1, the average; 0, the maximum, raises MissingOperatorError.
-        aligned: whether pixel centres lie at half-integers.
+        aligned: whether pixel centres are at half-integers.
     """
     _check_pool_mode(pool_mode)
     dtype = _compute_dtype(input)
@@ -195,12 +195,12 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Fill ``grad_input`` (N, classes) with the derivative of every loss by its logit."""
+    """Fill ``grad_input`` (N, classes) with the derivative of each loss with respect to its logit."""
     with torch.enable_grad():
         logits = input.detach().requires_grad_()
         loss = _focal_loss(logits, target, weight, gamma, alpha)
         gradient = torch.autograd.grad(loss.sum(), logits)[0]
-    grad_input.copy_(gradient.nan_to_num(0))  # where a probability is 1 and gamma below 1
+    grad_input.copy_(gradient.nan_to_num(0))  # NaN if a probability is 1 and gamma < 1
 
 
 def _focal_loss(logits: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
@@ -238,7 +238,7 @@ def ms_deform_attn_backward(
     """Fill the three gradients, by differentiating `ms_deform_attn_forward`."""
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
-        output = ms_deform_attn_forward(inputs[0], shapes, starts, *inputs[1:], im2col_step)
+        output = ms_deform_attn_forward(inputs[0], shapes, starts, inputs[1], inputs[2], im2col_step)
         gradients = torch.autograd.grad(output, inputs, grad_output)
     for target, gradient in zip((grad_value, grad_locations, grad_weights), gradients, strict=True):
         target.copy_(gradient)

@@ -1,1 +1,1 @@
-"""What detection and segmentation share. Importing this loads none of OpenMMLab's packages."""
+"""Code shared by detection and segmentation. Importing this package loads none of OpenMMLab's packages."""

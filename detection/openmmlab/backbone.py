@@ -1,4 +1,4 @@
-"""MM_SpatialMamba: the backbone under the name, and with the options, that OpenMMLab's configs expect."""
+"""MM_SpatialMamba: the backbone with the name and options that OpenMMLab's configs expect."""
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -17,27 +17,28 @@ from ...kernels.errors import UserError
 
 @MODELS.register_module(name="MM_SpatialMamba")
 class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
-    """Spatial-Mamba as a backbone of mmdet, mmseg and every other user of mmengine's registry.
+    """Spatial-Mamba as a backbone for mmdet, mmseg and every other user of mmengine's registry.
 
-    Images (B, in_chans, H, W) to one map (B, C_i, H_i, W_i) of stride 4 * 2**i per out_index. Weights given by
-    ``pretrained`` or ``init_cfg`` are read by ``init_weights``, which a runner calls before training and not
-    before testing.
+    It maps images (B, in_chans, H, W) to one map (B, C_i, H_i, W_i) of stride 4 * 2**i per out_index. ``init_weights``
+    reads the weights of ``pretrained`` or ``init_cfg``; a runner calls it before training but not before testing.
 
     Args:
-        frozen_stages: -1 trains everything; 0 freezes the stem; i freezes the stem and the first i stages, each
-            with its output norm and the downsampling behind it. What is frozen stays in evaluation mode.
-        norm_eval: keep every BatchNorm (of the stem and the downsampling) in evaluation mode: its running
-            statistics are used and stay as they are, its weights are trained.
+        frozen_stages: -1 trains everything; 0 freezes the stem; i freezes the stem and the first i stages with their
+            output norms and downsampling. Frozen modules stay in evaluation mode.
+        norm_eval: keep every BatchNorm (in the stem and the downsampling) in evaluation mode: it uses its running
+            statistics without updating them, and its weights are trained.
         with_cp: OpenMMLab's name of ``use_checkpoint``.
         pretrained: a classification checkpoint, of this project or a published one; short for ``init_cfg``.
-            ``None`` and ``""`` are none.
-        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, or a list with one; ``prefix`` names the part of the
-            file that holds the backbone, ``map_location`` has no effect.
+            ``None`` and ``""`` mean none.
+        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, or a list with one; ``prefix`` selects the backbone
+            in a file with several models, ``map_location`` has no effect.
         **options: see ``SpatialMambaBackbone`` and ``SpatialMambaEncoder``.
 
     Raises:
         UserError: for another ``init_cfg``, one next to ``pretrained``, an unknown option or one out of range.
     """
+
+    is_init: bool  # a property of BaseModule
 
     def __init__(
         self,
@@ -51,11 +52,11 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         known = {"out_indices", *signature(SpatialMambaEncoder).parameters}
         if unknown := sorted(options.keys() - known):
             raise UserError(
-                f"MM_SpatialMamba has no option {', '.join(unknown)}; options that a config inherits from "
-                "another backbone are removed by _delete_=True in its dict(...)"
+                f"MM_SpatialMamba has no option {', '.join(unknown)}; options that a config inherits from another "
+                "backbone are removed by _delete_=True in the dict(...) of this one"
             )
         if pretrained and init_cfg:
-            raise UserError("pretrained and init_cfg both name weights to start from; give one of them")
+            raise UserError("pretrained and init_cfg both name initial weights; give one of them")
         if pretrained:
             init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained)}
         try:
@@ -71,7 +72,7 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
             module.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Read the weights to start from, strictly; without any the initial values of the constructor stay.
+        """Load the initial weights strictly, if there are any.
 
         Raises:
             WeightsError: if the file is missing, unsafe, damaged or does not fit.
@@ -81,7 +82,7 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         self.is_init = True
 
     def train(self, mode: bool = True) -> "MMSpatialMamba":
-        """Switch to training, but for what is frozen and, with ``norm_eval``, BatchNorm."""
+        """Set training mode, except for frozen modules and, with ``norm_eval``, BatchNorms."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()

@@ -1,6 +1,6 @@
-"""Scenes to learn detection and segmentation from: real handwritten digits pasted on crops of real photographs.
+"""Draws scenes for detection and segmentation: real handwritten digits pasted on crops of real photographs.
 
-Digits and photographs are those that scikit-learn ships, so that a demo needs no download.
+Digits and photographs come with scikit-learn, so a demo needs no download.
 """
 
 from collections.abc import Iterator
@@ -12,26 +12,26 @@ from PIL import Image
 from ...kernels.errors import UserError
 
 SPLITS = ("train", "val")
-VAL_SHARE = 0.2  # of the digits
-TRAIN_COLUMNS = 0.6  # share of each photograph, from its left edge, that training sees; the rest is for validation
+VAL_FRACTION = 0.2  # of the digits
+TRAIN_COLUMNS = 0.6  # fraction of each photograph, from its left edge, for training; the rest is for validation
 
 SIDES = (36, 60)  # smallest and largest width of a pasted 8x8 digit, in pixels
 MOST_DIGITS = 7
-EMPTY_EVERY = 16  # one scene of so many has no digit
-INK = 0.45  # share of full ink from which a pixel belongs to the digit
-LEAST_VISIBLE = 0.8  # share of a digit's pixels that others must leave visible
+EMPTY_EVERY = 16  # every 16th scene has no digit
+INK = 0.45  # fraction of full ink from which a pixel belongs to the digit
+LEAST_VISIBLE = 0.8  # fraction of a digit's pixels that later digits must leave visible
 PLACES_TRIED = 12
 COLOURS_TRIED = 6
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what is in it.
+    """An image and the digits in it.
 
     Attributes:
         image: (H, W, 3) RGB, uint8.
-        classes: (n,) the digits' values 0..9, in the order of pasting.
-        masks: (n, H, W) bool; the visible pixels of each digit. No two masks overlap and none is empty.
+        classes: (n,) values 0..9 of the digits, in the order of pasting.
+        masks: (n, H, W) bool, the visible pixels of each digit. Masks do not overlap, and none is empty.
     """
 
     image: np.ndarray
@@ -41,7 +41,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Sources:
-    """What the scenes of one split are made of: photographs (H, W, 3) uint8; digits (n, 8, 8) in 0..1; values (n,)."""
+    """The material of one split: photographs (H, W, 3) uint8; digits (n, 8, 8) in 0..1; values (n,)."""
 
     photographs: list[np.ndarray]
     digits: np.ndarray
@@ -51,7 +51,7 @@ class Sources:
 def load_sources(split: str) -> Sources:
     """The part of scikit-learn's two photographs and 1,797 digits that belongs to ``split``.
 
-    Training and validation share no digit (80/20, the values in equal shares) and no pixel of a photograph (left
+    Training and validation have no digit in common (80/20, stratified by value) and no pixel of a photograph (left
     and right part).
 
     Raises:
@@ -66,7 +66,7 @@ def load_sources(split: str) -> Sources:
     number = SPLITS.index(split)
     digits = load_digits()
     indices = train_test_split(
-        np.arange(len(digits.target)), test_size=VAL_SHARE, stratify=digits.target, random_state=0
+        np.arange(len(digits.target)), test_size=VAL_FRACTION, stratify=digits.target, random_state=0
     )[number]
     photographs = []
     for photograph in load_sample_images().images:
@@ -76,7 +76,7 @@ def load_sources(split: str) -> Sources:
 
 
 def scenes(split: str, count: int, size: int = 160, seed: int = 0) -> Iterator[Scene]:
-    """``count`` square scenes of ``size`` pixels: the same for the same split, size and seed, whatever the count."""
+    """``count`` square scenes of ``size`` pixels, determined by split, size and seed but not by the count."""
     sources = load_sources(split)
     for index in range(count):
         rng = np.random.default_rng((seed, SPLITS.index(split), index))
@@ -85,7 +85,7 @@ def scenes(split: str, count: int, size: int = 160, seed: int = 0) -> Iterator[S
 
 
 def compose(sources: Sources, rng: np.random.Generator, size: int, digits: int) -> Scene:
-    """Paste ``digits`` digits on a photograph crop; fewer if one finds no place that leaves the others visible."""
+    """Paste ``digits`` digits on a crop of a photograph, except those that would hide too much of earlier ones."""
     image = _crop(sources, rng, size)
     classes: list[int] = []
     masks: list[np.ndarray] = []
@@ -109,7 +109,7 @@ def compose(sources: Sources, rng: np.random.Generator, size: int, digits: int) 
 
 
 def _crop(sources: Sources, rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random (size, size, 3) part of a photograph, half of them mirrored, as float64."""
+    """A random crop (size, size, 3) of a photograph in float64, mirrored half of the time."""
     photograph = sources.photographs[rng.integers(len(sources.photographs))]
     height, width = photograph.shape[:2]
     if size > min(height, width):
@@ -120,8 +120,8 @@ def _crop(sources: Sources, rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _upscale(digit: np.ndarray, side: int) -> np.ndarray:
-    """An (8, 8) digit as (h, w) opacities 0..1, smooth, with edges about a pixel wide, cut to what can be seen."""
-    # A margin of blank paper, so that strokes on the border of the 8x8 grid end smoothly.
+    """An (8, 8) digit as smooth opacities (h, w) in 0..1, with edges about a pixel wide, cropped to its ink."""
+    # With a blank margin, strokes at the border of the 8x8 grid end smoothly.
     paper = Image.fromarray(np.pad(digit, 1).astype(np.float32))
     scale = side / 8
     ink = np.asarray(paper.resize((round(10 * scale),) * 2, Image.Resampling.BICUBIC), dtype=float)
@@ -133,7 +133,7 @@ def _upscale(digit: np.ndarray, side: int) -> np.ndarray:
 def _place(
     ink: np.ndarray, masks: list[np.ndarray], least_areas: list[float], rng: np.random.Generator, size: int
 ) -> tuple[slice, slice] | None:
-    """Rows and columns of the scene for a digit, or None if each place tried would hide too much of another."""
+    """Rows and columns of the scene for a digit, or None if every place tried hides too much of another digit."""
     height, width = ink.shape
     for _ in range(PLACES_TRIED):
         top, left = rng.integers(size - height + 1), rng.integers(size - width + 1)
@@ -145,8 +145,8 @@ def _place(
 
 
 def _colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Of some random RGB colours the one that stands out most from the (h, w, 3) pixels around it."""
+    """The one of several random RGB colours that stands out most from the (h, w, 3) pixels around it."""
     colours = rng.uniform(0, 255, (COLOURS_TRIED, 3))
     distances = np.linalg.norm(colours[:, None] - background.reshape(1, -1, 3), axis=-1)
-    # A colour is as visible as it is against the tenth of the pixels that resemble it most.
+    # Visibility is the distance to the tenth of the pixels that are most similar.
     return colours[np.quantile(distances, 0.1, axis=1).argmax()]

@@ -1,10 +1,10 @@
-"""Parameters and FLOPs of whole detectors and segmentors, as a table; the command line of both rooms.
+"""Prints parameters and FLOPs of complete detectors and segmentors; the command line of both packages.
 
-The convention is that of the published tables. A multiply-add counts as one, and what is counted is what
-``classification.models.flops`` names. The whole model is counted in evaluation mode, as its ``tensor`` mode runs
-it on one image, without post-processing. For Mask R-CNN that is backbone, FPN, RPN, the box head on the proposals of
-the RPN (1,000 in the recipes, at their size) and the mask head on the first 100 of them; for UPerNet backbone and
-decode head. The auxiliary head, which only trains, is in the parameters and not in the FLOPs.
+The convention is that of the published tables. A multiply-add counts as one; ``classification.models.flops`` lists the
+operations that count. The model runs on one image in evaluation mode, in its ``tensor`` mode without post-processing.
+For Mask R-CNN that covers backbone, FPN, RPN, the box head on the proposals of the RPN (1,000 in the recipes, at their
+size) and the mask head on the first 100 of them; for UPerNet it covers backbone and decode head. The auxiliary head,
+which is used only in training, counts in the parameters but not in the FLOPs.
 """
 
 import argparse
@@ -21,19 +21,19 @@ from ...classification.models.flops import count_flops, count_parameters
 from ...classification.models.preprocessing import SMALLEST_SIZE
 from ...kernels.errors import UserError
 from .commands import Parser
-from .tools import load_config
+from .tools import FOLDERS, load_config
 
 
 def build_model(config: Config) -> nn.Module:
-    """The model of a config with the initial values of its layers; no file of weights is read."""
+    """Build the model of a config with its initial values; no weights are read from files."""
     init_default_scope(config.default_scope)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # notes of mmseg's developers to each other
+        warnings.simplefilter("ignore")  # notes for developers of mmseg
         return MODELS.build(config.model)
 
 
 def count_model_flops(model: nn.Module, size: tuple[int, int]) -> int:
-    """FLOPs of a detector or segmentor for one image of ``size`` (height, width), counted as said above.
+    """FLOPs of a detector or segmentor for one image of ``size`` (height, width), by the convention above.
 
     Raises:
         ImportError: if fvcore is missing.
@@ -42,7 +42,7 @@ def count_model_flops(model: nn.Module, size: tuple[int, int]) -> int:
 
 
 class _TensorMode(nn.Module):
-    """A model as a function of the image alone, which is what can be traced."""
+    """A model as a function of the image alone, so that it can be traced."""
 
     def __init__(self, model: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
@@ -60,13 +60,17 @@ def print_table(
 
     Args:
         package: ``mmdet`` or ``mmseg``.
-        recipes: names of the configs that are counted if none is given.
-        size: height and width of the image, if none are given.
+        recipes: names of the configs to use if none is given.
+        size: height and width of the image if none are given.
 
     Raises:
         UserError: naming a wrong option or config, or fvcore if it is missing.
     """
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(
+        f"python -m spatial_mamba.{FOLDERS[package]}.complexity",
+        description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument(
         "configs", nargs="*", default=recipes, metavar="CONFIG", help="config files, or names of those in the package"
     )
@@ -79,7 +83,7 @@ def print_table(
     width = max(map(len, configs)) + 2
     print(f"{'config':<{width}}{'size':>10}{'parameters':>14}{'GFLOPs':>10}")
     for name, config in configs.items():
-        torch.manual_seed(0)  # how many proposals survive depends, if on few images only, on the initial values
+        torch.manual_seed(0)  # on a few images the number of proposals depends on the initial values
         model = build_model(config)
         try:
             flops = count_model_flops(model, size)

@@ -1,4 +1,4 @@
-"""The command line that predicts on images, for both rooms: every input is checked first, then image by image."""
+"""The command line for predictions on images, for both packages. It checks all inputs before the first prediction."""
 
 import json
 import warnings
@@ -22,7 +22,7 @@ from .tools import load_config
 
 
 class Predictor(ABC):
-    """A model and what it makes of an image; one subclass per room.
+    """A model and its predictions for an image, with one subclass per package.
 
     Args:
         config: the model's config.
@@ -31,48 +31,49 @@ class Predictor(ABC):
     """
 
     package: ClassVar[str]  # mmdet or mmseg
-    endings: ClassVar[tuple[str, ...]]  # of the files written for an image NAME: NAME + ending
+    endings: ClassVar[tuple[str, ...]]  # of the output files: an image NAME gives NAME + ending
+    model: Any  # nn.Module with dataset_meta
 
     def __init__(self, config: Config, device: str, args: Namespace) -> None:
-        with warnings.catch_warnings(record=True):  # that there is no checkpoint: it comes next
+        with warnings.catch_warnings(record=True):  # of a missing checkpoint, which is loaded next
             self.model = self.build(config, device)
         self.args = args
 
     @abstractmethod
     def build(self, config: Config, device: str) -> nn.Module:
-        """The model in evaluation mode, without its weights."""
+        """Build the model in evaluation mode, without loading weights."""
 
     @abstractmethod
     def predict(self, image: np.ndarray, stem: Path) -> tuple[dict[str, Any], str]:
-        """Predict on one image and write all files but the JSON to ``stem`` + ending.
+        """Predict on one image and write all files except the JSON to ``stem`` + ending.
 
         Args:
-            image: (H, W, 3) in uint8, BGR as OpenMMLab's packages take it.
+            image: (H, W, 3) in uint8, in OpenMMLab's order BGR.
             stem: path of the output files without their endings.
 
         Returns:
-            What goes into the JSON (``width`` and ``height`` of the image and the predictions), and a short summary.
+            The content of the JSON (``width`` and ``height`` of the image, and predictions) and a short summary.
         """
 
 
-def common_parser(description: str, room: str) -> Parser:
-    """The options of both rooms."""
-    parser = Parser(f"python -m spatial_mamba.{room}", description=description)
+def common_parser(description: str, task: str) -> Parser:
+    """The options that ``detection`` and ``segmentation`` share."""
+    parser = Parser(f"python -m spatial_mamba.{task}", description=description)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, folder, or pattern")
     parser.add_argument("--config", required=True, help="config file, or the name of one that comes with the package")
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="trained weights")
     parser.add_argument(
-        "--out-dir", type=Path, default=f"output/{room}", metavar="FOLDER", help="where to write (default: %(default)s)"
+        "--out-dir", type=Path, default=f"output/{task}", metavar="FOLDER", help="where to write (default: %(default)s)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Image files that ``paths`` name, see ``image_files.find_images``, each readable to its end.
+    """The image files that ``paths`` name, see ``image_files.find_images``; each is decoded once as a check.
 
     Raises:
-        ImageFileError: naming a path that is missing, no image or damaged, a folder or a pattern without images.
+        ImageFileError: naming a path that is missing, not an image or damaged, or a folder or pattern without images.
     """
     images = image_files.find_images(paths)
     for image in images:
@@ -81,15 +82,15 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """An image as ``Predictor.predict`` takes it, see ``image_files.read_image``."""
+    """Read an image with ``image_files.read_image``, in the form that ``Predictor.predict`` takes."""
     return np.asarray(image_files.read_image(path))[..., ::-1].copy()
 
 
 def plan_outputs(images: Sequence[Path], folder: Path, endings: Sequence[str]) -> dict[Path, Path]:
-    """For every image the path of its output files without their endings.
+    """Map every image to the path of its output files without their endings.
 
     Raises:
-        UserError: if a file would be written twice, or over one of the images, or the folder is a file.
+        UserError: if a file would be written twice or replace one of the images, or if the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out-dir: {folder} is not a folder")
@@ -105,41 +106,41 @@ def plan_outputs(images: Sequence[Path], folder: Path, endings: Sequence[str]) -
     resolved = {image.resolve() for image in images}
     for output in writers:
         if output.resolve() in resolved:
-            raise UserError(f"{output} is an image to read and would be written over; choose another --out-dir")
+            raise UserError(f"{output} is an input image and would be overwritten; choose another --out-dir")
     return {image: folder / image.stem for image in images}
 
 
 def choose_device(name: str) -> str:
-    """``cpu`` or ``cuda:0``; ``auto`` takes a GPU where there is one.
+    """Return ``cpu`` or ``cuda:0``; ``auto`` uses a GPU if there is one.
 
     Raises:
-        UserError: if a GPU is asked for and there is none.
+        UserError: if a GPU is requested but there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here; take auto or cpu")
+        raise UserError("--device cuda: PyTorch finds no GPU; use auto or cpu")
     return "cuda:0" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, config: Config) -> None:
-    """Give a model the weights of a checkpoint, strictly, and the names and colours of its classes.
+def load_weights(model: Any, checkpoint: Mapping[str, Any], path: Path, config: Config) -> None:
+    """Load the weights of a checkpoint strictly, and set ``model.dataset_meta``: names and colours of the classes.
 
-    Those are the checkpoint's, or else of the config's test data set; they become ``model.dataset_meta``.
+    These come from the checkpoint, or else from the test data set of the config.
 
     Raises:
         WeightsError: if the checkpoint does not fit the model.
-        UserError: if there are other classes than the model has.
+        UserError: if the number of class names differs from that of the model's classes.
     """
     load_strictly(model, state_dict_of(checkpoint, path), path)
     meta = checkpoint.get("meta", {}).get("dataset_meta") or {}
     meta = {key.lower(): value for key, value in meta.items()}
-    source = path
+    source = str(path)
     if not meta.get("classes"):
         source = "the config's test data set"
         meta = dict(DATASETS.build({**config.test_dataloader.dataset, "lazy_init": True}).metainfo)
     count = max(getattr(module, "num_classes", 0) or 0 for module in model.modules())  # an RPN has one
     names = meta.get("classes") or ()
     if len(names) != count:
-        raise UserError(f"{source} names {len(names)} classes, the model has {count}; give the config it belongs to")
+        raise UserError(f"{source} names {len(names)} classes, the model has {count}; use its own config")
     model.dataset_meta = meta
 
 
@@ -164,6 +165,6 @@ def predict(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -
     for image, stem in outputs.items():
         prediction, summary = predictor.predict(read_pixels(image), stem)
         record = {"image": str(image), "config": args.config, "checkpoint": str(args.checkpoint), **prediction}
-        # Not with_suffix, which would cut a name such as "scene.1".
+        # with_suffix would cut a name such as "scene.1".
         Path(f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"{image}: {summary} -> {stem}.png", flush=True)

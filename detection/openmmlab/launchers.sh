@@ -1,6 +1,6 @@
-# Starts a tool on many processes; sourced by the dist_*.sh and slurm_*.sh of detection and segmentation.
+# Starts a tool on several processes; sourced by dist_*.sh and slurm_*.sh of detection and segmentation.
 
-# run_distributed TOOL PROCESSES ARGUMENTS...: on this machine, as node NODE_RANK of NNODES.
+# run_distributed TOOL PROCESSES ARGUMENTS...: run on this machine, as node NODE_RANK of NNODES.
 run_distributed() {
     local tool=$1 processes=$2
     shift 2
@@ -17,12 +17,12 @@ run_distributed() {
         "$tool" "$@" --launcher pytorch
 }
 
-# run_slurm GPUS PARTITION JOB_NAME TOOL ARGUMENTS...: a process per GPU, GPUS_PER_NODE of them on a machine.
+# run_slurm GPUS PARTITION JOB_NAME TOOL ARGUMENTS...: run one process per GPU, GPUS_PER_NODE on each machine.
 run_slurm() {
     local gpus=$1 partition=$2 job=$3 tool=$4
     shift 4
     local per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
-    # SRUN_ARGS is a list of options, so it is split into words.
+    # SRUN_ARGS is a list of options, so it must be split into words.
     # shellcheck disable=SC2086
     exec srun -p "$partition" \
         --job-name="$job" \
@@ -35,7 +35,7 @@ run_slurm() {
         python -u "$tool" "$@" --launcher slurm
 }
 
-# require COUNT USAGE ARGUMENTS...: end with one line if there are fewer arguments.
+# require COUNT USAGE ARGUMENTS...: exit with one line if there are fewer than COUNT arguments.
 require() {
     local count=$1 usage=$2
     shift 2

@@ -1,4 +1,4 @@
-"""Checks OpenMMLab's packages before they are used: each fault in one line, with the command that mends it."""
+"""Checks OpenMMLab's packages before they are used, and reports each fault in one line with the command to fix it."""
 
 import importlib
 import importlib.metadata
@@ -10,7 +10,7 @@ import spatial_mamba_mmcv
 
 from ...kernels.errors import UserError
 
-# Distribution -> (module, first version that fits, first that does not fit any more, version to install).
+# Distribution -> (module, first supported version, first unsupported version, version to install).
 _PACKAGES = {
     "mmengine": ("mmengine", "0.10.0", "1.0.0", "0.10.7"),
     "mmcv-lite": ("mmcv", "2.0.0", "2.2.0", spatial_mamba_mmcv.VERSION),
@@ -19,27 +19,27 @@ _PACKAGES = {
     "ftfy": ("ftfy", "6", "7", "6.3.1"),
     "regex": ("regex", "2022", "3000", "2026.9.29"),
 }
-# mmseg imports the last two without asking pip for them.
+# mmseg imports the last two but does not declare them as dependencies.
 _NEEDED_BY = {
     "mmdet": ("mmengine", "mmcv-lite", "mmdet"),
     "mmseg": ("mmengine", "mmcv-lite", "mmsegmentation", "ftfy", "regex"),
 }
-# What may be there and yet not work: module -> the command that mends it.
+# Modules that may be installed but broken -> the command that fixes them.
 _IMPORTED = {
     "cv2": "pip uninstall -y opencv-python && pip install opencv-python-headless",
     "torchvision": "install the torchvision that belongs to this PyTorch, https://pytorch.org/get-started",
-    spatial_mamba_mmcv.MODULE: (  # compiled for another PyTorch
+    spatial_mamba_mmcv.MODULE: (  # if compiled for another PyTorch
         f"pip uninstall -y mmcv && pip install --force-reinstall --no-deps mmcv-lite=={spatial_mamba_mmcv.VERSION}"
     ),
 }
-_COMPILED = {"mmcv-lite": "mmcv"}  # distributions that serve in place of another
+_COMPILED = {"mmcv-lite": "mmcv"}  # distribution -> one that may replace it
 
 
 def check_packages(package: str) -> None:
-    """Make sure that ``mmdet`` or ``mmseg`` can be imported with all it needs, mmcv's operators included.
+    """Check that ``mmdet`` or ``mmseg`` can be imported with everything it needs, including mmcv's operators.
 
     Raises:
-        UserError: naming the first package that is missing or does not fit, and the command that installs it.
+        UserError: naming the first package that is missing or unsupported, and the command that installs it.
     """
     for distribution in _NEEDED_BY[package]:
         module, first, beyond, wanted = _PACKAGES[distribution]
@@ -47,16 +47,16 @@ def check_packages(package: str) -> None:
         version = _version(_COMPILED.get(distribution, distribution)) or _version(distribution)
         if version is None or find_spec(module) is None:
             if version:
-                install += " --force-reinstall --no-deps"  # its files went with another package
+                install += " --force-reinstall --no-deps"  # removing another package deleted its files
             raise UserError(f"{distribution}, which this command needs, is missing: {install}")
         if not Version(first) <= Version(version) < Version(beyond):
-            raise UserError(f"{module} {version} does not fit, {first} <= version < {beyond} does: {install}")
+            raise UserError(f"{module} {version} is unsupported, it must be >= {first} and < {beyond}: {install}")
     if find_spec("pkg_resources") is None:
-        raise UserError("mmengine imports pkg_resources, which setuptools has before 82: pip install 'setuptools<82'")
+        raise UserError("mmengine imports pkg_resources, which setuptools 82 removed: pip install 'setuptools<82'")
     for module, remedy in _IMPORTED.items():
         try:
             importlib.import_module(module)
-        except (ImportError, RuntimeError) as error:  # the second from a torchvision for another PyTorch
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision for another PyTorch
             raise UserError(f"{module} cannot be imported ({error}): {remedy}") from None
 
 

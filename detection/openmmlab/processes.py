@@ -1,4 +1,4 @@
-"""Runs OpenMMLab's runner where there is no GPU: processes joined over gloo, no SyncBN."""
+"""Prepares OpenMMLab's runner for machines without a GPU: process groups over gloo, no SyncBN."""
 
 import os
 import subprocess
@@ -12,20 +12,20 @@ from ...kernels.errors import UserError
 
 
 def process_count(launcher: str) -> int:
-    """Processes started by a launcher of mmengine; 1 for ``none``, whatever else runs this one."""
+    """Number of processes that a launcher of mmengine has started; 1 for ``none``."""
     variables = {"pytorch": "WORLD_SIZE", "slurm": "SLURM_NTASKS", "mpi": "OMPI_COMM_WORLD_SIZE"}
     return int(os.environ.get(variables.get(launcher, ""), 1))
 
 
 def prepare_processes(config: Config) -> None:
-    """Adapt a config to the devices of this machine; without a GPU also join the processes of the launcher.
+    """Adapt a config to the devices of this machine; without a GPU also initialise the process group.
 
-    mmengine's launchers choose a GPU before anything else, so that on a CPU the process group has to exist before
-    the runner is built; its wrapper for distributed training names a GPU likewise.
+    mmengine's launchers and its wrapper for distributed training assume a GPU. On a CPU the process group must
+    therefore exist before the runner is built, and the config must set the wrapper.
 
     Raises:
-        UserError: if the launcher has not started this process, or there are GPUs, but fewer than processes on this
-            machine, or none for MPI.
+        UserError: if the launcher did not start this process, if there are GPUs but fewer than processes on this
+            machine, or if MPI finds none.
     """
     if config.launcher == "none":
         return
@@ -36,14 +36,14 @@ def prepare_processes(config: Config) -> None:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"each process needs a GPU, there are {torch.cuda.device_count()}: start fewer processes, "
+                f"each process needs a GPU, but there are {torch.cuda.device_count()}: start fewer processes, "
                 "or hide the GPUs to use the CPU: CUDA_VISIBLE_DEVICES=-1"
             )
         return
     if config.launcher == "mpi":
-        raise UserError("--launcher mpi: works on GPUs only, and PyTorch finds none here; use pytorch or slurm")
+        raise UserError("--launcher mpi: needs a GPU, and PyTorch finds none; use pytorch or slurm")
     if config.launcher == "slurm":
-        _take_environment_from_slurm()
+        _set_environment_from_slurm()
     dist.init_process_group("gloo")
     config.model_wrapper_cfg = {
         "type": "MMDistributedDataParallel",
@@ -53,11 +53,11 @@ def prepare_processes(config: Config) -> None:
     }
     replaced = _replace_norms(config.model)
     if replaced:
-        print_log(f"no GPU: {replaced} layers of type SyncBN become BN, which sees one process's share", "current")
+        print_log(f"no GPU: {replaced} layers of type SyncBN become BN, with statistics of one process", "current")
 
 
 def _replace_norms(part: object) -> int:
-    """Turn SyncBN, which refuses tensors on the CPU, into BN throughout a config; returns in how many places."""
+    """Replace SyncBN, which does not support CPUs, by BN throughout a config; returns the number of replacements."""
     children = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
     replaced = sum(_replace_norms(child) for child in children)
     if isinstance(part, dict) and part.get("type") == "SyncBN":
@@ -66,7 +66,7 @@ def _replace_norms(part: object) -> int:
     return replaced
 
 
-def _take_environment_from_slurm() -> None:
+def _set_environment_from_slurm() -> None:
     nodes = os.environ["SLURM_NODELIST"]
     first = subprocess.run(
         ["scontrol", "show", "hostname", nodes], capture_output=True, text=True, check=True

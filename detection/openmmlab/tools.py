@@ -1,4 +1,4 @@
-"""The command lines of tools/train.py and tools/test.py, with the flags of OpenMMLab's own, for both rooms."""
+"""The command lines of tools/train.py and tools/test.py, with the flags of OpenMMLab's own tools."""
 
 import argparse
 import os
@@ -19,20 +19,20 @@ from .commands import Parser
 from .processes import prepare_processes, process_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-_ROOMS = {"mmdet": "detection", "mmseg": "segmentation"}
+FOLDERS = {"mmdet": "detection", "mmseg": "segmentation"}
 
 
 def load_config(package: str, name: str, options: dict | None = None) -> Config:
-    """Read a config, given by its path or by the name of one that comes with the package.
+    """Read a config, given by its path or by the name of a config of this project.
 
     Args:
         package: ``mmdet`` or ``mmseg``.
         options: settings to change, by dotted key.
 
     Raises:
-        UserError: if there is no such config, it cannot be read, or it is one for another package.
+        UserError: if there is no such config, it cannot be read, or it is for another package.
     """
-    shipped = CONFIGS / _ROOMS[package]
+    shipped = CONFIGS / FOLDERS[package]
     name = with_home(name)
     path = next((p for p in (Path(name), shipped / name, shipped / f"{name}.py") if p.is_file()), None)
     if path is None:
@@ -52,7 +52,7 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
 
 
 def _expand_home(part: Any) -> None:
-    """Replace ``~`` at the start of every text in a config, in place: there it is that of a path."""
+    """Expand ``~`` at the start of every string in a config, in place; only paths start with it."""
     for key, child in list(part.items() if isinstance(part, dict) else enumerate(part)):
         if isinstance(child, dict | list):
             _expand_home(child)
@@ -61,7 +61,7 @@ def _expand_home(part: Any) -> None:
 
 
 def train(package: str, argv: Sequence[str] | None = None) -> None:
-    """Train by a config of mmdet or mmseg, as the command line says.
+    """Train with a config of mmdet or mmseg, as the command line asks.
 
     Raises:
         UserError, WeightsError, OSError: naming what is wrong with options, config, checkpoints or data.
@@ -72,7 +72,7 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="FILE", help="continue from FILE, or the newest in the work folder"
     )
-    parser.add_argument("--data-path", metavar="FOLDER", help="the data set, in place of the config's data_root")
+    parser.add_argument("--data-path", metavar="FOLDER", help="the data set, instead of the config's data_root")
     args = parser.parse_args(argv)
     config = _configure(package, args)
     if args.data_path:
@@ -81,7 +81,7 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
         _keep_total_batch(config)
     if args.amp:
         if not torch.cuda.is_available():
-            raise UserError("--amp: mmengine trains in mixed precision on a GPU only, and PyTorch finds none here")
+            raise UserError("--amp: mmengine needs a GPU for mixed precision, and PyTorch finds none")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
@@ -94,7 +94,7 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
 
 
 def test(package: str, argv: Sequence[str] | None = None) -> None:
-    """Test a checkpoint by a config of mmdet or mmseg, as the command line says.
+    """Test a checkpoint with a config of mmdet or mmseg, as the command line asks.
 
     Raises:
         UserError, WeightsError, OSError: as ``train``.
@@ -106,12 +106,12 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--show", action="store_true", help="show predictions in a window")
     parser.add_argument("--show-dir", metavar="FOLDER", help="write images with predictions drawn over them")
     parser.add_argument("--wait-time", type=float, default=2, metavar="SECONDS", help="pause of --show")
-    parser.add_argument("--tta", action="store_true", help="average over scales and flips, as tta_pipeline says")
-    parser.add_argument("--ddp", nargs="?", const=True, help=argparse.SUPPRESS)  # of the published tool
+    parser.add_argument("--tta", action="store_true", help="average over the scales and flips of tta_pipeline")
+    parser.add_argument("--ddp", nargs="?", const=True, help=argparse.SUPPRESS)  # exists in the published tool
     args = parser.parse_args(argv)
     config = _configure(package, args)
     if args.ddp is not None:
-        print_log("--ddp has no effect here", "current")
+        print_log("--ddp has no effect", "current")
     config.load_from = args.checkpoint
     config.resume = False
     if args.show or args.show_dir:
@@ -120,13 +120,13 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
         if "tta_model" not in config or "tta_pipeline" not in config:
             raise UserError(f"--tta: {args.config} has no tta_model and tta_pipeline")
         dataset = config.test_dataloader.dataset
-        while "dataset" in dataset:  # of a wrapper
+        while "dataset" in dataset:  # a wrapper
             dataset = dataset.dataset
         dataset.pipeline = config.tta_pipeline
         config.model = {**config.tta_model, "module": config.model}
     if args.out and package == "mmdet":
         if not args.out.endswith((".pkl", ".pickle")):
-            raise UserError(f"--out: {args.out} must end in .pkl, it is a pickle file of predictions")
+            raise UserError(f"--out: {args.out} must end in .pkl, for a pickle file of predictions")
     elif args.out:
         evaluators = config.test_evaluator
         for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
@@ -140,19 +140,19 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
 
 
 def _common_parser(name: str, description: str) -> Parser:
-    """What training and testing have in common."""
+    """The options that training and testing share."""
     parser = Parser(name, description=description)
     parser.add_argument("config", help="config file, or the name of one that comes with the package")
     parser.add_argument("--work-dir", help="folder of logs and checkpoints; by default work_dirs/CONFIG")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings to change")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
-    # torch.distributed.launch passes it; the environment tells the same.
+    # torch.distributed.launch passes it; the environment has the same number.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def _configure(package: str, args: argparse.Namespace) -> Config:
-    """Read the config with what the common options change in it."""
+    """Read the config and apply the common options."""
     if args.launcher == "pytorch":
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config = load_config(package, args.config, args.cfg_options)
@@ -162,10 +162,10 @@ def _configure(package: str, args: argparse.Namespace) -> Config:
 
 
 def _move_data(config: Config, folder: str) -> None:
-    """Read the data set from another folder: change paths of loaders and evaluators that start with a ``data_root``.
+    """Replace every ``data_root`` by another folder in the paths of loaders and evaluators.
 
     Raises:
-        UserError: if the config names no ``data_root``.
+        UserError: if the config has no ``data_root``.
     """
     parts = [key for key in config if key.endswith(("_dataloader", "_evaluator"))]
     found = [root for key in ("data_root", *parts) for root in _values({key: config.get(key)}, "data_root")]
@@ -187,19 +187,19 @@ def _move_data(config: Config, folder: str) -> None:
 
 
 def _values(part: Any, name: str) -> Iterator[Any]:
-    """All values that a key has anywhere in a part of a config."""
+    """All values of a key anywhere in a part of a config."""
     items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list | tuple) else ()
     for key, child in items:
         yield from [child] if key == name else _values(child, name)
 
 
 def _keep_total_batch(config: Config) -> None:
-    """Divide the images of an update, ``total_batch`` of the config, among the processes.
+    """Distribute the images of an update, ``total_batch`` of the config, over the processes.
 
-    ``total_batch`` is ``dict(images=N, processes=P)``. A config that sets another ``batch_size`` than N / P keeps it.
+    ``total_batch`` is ``dict(images=N, processes=P)``. A config whose ``batch_size`` is not N / P keeps it.
 
     Raises:
-        UserError: if that leaves a remainder.
+        UserError: if the images cannot be distributed evenly.
     """
     total, processes = config.get("total_batch"), process_count(config.launcher)
     if not total or config.train_dataloader.batch_size * total.processes != total.images:
@@ -210,9 +210,9 @@ def _keep_total_batch(config: Config) -> None:
             f"{processes} processes cannot share the {total.images} images of an update; start {fitting} processes, "
             "or set --cfg-options train_dataloader.batch_size=N"
         )
-    share = total.images // processes
-    config.train_dataloader.batch_size = share
-    print_log(f"total batch {total.images}: {processes} processes with {share} images each", "current")
+    images = total.images // processes
+    config.train_dataloader.batch_size = images
+    print_log(f"total batch {total.images}: {processes} processes with {images} images each", "current")
 
 
 def _draw_predictions(package: str, config: Config, args: argparse.Namespace) -> None:
@@ -220,16 +220,16 @@ def _draw_predictions(package: str, config: Config, args: argparse.Namespace) ->
     if hook is None:
         raise UserError(f"--show, --show-dir: {args.config} has no default_hooks.visualization")
     if process_count(config.launcher) > 1:
-        print_log("--show-dir: only the first process draws, its own share; use one process to see all", "current")
+        print_log("--show-dir: only the first process draws, and only its own images; use one process", "current")
     hook.update(draw=True, interval=1, show=args.show, wait_time=args.wait_time)
     if args.show_dir and package == "mmdet":
-        hook.test_out_dir = str(Path(args.show_dir).resolve())  # a relative path would lie in the work folder
+        hook.test_out_dir = str(Path(args.show_dir).resolve())  # mmdet puts a relative path into the work folder
     elif args.show_dir:
         config.visualizer.save_dir = args.show_dir
 
 
 def _build_runner(config: Config) -> Runner:
-    """Check what can be checked before data sets are read, then build."""
+    """Check the checkpoint and the processes before data sets are read, then build the runner."""
     start = config.load_from or (find_latest_checkpoint(config.work_dir) if config.resume else None)
     if start and "://" not in start:
         read_checkpoint(start)

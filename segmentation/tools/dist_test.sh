@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests on several processes of this machine (or of NNODES; NODE_RANK, MASTER_ADDR and PORT tell which and where).
+# Tests with several processes on this machine, or on NNODES machines with NODE_RANK, MASTER_ADDR and PORT.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/../../detection/openmmlab/launchers.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains under Slurm, on GPUS (4) processes with GPUS_PER_NODE on a machine; SRUN_ARGS are handed to srun.
+# Trains under Slurm with GPUS (4) processes, GPUS_PER_NODE on each machine; srun gets SRUN_ARGS.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/../../detection/openmmlab/launchers.sh"

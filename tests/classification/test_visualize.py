@@ -476,8 +476,8 @@ def test_wrong_input_is_one_line(line: str, files: Path, tmp_path: Path, capsys:
     ("text", "message"),
     [
         ('{"epoch": 0}\n{"epoch": 1', "line 2: is not JSON"),
-        ('{"loss": 1}\n', "line 1: is no record of an epoch"),
-        ("[1]\n", "line 1: is no record of an epoch"),
+        ('{"loss": 1}\n', "line 1: is not the record of an epoch"),
+        ("[1]\n", "line 1: is not the record of an epoch"),
         ('{"epoch": 0, "val_acc1": "high"}\n', "line 1: val_acc1 must be a number or null, got 'high'"),
         ("\n", "holds no finished epoch"),
         (b"\xff\xfe", "cannot be read"),
