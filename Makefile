@@ -31,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 test: .venv/openmmlab $(LIBRARIES) lint
 	$(PYTEST)
 
-# Leaves out OpenMMLab and the tests marked as slow: launchers, compilers, Triton's interpreter, most ONNX files.
+# Leaves out OpenMMLab and the tests marked as slow: launchers, compilers, Triton's interpreter, ONNX files.
 test-fast: .venv/ready $(LIBRARIES)
 	$(PYTEST) -m "not slow" --ignore=tests/openmmlab
 

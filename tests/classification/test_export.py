@@ -176,6 +176,7 @@ def onnx_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("onnx")
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_onnx_runtime_gives_the_logits_of_the_model(batch: int, onnx_path: Path) -> None:
@@ -188,6 +189,7 @@ def test_onnx_runtime_gives_the_logits_of_the_model(batch: int, onnx_path: Path)
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("onnx")
 def test_graph_is_flat_small_and_without_traces_of_the_machine(onnx_path: Path) -> None:
     proto = onnx.load(onnx_path)

@@ -56,7 +56,9 @@ FORMS: dict[str, Callable[[nn.Module], Callable[[Tensor], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow if "compiled" in form else ()) for form in FORMS]
+)
 def test_golden_logits_and_features(form: str, golden: dict[str, np.ndarray]) -> None:
     model = FORMS[form](golden_fill.fill_(spatial_mamba_tiny()).eval())
     backbone = FORMS[form](golden_fill.fill_(SpatialMambaBackbone()).eval())
