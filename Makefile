@@ -54,6 +54,7 @@ gpu:
 
 # Build the API site from the docstrings, into output/site.
 docs: .venv/docs
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target output/api .
 	$(BIN)/python -m mkdocs build --quiet --config-file .github/mkdocs.yml
 
 # Redraw the README's figure.
