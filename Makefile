@@ -43,9 +43,10 @@ test-timm: .venv/ready $(LIBRARIES)
 test-versions:
 	$(PYTHON) tests/versions.py $(VERSIONS)
 
-lint: .venv/ready
+lint: .venv/ready .venv/typing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # All that needs a GPU, within 8 minutes and into one folder: make gpu OUT=folder. With PYTHON and its packages as they
 # are: no environment is made, nothing is downloaded.
@@ -76,6 +77,13 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+# mypy does not follow an editable install, and names a package after its folder.
+.venv/typing: .venv/ready
+	mkdir -p $@
+	ln -sfn ../.. $@/spatial_mamba
+	ln -sfn ../../detection/mmcv_operators $@/spatial_mamba_mmcv
 	touch $@
 
 .venv/openmmlab: .venv/ready detection/requirements.txt

@@ -52,6 +52,7 @@ class BuildWithLibraries(build_py):
         if importlib.util.find_spec("torch") is None:
             return "no PyTorch to build for (pip hides it unless called with --no-build-isolation)"
         spec = importlib.util.spec_from_file_location("kernels_build", Path(__file__).parent / "kernels/build.py")
+        assert spec is not None and spec.loader is not None
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
         try:

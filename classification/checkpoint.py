@@ -118,8 +118,8 @@ def restore_checkpoint(
         saved, own = checkpoint["optimizer"], state.optimizer.state_dict()
         # timm puts the group without weight decay first, the published trainer last.
         saved_groups = sorted(saved["param_groups"], key=lambda group: group["weight_decay"] > 0)
-        groups = zip(own["param_groups"], saved_groups, strict=True)
-        groups = [{**own_group, "params": saved_group["params"]} for own_group, saved_group in groups]
+        pairs = zip(own["param_groups"], saved_groups, strict=True)
+        groups = [{**own_group, "params": saved_group["params"]} for own_group, saved_group in pairs]
         state.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its optimiser does not fit this run ({error}); {_NEW_RUN}") from error
@@ -238,21 +238,19 @@ def _rows_to_take(
     saved_count, saved = class_count(checkpoint, path), class_names(checkpoint, path)
     if saved_count is None:
         return None
-    if saved_count == count and (saved is None or classes is None):
+    if saved_count != count:
+        reason = f"has {saved_count} classes, this run has {count}"
+    elif saved is None or classes is None:
         return list(range(count))
-    if saved_count == count and set(saved) == set(classes):
+    elif set(saved) == set(classes):
         return [saved.index(name) for name in classes]
+    else:
+        reason = f"is for other classes: {difference(classes, saved)}"
     if finetune:
         logger.warning("%s: its classifier is for other classes; a new one is trained instead", path)
         return None
-    if saved_count != count:
-        raise UserError(
-            f"{path}: its classifier has {saved_count} classes, this run has {count}; "
-            "to train a new classifier on top of these weights, add --finetune"
-        )
     raise UserError(
-        f"{path}: its classifier is for other classes: {difference(classes, saved)}; "
-        "to train a new classifier on top of these weights, add --finetune"
+        f"{path}: its classifier {reason}; to train a new classifier on top of these weights, add --finetune"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from ..kernels.command_line import whole_number
 from ..kernels.errors import UserError
 from .models.preprocessing import SMALLEST_SIZE
-from .models.trained import TrainedClassifier, load_classifier
+from .models.trained import TrainedClassifier, load_classifier, untrained_classifier
 
 
 def image_size(text: str) -> int:
@@ -45,8 +45,7 @@ def chosen_model(args: argparse.Namespace) -> TrainedClassifier:
     elif args.ema:
         raise UserError("--ema: an untrained model has no EMA weights; give a --checkpoint")
     else:
-        torch.manual_seed(0)
-        classifier = TrainedClassifier(timm.create_model(args.model).eval())
+        classifier = untrained_classifier(args.model)
     classifier.model.to(device)
     return classifier
 

@@ -62,7 +62,8 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     Raises:
         UserError: naming the file or option and the key.
     """
-    config, notes = default_config(), []
+    config = default_config()
+    notes: list[str] = []
     path, shipped = Path(with_home(str(name))), CONFIG_FOLDER / f"{name}.yaml"
     if not path.suffix and not path.exists() and not shipped.is_file():
         names = [file.stem for file in CONFIG_FOLDER.glob("*.yaml")]

@@ -78,6 +78,13 @@ class ImageData(Dataset):
         raise UserError(f"{self.reader.name(0)} and all other images of the split are unreadable")
 
 
+class ImageLoader(DataLoader):
+    """Batches of an `ImageData`."""
+
+    dataset: ImageData
+    sampler: Any  # TrainSampler or EvalSampler
+
+
 class TrainSampler(Sampler):
     """Yields ``(index, seed)`` in a new order every epoch, the same number on every process.
 
@@ -129,6 +136,7 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
     policy = aug.AUTO_AUGMENT
     if policy not in ("", "none") and not policy.startswith(("rand", "augmix", "3a", "original", "v0")):
         raise UserError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm, such as rand-m9")
+    color_jitter: Any = aug.COLOR_JITTER or None  # None, which skips the step, is missing in timm's annotation
     transform = create_transform(
         input_size=config.DATA.IMG_SIZE,
         is_training=True,
@@ -137,7 +145,7 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
         scale=tuple(aug.SCALE),
         ratio=tuple(aug.RATIO),
         hflip=aug.HFLIP,
-        color_jitter=aug.COLOR_JITTER or None,
+        color_jitter=color_jitter,
         auto_augment=None if policy in ("", "none") else policy,
         re_prob=aug.REPROB,
         re_mode=aug.REMODE,
@@ -150,7 +158,7 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
     return transform
 
 
-def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
+def build_train_loader(config: CfgNode, process: Process) -> ImageLoader:
     """Full batches ``(images (B, 3, S, S), classes (B,), skipped (B,))`` of the training split.
 
     Raises:
@@ -167,7 +175,7 @@ def build_train_loader(config: CfgNode, process: Process) -> DataLoader:
     return _build_loader(config, process, dataset, sampler, drop_last=True)
 
 
-def build_val_loader(config: CfgNode, process: Process, known: Sequence[str] | None = None) -> DataLoader:
+def build_val_loader(config: CfgNode, process: Process, known: Sequence[str] | None = None) -> ImageLoader:
     """Batches of the validation split, the last one possibly smaller; each image once over all processes.
 
     Args:
@@ -258,9 +266,9 @@ def _caches_part(config: CfgNode) -> bool:
 
 def _build_loader(
     config: CfgNode, process: Process, dataset: ImageData, sampler: Sampler, drop_last: bool
-) -> DataLoader:
+) -> ImageLoader:
     workers = config.DATA.NUM_WORKERS
-    return DataLoader(
+    return ImageLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,

@@ -6,17 +6,18 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from ..kernels.errors import UserError
 from .checkpoint import TrainingState
+from .data import ImageLoader
 from .distributed import Process
 from .run_log import RunLog
 from .seeding import seed_everything
@@ -50,7 +51,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, process: Process, log: RunLog, title: str = "val") -> Evaluation:
+def evaluate(model: nn.Module, loader: ImageLoader, process: Process, log: RunLog, title: str = "val") -> Evaluation:
     """Count correct predictions over the loaders of all processes, in float32 whatever the precision of training.
 
     Raises:
@@ -81,7 +82,7 @@ class TrainingRun:
     log: RunLog
     state: TrainingState
     model: nn.Module  # the state's model, possibly compiled and wrapped for distributed training
-    loader: DataLoader
+    loader: ImageLoader
     criterion: nn.Module
     mixup: Mixup | None
     updates_per_epoch: int
@@ -101,7 +102,7 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
     run.loader.sampler.epoch = epoch
     run.model.train()
     teacher = None
-    if config.AUG.MESA > 0 and epoch >= int(config.AUG.MESA_START * config.TRAIN.EPOCHS):
+    if state.ema and config.AUG.MESA > 0 and epoch >= int(config.AUG.MESA_START * config.TRAIN.EPOCHS):
         teacher = state.ema.module
 
     batches = _Timed(iter(run.loader))
@@ -177,8 +178,8 @@ def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> t
         if run.mixup:
             images, targets = run.mixup(images, targets)
         is_last = step == accumulation - 1
-        no_sync = isinstance(run.model, DistributedDataParallel) and not is_last
-        with run.model.no_sync() if no_sync else contextlib.nullcontext():
+        unsynced = None if is_last or not isinstance(run.model, DistributedDataParallel) else run.model
+        with unsynced.no_sync() if unsynced else contextlib.nullcontext():
             with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
                 logits = run.model(images)
             loss = run.criterion(_at_least_float32(logits), targets)
@@ -229,11 +230,12 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_throughput(
-    model: nn.Module, batch_size: int, size: int, device: torch.device, dtype: torch.dtype, seconds: float = 3.0
+    model: Any, batch_size: int, size: int, device: torch.device, dtype: torch.dtype, seconds: float = 3.0
 ) -> tuple[float, float]:
     """Measure inference on this process: images/s, and peak memory in bytes.
 
     Args:
+        model: a ``SpatialMamba``, which may be compiled.
         batch_size: images per step, random numbers of shape (in_chans, size, size).
         dtype: of autocast; float32 for no autocast.
         seconds: duration, after three steps of warm-up.

@@ -47,7 +47,7 @@ def classify(
         paths = images[first : first + BATCH_SIZE]
         tensors = [_read(path, transform) for path in paths]
         readable = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-        top = iter(())
+        top: Iterator[tuple[list[float], list[int]]] = iter(())
         if readable:
             with torch.inference_mode():
                 probabilities = classifier.model(torch.stack(readable).to(device)).softmax(dim=1)

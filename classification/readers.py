@@ -284,7 +284,9 @@ def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple
             member = target
             if member.isfile() and name.lower().endswith(".tar") and not is_hidden(name):
                 yield name, None
-                yield from _tar_members(archive.extractfile(member), f"{name}/", start + member.offset_data)
+                inner = archive.extractfile(member)
+                assert inner is not None  # it is a regular file
+                yield from _tar_members(inner, f"{name}/", start + member.offset_data)
             else:
                 yield name, (start + member.offset_data, member.size)
 

@@ -64,7 +64,7 @@ class RunLog:
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Append one JSON line; non-finite numbers become null."""
-        if self._metrics:
+        if self._metrics and self._writer:
             finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite) + "\n")

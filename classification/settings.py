@@ -26,7 +26,7 @@ def one_of(*values: str) -> Allowed:
     return Allowed(lambda value: value in values, f"one of {', '.join(values)}")
 
 
-def _are(values: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
+def _are(values: Any, kind: type[float] | tuple[type[float], ...] = (int, float)) -> bool:
     """Whether all of a list are finite numbers of a kind; an empty list passes."""
     return isinstance(values, list | tuple) and all(
         isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) for value in values

@@ -4,13 +4,12 @@ import copy
 import logging
 import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from ..kernels.errors import UserError
@@ -30,6 +29,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .data import (
+    ImageLoader,
     build_mixup,
     build_train_loader,
     build_val_loader,
@@ -207,12 +207,13 @@ class TrainingJob:
         self.resumed_from = self._resume(updates_per_epoch)
         criterion, mixup = build_criterion(config), build_mixup(config, num_classes)
         log = self._open_folder()
+        compiled: Any = torch.compile(model) if config.COMPILE else model
         self.training = TrainingRun(
             config,
             process,
             log,
             self.state,
-            _parallel(torch.compile(model) if config.COMPILE else model, process),
+            _parallel(compiled, process),
             train_loader,
             criterion,
             mixup,
@@ -357,7 +358,7 @@ def _parallel(model: nn.Module, process: Process) -> nn.Module:
 
 
 def _validate(
-    model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader, process: Process, log: RunLog, title: str
+    model: nn.Module, ema: ModelEmaV3 | None, loader: ImageLoader, process: Process, log: RunLog, title: str
 ) -> tuple[Evaluation, Evaluation | None]:
     result = evaluate(model, loader, process, log, "val")
     logger.info("%s: model %s", title, result)

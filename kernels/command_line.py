@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         epilog = f"example: {prog} {example}" if example else None
         super().__init__(prog, description=description, epilog=epilog, **options)
 
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Parse; the shell expands ``~`` only at the start of a word."""
         return argparse.Namespace(**with_home(vars(super().parse_args(args))))
 

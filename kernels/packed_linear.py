@@ -4,7 +4,7 @@ Weights are stored in the order in which matrix units read them. There are no gr
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -139,7 +139,7 @@ def packed_mlp(
     return PACKED_MLP(x.contiguous(), *(tensor.contiguous() for tensor in tensors.values()), eps)
 
 
-def _check(expected: dict[str, Layout], x: Tensor, tensors: dict[str, Tensor | None], **sizes: int) -> None:
+def _check(expected: dict[str, Layout], x: Tensor, tensors: Mapping[str, Tensor | None], **sizes: int) -> None:
     check_tensors(expected, {"x": x, **tensors}, **sizes)
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != x.dtype:

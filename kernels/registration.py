@@ -49,11 +49,11 @@ class Operator:
 
     def __post_init__(self) -> None:
         self.name, _, signature = self.schema.partition("(")
-        inputs, _, returns = signature.partition(") -> ")
-        inputs = inputs.split(", ")
-        self.served_as = self.served_as or self.name
-        self.forward = self.forward or (lambda backend, *inputs: getattr(backend, self.name)(*inputs))
-        self.backward = self.backward or (lambda backend, *inputs: getattr(backend, f"{self.name}_backward")(*inputs))
+        text, _, returns = signature.partition(") -> ")
+        inputs = text.split(", ")
+        self._served_as = self.served_as or self.name
+        self._forward = self.forward or (lambda backend, *inputs: getattr(backend, self.name)(*inputs))
+        self._backward = self.backward or (lambda backend, *inputs: getattr(backend, f"{self.name}_backward")(*inputs))
         self.num_tensors = sum(argument.startswith("Tensor") for argument in inputs)
         if any("Tensor" in argument for argument in inputs[self.num_tensors :]):
             raise ValueError(f"{self.schema}: tensor arguments must precede all others")
@@ -71,20 +71,20 @@ class Operator:
             gradients.register_fake(self._fake_backward)
             operator.register_autograd(self._differentiate, setup_context=self._save)
         self.operator = getattr(torch.ops.spatial_mamba, self.name)
-        if self.flops is not None:
-            register_flop_formula(self.operator)(lambda *shapes, **_: self.flops(*shapes))
+        if flops := self.flops:
+            register_flop_formula(self.operator)(lambda *shapes, **_: flops(*shapes))
 
     def __call__(self, *arguments: Any) -> Any:
         with without_autocast(arguments[0]):
-            plain = backends.reference_serves(arguments[0], self.served_as)
+            plain = backends.reference_serves(arguments[0], self._served_as)
             outputs = _as_tuple((self.reference if plain else self.operator)(*arguments))
         return outputs[0] if self.num_differentiable == 1 else outputs[: self.num_differentiable]
 
     def run(self, *arguments: Any) -> Any:
         """Compute the outputs on the backend that serves the first tensor; not differentiable."""
         with without_autocast(arguments[0]):
-            if backend := backends.module_for(arguments[0], self.served_as):
-                return self.forward(backend, *arguments)
+            if backend := backends.module_for(arguments[0], self._served_as):
+                return self._forward(backend, *arguments)
             outputs = self.reference(*arguments)
         # Copied, because outputs of custom operators must not share memory with anything.
         copies = tuple(x.clone(memory_format=torch.contiguous_format) for x in _as_tuple(outputs))
@@ -94,8 +94,8 @@ class Operator:
         """Compute the gradients of the tensors, empty for absent ones. Native backends may write them to ``into``."""
         first = arguments[self.num_differentiable]
         with without_autocast(first):
-            if backend := backends.module_for(first, self.served_as):
-                return tuple(self.backward(backend, *arguments, **into))
+            if backend := backends.module_for(first, self._served_as):
+                return tuple(self._backward(backend, *arguments, **into))
             return self._reference_gradients(*arguments, create_graph=False)
 
     def _fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
@@ -113,20 +113,21 @@ class Operator:
         if grads[0] is None:
             return (None,) * (self.num_tensors + len(ctx.others))
         saved = ctx.saved_tensors  # read once: activation checkpointing allows a single unpack
-        arguments = (*(grad.contiguous() for grad in grads[: self.num_differentiable]), *saved, *ctx.others)
+        given = [grad.contiguous() for grad in grads[: self.num_differentiable] if grad is not None]
+        arguments = (*given, *saved, *ctx.others)
         if torch.is_grad_enabled():
             found = self._reference_gradients(*arguments, create_graph=True)
         else:
             found = getattr(torch.ops.spatial_mamba, f"{self.name}_backward")(*arguments)
-        found = (None if x is None else grad for x, grad in zip(saved[: self.num_tensors], found, strict=True))
-        return *found, *(None for _ in ctx.others)
+        wanted = (None if x is None else grad for x, grad in zip(saved[: self.num_tensors], found, strict=True))
+        return *wanted, *(None for _ in ctx.others)
 
     def _reference_gradients(self, *arguments: Any, create_graph: bool) -> tuple[Tensor, ...]:
         grads, inputs = arguments[: self.num_differentiable], arguments[self.num_differentiable :]
         tensors, others = inputs[: self.num_tensors], inputs[self.num_tensors + self.kept :]
         with torch.enable_grad(), _autograd_enabled():
             if not create_graph:
-                tensors = [None if x is None else x.detach().requires_grad_() for x in tensors]
+                tensors = tuple(None if x is None else x.detach().requires_grad_() for x in tensors)
             outputs = _as_tuple(self.reference(*tensors, *others))[: self.num_differentiable]
             leaves = [x for x in tensors if x is not None and x.requires_grad]
             found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=create_graph, materialize_grads=True))

@@ -28,7 +28,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     """Run ``h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t``, ``y_t = C_t h_t + D u_t`` over L tokens.
 
     Signature and layouts are those of mamba_ssm's ``selective_scan_fn``. A must be real.
@@ -137,7 +137,8 @@ def _grouped(B: Tensor, C: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor | N
         return B, None
     C = unfold(C)
     groups = math.lcm(B.shape[1], C.shape[1])  # divides dim, as both do
-    return tuple(x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], dim=1) for x in (B, C))
+    B, C = (x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], dim=1) for x in (B, C))
+    return B, C
 
 
 def _per_channel(matrix: Tensor, dim: int) -> Tensor:

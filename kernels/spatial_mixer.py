@@ -99,20 +99,20 @@ def spatial_mixer(
         norm_bias=norm_bias,
     )
     axes = check_tensors(LAYOUTS, {"xz": xz, **weights})
-    if (kernels is None) != (alpha is None) or (kernels is None) == (taps is None):
-        given = [k for k, v in (("kernels", kernels), ("alpha", alpha), ("taps", taps)) if v is not None]
-        raise ValueError(f"give either kernels and alpha, or taps; got {', '.join(given) or 'none of them'}")
     compute_dtype = torch.promote_types(xz.dtype, torch.float32)
-    if kernels is not None:
+    if kernels is not None and alpha is not None and taps is None:
         check_branches(kernels, alpha, dilations, axes["dim"], xz=xz)
         sizes = kernel_sizes_of(kernels)
         taps = merge_taps(kernels, alpha.to(compute_dtype), dilations)
-    else:
+    elif taps is not None and kernels is None and alpha is None:
         sizes = [3] * len(dilations) if kernel_sizes is None else list(kernel_sizes)
         check_dilations(dilations)
         if len(sizes) != len(dilations) or any(size < 1 or size % 2 == 0 for size in sizes):
             raise ValueError(f"kernel_sizes must be odd, one per dilation of {tuple(dilations)}, got {tuple(sizes)}")
         check_tensors(LAYOUTS, dict(xz=xz, taps=taps), T=len(tap_offsets(sizes, dilations)) // 2)
+    else:
+        given = [k for k, v in (("kernels", kernels), ("alpha", alpha), ("taps", taps)) if v is not None]
+        raise ValueError(f"give either kernels and alpha, or taps; got {', '.join(given) or 'none of them'}")
 
     dtypes = {"projection_weight": xz.dtype}  # so that the product runs on half-precision units
     weights["conv_weight"] = conv_weight.flatten(1)
@@ -130,10 +130,13 @@ def reference(
     conv_weight has shape (dim, 9), taps (T, dim). projection_weight has the dtype of xz, all others the compute dtype.
     """
     *core, norm_weight, norm_bias, sizes, dilations, eps = others
+    step_weight, step_bias, A_log, D, taps = core
     x, gate = xz.chunk(2, dim=-1)
     u = conv_reference(x, conv_weight, conv_bias, "silu")
     projection = F.linear(u, projection_weight)
-    y, row_states = core_reference(u, projection, *core, sizes, dilations, conv_weight.dtype)
+    y, row_states = core_reference(
+        u, projection, step_weight, step_bias, A_log, D, taps, sizes, dilations, conv_weight.dtype
+    )
     return norm_reference(y, gate, norm_weight, norm_bias, eps), u, projection, y, row_states
 
 
@@ -161,8 +164,8 @@ def _backward(
     grad_y, found, *norm_grads = GATED_NORM.run_backward(grad_out, *norm, grad_gate=grad_gate)
     if found is not grad_gate:
         grad_gate.copy_(found)
-    core = (u, projection, *core, row_states, sizes, dilations, y.dtype)
-    grad_u, grad_projection, *core_grads = STRUCTURE_AWARE_SCAN.run_backward(grad_y, *core)
+    inputs = (u, projection, *core, row_states, sizes, dilations, y.dtype)
+    grad_u, grad_projection, *core_grads = STRUCTURE_AWARE_SCAN.run_backward(grad_y, *inputs)
     del grad_y
     flat = grad_projection.flatten(0, 2)
     grad_u.flatten(0, 2).addmm_(flat, projection_weight)

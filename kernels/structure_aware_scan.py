@@ -103,9 +103,9 @@ def reference(
     """
     u, projection = u.to(taps.dtype), projection.to(taps.dtype)
     r, B, C = projection.split([step_weight.shape[1], 1, 1], dim=-1)
-    rows = [x.flatten(1, 2).transpose(1, 2) for x in (u, F.linear(r, step_weight), B)]  # (batch, channels, L)
+    tokens, dt, B = (x.flatten(1, 2).transpose(1, 2) for x in (u, F.linear(r, step_weight), B))  # (batch, channels, L)
     A = -torch.exp(A_log)[:, None]
-    states, _ = scan_reference(*rows[:2], A, rows[2][:, None], None, None, None, step_bias, delta_softplus=True)
+    states, _ = scan_reference(tokens, dt, A, B[:, None], None, None, None, step_bias, delta_softplus=True)
     h = states.squeeze(2).unflatten(2, u.shape[1:3]).permute(0, 2, 3, 1)  # (batch, H, W, dim)
     y = C * fusion_reference(h, taps, sizes, dilations) + D * u
     return y.to(out_dtype), F.pad(h[:, :-1, -1], (0, 0, 1, 0))

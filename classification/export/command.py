@@ -14,7 +14,6 @@ from ...kernels.command_line import Parser, run_command
 from ...kernels.errors import UserError
 from ..atomic_write import atomic_write
 from ..command_line import add_model_options, chosen_model
-from ..models.architecture import architecture_of
 from ..models.preprocessing import CROP_FRACTION, NORMALISATION
 from ..models.trained import TrainedClassifier
 from .check import Function, largest_difference
@@ -88,7 +87,7 @@ def metadata_of(classifier: TrainedClassifier, size: tuple[int, int]) -> dict[st
     """
     preprocessing = classifier.preprocessing
     facts = {
-        "variant": architecture_of(classifier.model.state_dict()).variant,
+        "variant": classifier.architecture.variant,
         "image_size": size,
         **NORMALISATION,
         "crop": preprocessing.crop,

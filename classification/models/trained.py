@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
@@ -34,6 +35,21 @@ class TrainedClassifier:
     model: SpatialMamba
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     class_names: tuple[str, ...] | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture of the model."""
+        architecture = architecture_of(self.model.state_dict())
+        assert architecture is not None
+        return architecture
+
+
+def untrained_classifier(name: str) -> TrainedClassifier:
+    """The variant that timm knows by ``name``, with initial values that are always the same."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    assert isinstance(model, SpatialMamba)
+    return TrainedClassifier(model)
 
 
 def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClassifier:

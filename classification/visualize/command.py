@@ -1,20 +1,20 @@
 """Draw what a model computes and how it was trained, as PNG, PDF or SVG."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import timm
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ...kernels.command_line import Parser, run_command, whole_number
 from ...kernels.errors import UserError
 from ..command_line import add_model_options, chosen_device, chosen_model, image_size
 from ..models import SpatialMamba
-from ..models.architecture import architecture_of
 from ..models.image_files import find_images
-from ..models.trained import TrainedClassifier, load_classifier
+from ..models.trained import TrainedClassifier, load_classifier, untrained_classifier
 from .inputs import model_input, preprocessing_at, require_rgb, single_image, visible_image
 from .layers import fusion_change, most_changed, parse_layer, read_layer
 from .receptive_field import FRACTIONS, ReceptiveField, noise_batches, receptive_field
@@ -187,8 +187,7 @@ def _compared_models(args: argparse.Namespace) -> list[tuple[str, TrainedClassif
             models.append((f"{label}, untrained", _untrained_twin(trained)))
         models.append((label, trained))
     for name in args.model:
-        torch.manual_seed(0)
-        models.append((f"{name}, untrained", TrainedClassifier(timm.create_model(name).eval())))
+        models.append((f"{name}, untrained", untrained_classifier(name)))
     if len(models) > len(COLOURS):
         raise UserError(f"{len(models)} models do not fit one picture; name {len(COLOURS)} at most")
     labels = _labels(args.labels, [label for label, _ in models])
@@ -201,7 +200,7 @@ def _compared_models(args: argparse.Namespace) -> list[tuple[str, TrainedClassif
 def _untrained_twin(trained: TrainedClassifier) -> TrainedClassifier:
     """A model of the same architecture as it is before training, for images of the same kind."""
     torch.manual_seed(0)
-    model = SpatialMamba(**architecture_of(trained.model.state_dict()).options()).eval()
+    model = SpatialMamba(**trained.architecture.options()).eval()
     return TrainedClassifier(model, trained.preprocessing)
 
 
@@ -217,6 +216,7 @@ def _stage(model: SpatialMamba, stage: int | None) -> int:
 def _measured(
     args: argparse.Namespace, classifier: TrainedClassifier, paths: Sequence[Path], stage: int
 ) -> ReceptiveField:
+    batches: Iterable[Tensor]
     if paths:
         firsts = tqdm(range(0, len(paths), BATCH_SIZE), unit="batch", disable=None)
         batches = (model_input(classifier, paths[i : i + BATCH_SIZE], args.size) for i in firsts)

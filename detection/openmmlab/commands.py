@@ -17,7 +17,7 @@ from .packages import check_packages
 class Parser(command_line.Parser):
     """The parser of all commands, for options with mmengine's ``DictAction`` too."""
 
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         try:
             return super().parse_args(args)
         except UserError:

@@ -9,7 +9,7 @@ import spatial_mamba_mmcv
 # mmengine imports pkg_resources, and no release without it is to be expected.
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 if not hasattr(pkgutil, "find_loader"):  # Python 3.14 removed it; mmengine and mmcv look for mmcv._ext with it
-    pkgutil.find_loader = importlib.util.find_spec  # type: ignore[assignment]
+    pkgutil.find_loader = importlib.util.find_spec  # type: ignore[assignment, attr-defined]
 spatial_mamba_mmcv.register()  # needed if PyTorch does not, as with TORCH_DEVICE_BACKEND_AUTOLOAD=0
 
 from . import backbone, resume  # noqa: E402, F401

@@ -92,7 +92,7 @@ def selective_scan_backward(
         )
 
     def total(part: Tensor | None, like: Tensor | None) -> Tensor:
-        return u.new_empty(0) if part is None else part.sum(0).to(like.dtype)
+        return u.new_empty(0) if part is None or like is None else part.sum(0).to(like.dtype)
 
     grad_A, grad_D, grad_bias = (total(p, A) for p in weight_parts)
     grad_B, grad_C = (total(p, B) for p in matrix_parts)

@@ -78,7 +78,7 @@ def structure_aware_scan_backward(
     taps: Tensor,
     row_states: Tensor,
     offsets: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if u.numel() == 0:
         return tuple(torch.zeros_like(x) for x in (u, projection, step_weight, step_bias, A_log, D, taps))
     sizes = _sizes_of(u, step_weight)
