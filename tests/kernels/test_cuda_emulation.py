@@ -97,7 +97,7 @@ def assert_matches_reference(
     operators: Any, operator: Operator, arguments: Sequence[Any], backward: bool = False
 ) -> tuple[Tensor, ...]:
     """The emulated operator gives what the reference implementation gives in float64, up to the result's rounding."""
-    emulated = operator.backward if backward else operator.forward
+    emulated = operator._backward if backward else operator._forward
     results = emulated(operators, *on_tensors(guarded, arguments))
     with use_backend("torch"):
         expected = (operator.run_backward if backward else operator.run)(*on_tensors(Tensor.double, arguments))
