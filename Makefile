@@ -94,7 +94,7 @@ clean:
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	touch $@
 
-# $(call OPENMMLAB_DEMO,room,config,data set): what is there already is not made again, and a broken-off run resumes.
+# $(call OPENMMLAB_DEMO,package,config,data set): an existing data set is kept, and an interrupted run resumes.
 define OPENMMLAB_DEMO
 	$(BIN)/python -m spatial_mamba.$(1).demo_data $(1)/data/$(3)
 	cd $(1) && export PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= && \
