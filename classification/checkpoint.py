@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -114,30 +115,25 @@ def restore_checkpoint(
     load_strictly(state.model, state_dict_of(checkpoint, path), path)
     if state.ema:
         load_strictly(state.ema.module, _ema_state(checkpoint, path), path)
-    try:
-        saved, own = checkpoint["optimizer"], state.optimizer.state_dict()
-        # timm puts the group without weight decay first, the published trainer last.
-        saved_groups = sorted(saved["param_groups"], key=lambda group: group["weight_decay"] > 0)
-        pairs = zip(own["param_groups"], saved_groups, strict=True)
-        groups = [{**own_group, "params": saved_group["params"]} for own_group, saved_group in pairs]
-        state.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its optimiser does not fit this run ({error}); {_NEW_RUN}") from error
+    _load_optimizer(state.optimizer, checkpoint["optimizer"], path)
     if checkpoint.get("scaler") and state.scaler.is_enabled():
-        state.scaler.load_state_dict(checkpoint["scaler"])
-    state.epoch = int(checkpoint["epoch"])
+        own_scaler = state.scaler.state_dict()
+        state.scaler.load_state_dict({key: _number(checkpoint["scaler"], key, path) for key in own_scaler})
+    state.epoch = int(_number(checkpoint, "epoch", path))
     state.updates = (state.epoch + 1) * updates_per_epoch
-    if checkpoint.get("steps", 0) not in (0, state.updates):  # the published trainer stores 0
+    steps = int(_number(checkpoint, "steps", path))
+    if steps not in (0, state.updates):  # the published trainer stores 0
         logger.warning(
             "%s: its %d epochs had %d updates, with this data, batch size and number of processes they have %d: "
             "the run continues at that epoch of the schedule, but not exactly",
-            path, state.epoch + 1, checkpoint["steps"], state.updates,
+            path, state.epoch + 1, steps, state.updates,
         )  # fmt: skip
     state.scheduler.step_update(max(state.updates - 1, 0))
-    state.skipped_in_a_row = int(checkpoint.get("skipped_in_a_row", 0))
-    state.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
-    # The published trainer spells the key of its EMA record in the second way.
-    state.max_accuracy_ema = float(checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema", 0.0)))
+    state.skipped_in_a_row = int(_number(checkpoint, "skipped_in_a_row", path))
+    state.max_accuracy = _number(checkpoint, "max_accuracy", path)
+    # The published trainer misspells the key of its EMA record.
+    ema_key = "max_accuracy_ema" if "max_accuracy_ema" in checkpoint else "max_accuray_ema"
+    state.max_accuracy_ema = _number(checkpoint, ema_key, path)
     _report_changes(config, checkpoint.get("config"), path, rate_scale)
 
 
@@ -225,6 +221,65 @@ def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             if path.name == LATEST:
                 break
     return max(whole, key=lambda found: found[1].get("steps", 0), default=None)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> None:
+    """Load the state of an optimiser; every tensor is copied into one with the layout of its parameter.
+
+    A fused optimiser reads and writes as many elements as its parameter has, whatever the size of the state.
+
+    Raises:
+        UserError: if the parameters are others, or the state of one is missing or has another shape or type.
+    """
+    try:
+        # timm puts the group without weight decay first, the published trainer last.
+        saved_groups = sorted(saved["param_groups"], key=lambda group: group["weight_decay"] > 0)
+        state: dict[int, dict[str, Any]] = {}
+        groups = []
+        for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
+            groups.append({**group, "params": saved_group["params"]})
+            for number, parameter in zip(saved_group["params"], group["params"], strict=True):
+                if saved["state"]:
+                    values = saved["state"][number]
+                    state[number] = {key: _fitted(values[key], key, parameter, group.get("fused")) for key in values}
+        if state.keys() != saved["state"].keys():
+            raise ValueError("it has the state of other parameters")
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its optimiser does not fit this run ({error!s:.200}); {_NEW_RUN}") from error
+
+
+def _fitted(value: Any, name: str, parameter: torch.Tensor, is_fused: bool | None) -> Any:
+    """A copy of what an optimiser keeps for a parameter.
+
+    Raises:
+        ValueError: if a fused optimiser cannot use it.
+    """
+    shape = torch.Size() if name == "step" else parameter.shape
+    if not isinstance(value, torch.Tensor):
+        if is_fused and value is not None:
+            raise ValueError(f"{name} is not a tensor")
+        return value
+    if is_fused and not (value.is_floating_point() and value.shape == shape):
+        raise ValueError(
+            f"{name} is {tuple(value.shape)} in {value.dtype}, not {tuple(shape)} in a floating-point type"
+        )
+    if value.shape != parameter.shape:
+        return value.clone()
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _number(values: Any, key: str, path: Path) -> float:
+    """A number of a run; 0 if the checkpoint does not have it.
+
+    Raises:
+        UserError: for any other value.
+    """
+    value = values.get(key, 0) if isinstance(values, Mapping) else values
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) not in (int, float) or not -1 <= value < 1e12:
+        raise UserError(f"{path}: cannot resume, its {key} is {value!r:.60}; {_NEW_RUN}")
+    return value
 
 
 def _ema_state(checkpoint: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:

@@ -292,10 +292,10 @@ class TrainingJob:
             record["unreadable_images"],
         )  # fmt: skip
         log.scalars({k.replace("_", "/", 1): v for k, v in record.items() if k[:4] in ("val_", "ema_")}, state.updates)
-        log.epoch(record)
         if process.is_main:
             for name in names:
                 save_checkpoint(state, config, self.folder / name)
+        log.epoch(record)  # last: a folder with a record and no checkpoint would count as a run that must not be lost
         process.barrier()
 
     def _resume(self, updates_per_epoch: int) -> Path | None:

@@ -28,7 +28,7 @@ from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architectu
 from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubModule
 from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
-from .safe_types import allow_permanently, config_types
+from .stand_ins import allow_permanently, config_types
 from .weights import encoder_weights, load_backbone_weights, plain_names, state_dict_of, under_own_names
 
 __all__ = [

@@ -2,24 +2,23 @@
 
 import json
 import logging
-import pickle
 import re
+import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
-import torch
-from safetensors import SafetensorError
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ...kernels.errors import UserError
 from ...kernels.home import with_home
 from .architecture import FIRST_CONV, architecture_of, describe_other_architecture
-from .safe_types import safe_types_allowed
+from .checkpoint_reader import read_torch_file
+from .stand_ins import DamagedFileError, ForeignTypeError
 
 if TYPE_CHECKING:
     from .spatial_mamba import SpatialMambaBackbone, SpatialMambaEncoder
@@ -32,8 +31,6 @@ CLASSIFIER_ONLY = ("norm.weight", "norm.bias", "head.weight", "head.bias")  # no
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_fpw_module)\."
 )
-# What the readers of PyTorch's two file formats raise for damaged files and for other formats.
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError)
 _OTHER_CLASSES = (
     "; the backbone fits, so the numbers of classes probably differ: set num_classes of the heads in the config to "
     "those of the checkpoint, or start from its backbone alone with model.backbone.pretrained=FILE instead of load_from"
@@ -46,13 +43,18 @@ class WeightsError(UserError):
     """A checkpoint file is missing, unsafe, damaged, or does not fit the model."""
 
 
-def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | PathLike[str], history: Callable[[dict[str, Any]], Any] | None = None
+) -> dict[str, Any]:
     """Load a checkpoint onto the CPU without executing anything in it.
 
     A file that ends in ``.safetensors`` has tensors only. PyTorch's own formats may also have plain containers, paths,
     dates, simple namespaces, yacs configs, NumPy's numbers and arrays, the options of timm's scripts and mmengine's
-    histories. The last two are discarded, except histories while mmengine is in use. A pickle with any other type is
-    refused.
+    histories. The options are discarded. A file with any other type, with tensors that are not dense, or with a wrong
+    checksum is refused.
+
+    Args:
+        history: makes a history of mmengine from its attributes; by default histories are discarded.
 
     Raises:
         WeightsError: naming the file and the fix.
@@ -69,22 +71,16 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise WeightsError(f"{path}: the file is empty; download or save it again")
     try:
-        if is_safetensors(path):
-            return _read_safetensors(path)
-        with safe_types_allowed():
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: not a safetensors file, or a truncated one; download or save it again") from error
-    except (pickle.UnpicklingError, *_DAMAGED) as error:
-        foreign = re.search(r"(?:Unsupported global:|unsupported) GLOBAL ([\w.]+)", str(error))
-        if foreign:
-            raise WeightsError(
-                f"{path}: refused, because it asks to load {foreign[1]}, which could run code; "
-                "save it again with tensors and plain Python values only"
-            ) from error
+        checkpoint = _read_safetensors(path) if is_safetensors(path) else read_torch_file(path, history)
+    except ForeignTypeError as error:
         raise WeightsError(
-            f"{path}: not a PyTorch checkpoint, or a truncated one; download or save it again"
+            f"{path}: refused, because it asks to load {str(error)[:200]}, which could run code; "
+            "save it again with tensors and plain Python values only"
         ) from error
+    except Exception as error:  # a damaged file can lead to any
+        kind = "safetensors file" if is_safetensors(path) else "PyTorch checkpoint"
+        reason = f" ({str(error)[:200]})" if isinstance(error, DamagedFileError | zipfile.BadZipFile) else ""
+        raise WeightsError(f"{path}: not a {kind}, or a damaged one{reason}; download or save it again") from error
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint dictionary")
     return checkpoint

@@ -1,4 +1,4 @@
-"""Reads OpenMMLab's checkpoints with PyTorch's ``weights_only`` on, and loads them strictly."""
+"""Reads OpenMMLab's checkpoints safely and loads them strictly."""
 
 from typing import Any
 
@@ -6,28 +6,25 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
-from ...classification.models.safe_types import allow_permanently, history_types, safe_types
-from ...classification.models.weights import WeightsError, describe_misfit, plain_names
+from ...classification.models.weights import WeightsError, describe_misfit, plain_names, read_checkpoint
 
 
-def allow_safe_types() -> None:
-    """Let PyTorch's safe reader read the types in mmengine's checkpoints for the rest of the process.
+@CheckpointLoader.register_scheme(prefixes="", force=True)
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Read a local checkpoint for mmengine, onto the CPU; the histories of logged values in it come to life.
 
-    These are histories of logged values, and NumPy's arrays and scalars under the names of NumPy 1 and 2. A stand-in
-    that accepts only numbers reads each. The reader still refuses every other type by name.
+    Raises:
+        WeightsError: as ``read_checkpoint``.
     """
-    allow_permanently([*safe_types(), *history_types(_History)])
+    return read_checkpoint(filename, history=_history)
 
 
-class _History(HistoryBuffer):
-    """Reads a ``HistoryBuffer`` and becomes one; the original would let a file replace the methods of all of them."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__class__ = HistoryBuffer
-        HistoryBuffer.__init__(self, state["_log_history"], state["_count_history"], int(state["max_length"]))
+def _history(attributes: dict[str, Any]) -> HistoryBuffer:
+    names = "_log_history", "_count_history", "max_length"
+    return HistoryBuffer(*(attributes[name] for name in names))
 
 
 @HOOKS.register_module()

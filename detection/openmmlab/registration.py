@@ -12,7 +12,4 @@ if not hasattr(pkgutil, "find_loader"):  # Python 3.14 removed it; mmengine and 
     pkgutil.find_loader = importlib.util.find_spec  # type: ignore[assignment, attr-defined]
 spatial_mamba_mmcv.register()  # needed if PyTorch does not, as with TORCH_DEVICE_BACKEND_AUTOLOAD=0
 
-from . import backbone, resume  # noqa: E402, F401
-from .checkpoints import allow_safe_types  # noqa: E402
-
-allow_safe_types()
+from . import backbone, checkpoints, resume  # noqa: E402, F401

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,75 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: 
     assert (folder / LATEST).read_bytes() == before
     save_checkpoint(state, config, folder / LATEST)
     assert set(read_checkpoint(folder / LATEST)["model"]) == {"weight", "bias"}
+
+
+def test_a_failure_of_the_first_save_does_not_block_the_run(
+    micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(content: Any, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    arguments = options(micro, photos, tmp_path, "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert main(arguments) == 2
+    assert "No space left on device" in capfd.readouterr().err
+    assert main(arguments) == 0
+    assert len((tmp_path / "micro/default/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def damage_state(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[dict[str, Any]], None]:
+    """Change what the optimiser keeps for its last parameter, a matrix."""
+
+    def damage(content: dict[str, Any]) -> None:
+        state = content["optimizer"]["state"]
+        number = max(number for number, values in state.items() if values["exp_avg"].ndim == 2)
+        state[number] |= change(state[number])
+
+    return damage
+
+
+DAMAGES = {
+    "small": (damage_state(lambda state: {"exp_avg": torch.ones(1)}), "exp_avg is (1,)"),
+    "scalar": (damage_state(lambda state: {"exp_avg_sq": torch.ones(())}), "exp_avg_sq is ()"),
+    "integers": (damage_state(lambda state: {"exp_avg": state["exp_avg"].long()}), "torch.int64"),
+    "number": (damage_state(lambda state: {"exp_avg": 0.5}), "exp_avg is not a tensor"),
+    "steps": (damage_state(lambda state: {"step": torch.ones(3)}), "step is (3,)"),
+    "missing": (lambda content: content["optimizer"]["state"].pop(3), "its optimiser does not fit this run (3)"),
+    "foreign": (lambda content: content["optimizer"]["state"].update({999: {}}), "the state of other parameters"),
+    "text": (lambda content: content["optimizer"].update(state="none"), "its optimiser does not fit this run"),
+    "epoch": (lambda content: content.update(epoch=torch.tensor(1)), "its epoch is tensor(1)"),
+    "late epoch": (lambda content: content.update(epoch=2**60), "its epoch is 1152921504606846976"),
+    "record": (lambda content: content.update(max_accuracy=float("nan")), "its max_accuracy is nan"),
+    "counter": (lambda content: content.update(steps="many"), "its steps is 'many'"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_state_is_not_resumed(
+    name: str, trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    damage, words = DAMAGES[name]
+    content = read_checkpoint(trained / LATEST)
+    damage(content)
+    torch.save(content, tmp_path / "damaged.pth")
+    assert main(options(micro, photos, tmp_path, "--epochs", "3", "--resume", str(tmp_path / "damaged.pth"))) == 2
+    error = capfd.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_the_state_of_an_optimiser_takes_the_layout_of_its_parameters(
+    trained: Path, micro: Path, photos: Path, tmp_path: Path
+) -> None:
+    content = read_checkpoint(trained / LATEST)
+    arguments = ["--epochs", "3", "--resume", str(tmp_path / "latest.pth")]
+    results = []
+    for name, layout in (("plain", lambda t: t), ("transposed", lambda t: t.mT.contiguous().mT if t.ndim > 1 else t)):
+        state = {n: {k: layout(t) for k, t in v.items()} for n, v in content["optimizer"]["state"].items()}
+        torch.save({**content, "optimizer": {**content["optimizer"], "state": state}}, tmp_path / "latest.pth")
+        assert main(options(micro, photos, tmp_path / name, *arguments)) == 0
+        results.append(read_checkpoint(tmp_path / name / "micro/default" / LATEST)["model"])
+    assert_same(*results)
 
 
 def test_auto_resume_takes_the_newest_intact_checkpoint(

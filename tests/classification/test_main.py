@@ -187,7 +187,7 @@ WRONG = {
     "empty checkpoint": (damage_checkpoint(b""), "bad.pth: the file is empty"),
     "text as checkpoint": (damage_checkpoint(b"hello"), "bad.pth: not a PyTorch checkpoint"),
     "pickled nonsense": (damage_checkpoint(pickle.dumps(3)), "bad.pth"),
-    "torn checkpoint": (truncate_checkpoint, "torn.pth: not a PyTorch checkpoint, or a truncated one"),
+    "torn checkpoint": (truncate_checkpoint, "torn.pth: not a PyTorch checkpoint, or a damaged one"),
     "list as checkpoint": (damage_checkpoint([1]), "holds a list, not a checkpoint dictionary"),
     "no weights": (damage_checkpoint({"epoch": 3}), "found no model weights"),
     "other weights": (damage_checkpoint({"model": {"x": torch.zeros(1)}}), "does not fit this model"),
