@@ -1,4 +1,4 @@
-# Everyday commands; each makes the environment .venv once and reuses it. PYTHON chooses the interpreter.
+# Everyday commands. The first one creates the environment .venv with the interpreter PYTHON; the others reuse it.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ DIGITS := data/digits
 LIBRARIES := kernels/lib/cpu.json
 OUT ?= output/gpu
 RUN := output/spatialmamba_digits/demo
-# On the CPU everywhere: two processes would need two GPUs.
+# Always on the CPU, since two processes would need two GPUs.
 MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
 .PHONY: demo demo-detection demo-segmentation test test-fast test-timm test-versions lint gpu docs figure wheel clean
@@ -17,29 +17,29 @@ demo: .venv/ready $(LIBRARIES)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 $(MAIN) --output output --tag demo
 	$(BIN)/python $(MAIN) --eval --pretrained $(RUN)/best.pth
 
-# Make a data set of digits on photographs, train Mask R-CNN on it with two processes, test, and draw what it finds.
+# Make a data set of digits on photographs, train Mask R-CNN on it with two processes, test, and draw the detections.
 demo-detection: .venv/openmmlab $(LIBRARIES)
 	$(call OPENMMLAB_DEMO,detection,mask_rcnn_spatialmamba_fpn_digits,digits_coco)
 
-# The same with UPerNet, for the classes of the pixels.
+# The same for semantic segmentation with UPerNet.
 demo-segmentation: .venv/openmmlab $(LIBRARIES)
 	$(call OPENMMLAB_DEMO,segmentation,upernet_spatialmamba_digits,digits_ade)
 
-# A process per core, each with one thread: the tests' tensors are small.
+# One process per core, each with one thread, since the tests use small tensors.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 test: .venv/openmmlab $(LIBRARIES) lint
 	$(PYTEST)
 
-# Leaves out OpenMMLab and the tests marked as slow: launchers, compilers, Triton's interpreter, ONNX files.
+# Skip OpenMMLab and the tests marked as slow: launchers, compilers, Triton's interpreter, ONNX files.
 test-fast: .venv/ready $(LIBRARIES)
 	$(PYTEST) -m "not slow" --ignore=tests/openmmlab
 
-# timm's own model tests, from its source distribution, on the models of this project.
+# Run timm's own model tests, from its source distribution, on the models of this project.
 test-timm: .venv/ready $(LIBRARIES)
 	$(BIN)/python tests/timm_suite.py
 
-# The fast tests with the oldest, pinned and newest packages: make test-versions, or make test-versions VERSIONS=newest.
+# Run the fast tests with the oldest, pinned and newest packages: make test-versions [VERSIONS=newest].
 test-versions:
 	$(PYTHON) tests/versions.py $(VERSIONS)
 
@@ -48,8 +48,8 @@ lint: .venv/ready .venv/typing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# All that needs a GPU, within 8 minutes and into one folder: make gpu OUT=folder. With PYTHON and its packages as they
-# are: no environment is made, nothing is downloaded.
+# Run everything that needs a GPU, within 8 minutes, and write the results to one folder: make gpu OUT=folder. This uses
+# PYTHON with the packages it has. It creates no environment and downloads nothing.
 gpu:
 	$(PYTHON) kernels/gpu_check.py $(OUT)
 
@@ -62,8 +62,8 @@ docs: .venv/docs
 figure: .venv/ready
 	$(BIN)/python tests/overview.py
 
-# Make the wheel of a release, with a CPU library for each PyTorch release. It downloads all of them, unless
-# WHEEL_PYTHONS names the interpreters of environments that hold them.
+# Build the release wheel, with a CPU library for each PyTorch release. This downloads all these releases, unless
+# WHEEL_PYTHONS lists the interpreters of environments that have them.
 wheel:
 	$(PYTHON) kernels/wheel.py --out dist $(WHEEL_PYTHONS)
 
@@ -73,13 +73,13 @@ clean:
 
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 14) else \
-	  "Python 3.10 to 3.14 is needed, this is %d.%d; name one: make PYTHON=python3.12" % v)'
+	  "Python 3.10 to 3.14 is needed, but this is %d.%d; choose one: make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-# mypy does not follow an editable install, and names a package after its folder.
+# mypy does not follow an editable install, and it names a package after its folder: link the folders by package name.
 .venv/typing: .venv/ready
 	mkdir -p $@
 	ln -sfn ../.. $@/spatial_mamba
@@ -102,6 +102,7 @@ define OPENMMLAB_DEMO
 	bash ./tools/dist_test.sh $(2) "$$(cat work_dirs/$(2)/last_checkpoint)" 1 --show-dir work_dirs/$(2)/drawn
 endef
 
-# The demo and the tests run on the CPU. Without a compiler the command says so, and all runs without native code, slower.
+# The demos and tests run on the CPU. Without a compiler the build fails with a message, and they run without native
+# code, more slowly.
 $(LIBRARIES): .venv/ready kernels/build.py $(wildcard kernels/csrc/cpu/*)
 	-$(BIN)/python -m spatial_mamba.kernels build cpu

@@ -1,4 +1,4 @@
-"""The command ``spatial-mamba``, which is ``python -m spatial_mamba`` too."""
+"""The command ``spatial-mamba``, also available as ``python -m spatial_mamba``."""
 
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -13,7 +13,7 @@ from .kernels.errors import UserError
 
 
 class Command(NamedTuple):
-    """What a command is for, and the function that runs it, in a module that is imported then."""
+    """The help text of a command, and the function that runs it. Its module is imported only when the command runs."""
 
     help: str
     module: str
@@ -31,7 +31,7 @@ COMMANDS = {
     "benchmark models": Command("time whole models", "classification.benchmark.__main__"),
     "benchmark loading": Command("time data loading", "classification.benchmark.loading"),
     "benchmark operators": Command("time single operators", "kernels.benchmark.__main__"),
-    "kernels": Command("report which backend serves what; build", "kernels.__main__"),
+    "kernels": Command("report which backends are used; compile them", "kernels.__main__"),
 }
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _introduce(words: Sequence[str]) -> None:
-    """Answer ``--help``, ``--version`` and nothing at all.
+    """Handle ``--help``, ``--version`` and an empty command line.
 
     Raises:
         UserError: for anything else.

@@ -1,9 +1,9 @@
 """Packaging of the native libraries; everything else is in pyproject.toml.
 
-pip builds in an isolated environment, without PyTorch: the package is then pure Python, and
-``python -m spatial_mamba.kernels build`` adds the libraries. ``pip install --no-build-isolation`` sees the installed
-PyTorch and packs libraries for it. The variable ``SPATIAL_MAMBA_PORTABLE`` names a folder of portable libraries to pack
-instead, which ``kernels/wheel.py`` makes.
+pip builds in an isolated environment without PyTorch. The wheel is then pure Python, and
+``python -m spatial_mamba.kernels build`` adds the libraries later. With ``pip install --no-build-isolation``, libraries
+for the installed PyTorch are built and included. ``kernels/wheel.py`` sets the environment variable
+``SPATIAL_MAMBA_PORTABLE`` to a folder of portable libraries, which are then included instead.
 """
 
 import importlib.util
@@ -24,15 +24,15 @@ from setuptools.command.bdist_wheel import bdist_wheel  # after the check: older
 
 
 class BuildWithLibraries(build_py):
-    """Build the libraries into the wheel, where that is possible; an editable install has ``kernels/lib`` for that."""
+    """Build the libraries into the wheel where possible. An editable install uses ``kernels/lib`` instead."""
 
     def run(self) -> None:
         package = Path(self.build_lib, "spatial_mamba")
-        shutil.rmtree(package, ignore_errors=True)  # of an earlier build, perhaps for another PyTorch
+        shutil.rmtree(package, ignore_errors=True)  # from an earlier build, perhaps for another PyTorch
         super().run()
         if self.editable_mode:
             return
-        (package / "py.typed").touch()  # PEP 561; in the tree it would lie at the top, where type checkers never look
+        (package / "py.typed").touch()  # PEP 561; type checkers would not find it in the repository root
         self.libraries = package / "kernels/lib"
         if portable := os.environ.get("SPATIAL_MAMBA_PORTABLE"):
             shutil.copytree(portable, self.libraries)
@@ -41,14 +41,14 @@ class BuildWithLibraries(build_py):
         if obstacle and os.environ.get("SPATIAL_MAMBA_REQUIRE_NATIVE") == "1":
             raise SystemExit(f"SPATIAL_MAMBA_REQUIRE_NATIVE=1, but native libraries cannot be built: {obstacle}")
         if obstacle:
-            print(f"spatial_mamba: native libraries are missing, which only make it faster: {obstacle}")
+            print(f"spatial_mamba: installed without native libraries, so it runs slower: {obstacle}")
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        """All modules but this file, which lies in the root of the package too."""
+        """All modules except this file, which is also in the package's root folder."""
         return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
 
     def _build(self) -> str | None:
-        """Build what can be built; None, or the reason why that is nothing."""
+        """Build what can be built. Returns None, or the reason why nothing can be built."""
         if importlib.util.find_spec("torch") is None:
             return "no PyTorch to build for (pip hides it unless called with --no-build-isolation)"
         spec = importlib.util.spec_from_file_location("kernels_build", Path(__file__).parent / "kernels/build.py")
@@ -63,17 +63,17 @@ class BuildWithLibraries(build_py):
 
 
 class PlatformWheel(bdist_wheel):
-    """Name the platform in a wheel with libraries; the Python version stays open, for they know nothing of it."""
+    """Tag a wheel that has libraries with its platform, and with any Python 3, since they do not depend on Python."""
 
-    system: str | None = None  # an editable install asks for the tag without a run
+    system: str | None = None  # an editable install calls get_tag without run
 
     def run(self) -> None:
         self.run_command("build_py")
         libraries = list(Path(self.get_finalized_command("build_py").build_lib).rglob("*.so"))
         if libraries:
             self.root_is_pure = False
-            self.distribution.has_ext_modules = lambda: True  # or the files would be installed as pure Python
-            # Portable ones state the oldest system that they run on; the names of systems are in their order.
+            self.distribution.has_ext_modules = lambda: True  # otherwise they would be installed as pure Python
+            # Portable libraries name the oldest system they run on. These names sort from the oldest to the newest.
             systems = [json.loads(path.with_suffix(".json").read_text()).get("system", "linux") for path in libraries]
             self.system = sysconfig.get_platform().replace("-", "_").replace(".", "_").replace("linux", max(systems))
         super().run()
@@ -83,13 +83,13 @@ class PlatformWheel(bdist_wheel):
 
 
 class SourceDistribution(sdist):
-    """Without tests: setuptools would add some of their files, not those that they need."""
+    """Leave out the tests: setuptools would add some of their files, but not the data that they need."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         super().make_release_tree(base_dir, [name for name in files if not name.startswith("tests/")])
 
 
-# Not in the root: every Python that is started there would find the entry points in it, installed or not.
+# Keep the metadata out of the root: a Python started there would find the entry points even without an installation.
 METADATA = Path(__file__).parent / "build"
 METADATA.mkdir(exist_ok=True)
 setuptools.setup(
