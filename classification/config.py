@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yacs.config import CfgNode
@@ -11,6 +11,8 @@ from yacs.config import CfgNode
 from ..kernels.errors import UserError
 from ..kernels.home import with_home
 from .settings import FINITE, SETTINGS, default_config
+
+MAX_CHARACTERS, MAX_VALUES, MAX_DEPTH = 100_000, 10_000, 20  # of a YAML file
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs" / "classification"
 
@@ -126,10 +128,20 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
     if path.resolve() in seen:
         raise UserError(f"{path}: includes itself through BASE")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read this config file ({getattr(error, 'strerror', error)})") from error
-    except yaml.YAMLError as error:
+        raise UserError(
+            f"{path}: cannot read this config file ({getattr(error, 'strerror', None) or error})"
+        ) from error
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{path}: more than {MAX_CHARACTERS:,} characters are not a config")
+    try:
+        tree = yaml.load(text, _Loader)
+        _count_values(tree)
+    except Exception as error:  # PyYAML raises all kinds for values that it cannot construct
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config file must hold keys and values, found {type(tree).__name__}")
@@ -151,6 +163,17 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
         notes.append(f"{path}: the config of a published run, whose learning rates are taken as they are, not scaled")
 
 
+def _count_values(tree: Any, depth: int = 0) -> int:
+    """Number of values in a YAML tree; aliases can make it much larger than the file, or endless."""
+    count = 1
+    for entry in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        if depth < MAX_DEPTH:
+            count += _count_values(entry, depth + 1)
+        if depth == MAX_DEPTH or count > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES:,} values, or {MAX_DEPTH} levels of them")
+    return count
+
+
 def is_published_run(settings: Mapping[str, Any]) -> bool:
     """Whether the published trainer saved these settings, with learning rates already scaled by the batch."""
     return "LOCAL_RANK" in settings and "SCALE_LR" not in settings.get("TRAIN", {})
@@ -162,7 +185,22 @@ def by_meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last."""
+    """Reads dates as texts, and refuses a key that is given twice, of which YAML would keep the last."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} levels of values")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}

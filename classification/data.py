@@ -18,12 +18,10 @@ from yacs.config import CfgNode
 from ..kernels.errors import UserError
 from .config import uses_mixup
 from .distributed import Process
-from .models.image_files import UNREADABLE, open_image
+from .models.image_files import open_image
 from .models.preprocessing import NORMALISATION, preprocessing_of
-from .readers import READ_ERRORS, CachedReader, Reader, open_split
+from .readers import CachedReader, Reader, open_split
 from .seeding import random_seed
-
-_UNREADABLE = (*READ_ERRORS, *UNREADABLE)
 
 
 class ImageData(Dataset):
@@ -65,7 +63,7 @@ class ImageData(Dataset):
             position = (index + skipped) % len(self)
             try:
                 image = open_image(io.BytesIO(self.reader.read(position)), self.turn)
-            except _UNREADABLE as error:
+            except Exception as error:  # decoders raise all kinds
                 if self.skip_unreadable:
                     continue
                 reason = str(error).split(" <_io")[0]  # Pillow names the buffer it was given

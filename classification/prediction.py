@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from ..kernels.command_line import Parser, run_command, whole_number
+from ..kernels.command_line import Parser, printable, run_command, whole_number
 from ..kernels.errors import UserError
 from .command_line import add_model_options, chosen_model
 from .models.image_files import ImageFileError, find_images, read_image
@@ -118,7 +118,7 @@ def _command(argv: Sequence[str] | None) -> None:
 
 
 def _line(result: dict[str, Any]) -> str:
-    classes = "; ".join(f"{entry['name']} {entry['probability']:.1%}" for entry in result["classes"])
+    classes = "; ".join(f"{printable(entry['name'])} {entry['probability']:.1%}" for entry in result["classes"])
     return f"{result['image']}: {classes}"
 
 

@@ -6,7 +6,6 @@ import os
 import posixpath
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
@@ -16,8 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..kernels.errors import UserError
 from .models.image_files import is_hidden
 
-# A missing or damaged file or archive member, or an unsupported compression.
-READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, tarfile.TarError)
+MAX_BYTES = 2**28  # of an encoded image: an archive can hold more in little space
 
 _DANGLING = " (a broken link)"
 
@@ -40,7 +38,7 @@ class Reader(Protocol):
         """Where the image is, for messages."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises one of ``READ_ERRORS`` if it cannot be read."""
+        """The encoded image; raises exceptions of many kinds if it cannot be read."""
 
 
 def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
@@ -100,7 +98,9 @@ class FolderReader:
         return str(self.root / self.samples[index][0])
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.samples[index][0]).read_bytes()
+        path = self.root / self.samples[index][0]
+        _check_size(path.stat().st_size)
+        return path.read_bytes()
 
 
 class ZipReader:
@@ -113,7 +113,7 @@ class ZipReader:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = list(dict.fromkeys(archive.namelist()))  # an update repeats the name
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # damaged archives raise all kinds
             raise UserError(f"{path}: not a readable zip archive ({error})") from error
         if not self.has_names:
             self.classes, self.samples = _read_map(map_file, set(names), path, needs_all_classes)
@@ -139,7 +139,9 @@ class ZipReader:
     def read(self, index: int) -> bytes:
         if self._archive is None or self._archive[0] != os.getpid():
             self._archive = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._archive[1].read(self.samples[index][0])
+        name = self.samples[index][0]
+        _check_size(self._archive[1].getinfo(name).file_size)
+        return self._archive[1].read(name)
 
 
 class TarReader:
@@ -155,13 +157,16 @@ class TarReader:
             prefix = "" if archive == path else f"{archive.name}/"
             try:
                 with archive.open("rb") as file:
-                    for name, place in _tar_members(file, prefix):
+                    most = archive.stat().st_size // tarfile.BLOCKSIZE  # links to tars could multiply members
+                    for count, (name, place) in enumerate(_tar_members(file, prefix), start=1):
+                        if count > most:
+                            raise tarfile.ReadError("links repeat its members")
                         if place is None:
                             inside.add(name)
                         else:
                             self._places[name] = (archive, *place)
-            except (OSError, EOFError, tarfile.TarError) as error:
-                raise UserError(f"{archive}: found no readable images in tar form ({error})") from error
+            except Exception as error:  # damaged archives raise all kinds
+                raise UserError(f"{archive}: not a readable tar archive ({error})") from error
             inside |= {archive.name} if prefix else set()
         with_images = {posixpath.dirname(name) for name in self._places if _is_image(name)} - {""}
         depths = {folder.count("/") for folder in with_images}
@@ -184,6 +189,7 @@ class TarReader:
 
     def read(self, index: int) -> bytes:
         archive, first, size = self._places[self.samples[index][0]]
+        _check_size(size)
         with archive.open("rb") as file:  # no open archives: forked workers would share their file position
             file.seek(first)
             return file.read(size)
@@ -200,7 +206,7 @@ class CachedReader:
         for index in indices:
             try:
                 self._cache[index] = reader.read(index)
-            except READ_ERRORS:
+            except Exception:
                 continue  # read again when it is needed, then reported or skipped
 
     def __len__(self) -> int:
@@ -214,6 +220,11 @@ class CachedReader:
 
     def read(self, index: int) -> bytes:
         return self._cache[index] if index in self._cache else self._reader.read(index)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes, more than {MAX_BYTES:,}")
 
 
 def _is_image(name: str) -> bool:
@@ -237,7 +248,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
                 if entry.is_symlink() and not Path(entry.path).exists():
                     files.append(name + _DANGLING)
                 elif not entry.is_dir():
-                    files.append(name)
+                    files.append(name if entry.is_file() else f"{name} (not a file)")
                 elif entry.is_symlink() and Path(entry.path).resolve() in above:
                     logger.warning("%s: ignored, a link to a folder above it", entry.path)
                 else:

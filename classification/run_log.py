@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..kernels.command_line import printable
+from .atomic_write import atomic_write
 from .distributed import Process
 
 _PACKAGE_LOGGER = logging.getLogger("spatial_mamba")
@@ -101,7 +103,7 @@ class _ConsoleHandler(logging.Handler):
     """Prints through tqdm, so that lines and a progress bar do not overwrite each other."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        tqdm.write(printable(self.format(record)), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -110,10 +112,11 @@ def _drop_epochs(metrics: Path, first_epoch: int) -> None:
     if not metrics.is_file():
         return
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["epoch"] < first_epoch:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    metrics.write_text("".join(kept), encoding="utf-8")
+    with atomic_write(metrics) as unfinished:
+        unfinished.write_text("".join(kept), encoding="utf-8")

@@ -22,6 +22,10 @@ def at_least(smallest: int) -> Allowed:
     return Allowed(lambda value: value >= smallest, f"at least {smallest}")
 
 
+def within(smallest: int, largest: int) -> Allowed:
+    return Allowed(lambda value: smallest <= value <= largest, f"{smallest} to {largest:,}")
+
+
 def one_of(*values: str) -> Allowed:
     return Allowed(lambda value: value in values, f"one of {', '.join(values)}")
 
@@ -43,6 +47,10 @@ BELOW_ONE = Allowed(lambda value: 0 <= value < 1, "in [0, 1)")
 PROBABILITY = Allowed(lambda value: 0 <= value <= 1, "a probability in [0, 1]")
 WHOLE_NUMBERS = Allowed(lambda value: _are(value, int), "a list of whole numbers")
 SOME_WHOLE_NUMBERS = Allowed(lambda value: _are(value, int) and len(value) > 0, "a list of at least one whole number")
+DEPTHS = Allowed(
+    lambda value: SOME_WHOLE_NUMBERS.test(value) and len(value) <= 16 and max(value) <= 1000,
+    "a list of 1 to 16 whole numbers up to 1000",
+)
 BATCHES = Allowed(lambda value: _are(value, int) and all(size >= 1 for size in value), "positive batch sizes")
 BETAS = Allowed(lambda value: _are(value) and all(0 <= beta < 1 for beta in value), "numbers in [0, 1)")
 AREA = Allowed(lambda value: _rising(value, 1e-9, 1.0), "two rising positive numbers, at most the whole image, 1.0")
@@ -79,8 +87,8 @@ class Setting:
 
 SETTINGS = (
     Setting("DATA.DATA_PATH", "", ANY, "folder with the train and val splits", "--data-path", "FOLDER"),
-    Setting("DATA.BATCH_SIZE", 128, at_least(1), "images per process and step", "--batch-size", "N"),
-    Setting("DATA.IMG_SIZE", 224, at_least(SMALLEST_SIZE), "side of the images in pixels"),
+    Setting("DATA.BATCH_SIZE", 128, within(1, 10**6), "images per process and step", "--batch-size", "N"),
+    Setting("DATA.IMG_SIZE", 224, within(SMALLEST_SIZE, 2**14), "side of the images in pixels"),
     Setting("DATA.INTERPOLATION", "bicubic", one_of(*INTERPOLATIONS, "random"), "of resized images"),
     Setting("DATA.ZIP_MODE", False, ANY, "read train.zip and val.zip, even next to folders", "--zip"),
     Setting(
@@ -88,7 +96,7 @@ SETTINGS = (
         "encoded images kept in memory: no, full, or part (of a zip, per process)", "--cache-mode", "MODE",
     ),
     Setting("DATA.PIN_MEMORY", True, ANY, "load batches into pinned memory"),
-    Setting("DATA.NUM_WORKERS", 8, at_least(0), "loader processes per process", "--workers", "N"),
+    Setting("DATA.NUM_WORKERS", 8, within(0, 1024), "loader processes per process", "--workers", "N"),
     Setting(
         "DATA.SKIP_UNREADABLE", False, ANY, "replace damaged training images by the next one, and count them",
         "--skip-unreadable",
@@ -100,19 +108,19 @@ SETTINGS = (
     Setting("MODEL.PRETRAINED", "", ANY, "start from these weights, evaluated first", "--pretrained", "FILE"),
     Setting("MODEL.RESUME", "", ANY, "continue from this checkpoint", "--resume", "FILE"),
     Setting("MODEL.FINETUNE", False, ANY, "allow a new classifier on the pretrained weights", "--finetune"),
-    Setting("MODEL.NUM_CLASSES", 0, at_least(0), "0: as many as the data set has; else it must have that many"),
+    Setting("MODEL.NUM_CLASSES", 0, within(0, 10**6), "0: as many as the data set has; else it must have that many"),
     Setting("MODEL.DROP_RATE", 0.0, BELOW_ONE, "dropout of the classifier"),
     Setting("MODEL.DROP_PATH_RATE", 0.2, BELOW_ONE, "drop path of the last block"),
     Setting("MODEL.LABEL_SMOOTHING", 0.1, BELOW_ONE),
-    Setting("MODEL.SPATIAL_MAMBA.IN_CHANS", 3, at_least(1), "channels of the images"),
-    Setting("MODEL.SPATIAL_MAMBA.EMBED_DIM", 64, ANY, "width of the first stage"),
-    Setting("MODEL.SPATIAL_MAMBA.DEPTHS", [2, 4, 8, 4], SOME_WHOLE_NUMBERS, "blocks per stage"),
+    Setting("MODEL.SPATIAL_MAMBA.IN_CHANS", 3, within(1, 1024), "channels of the images"),
+    Setting("MODEL.SPATIAL_MAMBA.EMBED_DIM", 64, within(1, 2**12), "width of the first stage"),
+    Setting("MODEL.SPATIAL_MAMBA.DEPTHS", [2, 4, 8, 4], DEPTHS, "blocks per stage"),
     Setting("MODEL.SPATIAL_MAMBA.D_STATE", 1, ANY, "state size"),
-    Setting("MODEL.SPATIAL_MAMBA.MLP_RATIO", 4.0, ANY, "hidden width of the MLP over its width"),
+    Setting("MODEL.SPATIAL_MAMBA.MLP_RATIO", 4.0, within(0, 64), "hidden width of the MLP over its width"),
     Setting("MODEL.SPATIAL_MAMBA.FUSION_DILATIONS", [1, 3, 5], WHOLE_NUMBERS, "empty: no fusion, a plain scan"),
     Setting("MODEL.SPATIAL_MAMBA.FUSION_KERNEL_SIZES", [3], SOME_WHOLE_NUMBERS, "one for all dilations, or one each"),
 
-    Setting("TRAIN.EPOCHS", 300, at_least(1), "", "--epochs", "N"),
+    Setting("TRAIN.EPOCHS", 300, within(1, 10**6), "", "--epochs", "N"),
     Setting("TRAIN.WARMUP_EPOCHS", 20, at_least(0), "epochs of linear warm-up"),
     Setting("TRAIN.WEIGHT_DECAY", 0.05, at_least(0), "except on biases and 1-D parameters"),
     Setting("TRAIN.SCALE_LR", True, ANY, "multiply the next three rates by (images per update) / 512"),
@@ -122,7 +130,8 @@ SETTINGS = (
     Setting("TRAIN.CLIP_GRAD", 5.0, at_least(0), "largest gradient norm; 0: no clipping"),
     Setting("TRAIN.AUTO_RESUME", True, ANY, "continue the run that the output folder holds"),
     Setting(
-        "TRAIN.ACCUMULATION_STEPS", 1, at_least(1), "steps whose gradients make one update", "--accumulation-steps", "N"
+        "TRAIN.ACCUMULATION_STEPS", 1, within(1, 10**6), "steps whose gradients make one update",
+        "--accumulation-steps", "N",
     ),
     Setting("TRAIN.USE_CHECKPOINT", False, ANY, "recompute activations in the backward pass", "--use-checkpoint"),
     Setting("TRAIN.MODEL_EMA", True, ANY, "average the weights over the updates", "--model_ema --model-ema", "BOOL"),
@@ -168,7 +177,7 @@ SETTINGS = (
     Setting("TAG", "default", ANY, "name of this run", "--tag", "NAME"),
     Setting("SAVE_FREQ", 1, at_least(1), "epochs between checkpoints"),
     Setting("PRINT_FREQ", 50, at_least(1), "steps between lines where there is no progress bar"),
-    Setting("SEED", 0, at_least(0), "of weights, order and augmentation", "--seed", "N"),
+    Setting("SEED", 0, within(0, 2**63), "of weights, order and augmentation", "--seed", "N"),
     Setting("EVAL_MODE", False, ANY, "evaluate the weights of --pretrained or --resume and stop", "--eval"),
     Setting("THROUGHPUT_MODE", False, ANY, "time inference and stop"),
     Setting("THROUGHPUT_BATCHES", [], BATCHES, "batch sizes to time; empty: DATA.BATCH_SIZE"),

@@ -13,8 +13,8 @@ from ...kernels.errors import UserError
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found")  # made by macOS, network storage and file systems
-# What ``open_image`` raises on files that it cannot read; a decompression bomb counts as damaged.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # by content; Pillow starts programs for some others
+LARGEST_ASPECT = 100  # the short side is resized to the model's size, so the long one can become huge
 
 
 class ImageFileError(UserError):
@@ -66,8 +66,8 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         return open_image(path, rotate=True)
-    except UNREADABLE as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+    except Exception as error:
+        reason = f"not one of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
         raise ImageFileError(f"{path}: cannot be read as an image ({reason})") from error
 
 
@@ -79,10 +79,15 @@ def open_image(source: Path | BinaryIO, rotate: bool = False) -> Image.Image:
         rotate: rotate the image by its EXIF orientation. Pillow always does this for TIFF files.
 
     Raises:
-        UNREADABLE: for a damaged file, or one without an image.
-        ValueError: for floating-point or 32-bit pixels, whose range is unknown.
+        ValueError: for an aspect ratio above ``LARGEST_ASPECT``, and for floating-point or 32-bit pixels, whose range
+            is unknown.
+        Exception: of any kind, for a damaged file.
     """
-    with Image.open(source) as file:
+    with Image.open(source, formats=FORMATS) as file:
+        if max(file.size) > LARGEST_ASPECT * min(file.size):
+            raise ValueError(
+                f"{file.width} x {file.height} pixels; an aspect ratio above {LARGEST_ASPECT} is not supported"
+            )
         kind, is_16_bit = file.mode, _is_16_bit(file)
         if kind in ("F", "I") and not is_16_bit:
             pixels = "floating-point" if kind == "F" else "32-bit integer"

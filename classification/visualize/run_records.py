@@ -74,7 +74,7 @@ def _record(line: str, place: str) -> dict[str, float]:
     """The numbers of one epoch by field; null becomes NaN."""
     try:
         record: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: is not JSON ({error}); remove the line if a crash cut it short") from error
     if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
         raise UserError(f"{place}: is not the record of an epoch, an object with the number of the epoch")

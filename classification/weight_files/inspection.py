@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...kernels.command_line import printable
 from ..models.architecture import Architecture, architecture_of
 from ..models.weights import (
     EMA_KEYS,
@@ -86,7 +87,7 @@ def text_of(found: Mapping[str, Any]) -> str:
             value = f"{shown}, ... ({len(value)})" if len(value) > 5 else shown
         elif isinstance(value, int) and key in ("bytes", "parameters"):
             value = f"{value:,}"
-        lines.append(f"{key + ':':<18}{value}")
+        lines.append(f"{key + ':':<18}{printable(str(value))}")
     return "\n".join(lines)
 
 

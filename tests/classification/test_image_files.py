@@ -16,11 +16,11 @@ from spatial_mamba.kernels.errors import UserError
 
 
 def ramp(folder: Path, name: str, mode: str) -> tuple[Path, np.ndarray]:
-    """Write a (1, 256) grey image of dtype ``mode``; returns the path and the pixels in 8 bits."""
-    grey = np.arange(256)
+    """Write a (16, 16) grey image of dtype ``mode``; returns the path and the pixels in 8 bits."""
+    grey = np.arange(256).reshape(16, 16)
     path = folder / name
-    Image.fromarray((grey * 257 + (grey % 3 - 1) * 128).clip(0, 65535).astype(mode)[None]).save(path)
-    return path, np.repeat(grey[None, :, None], 3, axis=2)
+    Image.fromarray((grey * 257 + (grey % 3 - 1) * 128).clip(0, 65535).astype(mode)).save(path)
+    return path, np.repeat(grey[:, :, None], 3, axis=2)
 
 
 @pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm"])

@@ -113,7 +113,7 @@ WRONG = {
     "wrong opts type": (add("--opts", "TRAIN.EPOCHS", "few"), "TRAIN.EPOCHS takes a int, got 'few'"),
     "bool for a number": (add("--opts", "TRAIN.EPOCHS", "True"), "TRAIN.EPOCHS takes a int, got True"),
     "model_ema": (add("--model_ema", "maybe"), "expected true or false, got 'maybe'"),
-    "batch size": (add("--batch-size", "0"), "DATA.BATCH_SIZE is 0; it must be at least 1"),
+    "batch size": (add("--batch-size", "0"), "DATA.BATCH_SIZE is 0; it must be 1 to 1,000,000"),
     "odd batch for mixup": (add("--batch-size", "3"), "DATA.BATCH_SIZE is 3; it must be even"),
     "huge batch": (add("--batch-size", "64"), "27 training images are fewer than the 64 of one update"),
     "workers": (add("--workers", "-1"), "DATA.NUM_WORKERS is -1"),
@@ -178,7 +178,7 @@ WRONG = {
     "no images": (add("--data-path", "FOLDER/run"), "the train split is missing"),
     "no zip": (add("--zip"), "train.zip is missing"),
     "broken zip": (damage_data(break_zip), "train.zip: not a readable zip archive"),
-    "broken tar": (damage_data(break_tar), "no readable images in tar"),
+    "broken tar": (damage_data(break_tar), "not a readable tar archive"),
     "class number": (add("--opts", "MODEL.NUM_CLASSES", "5"), "has 3 classes, MODEL.NUM_CLASSES is 5"),
     "unreadable image": (damage_data(truncate_image), "unreadable image"),
     # checkpoints
