@@ -1,4 +1,4 @@
-"""Report which backend serves each device and dtype, and why none is faster; ``build`` compiles libraries."""
+"""Report the backend used for each device and dtype, and why no faster one is; ``build`` compiles libraries."""
 
 import importlib.util
 import os
@@ -36,14 +36,14 @@ def _command(argv: Sequence[str] | None) -> None:
     except build.BuildError as error:
         raise UserError(str(error)) from error
     if arguments.out and arguments.out.absolute() != build.library_folder().absolute():
-        print(f"to load from there: export {build.FOLDER_VARIABLE}={arguments.out.absolute()}")
+        print(f"to use these libraries: export {build.FOLDER_VARIABLE}={arguments.out.absolute()}")
 
 
 def _parser() -> Parser:
     parser = Parser("spatial-mamba kernels", __doc__, "build")
     commands = parser.add_subparsers(dest="command")
     builder = commands.add_parser("build", help="compile the libraries for this machine", example="cpu cuda --arch 9.0")
-    builder.add_argument("names", nargs="*", metavar="cpu|cuda", help="default: cpu, and cuda where that is possible")
+    builder.add_argument("names", nargs="*", metavar="cpu|cuda", help="default: cpu, and cuda if possible")
     builder.add_argument(
         "--arch",
         nargs="+",
@@ -67,9 +67,9 @@ class Device:
 
 
 def report() -> str:
-    """Which backend serves each device and dtype here, why not the others, and what was found here."""
+    """The backend used for each device and dtype, why not the others, and the libraries and versions found."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the hints that operators give are part of the report
+        warnings.simplefilter("ignore")  # the report covers the hints that operators give
         serving = {device: [_serving(device, dtype) for dtype in DTYPES] for device in _devices()}
     return "\n\n".join("\n".join(part) for part in (_table(serving), _backends(serving), _libraries(), _found()))
 
@@ -136,7 +136,7 @@ def _obstacle(library: str) -> str | None:
 
 
 def _libraries() -> list[str]:
-    """What each library was built by, from and for, as far as that is not what is here anyway."""
+    """The facts recorded for each library, except those that equal this environment's."""
     lines = [f"libraries, in {build.library_folder()}"]
     for name in build.LIBRARIES:
         folders = native.folders(name)
@@ -153,7 +153,7 @@ def _libraries() -> list[str]:
 
 
 def _found() -> list[str]:
-    """Versions, and the environment variables that force something."""
+    """Versions, and environment variables that override defaults."""
     triton = "none"
     if importlib.util.find_spec("triton"):
         triton = importlib.import_module("triton").__version__

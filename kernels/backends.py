@@ -45,7 +45,7 @@ def _why_no_triton() -> str | None:
 
 
 def _version_in(module: Path) -> tuple[int, ...]:
-    """Major and minor version from the source of a module, whose import would take most of a second; () if unknown."""
+    """Major and minor version, or () if unknown, read from a module's source: importing it takes most of a second."""
     stated = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", module.read_text(), re.MULTILINE)
     return tuple(map(int, stated.groups())) if stated else ()
 
@@ -57,7 +57,7 @@ def _read_force_variable() -> str | None:
     return name
 
 
-# Why each backend is unavailable, or None. Determined once, at import, so that torch.compile sees constants.
+# Why each backend is unavailable, or None if it is available. Computed once, at import: constants for torch.compile.
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _missing = {"cpu": native.load("cpu"), "cuda": native.load("cuda"), "triton": _why_no_triton(), "torch": None}
 # A backend serves an operator if its folder contains a file of that name.
@@ -119,7 +119,7 @@ def serving(
     if reason is None:
         return fastest
     best = next(name for name in others if why_not(name, device_type, dtype, capability) is None)
-    if dtype in DTYPES[fastest]:  # otherwise there is nothing that the user could build
+    if dtype in DTYPES[fastest]:  # otherwise the user could not make it faster
         if _required:
             raise RuntimeError(f"{REQUIRE_VARIABLE}=1, but the {fastest} backend cannot be used: {reason}")
         if not torch.compiler.is_compiling() and device_type not in _hinted:
@@ -137,7 +137,7 @@ def module_for(tensor: Tensor, operator: str) -> ModuleType | None:
     """The module or namespace of the backend that serves an operator on this tensor; None for the reference.
 
     Raises:
-        RuntimeError: as `serving`.
+        RuntimeError: see `serving`.
     """
     capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
     name = serving(tensor.device.type, tensor.dtype, capability, operator)
@@ -170,7 +170,7 @@ def reference_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> 
 
 @contextmanager
 def custom_operators_only() -> Iterator[None]:
-    """Call custom operators within the ``with`` block, even for the reference implementation: for counting FLOPs."""
+    """Use custom operators within the ``with`` block, even for the reference implementation, to count their FLOPs."""
     global _always_custom
     before, _always_custom = _always_custom, True
     try:

@@ -104,7 +104,7 @@ def portable_folder(folder: Path) -> Path:
 
 
 def environment(portable: bool = False) -> dict[str, str]:
-    """What a library must have been built for to run in this process, apart from the processor.
+    """The environment that a library must have been built for to run in this process, apart from the processor.
 
     A portable library serves all patch releases and builds of a minor release of PyTorch.
     """
@@ -139,8 +139,8 @@ def cpu_features() -> set[str]:
 def cxx_standard() -> str:
     """The C++ standard that the headers of the installed PyTorch need: ``"17"``, or ``"20"`` for newer releases.
 
-    It is the one that PyTorch passes to compilers of extensions. That module is read as text, since importing it
-    searches for compilers and GPUs.
+    It is the one that PyTorch uses to compile extensions. The module that sets it is read as text, since importing it
+    would search for compilers and GPUs.
     """
     source = (_torch_folder() / "utils/cpp_extension.py").read_text(encoding="utf-8")
     passed = Counter(re.findall(r"'-std=c\+\+(\d+)'", source))
@@ -186,7 +186,7 @@ def find_compiler() -> list[str]:
 def find_toolkit() -> Toolkit:
     """Find the CUDA toolkit with the major version of PyTorch's CUDA.
 
-    The places are ``CUDA_HOME``, ``CUDA_PATH``, the nvcc on PATH, /usr/local/cuda* and NVIDIA's Python packages.
+    Looks in ``CUDA_HOME``, ``CUDA_PATH``, around the nvcc on PATH, in /usr/local/cuda* and in NVIDIA's Python packages.
 
     Raises:
         BuildError: if PyTorch has no CUDA, or no toolkit matches.
@@ -264,7 +264,7 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
         BuildError: if it cannot be built here: system, sources, compiler, toolkit, architecture.
     """
     if platform.system() != "Linux":
-        raise BuildError(f"native code can only be built on Linux, this is {platform.system()}")
+        raise BuildError(f"native code can only be built on Linux, but this is {platform.system()}")
     files = sorted(path for path in (sources / name).rglob("*") if (name, path.suffix) in FLAGS)
     if not files:
         raise BuildError(f"there are no sources in {sources / name}")
@@ -282,13 +282,13 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
     compilers = {".cpp": [*compiler, *FLAGS[name, ".cpp"], *shared]}
     if portable:
         if platform.machine() not in BASELINES:
-            raise BuildError(f"portable libraries are for {' and '.join(BASELINES)}, this is {platform.machine()}")
+            raise BuildError(f"portable libraries need {' or '.join(BASELINES)}, but this is {platform.machine()}")
         level, features = BASELINES[platform.machine()]
         facts |= {"portable": level, "CPU features": features}
         # Messages must not name the folders of the machine that built the library.
         prefixes = [f"-ffile-prefix-map={sources}=csrc", f"-ffile-prefix-map={torch_folder}=torch"]
         compilers[".cpp"] += [f"-march={level}", *prefixes]
-        link_flags.insert(0, "-lstdc++")  # before PyTorch's libraries, which export unversioned parts of theirs
+        link_flags.insert(0, "-lstdc++")  # before PyTorch's libraries, which export parts of it without versions
     elif name == "cpu":
         facts |= {"CPU features": " ".join(_used_features(compiler))}
         compilers[".cpp"] += ["-march=native"]
@@ -412,14 +412,14 @@ def _folder_inside(out: Path) -> TemporaryDirectory:
         return TemporaryDirectory(prefix=".build-", dir=out, ignore_cleanup_errors=True)
     except OSError as error:
         raise BuildError(
-            f"cannot write to {out} ({error.strerror}): set the environment variable {FOLDER_VARIABLE} to a folder of "
-            "your own, for building and for running"
+            f"cannot write to {out} ({error.strerror}): set the environment variable {FOLDER_VARIABLE} to a writable "
+            "folder, both to build and to run"
         ) from error
 
 
 def _compile(plan: Plan, folder: Path) -> None:
     """Compile all sources, in parallel on all processors (at most ``MAX_JOBS``), and link them."""
-    # Not every system reports the processors that a process may use.
+    # Not every system can list the processors that a process may use.
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if limit := os.environ.get("MAX_JOBS"):
         if not limit.isdecimal() or int(limit) < 1:
@@ -448,7 +448,7 @@ def _oldest_system(library: Path) -> str:
 
 
 def _run(name: str, command: Sequence[str]) -> float:
-    """Run a compiler and return the seconds it took. Its messages are printed together at the end."""
+    """Run a compiler and return the seconds it took. Prints its messages when it has finished."""
     start = time.monotonic()
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -456,15 +456,15 @@ def _run(name: str, command: Sequence[str]) -> float:
     if result.stdout:
         print(result.stdout, file=sys.stderr, flush=True)
     if result.returncode:
-        raise BuildError(f"{name} could not be built; see the messages of the compiler above")
+        raise BuildError(f"{name} could not be built; see the compiler's messages above")
     return time.monotonic() - start
 
 
 def _install(plan: Plan, folder: Path, out: Path) -> None:
     """Move a library and its facts to ``out``.
 
-    The old facts are removed first and the new ones come last: in between, a process finds a library without facts and
-    does not load it. The lock keeps two builds from mixing their files.
+    The old facts are removed first and the new ones are moved last. In between, other processes find a library without
+    facts and do not load it. The lock keeps two builds from mixing their files.
     """
     import fcntl  # missing on some systems that import this file but cannot build
 

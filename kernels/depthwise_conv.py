@@ -13,7 +13,7 @@ from .registration import Operator
 from .tensors import at_token_stride, check_tensors, layouts
 
 EPILOGUES = ("none", "silu", "residual")
-CONV_FLOPS = 2 * 9  # per element; the epilogue counts nothing, like all activations and sums
+CONV_FLOPS = 2 * 9  # per element; the epilogue counts as zero, like all activations and sums
 LAYOUTS = layouts(x="batch, H, W, dim", weight="dim, 1, 3, 3", bias="dim")
 
 
@@ -27,7 +27,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "non
         x: (batch, H, W, dim). Channels of a wider map, ``wide[..., a:b]``, are read in place.
         weight: (dim, 1, 3, 3).
         bias: (dim,).
-        epilogue: what follows: ``"none"``; ``"silu"``, the activation; or ``"residual"``, adding ``x``.
+        epilogue: what follows: ``"none"``; ``"silu"``, an activation; or ``"residual"``, the sum with ``x``.
 
     Returns:
         The result, (batch, H, W, dim), contiguous and in the dtype of ``x``.

@@ -1,4 +1,4 @@
-"""All checks that need a GPU: build, report, tests, benchmarks, and compute-sanitizer (``make gpu``).
+"""Run all checks that need a GPU: build, report, tests, benchmarks and compute-sanitizer (``make gpu``).
 
 Run it by its path, with any Python that has PyTorch; nothing is installed or downloaded. To add a check, add a `Step`.
 """
@@ -19,15 +19,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 470  # just under 8 minutes for all steps
-PLANNED_FRACTION = 0.75  # of a step's time, for commands with a time limit of their own
+PLANNED_FRACTION = 0.75  # of a step's time, given to commands that have their own time limit
 
 
 @dataclass(frozen=True)
 class Step:
     """A command, and the seconds after which it is stopped.
 
-    In the command ``{out}`` is replaced by the folder of the results, and ``{seconds}`` by the time it should take at
-    most. An optional step does not fail if no time is left to start it.
+    In the command, ``{out}`` is replaced by the results folder, and ``{seconds}`` by the longest time it should take.
+    An optional step does not fail if no time is left to start it.
     """
 
     name: str
@@ -55,7 +55,7 @@ OPERATORS = (
     "--seconds", "0.3", "--limit", "{seconds}", "--out",
 )  # fmt: skip
 ON_CUDA = (PYTHON, "-m", "spatial_mamba.kernels.benchmark.exercise", "cuda")
-ON_TRITON = (*ON_CUDA[:-1], "triton", "--dtype", "float32", "bfloat16")  # each dtype takes a compilation
+ON_TRITON = (*ON_CUDA[:-1], "triton", "--dtype", "float32", "bfloat16")  # each dtype is compiled separately
 MODELS = (
     PYTHON, "-m", "spatial_mamba.classification.benchmark", "--device", "cuda", "--dtype", "bfloat16", "--batch", "128",
     "--limit", "{seconds}", "--models", "spatial_mamba_tiny",

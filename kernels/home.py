@@ -1,4 +1,4 @@
-"""The home folder in paths that no shell has expanded: ``--option=~/folder``, config files, Python."""
+"""Expand ``~`` in paths that no shell has expanded: in ``--option=~/folder``, config files and Python."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def with_home(value: Any) -> Any:
-    """Expand ``~`` and ``~user`` at the start of texts and paths, also within lists, tuples and dictionaries.
+    """Expand ``~`` and ``~user`` at the start of strings and paths, also within lists, tuples and dictionaries.
 
     Other values, and names of unknown users, stay as they are.
     """

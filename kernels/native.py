@@ -20,12 +20,12 @@ def load(name: str, folder: Path | None = None, sources: Path = build.SOURCES) -
     process, or from different sources.
 
     Args:
-        name: of the library.
-        folder: where to look; by default in `build.library_folder`, then for a portable one in the package.
-        sources: the folder of the sources that it must be built from.
+        name: ``"cpu"`` or ``"cuda"``.
+        folder: where to look. The default is `build.library_folder`, then the package, for a portable library.
+        sources: the folder of the sources that it must have been built from.
 
     Returns:
-        None, or in one line why the library is not loaded and how to fix it.
+        None, or one line that says why the library is not loaded and how to fix it.
     """
     if name == "cuda" and torch.version.cuda is None:
         return "PyTorch is built without CUDA here (builds with CUDA: https://pytorch.org/get-started)"
@@ -38,7 +38,7 @@ def load(name: str, folder: Path | None = None, sources: Path = build.SOURCES) -
                 torch.ops.load_library(where / f"{name}.so")
                 _loaded[name] = facts
                 return None
-        except Exception as error:  # the package works without the library, whatever is wrong with it
+        except Exception as error:  # whatever is wrong with the library, the package works without it
             reason = f"cannot be loaded ({' '.join(str(error).split())})"
         reasons.append(reason)
     return f"{reasons[0] if reasons else 'not built'}: {BUILD_COMMAND} {name}"
@@ -56,7 +56,7 @@ def loaded(name: str) -> dict[str, Any]:
 
 
 def read_facts(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """The facts of a library, from its JSON file: how it was built; empty if the file is missing or broken."""
+    """The facts of a library, how it was built, from its JSON file; empty if the file is missing or broken."""
     try:
         facts = json.loads(((folder or build.library_folder()) / f"{name}.json").read_text())
     except (OSError, ValueError):

@@ -53,7 +53,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     """
     if not can_pack(weight):
         what = f"a weight of {tuple(weight.shape)}, {weight.dtype}, on {weight.device}"
-        raise ValueError(f"{what} cannot be packed here: keep it as it is")
+        raise ValueError(f"{what} cannot be packed here: use it unpacked")
     return torch.ops.spatial_mamba_cpu.pack_weight(weight.detach().contiguous())
 
 
@@ -68,7 +68,7 @@ def packed_linear(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``relu(linear(layer_norm(x)))`` or ``linear(layer_norm(x)) + residual``; all but the linear layer is optional.
+    """``relu(linear(layer_norm(x)))`` or ``linear(layer_norm(x)) + residual``; only the linear layer is required.
 
     Args:
         x: (..., inputs). All other tensors must have its dtype.
@@ -84,7 +84,7 @@ def packed_linear(
         (..., outputs).
 
     Raises:
-        ValueError: if shapes or devices do not match, or for a combination of arguments ruled out above.
+        ValueError: if shapes or devices do not match, or if arguments are combined that exclude each other.
         TypeError: if dtypes differ.
     """
     tensors = dict(packed=packed, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual)

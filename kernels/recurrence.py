@@ -83,10 +83,10 @@ def _scan_pairwise(decays: Tensor, inputs: Tensor) -> Tensor:
 def scan_in_blocks(decays: Tensor, inputs: Tensor) -> Tensor:
     """Solve ``h[0] = inputs[0]``, ``h[t] = decays[t] * h[t - 1] + inputs[t]`` in few, large, out-of-place operations.
 
-    This is for exported graphs, whose runtimes pay per operation and per copy. All blocks of tokens are scanned in
-    parallel, token by token. Their last states form a shorter recurrence, which is solved in the same way. It yields
-    the states before the blocks, with which the blocks are scanned again. The work is linear in L, and the number of
-    operations is proportional to log L. Decays are only multiplied, as in `linear_recurrence`.
+    This form is for exported graphs, where every operation and every copy costs time. All blocks of tokens are scanned
+    in parallel, token by token. Their last states form a shorter recurrence, which is solved in the same way. Its
+    solution gives the states before the blocks, from which the blocks are scanned again. The work is linear in L, and
+    the number of operations is proportional to log L. Decays are only multiplied, as in `linear_recurrence`.
 
     Args:
         decays: (batch, L, dim), finite, the factors from step t - 1 to step t; the first is not used.
@@ -126,7 +126,7 @@ def _scan_blocks(decays: Tensor, inputs: Tensor, sizes: Sequence[int]) -> Tensor
 
 @cache
 def _block_sizes(length: int) -> tuple[int, ...]:
-    """Sizes of nested blocks for ``length`` tokens: with the least padding, and then the fewest."""
+    """Sizes of nested blocks for ``length`` tokens: those with the least padding, and among these the fewest."""
     if length <= LARGEST_BLOCK:
         return (length,)
     plans = [(size, *_block_sizes(math.ceil(length / size))) for size in range(LARGEST_BLOCK, 1, -1)]

@@ -57,8 +57,8 @@ def spatial_mixer(
 
     With x and z the halves of ``xz``: ``u = silu(depthwise_conv(x))``, ``p = projection_weight u``,
     ``y = structure_aware_scan(u, p, ...)``, and the result is ``gated_norm(y, z)``. u and p are rounded to the dtype of
-    ``xz``, as by separate operators; y is not. Autocast has no effect. For the backward pass, native backends keep
-    ``xz``, u, p, y and one state per row of tokens.
+    ``xz``, as separate operators would do; y is not. Autocast has no effect. For the backward pass, native backends
+    keep ``xz``, u, p, y and one state per row of tokens.
     Source: Xiao et al., "Spatial-Mamba", arXiv 2410.15091, section 4.1, with one state per channel.
 
     Args:

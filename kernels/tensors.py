@@ -1,4 +1,4 @@
-"""Tensor helpers shared by all operators: checks, the memory layout of tokens, and autocast switched off."""
+"""Tensor helpers shared by all operators: checks, the memory layout of tokens, and switching autocast off."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-Layout = list[tuple[str, int, str, int]]  # per axis: its text, which reads factor * sizes[name] + offset
+Layout = list[tuple[str, int, str, int]]  # per axis: text, factor, name, offset of factor * sizes[name] + offset
 
 
 def layouts(**texts: str) -> dict[str, Layout]:

@@ -56,6 +56,6 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)  # the command has printed what is wrong
+        sys.exit(error.returncode)  # the command has already printed the error
     except OSError as error:
         sys.exit(f"error: {error}")

@@ -1,1 +1,1 @@
-"""Times the operators: ``spatial-mamba benchmark operators``."""
+"""Time the operators: ``spatial-mamba benchmark operators``."""

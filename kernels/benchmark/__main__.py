@@ -1,6 +1,6 @@
 """Time the operators: every backend that can run here, compared with PyTorch and the baseline.
 
-The baseline is the published formulation in PyTorch's operations. Prints a table per case, and writes operators.json.
+The baseline is the published formulation, written in PyTorch. Prints a table per case, and writes operators.json.
 """
 
 import itertools
@@ -82,7 +82,7 @@ def _benchmark(parser: Parser, argv: Sequence[str] | None) -> int:
 
 def _measure(trial: measure.Trial, case: Case, dtype: str, found: Sequence[Implementation], report: Report) -> None:
     """Add a table per mode to the report."""
-    # Large cases are compared on fewer images or channels, of full size.
+    # Large cases are checked on fewer images or channels, but at full image size.
     check = Check(case.cropped(), trial.device, getattr(torch, dtype))
     inputs = case.inputs(trial.device, getattr(torch, dtype))
     output, _ = measure.dry_run(OPERATORS[case.operator], **inputs)

@@ -1,4 +1,4 @@
-"""What is timed: operators on the shapes of the published models, with random inputs named like their arguments."""
+"""The cases to time: operators on the shapes of the published models, with random inputs named like their arguments."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,8 +8,8 @@ from torch import Tensor
 
 DILATIONS = (1, 3, 5)
 WIDTHS = {"tiny": 64, "base": 96}  # of the first stage; small has the shapes of tiny
-MAMBA_STATES, MAMBA_BATCH = 16, 16  # N of Mamba's own scan, and the largest batch that it is timed at
-LARGEST_CHECK = 2**23  # states in the comparison with float64, which takes seconds
+MAMBA_STATES, MAMBA_BATCH = 16, 16  # N of Mamba's own scan, and the largest batch size that it is timed with
+LARGEST_CHECK = 2**23  # largest number of states to compare with float64, which takes seconds
 # Inputs with a batch dimension, which have the dtype of the activations; weights are float32.
 ACTIVATIONS = {"u", "projection", "xz", "x", "y", "gate", "h", "delta", "B", "C", "z"}
 
@@ -79,7 +79,7 @@ def gradient_like(output: Tensor) -> Tensor:
 
 
 def all_cases(batch: int) -> list[Case]:
-    """The shapes of the published models; ``batch`` counts images of 224x224, larger ones come in ones and twos."""
+    """The shapes of the published models; ``batch`` is for 224x224 images, larger ones have a batch size of 1 or 2."""
     stages, square = (1, 2, 3, 4), (224, 224)
     cases = []
     for model in WIDTHS:
@@ -99,7 +99,7 @@ def _case(operator: str, model: str, stage: int, image: tuple[int, int], batch: 
 
 
 def _initial(name: str, uniform: Tensor) -> Tensor:
-    """A weight by its name, made from values uniform in [0, 1)."""
+    """The initial value of the weight ``name``, from values uniform in [0, 1)."""
     if name in ("step_bias", "delta_bias"):
         return 4.65 * uniform - 6.9  # softplus makes them nearly log-uniform in [1e-3, 1e-1]
     if name == "A":
@@ -108,4 +108,4 @@ def _initial(name: str, uniform: Tensor) -> Tensor:
         return torch.log(0.5 + uniform)
     if name in ("D", "kernels", "alpha"):
         return 0.5 + uniform
-    return (2 * uniform - 1) * uniform[0].numel() ** -0.5  # PyTorch's default: by the number of inputs
+    return (2 * uniform - 1) * uniform[0].numel() ** -0.5  # PyTorch's default, which depends on the number of inputs

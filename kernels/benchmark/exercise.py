@@ -1,4 +1,4 @@
-"""Run every operator once, forward and backward, on small odd shapes, under ``compute-sanitizer``.
+"""Run every operator once, forward and backward, on small odd shapes, for ``compute-sanitizer``.
 
 ``python -m spatial_mamba.kernels.benchmark.exercise cuda triton`` also compares the results with float64.
 """
@@ -14,7 +14,7 @@ from .. import backends
 from . import implementations
 from .cases import Case
 
-# Sizes that no block divides; images smaller than the reach of the fusion; more than one block of everything.
+# Sizes that no block size divides, images smaller than the reach of the fusion, and several blocks along each axis.
 SHAPES = [
     Case("core, small", "core", batch=2, height=5, width=7, dim=36, rank=3),
     Case("core, one row", "core", batch=1, height=1, width=3, dim=8, rank=1),
@@ -30,7 +30,7 @@ SHAPES = [
     Case("norm", "norm", batch=2, height=7, width=31, dim=150),
 ]
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}  # relative to the largest magnitude
-MIXER_FACTOR = 4  # on the tolerance: the mixer rounds tokens between its parts
+MIXER_FACTOR = 4  # times the tolerance, since the mixer rounds tokens between its parts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wrong(case: Case, backend: str, device: torch.device, dtype: str) -> str | None:
-    # Everything else runs on the CPU: compute-sanitizer need not watch PyTorch's kernels.
+    # Everything else runs on the CPU, so that compute-sanitizer does not spend time on PyTorch's kernels.
     check = implementations.Check(case, device, getattr(torch, dtype), compared_on=torch.device("cpu"))
     operator = implementations.OPERATORS[case.operator]
     error, where = check.worst(implementations.Implementation(backend, operator, backend), backward=True)

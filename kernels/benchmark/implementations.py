@@ -1,8 +1,8 @@
-"""What is compared: backends, the compiled reference implementation, the baseline, and PyTorch's own operators.
+"""The implementations compared: backends, the compiled reference implementation, the baseline, and PyTorch's operators.
 
-All take the inputs of a case by name and return its output. Tokens lie in channels-last memory, (batch, H, W, dim); for
-``planar`` implementations each channel is contiguous, (batch, dim, H, W), as in the published code, which therefore
-need not transpose them.
+All take the inputs of a case by name and return its output. Tokens are stored channels last, (batch, H, W, dim). For
+``planar`` implementations each channel is contiguous, (batch, dim, H, W), as in the published code, so that it need not
+transpose them.
 """
 
 import math
@@ -107,8 +107,8 @@ class Check:
     """Compares implementations of a case with the reference implementation in float64.
 
     Args:
-        device: what the implementations run on.
-        compared_on: what everything else runs on; by default the same.
+        device: the device that the implementations run on.
+        compared_on: the device for everything else; by default the same.
     """
 
     def __init__(

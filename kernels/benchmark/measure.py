@@ -22,7 +22,7 @@ from .. import backends
 FLUSH_BYTES = 256 * 2**20  # larger than the L2 cache of any GPU
 COPY_BYTES = 512 * 2**20  # larger than any cache
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
-CYCLES_PER_SECOND = 3e9  # no GPU's clock is faster
+CYCLES_PER_SECOND = 3e9  # no GPU has a faster clock
 LONG_CALL = 0.1  # seconds; the working set of longer calls does not stay in a cache
 WARM_UP = {"cpu": 1, "cuda": 3}  # calls; on a GPU libraries choose algorithms, and CUDA graphs are recorded
 PEAK_SIZES = {"cpu": 2048, "cuda": 8192}  # sides of the square matrices whose product is timed
@@ -36,7 +36,7 @@ Make = Callable[[Row], Call]
 
 
 def wall_clock(device: torch.device) -> Clock:
-    """Time a call from idle to idle, including its launch, with its data as warm as the caches can hold it."""
+    """Time a call from idle to idle, including its launch, with as much of its data in the caches as fits."""
 
     def once(call: Call) -> float:
         synchronise(device)
@@ -80,7 +80,7 @@ def operator_clock(device: torch.device) -> Clock:
 
 
 class NotRunError(Exception):
-    """A model or implementation cannot take part, which is no failure."""
+    """A model or implementation cannot be measured here; this does not count as a failure."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Trial:
         return list(rows.values())
 
     def interleave(self, calls: Mapping[str, Call]) -> dict[str, Row]:
-        """Time all calls in turn, round by round, so that a drift of the machine affects all alike.
+        """Time all calls in turn, round by round, so that drift in machine speed affects all equally.
 
         Returns:
             By name, ``seconds`` (the median), the quartiles ``lower`` and ``upper``, and the number of ``rounds``; for
@@ -160,7 +160,7 @@ class Trial:
 
 
 def outcome(failure: Exception) -> Row:
-    """The reason in ``not_run`` if time or memory do not suffice, else in ``failure``; for tables also in ``note``."""
+    """The reason, in ``not_run`` if time or memory ran out, else in ``failure``; for tables also in ``note``."""
     reason = str(failure)
     if isinstance(failure, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in reason:  # on a GPU; on a CPU
         failure = NotRunError(reason := "out of memory")
@@ -221,10 +221,10 @@ def peak_memory(call: Call, device: torch.device) -> int:
 
 
 def dry_run(function: Callable[..., Tensor], *tensors: Tensor, **named: Tensor) -> tuple[Tensor, int]:
-    """A fake output with shape and dtype alone, and the FLOPs of one call, a multiply-add counted as two.
+    """A fake output, which has only a shape and a dtype, and the FLOPs of one call. A multiply-add counts as two.
 
-    Nothing is computed. PyTorch's counter knows convolutions and matrix products, and this package's operators by the
-    formulas that they register; element-wise operations and norms count nothing.
+    Nothing is computed. PyTorch's counter counts convolutions and matrix products, and this package's operators by the
+    formulas that they register; element-wise operations and norms count as zero.
     """
     counter = FlopCounterMode(display=False)
     formulas = backends.custom_operators_only()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, tables, and the file of results."""
+"""Shared by the benchmarks: options, tables, and the results file."""
 
 import argparse
 import json
@@ -58,16 +58,16 @@ class Parser(command_line.Parser):
     Args:
         command, description, example: as for ``command_line.Parser``.
         seconds: default of ``--seconds``.
-        of: what is timed for that long, for ``--help``.
+        of: what ``--seconds`` applies to, for ``--help``.
     """
 
     def __init__(self, command: str, description: str | None, example: str, seconds: float, of: str) -> None:
         super().__init__(command, description, example)
         add, device = self.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
         add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
-        add("--threads", type=command_line.whole_number, help="threads of PyTorch on the CPU")
+        add("--threads", type=command_line.whole_number, help="number of PyTorch's CPU threads")
         add("--seconds", type=command_line.seconds, default=seconds, help=f"of timing per {of} (default: %(default)s)")
-        add("--limit", type=command_line.seconds, default=math.inf, metavar="SECONDS", help="start nothing later")
+        add("--limit", type=command_line.seconds, default=math.inf, metavar="SECONDS", help="start nothing after this")
         add("--out", type=Path, default=Path("output/benchmark"), help="folder for the results (default: %(default)s)")
 
 
@@ -93,7 +93,7 @@ class Report:
     The constructor also prepares the process for timing.
 
     Args:
-        argv: the options as given; None stands for those of the process.
+        argv: the options as given; None for those of the process.
         keep_freed: as for ``prepare``.
 
     Raises:
@@ -156,7 +156,7 @@ def prepare(device: torch.device, threads: int | None, keep_freed: bool = True) 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware and versions."""
-    info = Path("/proc/cpuinfo")  # of Linux
+    info = Path("/proc/cpuinfo")  # Linux only
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
     facts = {"cpu": cpu, "threads": torch.get_num_threads()}

@@ -4,8 +4,8 @@ A row is read by three loads, each shifted by a column. The rows of a tile are u
 sums of earlier rows.
 
 The adjoint needs the gradient before the SiLU at all neighbours of a token. A separate kernel writes it to a temporary
-map of the I/O dtype. Recomputing it within the adjoint would take three times the multiply-adds, and exponentials, for
-the neighbouring columns, and cost more than the memory traffic of the map.
+map of the I/O dtype. Recomputing it in the adjoint, also for the neighbouring columns, would take three times the
+multiply-adds and exponentials, which costs more than the memory traffic of the map.
 """
 
 from typing import Any

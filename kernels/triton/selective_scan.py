@@ -286,7 +286,7 @@ def _scan_backward(
     in_state = in_dim[:, None] & (n < d_state)[None, :]
     A_ = load_float(A + channel[:, None] * d_state + n[None, :], in_state)
     state_rows = rows[:, None] * d_state + n[None, :]
-    entering = load_float(grad_last + state_rows, in_state)  # the gradient that enters a block from behind
+    entering = load_float(grad_last + state_rows, in_state)  # the gradient that enters a block from the tokens after it
 
     sum_A = tl.zeros((BLOCK_DIM, BLOCK_STATES), tl.float32)
     sum_D = tl.zeros((BLOCK_DIM,), tl.float32)

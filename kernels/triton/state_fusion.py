@@ -274,7 +274,7 @@ def _fuse_adjoint_border(
     """States on the border, which the padding repeats: read by several positions per tap.
 
     A program handles pixels of one of the four corners or four edges, which have similar numbers of readers. The loops
-    are not unrolled: for so few pixels that would not pay for its compilation.
+    are not unrolled: for so few pixels, that would cost more in compilation than it saves.
     """
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     blocks = tl.cdiv(tl.maximum(tl.maximum(height, width) - 2, 1), BLOCK_PIXELS)
@@ -286,7 +286,7 @@ def _fuse_adjoint_border(
     first = image.to(tl.int64) * height * width
 
     start = place_in_image % blocks * BLOCK_PIXELS
-    if start >= rows * columns:  # the number of blocks is that of the longest edge
+    if start >= rows * columns:  # the grid has as many blocks as the longest edge needs
         return
     pixel = start + tl.arange(0, BLOCK_PIXELS)
     in_region = pixel < rows * columns

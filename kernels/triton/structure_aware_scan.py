@@ -366,7 +366,7 @@ def _scan_bands_adjoint(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """The gradients ``lambda_t = grad_h_t + a_(t+1) lambda_(t+1)`` of a band, and all that depend on them."""
+    """The gradients ``lambda_t = grad_h_t + a_(t+1) lambda_(t+1)`` of a band, and the gradients that depend on them."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     image, first_row, band_rows = _band(height, rows)
     first = (image * height + first_row) * width
@@ -425,7 +425,7 @@ def _step_products(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """``grad_step step_weight`` per token, and over the tokens of a split ``grad_step^T [r, 1]``, 1 for the bias."""
+    """``grad_step step_weight`` per token; ``grad_step^T [r, 1]``, where 1 is for the bias, over a split's tokens."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     k = tl.arange(0, BLOCK_RANK)
     weight = load_float(step_weight + channel[:, None] * RANK + k[None, :], in_dim[:, None] & (k < RANK)[None, :])
