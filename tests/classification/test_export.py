@@ -210,11 +210,11 @@ def test_graph_is_flat_small_and_without_traces_of_the_machine(onnx_path: Path) 
 def test_number_of_nodes_grows_with_the_logarithm_of_the_tokens(tmp_path: Path) -> None:
     model = alive(SpatialMamba(dims=4, depths=(1,), num_classes=5))
     counts = {}
-    for side in (32, 128):
+    for side in (32, 256):
         export_onnx(model, tmp_path / "model.onnx", side)
         counts[side] = onnx_facts(tmp_path / "model.onnx").nodes
-    levels = math.log(128**2 / 32**2, LARGEST_BLOCK)  # 16 times as many tokens
-    assert counts[128] - counts[32] <= levels * 6 * LARGEST_BLOCK
+    levels = math.log(256**2 / 32**2, LARGEST_BLOCK)  # 64 times as many tokens
+    assert counts[256] - counts[32] <= levels * 6 * LARGEST_BLOCK
 
 
 @pytest.mark.slow
@@ -314,7 +314,7 @@ def test_a_wrong_file_is_not_kept(tmp_path: Path, capsys: Capture, monkeypatch: 
     path.write_bytes(b"an earlier file")
     monkeypatch.setattr(check, "fixed_images", lambda model, size, batch: torch.full((batch, 3, *size), math.nan))
     assert status("--checkpoint", checkpoint(tmp_path), "--output", path) == 2
-    assert "micro.pt2: not written, for its outputs differ from the model's by nan" in capsys.readouterr().err
+    assert "micro.pt2: not written, since its outputs differ from the model's by nan" in capsys.readouterr().err
     assert path.read_bytes() == b"an earlier file"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["micro.pt2", "micro.pth"]
 
@@ -324,13 +324,13 @@ def test_a_wrong_file_is_not_kept(tmp_path: Path, capsys: Capture, monkeypatch: 
     [
         (["--size", "31"], "31x31 is too small; height and width must be at least 32 pixels"),
         (["--size", "64", "64", "64"], "--size 64 64 64: give one number, or height and width"),
-        (["--output", "model.bin"], "--output model.bin: must end in .onnx or .pt2, or name a --format"),
+        (["--output", "model.bin"], "--output model.bin: must end in .onnx or .pt2, or give a --format"),
         (["--output", "a.onnx", "--format", "aoti"], "--output a.onnx: a file of the format aoti must end in .pt2"),
         (["--output", "a.pt2", "--int8"], "--int8: only ONNX files are quantised, not the format torch"),
         (["--format", "aoti", "--int8"], "--int8: only ONNX files are quantised, not the format aoti"),
-        (["--device", "cuda"], "--device cuda: a file of the format onnx is for any device; leave it out"),
+        (["--device", "cuda"], "--device cuda: a file of the format onnx runs on any device; omit the option"),
         (["--output", "folder.onnx"], "--output folder.onnx: is a folder; name the file to write"),
-        (["--output", "none/a.onnx"], "--output none/a.onnx: there is no folder none; make it first"),
+        (["--output", "none/a.onnx"], "--output none/a.onnx: there is no folder none; create it first"),
         (["--ema"], "holds no EMA weights; use those of the model, without --ema"),
         (["--format", "tflite"], "argument --format: invalid choice: 'tflite'"),
     ],
