@@ -1,13 +1,11 @@
 """Reads files of ``torch.save`` from any source, in time and memory bounded by their size.
 
 PyTorch's reader checks no checksums, reserves any memory that a file asks for, and lets tensors of any layout through.
-This one inspects a pickle before it unpickles, makes tensors only of data that are there, and returns plain values. It
-changes no state of the process, so several threads can read at once.
+This one interprets pickles itself, makes tensors only of data that are there, and returns plain values. It changes no
+state of the process, so several threads can read at once.
 """
 
 import io
-import pickle
-import pickletools
 import struct
 import sys
 import zipfile
@@ -15,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta, timezone
+from functools import cached_property
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import IO, Any
@@ -34,19 +33,24 @@ from .stand_ins import (
     StandIn,
     known_types,
 )
+from .unpickler import MAX_VALUES, Unpickler
 
-MAX_VALUES = 1_000_000  # opcodes of a pickle, and values in it
 MAX_DEPTH = 100  # nested containers
-MAX_BITS = 1024  # of integers
+MAX_DIMENSIONS = 64  # of tensors, as in PyTorch's loops
+_CHUNK = 2**20  # bytes to read at once
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first value in files from before PyTorch 1.6
 _STORAGES = {
     "BFloat16": torch.bfloat16, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
     "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64, "Double": torch.float64, "Float": torch.float32,
     "Half": torch.float16, "Int": torch.int32, "Long": torch.int64, "Short": torch.int16, "Untyped": torch.uint8,
 }  # fmt: skip
-_INDEXED_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")  # the unpickler reserves memory up to their index
-_REFUSED_OPCODES = ("EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ_EX", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER")
-_PLAIN = (str, bytes, bool, float, complex, type(None), date, time, timedelta, timezone, np.generic, Discarded)
+_NAMES_OF_PYTHON_2 = {"__builtin__.long": "builtins.int", "__builtin__.unicode": "builtins.str"}
+# Types of numbers without a type of storage.
+_UNTYPED = {
+    "complex32", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "uint16",
+    "uint32", "uint64",
+}  # fmt: skip
+_PLAIN = (bool, int, float, complex, type(None), PurePath, date, time, timedelta, timezone, np.generic, Discarded)
 
 
 def read_torch_file(path: Path, history: Callable[[dict[str, Any]], Any] | None = None) -> Any:
@@ -88,57 +92,36 @@ def _read_archive(archive: zipfile.ZipFile, size: int, history: Callable | None)
     if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != sys.byteorder.encode():
         raise DamagedFileError("its byte order is not that of this machine")
 
-    unpickler = _Unpickler(archive.read(names[0]))
-    value = unpickler.load()
-    for key, storage in unpickler.storages.items():
+    tensors = _Tensors()
+    length = members[names[0]].file_size
+    value = Unpickler(io.BytesIO(archive.read(names[0])), length, tensors.find, tensors.storage).load()
+    for key, storage in tensors.storages.items():
         info = members[f"{folder}data/{key}"]
         if info.file_size != storage.nbytes:
             raise DamagedFileError("the data of a tensor have another size")
         with archive.open(info) as member:
             storage.read(member)
             member.read(1)  # at its end, the archive checks the CRC-32
-    return _Converter(history).plain(value)
+    return Converter(length, history).plain(value)
 
 
 def _read_legacy(file: IO[bytes], size: int, history: Callable | None) -> Any:
-    if _Unpickler(_next_pickle(file)).load() != _LEGACY_MAGIC:
+    tensors = _Tensors()
+    unpickler = Unpickler(file, size, tensors.find, tensors.storage)
+    if unpickler.load() != _LEGACY_MAGIC:
         raise DamagedFileError("it is not a file of torch.save")
     for _ in ("version of the format", "sizes of integers"):
-        _next_pickle(file)
-    unpickler = _Unpickler(_next_pickle(file))
-    value = unpickler.load()
-    keys = _Unpickler(_next_pickle(file)).load()
-    if sorted(keys) != sorted(unpickler.storages):
+        unpickler.load()
+    value, keys = unpickler.load(), unpickler.load()
+    if not all(type(key) is str for key in keys) or sorted(keys) != sorted(tensors.storages):
         raise DamagedFileError("its list of tensors is wrong")
     for key in keys:
-        storage = unpickler.storages[key]
+        storage = tensors.storages[key]
         (count,) = struct.unpack("<q", file.read(8))
         if count != storage.count or file.tell() + storage.nbytes > size:
             raise DamagedFileError("the data of a tensor have another size")
         storage.read(file)
-    return _Converter(history).plain(value)
-
-
-def _next_pickle(file: IO[bytes]) -> bytes:
-    start = file.tell()
-    _inspect(file)
-    length = file.tell() - start
-    file.seek(start)
-    return file.read(length)
-
-
-def _inspect(content: bytes | IO[bytes]) -> None:
-    """Refuse a pickle that takes much memory or time, or has opcodes that ``torch.save`` does not write."""
-    written = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        if opcode.name in _REFUSED_OPCODES:
-            raise DamagedFileError(f"its pickle has the opcode {opcode.name}")
-        if opcode.name in _INDEXED_OPCODES:
-            written += 1
-            if int(argument or 0) > 2 * written + 256:
-                raise DamagedFileError("its pickle reserves memory that it does not use")
-        if count > MAX_VALUES:
-            raise DamagedFileError(f"its pickle has more than {MAX_VALUES:,} values")
+    return Converter(size, history).plain(value)
 
 
 @dataclass
@@ -158,7 +141,7 @@ class _Storage(StandIn):
         self.content = torch.empty(self.nbytes, dtype=torch.uint8)
         view, done = self.content.numpy().data, 0
         while done < self.nbytes:
-            count = file.readinto(view[done:])  # type: ignore[attr-defined]
+            count = file.readinto(view[done : done + _CHUNK])  # type: ignore[attr-defined]
             if not count:
                 raise DamagedFileError("it is truncated")
             done += count
@@ -168,7 +151,7 @@ class _Storage(StandIn):
 
 @dataclass
 class _View(StandIn):
-    """A dense tensor in a storage, to be made when that has been read."""
+    """A dense tensor in a storage, to be made when that has been read; all numbers are natural."""
 
     storage: _Storage
     dtype: torch.dtype
@@ -176,15 +159,13 @@ class _View(StandIn):
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @cached_property
     def tensor(self) -> Tensor:
-        """Make the tensor.
+        """The tensor.
 
         Raises:
             DamagedFileError: if it leaves the storage, or two of its elements share memory.
         """
-        numbers = (self.offset, *self.size, *self.stride)
-        if len(self.size) != len(self.stride) or any(type(n) is not int or n < 0 for n in numbers):
-            raise DamagedFileError("a tensor has an impossible shape")
         if 0 in self.size:
             return torch.empty(self.size, dtype=self.dtype)
         last = 0  # index of the last element within the dimensions of smaller strides
@@ -197,16 +178,14 @@ class _View(StandIn):
         return self.storage.content.view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles bytes with stand-ins for all types, which a pickle can neither call nor change otherwise.
+class _Tensors:
+    """What reads the tensors of a pickle, and all other types.
 
     Attributes:
         storages: those that the pickle refers to, by their keys.
     """
 
-    def __init__(self, content: bytes) -> None:
-        _inspect(content)
-        super().__init__(io.BytesIO(content), encoding="utf-8")
+    def __init__(self) -> None:
         self.storages: dict[str, _Storage] = {}
         self.known = {
             **known_types(),
@@ -218,20 +197,21 @@ class _Unpickler(pickle.Unpickler):
             "torch._tensor._rebuild_from_type_v2": Function(_view_of_type),
         }
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a type or function."""
-        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
+    def find(self, full: str) -> Function | Name:
+        """What reads a type or function."""
+        full = _NAMES_OF_PYTHON_2.get(full, full.replace("__builtin__.", "builtins."))
         if full in self.known:
             return self.known[full]
+        module, _, name = full.rpartition(".")
         if full.startswith("torch._utils._rebuild_"):
             raise DamagedFileError(f"it has a tensor that is not dense ({name:.60})")
         is_storage = module in ("torch", "torch.storage") and name.removesuffix("Storage") in _STORAGES
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
         if is_storage or is_dtype or full in ("torch.Tensor", "torch.nn.parameter.Parameter"):
             return Name(name.removesuffix("Storage"))
         raise ForeignTypeError(full)
 
-    def persistent_load(self, reference: Any) -> _Storage:
+    def storage(self, reference: Any) -> _Storage:
         """The storage that a tensor refers to."""
         word, kind, key, _, count, *view = reference
         if word != "storage" or type(key) is not str or type(count) is not int or count < 0 or any(view):
@@ -253,6 +233,10 @@ def _view(
 ) -> _View:
     if type(storage) is not _Storage or metadata:
         raise DamagedFileError("a tensor has unknown properties")
+    numbers = (offset, *size[:MAX_DIMENSIONS], *stride[:MAX_DIMENSIONS])
+    fits = len(size) == len(stride) <= MAX_DIMENSIONS
+    if not fits or any(type(number) is not int or number < 0 for number in numbers):
+        raise DamagedFileError("a tensor has an impossible shape")
     return _View(storage, storage.dtype, offset, tuple(size), tuple(stride))
 
 
@@ -260,50 +244,63 @@ def _view_of_dtype(
     storage: _Storage, offset: int, size: tuple, stride: tuple, requires_grad: bool, hooks: Any, dtype: Name, *more: Any
 ) -> _View:
     view = _view(storage, offset, size, stride, requires_grad, hooks, *more)
+    if dtype.name not in _UNTYPED:
+        raise DamagedFileError(f"it has a tensor of the type {dtype.name}")
     view.dtype = getattr(torch, dtype.name)
     return view
 
 
 def _view_of_type(function: Function, kind: Name, parts: tuple, state: Any) -> _View:
-    if type(function) is not Function or type(kind) is not Name:
+    if function not in (Function(_view), Function(_view_of_dtype)) or type(kind) is not Name:
         raise DamagedFileError("a tensor has an unknown type")
     return function(*parts)
 
 
-class _Converter:
-    """Turns what an unpickler made into plain values, within ``MAX_VALUES`` and ``MAX_DEPTH``."""
+class Converter:
+    """Turns what an unpickler made into plain values, as many as a file of ``size`` bytes may have."""
 
-    def __init__(self, history: Callable[[dict[str, Any]], Any] | None) -> None:
+    def __init__(self, size: int, history: Callable[[dict[str, Any]], Any] | None = None) -> None:
         self.history = history
-        self.count = 0
+        self.left = min(MAX_VALUES, size + 100_000)
 
     def plain(self, value: Any, depth: int = 0) -> Any:
-        """A new plain value.
+        """A new plain value. What containers share is copied, except tensors, arrays and text.
 
         Raises:
             DamagedFileError: for any other type, or too many or too deeply nested values.
         """
-        self.count += 1
-        if self.count > MAX_VALUES or depth > MAX_DEPTH:
-            raise DamagedFileError(f"it has more than {MAX_VALUES:,} values, or {MAX_DEPTH} levels of them")
         kind = type(value)
+        self.left -= 1 + (len(value) // 100 if kind in (str, bytes) else 0)
+        if self.left < 0:
+            raise DamagedFileError(f"it has more than {MAX_VALUES:,} values, or repeats them too often")
+        if depth > MAX_DEPTH:
+            raise DamagedFileError(f"its values have more than {MAX_DEPTH} levels")
         if kind in (dict, OrderedDict):
-            made: Any = kind((self.plain(key, depth + 1), self.plain(value[key], depth + 1)) for key in value)
-            if versions := vars(value).get("_metadata") if kind is OrderedDict else None:  # of modules
-                made._metadata = self.plain(versions, depth + 1)
+            made: Any = kind((self.plain(key, depth + 1), self.plain(entry, depth + 1)) for key, entry in value.items())
+            if kind is OrderedDict and hasattr(value, "_metadata"):
+                made._metadata = self._versions(value._metadata)
             return made
         if kind in (list, tuple, set):
             return kind(self.plain(entry, depth + 1) for entry in value)
         if kind is _View:
-            return value.tensor()
+            return value.tensor
         if kind is Array and value.numpy is not None:
             return value.numpy
-        if kind is History:
+        if kind is History and value.state is not None:
             return self.history(self.plain(value.state, depth + 1)) if self.history else Discarded()
         if kind is SimpleNamespace:
             return SimpleNamespace(**self.plain(vars(value), depth + 1))
-        if isinstance(value, PurePath):
-            return kind(str(value))
-        if (kind is int and value.bit_length() <= MAX_BITS) or isinstance(value, _PLAIN):
+        if kind in (str, bytes) or isinstance(value, _PLAIN):
             return value
         raise DamagedFileError(f"it has a value of the type {kind.__name__}")
+
+    def _versions(self, metadata: Any) -> OrderedDict[str, dict[str, int]]:
+        """The versions of modules in a state dict; PyTorch would obey other entries, such as to replace parameters."""
+        if type(metadata) not in (dict, OrderedDict):
+            raise DamagedFileError("the versions of its modules are wrong")
+        versions = OrderedDict()
+        for name, entry in self.plain(metadata).items():
+            if type(name) is not str or not isinstance(entry, dict) or type(entry.get("version", 0)) is not int:
+                raise DamagedFileError("the versions of its modules are wrong")
+            versions[name] = {"version": entry["version"]} if "version" in entry else {}
+        return versions

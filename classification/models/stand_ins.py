@@ -2,8 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -11,6 +12,11 @@ import numpy as np
 import torch
 
 _NUMBERS = {"?", "b1", *(kind + size for kind in "iuf" for size in "1248")} - {"f1"}  # NumPy's codes
+
+_PATHS = {
+    "PurePosixPath": PurePosixPath, "PosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath,
+    "WindowsPath": PureWindowsPath, type(Path()).__name__: type(Path()),
+}  # fmt: skip
 
 
 class ForeignTypeError(Exception):
@@ -22,37 +28,40 @@ class DamagedFileError(Exception):
 
 
 class StandIn:
-    """A value that a pickle cannot change once it is complete."""
+    """A value that a pickle cannot change, except for one that it completes with a state."""
 
-    def __setstate__(self, state: Any) -> None:
+    def build(self, state: Any) -> None:
+        """Take the state."""
         raise DamagedFileError("its pickle changes a value that has no state")
 
 
+@dataclass(frozen=True)
 class Function(StandIn):
     """A function that a pickle may call."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    function: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
+        return self.function(*args)
 
 
+@dataclass(frozen=True)
 class Name(StandIn):
-    """A type that a pickle may name but not call: of a storage, an array, default values."""
+    """A type that a pickle may name but not call: of a storage, a number, default values."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
-    def __call__(self) -> NoReturn:  # PyTorch's list of safe types takes callables
+    def __call__(self, *args: Any) -> NoReturn:  # PyTorch's list of safe types takes callables
         raise ForeignTypeError(self.name)
 
 
-class Discarded:
+class Discarded(StandIn):
     """Takes the place of objects that are not needed, such as the options of timm's scripts."""
 
-    def __setstate__(self, state: object) -> None:
+    def build(self, state: Any) -> None:
         """Keep nothing."""
+
+    __setstate__ = build  # the name that torch.load calls
 
 
 class History(StandIn):
@@ -60,55 +69,86 @@ class History(StandIn):
 
     state: dict[str, Any] | None = None
 
-    def __setstate__(self, state: Any) -> None:
-        if self.state is not None or not isinstance(state, dict):
+    def build(self, state: Any) -> None:
+        """Take the attributes of the history."""
+        if self.state is not None or type(state) is not dict:
             raise DamagedFileError("its pickle fills a history twice")
-        self.state = state
+        self.state = dict(state)
 
     @staticmethod
-    def method(owner: object, name: str) -> None:
+    def method(owner: object, name: object) -> None:
         """Histories refer to their methods through ``getattr``, which could reach anything; this reaches nothing."""
-        if owner is not History or name not in ("min", "max", "current", "mean"):
-            raise ForeignTypeError(f"getattr of {owner!r:.80}, {name!r:.40}")
+        if owner != Function(History) or name not in ("min", "max", "current", "mean"):
+            raise ForeignTypeError("builtins.getattr")
 
 
 class Dtype(StandIn):
     """A ``numpy.dtype`` of little-endian numbers; forged ones could make NumPy treat numbers as addresses."""
 
-    def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
-        if code not in _NUMBERS:
-            raise ForeignTypeError(f"numpy.dtype of {code!r:.40}")
-        self.numpy = np.dtype(code).newbyteorder("<")
+    def __init__(self, code: object, align: object = False, copy: object = False) -> None:
+        if type(code) is not str or code not in _NUMBERS:
+            raise ForeignTypeError(f"numpy.dtype of {code:.40}" if type(code) is str else "numpy.dtype of a value")
+        self.numpy = np.dtype(code).newbyteorder("<")  # type: ignore[call-overload]
 
-    def __setstate__(self, state: Any) -> None:
+    def build(self, state: Any) -> None:
+        """Check the byte order; the rest describes the fields of records."""
         if state[1] not in ("<", "|"):
-            raise ForeignTypeError(f"numpy.dtype of byte order {state[1]!r:.40}")
+            raise ForeignTypeError("numpy.dtype of big-endian numbers")
+
+    def array(self, shape: Any, content: object, order: Any = "C") -> np.ndarray:
+        """An array that owns its memory.
+
+        Raises:
+            DamagedFileError: if the content is not that of such an array.
+        """
+        if type(content) is not bytes:
+            raise ForeignTypeError("numpy.ndarray of anything but numbers")
+        array = np.ndarray(shape, self.numpy, content, order=order).copy("K")
+        if self.numpy == np.bool_ and array.size and array.view(np.uint8).max() > 1:
+            raise DamagedFileError("a boolean array has values besides 0 and 1")
+        return array
 
 
 class Array(StandIn):
-    """A ``numpy.ndarray`` of numbers; it owns its memory, and can be filled once."""
+    """A ``numpy.ndarray`` of numbers; it can be filled once."""
 
     numpy: np.ndarray | None = None
 
-    def __setstate__(self, state: Any) -> None:
+    def build(self, state: Any) -> None:
+        """Fill the array."""
         _, shape, dtype, is_fortran, content = state
-        if self.numpy is not None or type(dtype) is not Dtype or type(content) is not bytes:
+        if self.numpy is not None or type(dtype) is not Dtype:
             raise ForeignTypeError("numpy.ndarray of anything but numbers")
-        self.numpy = np.ndarray(shape, dtype.numpy, content, order="F" if is_fortran else "C").copy("K")
+        self.numpy = dtype.array(shape, content, "F" if is_fortran else "C")
 
     @staticmethod
     def empty(kind: object, shape: object, code: object) -> "Array":
         """NumPy's function that makes the array to be filled."""
-        if kind is not Array:
+        if kind != Function(Array):
             raise ForeignTypeError("numpy.core.multiarray._reconstruct of another type")
         return Array()
 
     @staticmethod
-    def scalar(dtype: object, content: bytes) -> np.generic:
+    def scalar(dtype: object, content: object) -> np.generic:
         """NumPy's function that makes a single number."""
         if type(dtype) is not Dtype:
             raise ForeignTypeError("numpy.core.multiarray.scalar of another type")
-        return np.frombuffer(content, dtype.numpy, count=1)[0]
+        return dtype.array((), content)[()]
+
+
+def check_key(key: object) -> None:
+    """Refuse keys of dictionaries and sets whose hashes a file could choose to be equal, which takes quadratic time.
+
+    The hashes of strings depend on a secret; those of numbers differ if the numbers are small.
+
+    Raises:
+        DamagedFileError: for any other key.
+    """
+    is_plain = key is None or type(key) in (str, bytes, bool, float) or isinstance(key, np.generic)
+    is_small = type(key) is int and abs(key) < 2**60
+    is_strings = type(key) is tuple and len(key) <= 16 and all(type(part) is str for part in key)
+    if not (is_plain or is_small or is_strings):
+        raise DamagedFileError(f"a dictionary has an unusual key ({type(key).__name__})")
 
 
 def config_types() -> list[tuple[Any, str]]:
@@ -119,8 +159,6 @@ def config_types() -> list[tuple[Any, str]]:
     - dates, times and simple namespaces stay as they are
     - options of timm's scripts are discarded
     """
-    paths = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath, type(Path()).__name__: type(Path())}
-    paths |= {kind.__name__: kind for kind in (PurePosixPath, PureWindowsPath)}
     return [
         (OrderedDict, "yacs.config.CfgNode"),
         (_ordered, "collections.defaultdict"),
@@ -128,46 +166,87 @@ def config_types() -> list[tuple[Any, str]]:
         (SimpleNamespace, "types.SimpleNamespace"),
         (Discarded, "argparse.Namespace"),
         # Python 3.13 defines paths in another module.
-        *((kind, f"{module}.{name}") for name, kind in paths.items() for module in ("pathlib", "pathlib._local")),
+        *((kind, f"{module}.{name}") for name, kind in _PATHS.items() for module in ("pathlib", "pathlib._local")),
         *((kind, f"datetime.{kind.__name__}") for kind in (date, datetime, time, timedelta, timezone)),
     ]
 
 
 def _ordered(factory: object = None) -> OrderedDict:
-    """Replaces ``defaultdict``, without its default values."""
+    """Replaces ``defaultdict``, without its default values, and yacs configs."""
     return OrderedDict()
 
 
-def known_types() -> dict[str, Any]:
-    """What reads the types in checkpoints, by their names in pickles: a class to instantiate, or a ``Function``."""
+def known_types() -> dict[str, Function | Name]:
+    """What reads the types in checkpoints, by their names in pickles."""
     known: list[tuple[Any, str]] = [
-        (OrderedDict, "collections.OrderedDict"),
-        (dict, "collections.Counter"),
-        (_latin1, "_codecs.encode"),
-        (bytes, "builtins.bytearray"),
+        (_ordered_pairs, "collections.OrderedDict"),
+        (_counts, "collections.Counter"),
+        (_bytes, "_codecs.encode"),
+        (_bytes, "builtins.bytes"),
+        (_bytes, "builtins.bytearray"),
         (complex, "builtins.complex"),
-        (set, "builtins.set"),
+        (_set, "builtins.set"),
         (tuple, "torch.Size"),
-        (lambda *parts: ":".join(map(str, parts)), "torch.device"),
+        (_device, "torch.device"),
         (History, "mmengine.logging.history_buffer.HistoryBuffer"),
         (History.method, "builtins.getattr"),
         (Dtype, "numpy.dtype"),
         (Array, "numpy.ndarray"),
         *config_types(),
+        (_ordered, "yacs.config.CfgNode"),
+        (_namespace, "types.SimpleNamespace"),
     ]
+    known = [(_path_of(kind) if kind in _PATHS.values() else kind, name) for kind, name in known]
     for core in ("core", "_core"):  # of NumPy 1 and 2
         known += [(Array.scalar, f"numpy.{core}.multiarray.scalar")]
         known += [(Array.empty, f"numpy.{core}.multiarray._reconstruct")]
-    # A pickle could set attributes of other classes and of functions.
-    bare = (OrderedDict, Discarded, History, Dtype, Array)
-    return {name: kind if kind in bare or isinstance(kind, StandIn) else Function(kind) for kind, name in known}
+    return {name: kind if isinstance(kind, Name) else Function(kind) for kind, name in known}
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """How pickles of protocol 2 write bytes."""
-    if encoding != "latin1":
-        raise ForeignTypeError(f"_codecs.encode to {encoding!r:.40}")
-    return text.encode(encoding)
+def _ordered_pairs(pairs: Any = ()) -> OrderedDict:
+    """An ``OrderedDict``; Python 2 wrote its entries as pairs."""
+    for key, _ in pairs:
+        check_key(key)
+    return OrderedDict(pairs)
+
+
+def _counts(counts: Any = ()) -> dict[Any, Any]:
+    """Replaces ``Counter``."""
+    if counts != () and type(counts) is not dict:
+        raise DamagedFileError("a counter has no counts")
+    return dict(counts)
+
+
+def _set(values: Any = ()) -> set[Any]:
+    for value in values:
+        check_key(value)
+    return set(values)
+
+
+def _bytes(content: Any = b"", encoding: Any = "latin1") -> bytes:
+    """How pickles of protocol 2 write bytes, as text, and how all write a ``bytearray``."""
+    if type(content) not in (str, bytes) or encoding not in ("latin1", "latin-1"):
+        raise ForeignTypeError("_codecs.encode to another encoding than latin1")
+    return content.encode("latin1") if type(content) is str else content
+
+
+def _namespace() -> SimpleNamespace:
+    return SimpleNamespace()
+
+
+def _path_of(kind: type[PurePath]) -> Callable[..., PurePath]:
+    def path(*parts: Any) -> PurePath:
+        if not all(type(part) is str for part in parts):
+            raise DamagedFileError("a path has parts that are not text")
+        return kind(*parts)
+
+    return path
+
+
+def _device(*parts: Any) -> str:
+    if not all(type(part) in (str, int) for part in parts):
+        raise DamagedFileError("a device has no name")
+    return ":".join(map(str, parts))
 
 
 def allow_permanently(types: list[tuple[Any, str]]) -> None:

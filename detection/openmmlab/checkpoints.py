@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -9,22 +10,28 @@ from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
+from ...classification.models.stand_ins import DamagedFileError
 from ...classification.models.weights import WeightsError, describe_misfit, plain_names, read_checkpoint
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a local checkpoint for mmengine, onto the CPU; the histories of logged values in it come to life.
+    """Read a local checkpoint onto the CPU, with mmengine's histories of logged values.
 
     Raises:
-        WeightsError: as ``read_checkpoint``.
+        WeightsError: see ``read_checkpoint``.
     """
     return read_checkpoint(filename, history=_history)
 
 
 def _history(attributes: dict[str, Any]) -> HistoryBuffer:
-    names = "_log_history", "_count_history", "max_length"
-    return HistoryBuffer(*(attributes[name] for name in names))
+    values, counts, length = (attributes[name] for name in ("_log_history", "_count_history", "max_length"))
+    are_arrays = isinstance(values, np.ndarray) and isinstance(counts, np.ndarray) and values.ndim == 1
+    if not are_arrays or values.shape != counts.shape or type(length) is not int or length < 1:
+        raise DamagedFileError("a history of mmengine is wrong")
+    history = HistoryBuffer(max_length=length)
+    history._log_history, history._count_history = values, counts  # a file may refer to the same array many times
+    return history
 
 
 @HOOKS.register_module()

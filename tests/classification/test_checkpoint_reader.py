@@ -4,7 +4,7 @@ import io
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,10 +52,13 @@ def everything() -> dict[str, Any]:
         "nothing": None,
         "flag": True,
         "raw": b"\0\xff",
+        "empty": b"",
+        "numbers": {1: 2.5, -3: 1j, None: {"a", 2}, ("a", "b"): float("inf")},
+        "text": "\ud800\u00e9" * 300,
     }
 
 
-@pytest.mark.parametrize("protocol", (2, 4))
+@pytest.mark.parametrize("protocol", (2, 3, 4, 5))
 @pytest.mark.parametrize("is_zip", (True, False))
 def test_values_are_read_exactly(tmp_path: Path, is_zip: bool, protocol: int) -> None:
     content = everything()
@@ -69,10 +72,24 @@ def test_values_are_read_exactly(tmp_path: Path, is_zip: bool, protocol: int) ->
     assert read["model"]["part"].untyped_storage().data_ptr() == shared, "tensors share memory as before"
 
 
+def test_containers_and_types_become_plain(tmp_path: Path) -> None:
+    values = dict(counts=defaultdict(int, a=1), names=defaultdict(str), counter=Counter("aab"), array=bytearray(b"ab"))
+    values |= dict(size=torch.Size([2, 3]), device=torch.device("cuda", 1))
+    path = tmp_path / "model.pth"
+    torch.save({**values, "tied": [torch.ones(2)] * 2}, path)
+    read = read_checkpoint(path)
+    tied = read.pop("tied")
+    assert read == {**values, "size": (2, 3), "device": "cuda:1"} and tied[0] is tied[1]
+    assert all(type(value) in (OrderedDict, dict, bytes, tuple, str) for value in read.values())
+
+
 def test_versions_of_modules_are_kept(tmp_path: Path) -> None:
     state = torch.nn.BatchNorm2d(3).state_dict()
     torch.save({"model": state}, tmp_path / "model.pth")
     assert read_checkpoint(tmp_path / "model.pth")["model"]._metadata == state._metadata
+    state._metadata[""]["assign_to_params_buffers"] = True  # PyTorch would replace parameters
+    torch.save({"model": state}, tmp_path / "model.pth")
+    assert read_checkpoint(tmp_path / "model.pth")["model"]._metadata == {"": {"version": 2}}
 
 
 def quantised() -> torch.Tensor:
@@ -172,10 +189,11 @@ def endless() -> list:
     [
         (doubled(40), "more than 1,000,000 values"),
         (endless(), "100 levels"),
-        (1 << 5000, "a value of the type int"),
+        (1 << 5000, "an integer of more than 1024 bits"),
+        (["a" * 10**6] * 10**4, "repeats them too often"),
         (list(range(1_000_001)), "more than 1,000,000 values"),
     ],
-    ids=["doubled", "endless", "large", "long"],
+    ids=["doubled", "endless", "large", "text", "long"],
 )
 def test_values_are_bounded(tmp_path: Path, value: Any, reason: str) -> None:
     torch.save({"model": {}, "value": value}, tmp_path / "model.pth")
@@ -183,44 +201,104 @@ def test_values_are_bounded(tmp_path: Path, value: Any, reason: str) -> None:
         read_checkpoint(tmp_path / "model.pth")
 
 
-# Pickles that try to change what they name: (opcodes, words of the error).
+def opcodes(*values: Any) -> bytes:
+    """The opcodes that push values; bytes are opcodes already."""
+    return b"".join(
+        value if isinstance(value, bytes) else pickle.dumps(value, protocol=2)[2:-1].replace(b"q\0", b"")
+        for value in values
+    )
+
+
+def doubled_tuple(levels: int, memo: bytes) -> bytes:
+    """The opcodes of a tuple with 2**levels entries."""
+    return b")" + (b"q" + memo + b"h" + memo + b"\x86") * levels
+
+
+LONG = b"(" + opcodes(*range(1000)) + b"tq\1"  # a tuple in the memo
+TEXT = opcodes(b"X\xa0\x86\1\0" + b"a" * 100_000, b"q\1")  # a string in the memo
+BOOLEAN = opcodes(b"cnumpy\ndtype\n", "b1", b"\x85R")
+STORAGE = opcodes(b"(", "storage", b"ctorch\nFloatStorage\n", "0", "cpu", b"K\1tQ")
+
+# Pickles that try to change what they name, to run code, or to take much time or memory: (opcodes, words of the error).
 ATTACKS = {
-    "memo": (b"}r\xff\xff\xff\x7f.", "reserves memory"),
     "function": (b"c_codecs\nencode\n}X\x08\0\0\0__call__Nsb.", "changes a value that has no state"),
     "class": (b"cnumpy\ndtype\n(NXcXX\x01\0\0\0aNtb.", "damaged"),
     "slots": (b"cnumpy\ndtype\n(N}X\x0c\0\0\0__setstate__NstX\x01\0\0\0ab.", "damaged"),
+    "method": (b"ccollections\nOrderedDict\n)R}X\x06\0\0\0appendcbuiltins\nset\nsb]a.", "adds to a value of the type"),
     "tensor": (b"ctorch._utils\n_rebuild_tensor\n(NK\0))tR.", "unknown properties"),
     "called type": (b"cbuiltins\nlist\n)R.", "refused"),
+    "called value": (b"])R.", "calls a value that is not a function"),
     "codec": (b"c_codecs\nencode\n(X\1\0\0\0aX\3\0\0\0hextR.", "refused"),
-    "extension": (b"\x82\1.", "opcode EXT1"),
-    "text reference": (b"Pname\n.", "opcode PERSID"),
+    "other codec": (opcodes(b"c__builtin__\nbytearray\n", "a", "punycode", b"\x86R."), "refused"),
+    "module": (b"ctorch\n_inductor\n.", "refused"),
+    "extension": (b"\x82\1.", "opcode"),
+    "text reference": (b"Pname\n.", "opcode"),
+    "empty stack": (b"\x86.", "incomplete"),
+    "zeros": (opcodes(b"c__builtin__\nbytearray\n", 2**40, b"\x85R."), "refused"),
+    "colliding numbers": (b"}(" + opcodes(*(i * (2**61 - 1) for i in range(20_000))) + b"u.", "an unusual key"),
+    "colliding pairs": (b"\x8f(" + opcodes((-1, -2)) + b"\x90.", "an unusual key"),
+    "nested key": (b"}" + doubled_tuple(40, b"\0") + b"Ns.", "an unusual key"),
+    "nested code": (b"cnumpy\ndtype\n" + doubled_tuple(40, b"\0") + b"\x85R.", "refused"),
+    "nested device": (b"ctorch\ndevice\n" + doubled_tuple(40, b"\0") + b"\x85R.", "a device has no name"),
+    "repeated path": (TEXT + b"cpathlib\nPosixPath\n(" + b"h\1" * 10_000 + b"tR.", "copies values too often"),
+    "nested path": (b"cpathlib\nPosixPath\n(cpathlib\nPosixPath\n)RtR.", "not text"),
+    "copies": (LONG + b"(" + b"cbuiltins\nset\nh\1\x85R" * 5000 + b"l.", "copies values too often"),
+    "arguments": (LONG + b"(" + b"ctorch._utils\n_rebuild_parameter\nh\1R" * 5000 + b"l.", "copies values too often"),
+    "dimensions": (opcodes(b"ctorch._utils\n_rebuild_tensor\n(", STORAGE, 0, (1,) * 65, (1,) * 65, b"tR."), "shape"),
+    "quantised": (
+        opcodes(
+            b"ctorch._utils\n_rebuild_tensor_v3\n(",
+            STORAGE,
+            0,
+            (1,),
+            (1,),
+            False,
+            None,
+            b"ctorch\nqint8\ntR.",
+        ),
+        "a tensor of the type qint8",
+    ),
+    "boolean": (opcodes(b"cnumpy.core.multiarray\nscalar\n", BOOLEAN, b"C\1\2\x86R."), "besides 0 and 1"),
 }
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_a_pickle_cannot_change_what_it_names(tmp_path: Path, name: str) -> None:
-    attack, words = ATTACKS[name]
-    before = dict(vars(stand_ins.Dtype)), dict(vars(stand_ins.Array))
-    path = tmp_path / "model.pth"
+def forge(path: Path, content: bytes) -> None:
+    """Write a file of ``torch.save`` with another pickle."""
     torch.save({"model": {}}, path)
-    rewritten(path, lambda member, old: b"\x80\2" + attack if member.endswith("data.pkl") else old)
+    rewritten(path, lambda member, old: b"\x80\2" + content if member.endswith("data.pkl") else old)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_pickle_can_only_make_values(tmp_path: Path, name: str) -> None:
+    attack, words = ATTACKS[name]
+    before = [dict(vars(kind)) for kind in (*vars(stand_ins).values(), torch) if hasattr(kind, "__dict__")]
+    forge(tmp_path / "model.pth", attack)
     with pytest.raises(WeightsError, match=words):
-        read_checkpoint(path)
-    assert (dict(vars(stand_ins.Dtype)), dict(vars(stand_ins.Array))) == before
+        read_checkpoint(tmp_path / "model.pth")
+    assert before == [dict(vars(kind)) for kind in (*vars(stand_ins).values(), torch) if hasattr(kind, "__dict__")]
+
+
+def test_a_state_is_not_kept_by_other_values(tmp_path: Path) -> None:
+    attributes = opcodes({"__setstate__": 1, "keys": 2, "_metadata": OrderedDict()})
+    forge(tmp_path / "model.pth", b"}" + opcodes("a") + b"ccollections\nOrderedDict\n)R" + attributes + b"bs.")
+    assert vars(read_checkpoint(tmp_path / "model.pth")["a"]) == {"_metadata": OrderedDict()}
+    forge(
+        tmp_path / "model.pth",
+        b"}" + opcodes("a") + b"ccollections\nOrderedDict\n)R" + opcodes({"_metadata": 1}) + b"bs.",
+    )
+    with pytest.raises(WeightsError, match="the versions of its modules are wrong"):
+        read_checkpoint(tmp_path / "model.pth")
 
 
 def test_an_array_is_filled_once(tmp_path: Path) -> None:
     array = np.arange(4.0)
-    content = pickle.dumps({"model": {}, "a": array}, protocol=2)
-    path = tmp_path / "model.pth"
-    torch.save({"model": {}}, path)
-    rewritten(path, lambda member, old: content if member.endswith("data.pkl") else old)
-    read = read_checkpoint(path)["a"]
+    forge(tmp_path / "model.pth", pickle.dumps({"model": {}, "a": array}, protocol=2)[2:])
+    read = read_checkpoint(tmp_path / "model.pth")["a"]
     assert type(read) is np.ndarray and np.array_equal(read, array) and read.flags.owndata
+    filled, state = stand_ins.Array(), (1, (1,), stand_ins.Dtype("f8"), False, bytes(8))
+    filled.build(state)
     with pytest.raises(stand_ins.ForeignTypeError):
-        filled = stand_ins.Array()
-        for _ in range(2):
-            filled.__setstate__((1, (1,), stand_ins.Dtype("f8"), False, bytes(8)))
+        filled.build(state)
 
 
 def test_threads_read_at_once(tmp_path: Path) -> None:
