@@ -56,7 +56,7 @@ def outline(mask: np.ndarray) -> list[list[int]]:
     """
     import cv2  # installed with mmcv, which drawing scenes does not need
 
-    # At twice the size, pixel x spans 2x to 2x + 1, which stand for its edges x and x + 1.
+    # At twice the size, pixel x spans 2x to 2x + 1, which represent its edges x and x + 1.
     doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     if not contours:

@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = inference.common_parser(__doc__, "detection")
     parser.add_argument(
-        "--score-threshold", type=_share, default=0.3, metavar="SHARE", help="least score shown (default: %(default)s)"
+        "--score-threshold", type=_score, default=0.3, metavar="SCORE", help="lowest score shown (default: %(default)s)"
     )
     inference.predict(Detector, parser, argv)
 
 
-def _share(text: str) -> float:
+def _score(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}")

@@ -43,7 +43,7 @@ def write_digits(folder: Path, counts: Mapping[str, int] = COUNTS) -> str:
 
 
 def label_map(scene: Scene) -> np.ndarray:
-    """(H, W) uint8: 1 on the photograph, 2..11 on the digits 0..9. ADE20K's 0, "ignored", does not occur."""
+    """(H, W) uint8: 1 for the photograph, 2..11 for the digits 0..9. ADE20K's 0, "ignored", does not occur."""
     labels = np.ones(scene.image.shape[:2], np.uint8)
     for value, mask in zip(scene.classes, scene.masks, strict=True):
         labels[mask] = value + 2

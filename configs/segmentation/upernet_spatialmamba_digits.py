@@ -10,7 +10,7 @@ checkpoint_file = None  # from scratch
 norm_cfg = dict(type="BN")
 digits = [1.0] * 10
 # The photograph covers most pixels and would dominate the loss. It has a low weight in the loss of the decode head and
-# none in that of the auxiliary head, which only distinguishes digits.
+# none in the loss of the auxiliary head, which only distinguishes digits.
 model = dict(
     data_preprocessor=dict(size=(160, 160)),
     backbone=dict(dims=32, depths=(1, 1, 2, 1), drop_path_rate=0.0, pretrained=checkpoint_file),

@@ -1,4 +1,4 @@
-"""Runs mmcv without its compiled operators: torchvision and PyTorch provide those that detectors and segmentors need.
+"""Run mmcv without its compiled operators: torchvision and PyTorch provide those that detectors and segmentors need.
 
 mmcv-lite is mmcv without the compiled module ``mmcv._ext``, but ``import mmdet`` fails without that module. This
 package provides a substitute, `operators`, if there is no compiled module.
@@ -23,7 +23,7 @@ BUILD_COMMAND = (
 
 
 class MissingOperatorError(NotImplementedError):
-    """A model needs an operator of mmcv that is only available compiled; the message has the command to build it."""
+    """A model needs an operator that only a compiled mmcv provides; the message has the command to build it."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what} needs mmcv's compiled operators: {BUILD_COMMAND}")

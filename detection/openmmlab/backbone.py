@@ -27,7 +27,7 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
             output norms and downsampling. Frozen modules stay in evaluation mode.
         norm_eval: keep every BatchNorm (in the stem and the downsampling) in evaluation mode: it uses its running
             statistics without updating them, and its weights are trained.
-        with_cp: OpenMMLab's name of ``use_checkpoint``.
+        with_cp: OpenMMLab's name for ``use_checkpoint``.
         pretrained: a classification checkpoint, of this project or a published one; short for ``init_cfg``.
             ``None`` and ``""`` mean none.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, or a list with one; ``prefix`` selects the backbone
@@ -35,7 +35,8 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
         **options: see ``SpatialMambaBackbone`` and ``SpatialMambaEncoder``.
 
     Raises:
-        UserError: for another ``init_cfg``, one next to ``pretrained``, an unknown option or one out of range.
+        UserError: for any other ``init_cfg``, for both ``init_cfg`` and ``pretrained``, or for an unknown option or
+            one out of range.
     """
 
     is_init: bool  # a property of BaseModule

@@ -1,4 +1,4 @@
-"""How the commands of detection and segmentation start: packages are checked first, errors are one line."""
+"""Start the commands of detection and segmentation: check the packages first, and report errors in one line."""
 
 import argparse
 import importlib
@@ -29,7 +29,7 @@ class Parser(command_line.Parser):
 def run_command(package: str, module: str, function: str, *args: Any) -> int:
     """Call ``function(*args)`` of a module of ``spatial_mamba`` that needs ``mmdet`` or ``mmseg``.
 
-    The module is imported once the packages are known to be there.
+    The module is imported only after the packages have been checked.
 
     Returns:
         The exit status: 0, or 2 after one line that names what is wrong.

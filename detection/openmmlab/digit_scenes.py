@@ -89,7 +89,7 @@ def compose(sources: Sources, rng: np.random.Generator, size: int, digits: int) 
     image = _crop(sources, rng, size)
     classes: list[int] = []
     masks: list[np.ndarray] = []
-    least_areas: list[float] = []  # what has to stay visible of each mask, in pixels
+    least_areas: list[float] = []  # number of pixels of each mask that must stay visible
     for _ in range(digits):
         index = rng.integers(len(sources.values))
         opacity = _upscale(sources.digits[index], int(rng.integers(SIDES[0], SIDES[1] + 1)))
@@ -145,8 +145,8 @@ def _place(
 
 
 def _colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The one of several random RGB colours that stands out most from the (h, w, 3) pixels around it."""
+    """Of several random RGB colours, the one that stands out most from the (h, w, 3) pixels around it."""
     colours = rng.uniform(0, 255, (COLOURS_TRIED, 3))
     distances = np.linalg.norm(colours[:, None] - background.reshape(1, -1, 3), axis=-1)
-    # Visibility is the distance to the tenth of the pixels that are most similar.
+    # Visibility is the distance exceeded by all but the most similar tenth of the pixels.
     return colours[np.quantile(distances, 0.1, axis=1).argmax()]

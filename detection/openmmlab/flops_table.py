@@ -1,10 +1,10 @@
-"""Prints parameters and FLOPs of complete detectors and segmentors; the command line of both packages.
+"""Print the parameters and FLOPs of complete detectors and segmentors: the ``complexity`` command of both packages.
 
-The convention is that of the published tables. A multiply-add counts as one; ``classification.models.flops`` lists the
+FLOPs are counted as in the published tables. A multiply-add counts as one; ``classification.models.flops`` lists the
 operations that count. The model runs on one image in evaluation mode, in its ``tensor`` mode without post-processing.
-For Mask R-CNN that covers backbone, FPN, RPN, the box head on the proposals of the RPN (1,000 in the recipes, at their
-size) and the mask head on the first 100 of them; for UPerNet it covers backbone and decode head. The auxiliary head,
-which is used only in training, counts in the parameters but not in the FLOPs.
+For Mask R-CNN this covers backbone, FPN, RPN, the box head on the proposals of the RPN (1,000 in the recipes, at their
+size) and the mask head on the first 100 of them. For UPerNet it covers backbone and decode head. The auxiliary head,
+which is used only in training, is part of the parameters but not of the FLOPs.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def print_table(
     width = max(map(len, configs)) + 2
     print(f"{'config':<{width}}{'size':>10}{'parameters':>14}{'GFLOPs':>10}")
     for name, config in configs.items():
-        torch.manual_seed(0)  # on a few images the number of proposals depends on the initial values
+        torch.manual_seed(0)  # for some image sizes, the number of proposals depends on the initial values
         model = build_model(config)
         try:
             flops = count_model_flops(model, size)

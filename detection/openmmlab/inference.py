@@ -1,4 +1,4 @@
-"""The command line for predictions on images, for both packages. It checks all inputs before the first prediction."""
+"""The prediction command of both packages. It checks all inputs before the first prediction."""
 
 import json
 import warnings
@@ -35,7 +35,7 @@ class Predictor(ABC):
     model: Any  # nn.Module with dataset_meta
 
     def __init__(self, config: Config, device: str, args: Namespace) -> None:
-        with warnings.catch_warnings(record=True):  # of a missing checkpoint, which is loaded next
+        with warnings.catch_warnings(record=True):  # about the missing checkpoint, which is loaded next
             self.model = self.build(config, device)
         self.args = args
 
@@ -90,7 +90,7 @@ def plan_outputs(images: Sequence[Path], folder: Path, endings: Sequence[str]) -
     """Map every image to the path of its output files without their endings.
 
     Raises:
-        UserError: if a file would be written twice or replace one of the images, or if the folder is a file.
+        UserError: if two images share an output file, an output would overwrite an image, or the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out-dir: {folder} is not a folder")
@@ -100,7 +100,7 @@ def plan_outputs(images: Sequence[Path], folder: Path, endings: Sequence[str]) -
             output = folder / f"{image.stem}{ending}"
             if output in writers:
                 raise UserError(
-                    f"{writers[output]} and {image} would both be written to {output}; rename one or run them apart"
+                    f"{writers[output]} and {image} would both be written to {output}; rename one or use two folders"
                 )
             writers[output] = image
     resolved = {image.resolve() for image in images}
@@ -128,7 +128,7 @@ def load_weights(model: Any, checkpoint: Mapping[str, Any], path: Path, config: 
 
     Raises:
         WeightsError: if the checkpoint does not fit the model.
-        UserError: if the number of class names differs from that of the model's classes.
+        UserError: if the number of class names differs from the model's number of classes.
     """
     load_strictly(model, state_dict_of(checkpoint, path), path)
     meta = checkpoint.get("meta", {}).get("dataset_meta") or {}
@@ -140,7 +140,7 @@ def load_weights(model: Any, checkpoint: Mapping[str, Any], path: Path, config: 
     count = max(getattr(module, "num_classes", 0) or 0 for module in model.modules())  # an RPN has one
     names = meta.get("classes") or ()
     if len(names) != count:
-        raise UserError(f"{source} names {len(names)} classes, the model has {count}; use its own config")
+        raise UserError(f"{source} names {len(names)} classes, but the model has {count}; use the matching config")
     model.dataset_meta = meta
 
 
@@ -151,7 +151,7 @@ def predict(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -
         UserError, WeightsError, ImageFileError: naming what is wrong, before the first image.
     """
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", module="mm(cv|engine|det|seg)")  # notes to the developers of these packages
+    warnings.filterwarnings("ignore", module="mm(cv|engine|det|seg)")  # meant for the developers of these packages
     device = choose_device(args.device)
     config = load_config(kind.package, args.config)
     images = find_images(args.images)

@@ -1,4 +1,4 @@
-"""Checks OpenMMLab's packages before they are used, and reports each fault in one line with the command to fix it."""
+"""Check OpenMMLab's packages before they are used, and report each problem in one line with the command to fix it."""
 
 import importlib
 import importlib.metadata
@@ -32,7 +32,7 @@ _IMPORTED = {
         f"pip uninstall -y mmcv && pip install --force-reinstall --no-deps mmcv-lite=={spatial_mamba_mmcv.VERSION}"
     ),
 }
-_COMPILED = {"mmcv-lite": "mmcv"}  # distribution -> one that may replace it
+_COMPILED = {"mmcv-lite": "mmcv"}  # distribution -> an accepted replacement
 
 
 def check_packages(package: str) -> None:
@@ -50,7 +50,7 @@ def check_packages(package: str) -> None:
                 install += " --force-reinstall --no-deps"  # removing another package deleted its files
             raise UserError(f"{distribution}, which this command needs, is missing: {install}")
         if not Version(first) <= Version(version) < Version(beyond):
-            raise UserError(f"{module} {version} is unsupported, it must be >= {first} and < {beyond}: {install}")
+            raise UserError(f"{module} {version} is unsupported; it must be >= {first} and < {beyond}: {install}")
     if find_spec("pkg_resources") is None:
         raise UserError("mmengine imports pkg_resources, which setuptools 82 removed: pip install 'setuptools<82'")
     for module, remedy in _IMPORTED.items():

@@ -1,4 +1,4 @@
-"""Prepares OpenMMLab's runner for machines without a GPU: process groups over gloo, no SyncBN."""
+"""Prepare OpenMMLab's runner for machines without a GPU: process groups over gloo, no SyncBN."""
 
 import os
 import subprocess
@@ -24,8 +24,8 @@ def prepare_processes(config: Config) -> None:
     therefore exist before the runner is built, and the config must set the wrapper.
 
     Raises:
-        UserError: if the launcher did not start this process, if there are GPUs but fewer than processes on this
-            machine, or if MPI finds none.
+        UserError: if the launcher did not start this process, if this machine has GPUs but fewer than processes, or
+            if the launcher is MPI and there is no GPU.
     """
     if config.launcher == "none":
         return

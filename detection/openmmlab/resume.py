@@ -1,4 +1,4 @@
-"""Makes a resumed run of mmengine identical to an uninterrupted one, in every random number and every image."""
+"""Make a resumed run of mmengine identical to an uninterrupted one, in every random number and every image."""
 
 import inspect
 import itertools
@@ -21,16 +21,16 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 class ExactResumeHook(Hook):
     """Derives all randomness of training from the seed of the run, and continues exactly where the checkpoint ends.
 
-    mmengine resumes a run with new random numbers, with another order of the images if the config has no seed, and
-    an iteration-based run by loading every finished batch again. With this hook
+    Without this hook, mmengine resumes with new random numbers and, if the config has no seed, a new order of the
+    images. It resumes an iteration-based run by loading every finished batch again. With this hook
 
     - the order of the images depends on the seed of the run, which the checkpoint holds;
     - the augmentation of an image depends on seed, epoch, process and position, not on the number of workers;
     - the random numbers of an update (drop path, dropout, sampling of proposals) depend on seed, process and iteration;
     - an iteration-based run with mmengine's own samplers skips the finished part without loading it.
 
-    It changes no setting of a config. It cannot restore gradients accumulated across a checkpoint, or augmentation by
-    wrappers of data sets (repeating, mixing).
+    The hook changes no settings. It cannot restore gradients accumulated across a checkpoint, or the augmentation of
+    data set wrappers that repeat or mix images.
     """
 
     priority = "VERY_HIGH"
@@ -41,7 +41,7 @@ class ExactResumeHook(Hook):
         loader, batches = loop.dataloader, loop.dataloader.batch_sampler
         sampler, done = batches.sampler, 0
         seed = runner.cfg.train_dataloader.sampler.get("seed")
-        if seed is None:  # all processes use one order, even if their other random numbers differ
+        if seed is None:  # all processes use the same order, even if their other random numbers differ
             differ = runner.cfg.get("randomness", {}).get("diff_rank_seed", False)
             seed = runner.seed - get_rank() if differ else runner.seed
         if type(sampler) is InfiniteSampler:
@@ -97,8 +97,8 @@ class _SeededSampler(Sampler):
     """The indices of another sampler, each with the seed of its position in the run.
 
     Args:
-        sampler: of mmengine or mmdet.
-        seed: of the run.
+        sampler: a sampler of mmengine or mmdet.
+        seed: the seed of the run.
         skipped: number of indices to skip.
     """
 

@@ -68,7 +68,7 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     """
     parser = _common_parser("train.py", f"Train a model of {package}.")
     parser.add_argument("--amp", action="store_true", help="train in mixed precision")
-    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the total batch")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="FILE", help="continue from FILE, or the newest in the work folder"
     )
@@ -97,7 +97,7 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     """Test a checkpoint with a config of mmdet or mmseg, as the command line asks.
 
     Raises:
-        UserError, WeightsError, OSError: as ``train``.
+        UserError, WeightsError, OSError: see ``train``.
     """
     parser = _common_parser("test.py", f"Test a model of {package}.")
     parser.add_argument("checkpoint", help="checkpoint file")
@@ -105,9 +105,9 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", help=f"{what} to write")
     parser.add_argument("--show", action="store_true", help="show predictions in a window")
     parser.add_argument("--show-dir", metavar="FOLDER", help="write images with predictions drawn over them")
-    parser.add_argument("--wait-time", type=float, default=2, metavar="SECONDS", help="pause of --show")
+    parser.add_argument("--wait-time", type=float, default=2, metavar="SECONDS", help="time per image of --show")
     parser.add_argument("--tta", action="store_true", help="average over the scales and flips of tta_pipeline")
-    parser.add_argument("--ddp", nargs="?", const=True, help=argparse.SUPPRESS)  # exists in the published tool
+    parser.add_argument("--ddp", nargs="?", const=True, help=argparse.SUPPRESS)  # an option of the published tool
     args = parser.parse_args(argv)
     config = _configure(package, args)
     if args.ddp is not None:
@@ -162,7 +162,7 @@ def _configure(package: str, args: argparse.Namespace) -> Config:
 
 
 def _move_data(config: Config, folder: str) -> None:
-    """Replace every ``data_root`` by another folder in the paths of loaders and evaluators.
+    """Replace ``data_root`` with another folder in all paths of loaders and evaluators.
 
     Raises:
         UserError: if the config has no ``data_root``.
@@ -194,7 +194,7 @@ def _values(part: Any, name: str) -> Iterator[Any]:
 
 
 def _keep_total_batch(config: Config) -> None:
-    """Distribute the images of an update, ``total_batch`` of the config, over the processes.
+    """Distribute the images of an update, given by ``total_batch`` in the config, over the processes.
 
     ``total_batch`` is ``dict(images=N, processes=P)``. A config whose ``batch_size`` is not N / P keeps it.
 
@@ -223,7 +223,7 @@ def _draw_predictions(package: str, config: Config, args: argparse.Namespace) ->
         print_log("--show-dir: only the first process draws, and only its own images; use one process", "current")
     hook.update(draw=True, interval=1, show=args.show, wait_time=args.wait_time)
     if args.show_dir and package == "mmdet":
-        hook.test_out_dir = str(Path(args.show_dir).resolve())  # mmdet puts a relative path into the work folder
+        hook.test_out_dir = str(Path(args.show_dir).resolve())  # mmdet resolves relative paths in the work folder
     elif args.show_dir:
         config.visualizer.save_dir = args.show_dir
 

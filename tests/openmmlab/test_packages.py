@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
     [
         ({"missing": "mmdet"}, r"mmdet, which this command needs, is missing: pip install mmdet==3\.3\.0 --force"),
         ({"missing": "mmcv"}, r"mmcv-lite, .* is missing: pip install mmcv-lite==2\.1\.0 --force-reinstall"),
-        ({"versions": {"mmcv-lite": "2.2.0"}}, r"mmcv 2\.2\.0 is unsupported, it must be >= 2\.0\.0 and < 2\.2\.0: "),
+        ({"versions": {"mmcv-lite": "2.2.0"}}, r"mmcv 2\.2\.0 is unsupported; it must be >= 2\.0\.0 and < 2\.2\.0: "),
         ({"versions": {"mmcv": "1.7.0"}}, r"mmcv 1\.7\.0 is unsupported"),  # the compiled one is what is imported
         ({"versions": {"mmengine": "0.7.1"}}, r"mmengine 0\.7\.1 is unsupported.*pip install mmengine==0\.10\.7"),
         ({"missing": "pkg_resources"}, r"mmengine imports pkg_resources, .*: pip install 'setuptools<82'"),
