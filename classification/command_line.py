@@ -1,4 +1,4 @@
-"""The options that choose the model a command works on."""
+"""The options that choose the model and device of a command."""
 
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ def add_model_options(parser: argparse.ArgumentParser, untrained: bool = True) -
     """Add the options of ``chosen_model``: a checkpoint or, if ``untrained``, a model by name; EMA weights; device."""
     source = parser.add_mutually_exclusive_group(required=True) if untrained else parser
     source.add_argument(
-        "--checkpoint", type=Path, required=not untrained, metavar="FILE", help="weights, which also give the variant"
+        "--checkpoint", type=Path, required=not untrained, metavar="FILE", help="weights, which determine the variant"
     )
     if untrained:
         names = timm.list_models("spatial_mamba_*")
@@ -34,7 +34,7 @@ def add_model_options(parser: argparse.ArgumentParser, untrained: bool = True) -
 
 
 def chosen_model(args: argparse.Namespace) -> TrainedClassifier:
-    """The model that ``add_model_options`` describe, in evaluation mode on its device.
+    """The model chosen by the options of ``add_model_options``, in evaluation mode on its device.
 
     Raises:
         UserError: for options that contradict each other, a GPU where there is none, or an unusable checkpoint.

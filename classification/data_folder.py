@@ -1,4 +1,4 @@
-"""A generated data set: a folder that appears complete or not at all, and the command that writes it."""
+"""Write generated data sets: the folder appears complete or not at all. Includes the command that writes them."""
 
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -9,14 +9,14 @@ from ..kernels.errors import UserError
 
 
 def write_folder(folder: Path, files: Collection[str], write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a new folder, which is renamed to ``folder`` when it is complete.
+    """Let ``write`` fill a new folder, and rename it to ``folder`` when it is complete.
 
     A folder that has all the files already is left as it is. An interrupted run leaves a hidden folder next to it,
     which the next run removes.
 
     Args:
         files: the paths that ``write`` makes, relative to the folder.
-        write: called with the path of the folder to fill, which exists.
+        write: called with the path of the empty folder to fill.
 
     Raises:
         UserError: if ``folder`` holds something else.

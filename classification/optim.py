@@ -16,14 +16,14 @@ FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "nesterov", "momentum")  # PyTorch's
 
 
 def learning_rate_scale(config: CfgNode, world_size: int) -> float:
-    """Images per update divided by 512, the batch that the configured rates are for; 1 without ``TRAIN.SCALE_LR``."""
+    """Images per update over 512, the batch size that the configured rates are for; 1 without ``TRAIN.SCALE_LR``."""
     if not config.TRAIN.SCALE_LR:
         return 1.0
     return config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS / 512
 
 
 def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch.optim.Optimizer:
-    """Build the optimiser; 1-D parameters, names ending in ``.bias`` and what the model exempts do not decay.
+    """Build the optimiser. 1-D parameters, names ending in ``.bias`` and the model's exceptions have no weight decay.
 
     PyTorch's optimisers run fused: one pass over a parameter and its state instead of one per operation.
 

@@ -38,8 +38,8 @@ def classify(
         top_k: number of classes to report.
 
     Yields:
-        For each image a dictionary: ``image``, and ``classes``, from the most probable on, of ``name``, ``index`` and
-        ``probability``; for a file that cannot be read, the ImageFileError that says so.
+        For each image a dictionary with ``image`` and ``classes``: dictionaries with ``name``, ``index`` and
+        ``probability``, the most probable class first. For a file that cannot be read, an ImageFileError.
     """
     transform = classifier.preprocessing.transform()
     device = next(classifier.model.buffers()).device
@@ -72,7 +72,7 @@ def _read(path: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor | Im
 
 
 def class_names(classifier: TrainedClassifier, file: Path | None = None) -> list[str]:
-    """Names of the classes: of a file with a line each, else of the checkpoint, else of ImageNet, else numbers.
+    """Names of the classes: from a file with one per line, else the checkpoint's, else ImageNet's, else numbers.
 
     Raises:
         UserError: for a file that cannot be read, or does not have one line per class.
@@ -84,14 +84,14 @@ def class_names(classifier: TrainedClassifier, file: Path | None = None) -> list
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--classes {file}: cannot be read ({error})") from error
         if len(names) != count:
-            raise UserError(f"--classes {file}: has {len(names)} lines, the model {count} classes; give a line each")
+            raise UserError(f"--classes {file}: has {len(names)} lines for the model's {count} classes; give one each")
         return names
     imagenet = ImageNetInfo("imagenet-1k")
     synsets = imagenet.label_names()
     if classifier.class_names is None:
         known = count == imagenet.num_classes()
         return [imagenet.index_to_description(i) if known else f"class {i}" for i in range(count)]
-    # The folders of ImageNet, and of subsets of it, are named by synsets.
+    # ImageNet and its subsets name class folders by synsets.
     return [imagenet.label_name_to_description(n) if n in synsets else n for n in classifier.class_names]
 
 
@@ -126,7 +126,7 @@ def _parser() -> Parser:
     parser = Parser("spatial-mamba predict", __doc__, "photo.jpg photos/ --checkpoint spatialmamba_tiny.pth")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, folder, or pattern such as '*.jpg'")
     add_model_options(parser, untrained=False)
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, a line each")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one per line")
     parser.add_argument("--top-k", type=whole_number, default=5, metavar="K", help="classes per image (default: 5)")
-    parser.add_argument("--json", action="store_true", help="a JSON object per image")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     return parser

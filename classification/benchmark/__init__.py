@@ -1,1 +1,1 @@
-"""Times whole models, their parts, processes and data loading: ``spatial-mamba benchmark models`` and ``loading``."""
+"""Time whole models, their parts, processes and data loading: ``spatial-mamba benchmark models`` and ``loading``."""

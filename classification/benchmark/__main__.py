@@ -56,10 +56,10 @@ def _parser(prog: str) -> Parser:
     add("--batch", nargs="+", type=whole_number, metavar="N", help="images (default: 8 on a CPU, 128 on a GPU)")
     side = roster.BASE_RESOLUTION
     add("--resolution", nargs="+", type=image_size, default=[side], metavar="N", help=f"of images (default: {side})")
-    add("--same-pixels", action="store_true", help="--batch counts images of 224x224; take as many pixels at each size")
+    add("--same-pixels", action="store_true", help="--batch counts images of 224x224; keep its pixels at other sizes")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--parts", action="store_true", help="time each part of Spatial-Mamba by itself")
-    text = "time training steps over N processes; --batch counts images, --threads threads (1) of each"
+    text = "time training steps over N processes; --batch and --threads (default: 1) are per process"
     kind.add_argument("--processes", nargs="+", type=whole_number, metavar="N", help=text)
     return parser
 
@@ -84,7 +84,7 @@ def _check(args: argparse.Namespace, models: Sequence[roster.Model]) -> None:
         raise UserError("--parts: only spatial_mamba_tiny, _small and _base have parts; name one of them in --models")
     gpus = torch.cuda.device_count()
     if args.processes and args.device == "cuda" and max(args.processes) > gpus:
-        raise UserError(f"--processes {max(args.processes)}: each process needs a GPU of its own, and there are {gpus}")
+        raise UserError(f"--processes {max(args.processes)}: each process needs its own GPU, but there are {gpus}")
 
 
 def _benchmark(parser: Parser, argv: Sequence[str] | None) -> int:

@@ -1,9 +1,9 @@
-"""The baseline: the published formulation of Spatial-Mamba, with the same weights, in PyTorch's operations.
+"""The baseline: the published formulation of Spatial-Mamba, with the same weights, written in PyTorch.
 
 It does what the paper's code does, in the same order and layouts. Nothing is fused. Maps are (B, C, H, W) from the
 convolution to the output of the core. Delta is expanded by a matrix product. The states are fused by three dilated
 convolutions of padded copies in training, and in inference by one dense 11x11 convolution with a kernel merged in
-advance. The published code has a native scan; here the fastest available scan takes its place. States pass between
+advance. The published code has a native scan; here the fastest available scan replaces it. States pass between
 operations in the dtype of the activations.
 """
 
@@ -21,8 +21,8 @@ from ..models.spatial_mamba import Block, SpatialMamba, StructureAwareSSM
 def as_baseline(model: SpatialMamba) -> SpatialMamba:
     """Give the blocks of a model the published formulation, in place; the weights are kept.
 
-    The dense kernels are merged here, once, as the published code merges them at their first use. Load weights before,
-    and do not evaluate after training.
+    The dense kernels are merged here, once; the published code does so at their first use. Load weights before this
+    call, and do not evaluate after training.
     """
     for module in model.modules():
         if isinstance(module, StructureAwareSSM):

@@ -1,7 +1,7 @@
-"""Time data loading with the trainer's own pipeline: each step alone, and the loader by number of its processes.
+"""Time data loading with the trainer's own pipeline: each step alone, and the loader with several process counts.
 
-Without --data-path it reads random JPEG images of the size of ImageNet's, from a temporary folder. Prints a table, and
-writes loading.json.
+Without --data-path it reads generated JPEG images of ImageNet's average size from a temporary folder. Prints a table,
+and writes loading.json.
 """
 
 import io
@@ -31,9 +31,9 @@ from ..data import build_mixup, build_train_loader, build_val_loader
 from ..distributed import Process
 from ..models.image_files import open_image
 
-# About 110 kB each, as ImageNet's average photograph; sizes are (width, height).
+# About 110 kB each, like the average photograph of ImageNet; sizes are (width, height).
 PHOTO_SIZE, NOISE_SIZE, PHOTO_QUALITY = (500, 375), (160, 120), 90
-MANY = 100_000  # images per pass; a smaller data set starts again
+MANY = 100_000  # images per pass; smaller data sets are repeated
 PIPELINES = ("decode", "train", "train + Mixup", "evaluation")
 COLUMNS = (
     Column("", "name"),
@@ -57,8 +57,8 @@ def step_rates(config: CfgNode, device: torch.device, seconds: float) -> dict[st
     """Images per second of each step alone, in this process; Mixup runs on ``device``, as in training.
 
     Args:
-        config: of the trainer.
-        seconds: of timing per step.
+        config: the trainer's config.
+        seconds: how long to time each step.
     """
     process = Process(0, 1, device)
     train: Any = build_train_loader(config, process).dataset
@@ -95,7 +95,7 @@ def loader_rate(config: CfgNode, pipeline: str, device: torch.device, seconds: f
     The first batches, during which the processes start, are not timed.
 
     Args:
-        pipeline: one of ``PIPELINES``; ``decode`` passes on nothing of the image.
+        pipeline: one of ``PIPELINES``; ``decode`` discards the decoded image.
     """
     process = Process(0, 1, device)
     loader: Any
@@ -165,10 +165,10 @@ def _benchmark(parser: Parser, argv: Sequence[str] | None) -> int:
         config, _ = load_config(args.cfg, [*overrides, ("DATA.NUM_WORKERS", 0)])
         if not args.data_path:
             write_photos(Path(folder), max(2, config.DATA.BATCH_SIZE))  # at least one batch per epoch
-        report = Report("loading", parser, args, argv, keep_freed=False)  # the trainer does not keep it either
+        report = Report("loading", parser, args, argv, keep_freed=False)  # like the trainer
         try:
             _measure(report, config, args.workers or _default_workers(), args.seconds)
-        except UserError as error:  # a loader process puts its traceback in front
+        except UserError as error:  # from a loader process, it starts with a traceback
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
     return report.finish()
 

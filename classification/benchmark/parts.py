@@ -1,4 +1,4 @@
-"""Where the time goes: the parts of Spatial-Mamba, each compared with a lower bound of its time.
+"""Where the time goes: the parts of Spatial-Mamba, each compared with a lower bound on its time.
 
 The lower bound is the longer of two times: that of the compulsory bytes at the bandwidth of a memory copy, and that of
 the multiply-adds at the speed of a large matrix product. Both speeds are measured in the same run.
@@ -48,8 +48,8 @@ class Bench:
     """Measures the parts of one classifier.
 
     In inference weights and activations have the case's dtype; in training weights are float32, and the parts run under
-    autocast to it. What lies inside a part, such as the hidden layer of an MLP, need not go through memory and does
-    not count.
+    autocast to it. Tensors inside a part, such as the hidden layer of an MLP, need not go through memory and do not
+    count.
     """
 
     def __init__(self, model: SpatialMamba, case: Case, trial: measure.Trial, is_fused: bool) -> None:
@@ -81,7 +81,7 @@ class Bench:
         return self.rows
 
     def add_all(self) -> None:
-        """Add the parts in the order they run in; one block stands for all of a stage, whose shapes are the same."""
+        """Add the parts in the order they run; one block represents all blocks of a stage, which have equal shapes."""
         model: Any = self.model
         tokens = self.add("stem", 1, model.patch_embed, self.images, reads=(model.patch_embed,), is_first=True)
         for i, stage in enumerate(model.layers, 1):
@@ -94,7 +94,7 @@ class Bench:
 
     def _add_block(self, stage: str, depth: int, block: Any, tokens: Shape) -> None:
         ssm, inner, wide = block.self_attention, *_wider(tokens)
-        mixer = copy.deepcopy(ssm)  # what lies between the projections
+        mixer = copy.deepcopy(ssm)  # everything between the projections
         mixer.in_proj = mixer.out_proj = nn.Identity()
         modules = {
             "cpe1 + x": (block.cpe1, tokens),
@@ -138,12 +138,12 @@ class Bench:
         has_backward: bool = True,
         is_first: bool = False,
     ) -> Shape:
-        """Add a part: its compulsory bytes and FLOPs, the lower bound of its time, and a call of it.
+        """Add a part: its compulsory bytes and FLOPs, the lower bound on its time, and its measured time.
 
         Args:
-            count: how often the model has it; bytes, FLOPs and times are for all occurrences.
-            shapes: of its inputs.
-            reads: modules whose weights it reads.
+            count: how often it occurs in the model; bytes, FLOPs and times are for all occurrences.
+            shapes: the shapes of its inputs.
+            reads: the modules whose weights it reads.
             has_backward: whether a training step computes gradients.
             is_first: leave out the gradients of the inputs.
 
@@ -178,5 +178,5 @@ class Bench:
 
 
 def _wider(tokens: Shape) -> tuple[Shape, Shape]:
-    """The shapes of the mixer's channels, and of these with their gate."""
+    """The shapes of the mixer's tokens without and with their gate."""
     return (*tokens[:-1], 2 * tokens[-1]), (*tokens[:-1], 4 * tokens[-1])

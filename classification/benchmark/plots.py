@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MARKERS = dict(zip(FORMS, "os^D*vPpX", strict=True))
 # Okabe and Ito's colours, one per family.
 COLOURS = dict(zip(SOURCES, ("#D55E00", "#7f7f7f", "#56B4E9", "#0072B2", "#009E73", "#CC79A7"), strict=True))
-LINES = ("-", "--", ":")  # of the models of a family, from the smallest
+LINES = ("-", "--", ":")  # for the models of a family, the smallest first
 COSTS = {"ns/pixel": ("seconds", 1e9), "peak bytes/pixel": ("peak_bytes", 1)}
 Result = Mapping[str, Any]
 

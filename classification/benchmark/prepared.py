@@ -20,11 +20,11 @@ EAGER, FUSED, COMPILE, FUSED_COMPILE, CUDAGRAPH = "eager", "fused", "compile", "
 CHECKPOINT, ONNX, ONNX_INT8, AOTI = "checkpoint", "onnx", "onnx+int8", "aoti"
 FORMS = (EAGER, FUSED, COMPILE, FUSED_COMPILE, CUDAGRAPH, CHECKPOINT, ONNX, ONNX_INT8, AOTI)
 COMPILED, EXPORTED = (COMPILE, FUSED_COMPILE, CUDAGRAPH), (ONNX, ONNX_INT8, AOTI)
-# What replaces a form in models and modes that lack it.
+# The form used instead where a model or mode lacks one.
 REPLACEMENTS = {FUSED: EAGER, FUSED_COMPILE: COMPILE} | dict.fromkeys(EXPORTED, EAGER)
 MOST_COMPILED = 256  # graphs that torch.compile keeps per function; by default it gives up after 8
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
-TRIALS = 2  # of each setting, of which the faster counts
+TRIALS = 2  # per setting; the faster one counts
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05
 LOSS_SCALE = 1024.0  # for float16: low enough that no step is skipped
 CLASSES = 1000
@@ -32,7 +32,7 @@ CLASSES = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """The work of all models: a pass over random images, in inference or in a training step."""
+    """The work to time in every model: a pass over random images, in inference or in a training step."""
 
     mode: str
     dtype: str

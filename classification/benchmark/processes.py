@@ -33,7 +33,7 @@ COLUMNS = (
 def add_tables(report: Report, models: Sequence[Model], case: Case, args: argparse.Namespace) -> None:
     """Add one table per model to the report, with a row per number of processes.
 
-    Efficiency is relative to the smallest number of processes; if these are several, to their step without all-reduce.
+    Efficiency is relative to the smallest number of processes; if that is above 1, to its step without all-reduce.
     """
     for model in models:
         rows: list[measure.Row] = []
@@ -48,7 +48,7 @@ def add_tables(report: Report, models: Sequence[Model], case: Case, args: argpar
 
 
 def time_steps(model: Model, case: Case, processes: int, args: argparse.Namespace) -> measure.Row:
-    """Start the processes, with a GPU each on ``cuda``, and time their steps.
+    """Start the processes, each with its own GPU on ``cuda``, and time their steps.
 
     Returns:
         ``seconds`` of a step. For several processes also the seconds of a step ``unsynchronised``, of one
@@ -89,8 +89,8 @@ def _process(rank: int, processes: int, model: Model, case: Case, args: argparse
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     dist.barrier()
-    # A thread of gloo releases the tensor of an all-reduce a little after its return, and needs the interpreter's lock
-    # for it. Destroying the process group waits for the thread while holding the lock, and sometimes hangs.
+    # A gloo thread releases the tensor of an all-reduce shortly after the call returns, and needs the interpreter's
+    # lock for this. Destroying the process group waits for the thread while holding the lock, and sometimes hangs.
     os._exit(0)
 
 

@@ -31,7 +31,7 @@ class Model:
     Attributes:
         name: in timm's registry; after ``baseline/`` for the baseline.
         family: a key of ``SOURCES``.
-        accuracy: published ImageNet-1K top-1 in percent, trained on ImageNet-1K alone, at 224x224.
+        accuracy: published ImageNet-1K top-1 in percent, trained only on ImageNet-1K, at 224x224.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Model:
     def layouts(self) -> tuple[str, ...]:
         """The memory formats to try.
 
-        Spatial-Mamba keeps its tokens channels-last; the baseline keeps maps contiguous where it convolves, and Swin
+        Spatial-Mamba keeps its tokens channels-last, the baseline uses contiguous maps for its convolutions, and Swin
         has a single convolution.
         """
         fixed = {OURS: ("channels-last",), BASELINE: ("contiguous",), "Swin": ("contiguous",)}

@@ -21,12 +21,12 @@ from .onnx_file import export_onnx, onnx_facts, onnx_function, require_onnx
 from .programs import export_aoti, export_program, height_and_width, require_compiler
 
 TOLERANCE = 1e-4  # of the largest logit
-INT8_TOLERANCE = 0.5  # a wrong file is further off; how good a right one is, images tell
+INT8_TOLERANCE = 0.5  # only detects broken files; the accuracy must be measured on images
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: its ending, what writes it, and what makes a function of images of it."""
+    """A file format: its ending, the function that writes it, and the one that loads it as a function of images."""
 
     ending: str
     write: Callable[[TrainedClassifier, Path, argparse.Namespace, Mapping[str, str]], None]
@@ -64,7 +64,7 @@ def _command(argv: Sequence[str] | None) -> None:
             tolerance = INT8_TOLERANCE if args.int8 else TOLERANCE
             if not difference <= tolerance:
                 raise UserError(
-                    f"{args.output}: not written, for its outputs differ from the model's by {difference:.2g} of the "
+                    f"{args.output}: not written, since its outputs differ from the model's by {difference:.2g} of the "
                     f"largest, more than {tolerance:g}; please report the model and the versions of the packages"
                 )
     except OSError as error:
@@ -74,16 +74,16 @@ def _command(argv: Sequence[str] | None) -> None:
 
 
 def metadata_of(classifier: TrainedClassifier, size: tuple[int, int]) -> dict[str, str]:
-    """What a user of the file needs to know, each value in JSON.
+    """What is needed to use the file, each value in JSON.
 
     Args:
-        classifier: that is exported.
+        classifier: the exported classifier.
         size: height and width of the images.
 
     Returns:
         ``variant``; ``image_size``: height and width; ``mean`` and ``std``: per channel, of pixels from 0 to 1;
         ``crop``: whether the centre is cropped, ``crop_share`` of the short side, or the image is squashed;
-        ``interpolation``; and, where they are known, ``class_names``.
+        ``interpolation``; and, if known, ``class_names``.
     """
     preprocessing = classifier.preprocessing
     facts = {
@@ -135,7 +135,7 @@ FORMATS = {
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Find the format, and refuse what makes no sense, before any work.
+    """Determine the format, and refuse contradictory options before any work.
 
     Raises:
         UserError: naming the option.
@@ -146,15 +146,15 @@ def _check_options(args: argparse.Namespace) -> None:
         endings = {".onnx": "onnx", ".pt2": "torch"}
         args.format = endings.get(args.output.suffix) if args.output else "onnx"
         if args.format is None:
-            raise UserError(f"--output {args.output}: must end in .onnx or .pt2, or name a --format")
+            raise UserError(f"--output {args.output}: must end in .onnx or .pt2, or give a --format")
     ending = FORMATS[args.format].ending
     if args.output and args.output.suffix != ending:
         raise UserError(f"--output {args.output}: a file of the format {args.format} must end in {ending}")
     if args.int8 and args.format != "onnx":
-        raise UserError(f"--int8: only ONNX files are quantised, not the format {args.format}; take --format onnx")
+        raise UserError(f"--int8: only ONNX files are quantised, not the format {args.format}; use --format onnx")
     if args.format != "aoti":
         if args.device == "cuda":
-            raise UserError(f"--device cuda: a file of the format {args.format} is for any device; leave it out")
+            raise UserError(f"--device cuda: a file of the format {args.format} runs on any device; omit the option")
         args.device = "cpu"
     if args.format == "onnx":
         require_onnx()
@@ -166,7 +166,7 @@ def _check_output(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder; name the file to write")
     if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}; make it first")
+        raise UserError(f"--output {path}: there is no folder {path.parent}; create it first")
 
 
 def _report(args: argparse.Namespace, model: torch.nn.Module, difference: float, seconds: tuple[float, float]) -> str:
@@ -190,7 +190,7 @@ def _report(args: argparse.Namespace, model: torch.nn.Module, difference: float,
 def _parser() -> Parser:
     parser = Parser("spatial-mamba export", __doc__, "--checkpoint spatialmamba_tiny.pth --output tiny.onnx")
     add_model_options(parser)
-    parser.add_argument("--format", choices=tuple(FORMATS), help="default: by the ending of --output, else onnx")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="default: from the ending of --output, else onnx")
     parser.add_argument(
         "--size",
         type=int,

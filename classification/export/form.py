@@ -1,7 +1,7 @@
-"""The form in which models are exported: the same function in standard operations that runtimes execute fast.
+"""The form in which models are exported: the same function, in standard operations that run fast.
 
 It has no operators of this package. Tokens stay channels-last except in convolutions, BatchNorms are folded into
-convolutions, and the scan has no loop but at most a few hundred operations. A test compares it with the reference
+convolutions, and the scan has at most a few hundred operations and no loop. A test compares the form with the reference
 implementations.
 """
 

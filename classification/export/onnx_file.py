@@ -64,7 +64,7 @@ def export_onnx(
         )
     assert program is not None
     graph = program.model
-    # The parts of the exporter's own optimisation that this graph needs. All of it takes quadratic time.
+    # Only the parts of the exporter's optimisation that this graph needs: all of them would take quadratic time.
     optimizer.fold_constants(graph, onnx_shape_inference=True)
     rewriter.rewrite(graph, [materialize_reshape_shape_rule, reshape_reshape_rule])
     for simplify in (
@@ -103,7 +103,7 @@ def _quantised(proto: Any) -> Any:
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantised.onnx"
-        logging.disable(logging.WARNING)  # it recommends constant folding, which is done
+        logging.disable(logging.WARNING)  # it recommends constant folding, which has been done
         try:
             quantize_dynamic(
                 proto,

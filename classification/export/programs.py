@@ -91,7 +91,7 @@ def require_compiler() -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise UserError("AOTInductor needs a C++ compiler: install g++, or set the variable CXX to one") from error
+        raise UserError("AOTInductor needs a C++ compiler: install g++, or set CXX to a compiler") from error
 
 
 @contextmanager

@@ -103,23 +103,21 @@ def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, T
     if model.encoder != file.encoder:
         theirs, ours = file.encoder.options(), model.encoder.options()
         changes = ", ".join(f"{name}={value}" for name, value in theirs.items() if value != ours[name])
-        return (
-            f"holds another model, {file}, than the one to load, {model}; choose that model or config, with {changes}"
-        )
+        return f"holds another model, {file}, instead of {model}; choose that model or config, with {changes}"
     if model.num_classes is None and file.num_classes is None:
         if not all(name.startswith("outnorm") for name in own.keys() ^ state.keys()):
             return None
         return (
-            f"its output norms are those of out_indices={file.out_indices}, the model has {model.out_indices}; "
-            "make the model with those, or start from the file with pretrained=FILE"
+            f"its output norms are those of out_indices={file.out_indices}, but the model has {model.out_indices}; "
+            "build the model with those, or start from the file with pretrained=FILE"
         )
     if model.num_classes is None:
-        return "holds a classifier, the model is a backbone; start from the file with pretrained=FILE"
+        return "holds a classifier, but the model is a backbone; start from the file with pretrained=FILE"
     if file.num_classes is None:
-        return "holds a backbone, the model is a classifier; use the file of a classifier"
+        return "holds a backbone, but the model is a classifier; use the file of a classifier"
     return (
-        f"its classifier has {file.num_classes} classes, the model has {model.num_classes}; "
-        f"make the model with num_classes={file.num_classes}, or replace its classifier after loading"
+        f"its classifier has {file.num_classes} classes, but the model has {model.num_classes}; "
+        f"build the model with num_classes={file.num_classes}, or replace its classifier after loading"
     )
 
 

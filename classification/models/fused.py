@@ -1,4 +1,4 @@
-"""The inference form of a model: everything that depends on the weights alone is computed once and replaces them.
+"""The inference form of a model: everything that depends only on the weights is computed once and replaces them.
 
 The trained weights are not kept, so nothing can go stale. A fused model gives the same numbers up to rounding. It has
 no gradients, cannot be trained and loads no weights.

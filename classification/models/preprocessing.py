@@ -1,4 +1,4 @@
-"""Turns images into the input of a classifier at evaluation. Augmentation for training is in `classification.data`."""
+"""Prepare images for a classifier in evaluation. The augmentation for training is in `classification.data`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -129,7 +129,7 @@ def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
         elif x.ndim == 4 and x.shape[3] == in_chans:
             remedy = "move the channels with images.permute(0, 3, 1, 2)"
         elif x.ndim == 4:
-            remedy = f"convert the images, or make the model with in_chans={x.shape[1]}"
+            remedy = f"convert the images, or build the model with in_chans={x.shape[1]}"
         else:
             remedy = "give one batch of images at a time"
         raise ValueError(f"images must have shape (B, {in_chans}, H, W), got {tuple(x.shape)}: {remedy}")
@@ -437,7 +437,7 @@ class SpatialMambaEncoder(HubModule):
         dims: width of the first stage, an even number; it doubles from stage to stage.
         depths: number of blocks of each stage.
         d_state: states per channel; the model is defined for 1.
-        mlp_ratio: hidden width of the MLPs, in widths.
+        mlp_ratio: hidden width of the MLPs, as a multiple of the width of their stage.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         use_checkpoint: recompute the blocks' activations in the backward pass instead of storing them.
         fusion_dilations: dilations of the fusion kernels, in any order; the published model has (1, 3, 5), and

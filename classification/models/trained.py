@@ -67,7 +67,7 @@ def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClas
     state = encoder_weights(ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path), path)
     architecture = architecture_of(state)
     if architecture is None:
-        raise WeightsError(f"{path}: holds no Spatial-Mamba classifier (python -m spatial_mamba.checkpoint inspect)")
+        raise WeightsError(f"{path}: holds no Spatial-Mamba classifier (spatial-mamba checkpoint inspect shows more)")
     if architecture.num_classes is None:
         raise WeightsError(f"{path}: holds a backbone without a classifier; name a classification checkpoint")
     try:

@@ -81,7 +81,7 @@ def _parser() -> Parser:
     field.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE", help="weights")
     names = timm.list_models("spatial_mamba_*")
     field.add_argument("--model", nargs="+", default=[], choices=names, help="untrained models")
-    field.add_argument("--untrained", action="store_true", help="draw each checkpoint's model before training, too")
+    field.add_argument("--untrained", action="store_true", help="also draw each checkpoint's model before training")
     field.add_argument("--ema", action="store_true", help="use the EMA weights of the checkpoints")
     field.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     field.add_argument("--images", type=whole_number, default=16, metavar="N", help="of noise (default: %(default)s)")
@@ -189,7 +189,7 @@ def _compared_models(args: argparse.Namespace) -> list[tuple[str, TrainedClassif
     for name in args.model:
         models.append((f"{name}, untrained", untrained_classifier(name)))
     if len(models) > len(COLOURS):
-        raise UserError(f"{len(models)} models do not fit one picture; name {len(COLOURS)} at most")
+        raise UserError(f"{len(models)} models do not fit in one picture; name at most {len(COLOURS)}")
     labels = _labels(args.labels, [label for label, _ in models])
     for _, classifier in models:
         require_rgb(classifier)
@@ -198,7 +198,7 @@ def _compared_models(args: argparse.Namespace) -> list[tuple[str, TrainedClassif
 
 
 def _untrained_twin(trained: TrainedClassifier) -> TrainedClassifier:
-    """A model of the same architecture as it is before training, for images of the same kind."""
+    """An untrained model of the same architecture, for images prepared in the same way."""
     torch.manual_seed(0)
     model = SpatialMamba(**trained.architecture.options()).eval()
     return TrainedClassifier(model, trained.preprocessing)
@@ -231,7 +231,7 @@ def _curves(args: argparse.Namespace) -> None:
     from .style import COLOURS, save
 
     if len(args.record) > len(COLOURS):
-        raise UserError(f"{len(args.record)} runs do not fit one picture; name {len(COLOURS)} at most")
+        raise UserError(f"{len(args.record)} runs do not fit in one picture; name at most {len(COLOURS)}")
     labels = _labels(args.labels, short_labels(args.record))
     runs = [read_run(path, label) for path, label in zip(args.record, labels, strict=True)]
     save(draw_curves(runs), args.output)

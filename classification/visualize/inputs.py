@@ -1,4 +1,4 @@
-"""Prepares the images of pictures, for the model and for display."""
+"""Prepare the images that pictures are made from, for the model and for display."""
 
 from collections.abc import Sequence
 from dataclasses import replace

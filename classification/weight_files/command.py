@@ -36,7 +36,7 @@ def _parser() -> Parser:
         "convert", help="write a file in another layout", example="spatialmamba_tiny.pth tiny.safetensors --ema"
     )
     convert.add_argument("file", type=Path)
-    convert.add_argument("output", type=Path, help="FILE.safetensors, for weights alone, or FILE.pth")
+    convert.add_argument("output", type=Path, help="FILE.safetensors, for weights only, or FILE.pth")
     convert.add_argument("--to", choices=LAYOUTS, default="classifier", help="layout (default: %(default)s)")
     convert.add_argument("--ema", action="store_true", help="use the EMA weights")
     _add_prefix(convert)
@@ -49,7 +49,7 @@ def _parser() -> Parser:
     verify.add_argument("--ema", action="store_true", help="verify the EMA weights")
     _add_prefix(verify)
     verify.add_argument("--variant", choices=("tiny", "small", "base"), help="fail if the file holds another")
-    verify.add_argument("--expect", metavar="DIGEST", help="fail unless the digest of the weights starts so")
+    verify.add_argument("--expect", metavar="DIGEST", help="fail unless the digest of the weights starts with this")
     verify.set_defaults(run=_verify)
     return parser
 

@@ -1,4 +1,4 @@
-"""Converts checkpoints between layouts: this trainer's, the published one, OpenMMLab's, and weights alone."""
+"""Converts checkpoints between layouts: this trainer's, the published one, OpenMMLab's, and weights only."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
 
     Args:
         source: a checkpoint that ``read_checkpoint`` reads.
-        target: ends in ``.safetensors`` for weights alone, or in ``.pth``, ``.pt`` or ``.bin`` for PyTorch's format.
+        target: ends in ``.safetensors`` for weights only, or in ``.pth``, ``.pt`` or ``.bin`` for PyTorch's format.
         layout: ``"classifier"``: the weights of the classifier; ``"backbone"``: those of the backbone;
             ``"openmmlab"``: the same, named as in a detector; ``"trainer"``, ``"published"``: a training checkpoint,
             with as much of the training state as the source has.
@@ -43,14 +43,14 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
 
     Raises:
         WeightsError: if the source cannot be used, or lacks the classifier or the EMA weights.
-        UserError: for a target that is the source, whose ending does not go with the layout, or that is not writable.
+        UserError: if the target is the source, has an ending that does not suit the layout, or is not writable.
     """
     if target.suffix.lower() not in (".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(f"{target}: must end in .safetensors, .pth, .pt or .bin, which sets the format")
     if is_safetensors(target) and layout in ("trainer", "published"):
         raise UserError(f"{target}: safetensors holds weights only; a {layout} checkpoint must end in .pth")
     if target.exists() and source.exists() and target.samefile(source):
-        raise UserError(f"{target}: is the file to convert; name another one to write")
+        raise UserError(f"{target}: is the file to convert; name another output")
     content = converted(read_checkpoint(source), source, layout, ema, prefix)
     try:
         with atomic_write(target) as unfinished:

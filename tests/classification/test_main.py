@@ -193,7 +193,7 @@ WRONG = {
     "other weights": (damage_checkpoint({"model": {"x": torch.zeros(1)}}), "does not fit this model"),
     "other variant": (
         other_variant,
-        "other.pth: holds another model, custom (dims 8, depths 1, fusion none; 3 classes), than the one to load",
+        "other.pth: holds another model, custom (dims 8, depths 1, fusion none; 3 classes), instead of ",
     ),
     "other classifier": (rewrap_checkpoint, "its classifier has 7 classes, this run has 3; to train a new classifier"),
     "resume without optimiser": (drop_optimizer, "cannot resume, it holds no optimizer"),

@@ -260,10 +260,10 @@ def test_the_order_of_dilations_does_not_matter() -> None:
 def test_weights_of_another_fusion_are_refused() -> None:
     state = micro_classifier(fusion_dilations=(1, 3, 7)).state_dict()
     with pytest.raises(
-        RuntimeError, match=r"^state_dict: holds another model, .* 3x3 dilation 7; 5 classes\), than .*$"
+        RuntimeError, match=r"^state_dict: holds another model, .* 3x3 dilation 7; 5 classes\), instead of .*$"
     ):
         micro_classifier(fusion_dilations=(1, 3, 6)).load_state_dict(state)
-    with pytest.raises(RuntimeError, match=r"^state_dict: its classifier has 5 classes, the model has 6; .*$"):
+    with pytest.raises(RuntimeError, match=r"^state_dict: its classifier has 5 classes, but the model has 6; .*$"):
         micro_classifier(fusion_dilations=(1, 3, 7), num_classes=6).load_state_dict(state)
     del state["layers.0.blocks.0.ln_1.bias"]
     with pytest.raises(RuntimeError, match=r'Missing key.*"layers\.0\.blocks\.0\.ln_1\.bias"'):
@@ -365,7 +365,7 @@ def test_a_deep_copy_does_not_share_weights() -> None:
 WRONG_IMAGES = {
     "no batch": (torch.zeros(3, 32, 32), ValueError, r"\(B, 3, H, W\), got \(3, 32, 32\): .* with images\[None\]"),
     "channels last": (torch.zeros(1, 32, 40, 3), ValueError, r"got \(1, 32, 40, 3\): .* images\.permute\(0, 3, 1, 2\)"),
-    "one channel": (torch.zeros(1, 1, 32, 32), ValueError, r"got \(1, 1, 32, 32\): .* make the model with in_chans=1"),
+    "one channel": (torch.zeros(1, 1, 32, 32), ValueError, r"got \(1, 1, 32, 32\): .* build the model with in_chans=1"),
     "five axes": (torch.zeros(1, 1, 3, 32, 32), ValueError, "give one batch of images at a time"),
     "float64": (
         torch.zeros(1, 3, 32, 32, dtype=torch.float64),

@@ -458,9 +458,9 @@ ERRORS = {
     "receptive-field --checkpoint @fused.pth --stage 4": "--stage 4: the model has stages 0 to 3",
     "receptive-field --checkpoint @fused.pth --labels a b": "--labels: 2 are given for 1 in the picture: fused",
     "receptive-field --checkpoint @fused.pth --images 0": "argument --images: must be a whole number of at least 1",
-    f"receptive-field --checkpoint {' '.join(['@fused.pth'] * 8)}": "8 models do not fit one picture; name 7 at most",
+    f"receptive-field --checkpoint {' '.join(['@fused.pth'] * 8)}": "8 models do not fit in one picture",
     "curves @none": "none: no such file; name the folder of a training run, or its metrics.jsonl",
-    f"curves {' '.join(['@run'] * 8)}": "8 runs do not fit one picture; name 7 at most",
+    f"curves {' '.join(['@run'] * 8)}": "8 runs do not fit in one picture; name at most 7",
 }
 
 

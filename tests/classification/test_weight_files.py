@@ -379,8 +379,8 @@ def test_plain_values_next_to_the_weights_are_read(tmp_path: Path) -> None:
         (dict(mlp_ratio=2.0), ("MLP ratio 2", "mlp_ratio=2.0")),
         (dict(fusion_dilations=(1, 2)), ("3x3 dilation 2", "fusion_dilations=(1, 2)")),
         (dict(fusion_kernel_sizes=5), ("5x5 dilation 1", "fusion_kernel_sizes=(5, 5, 5)")),
-        (dict(num_classes=7), ("7 classes, the model has 5", "num_classes=7")),
-        (dict(num_classes=0), ("0 classes, the model has 5", "num_classes=0")),
+        (dict(num_classes=7), ("7 classes, but the model has 5", "num_classes=7")),
+        (dict(num_classes=0), ("0 classes, but the model has 5", "num_classes=0")),
     ],
     ids=str,
 )
@@ -397,13 +397,13 @@ def test_backbones_and_classifiers_are_distinguished() -> None:
         return SpatialMambaBackbone(dims=8, depths=(1, 1, 1, 1), out_indices=out_indices)
 
     for model, other, message in (
-        (backbone(3), backbone(1, 3), r"out_indices=\(1, 3\), the model has \(3,\); make the model with those"),
+        (backbone(3), backbone(1, 3), r"out_indices=\(1, 3\), but the model has \(3,\); build the model with those"),
         (
             backbone(3),
             classifier(),
-            "holds a classifier, the model is a backbone; start from the file with pretrained=",
+            "holds a classifier, but the model is a backbone; start from the file with pretrained=",
         ),
-        (classifier(), backbone(3), "holds a backbone, the model is a classifier; use the file of a classifier"),
+        (classifier(), backbone(3), "holds a backbone, but the model is a classifier; use the file of a classifier"),
     ):
         with pytest.raises(RuntimeError, match=message):
             model.load_state_dict(other.state_dict())
@@ -763,7 +763,7 @@ def test_wrong_images_and_names_get_one_line(files: Path, images: Path, tmp_path
         ((images / "notes.txt",), "not an image file"),
         ((empty,), "no images in this folder"),
         ((images / "x*.png",), "no image matches this pattern"),
-        ((images / "a.png", "--classes", listed), "has 2 lines, the model 5 classes"),
+        ((images / "a.png", "--classes", listed), "has 2 lines for the model's 5 classes"),
         ((images / "a.png", "--top-k", "0"), "must be a whole number of at least 1"),
     ):
         assert classify(*arguments, *ours) == 2

@@ -90,7 +90,7 @@ def save_one_too_many(path: Path) -> None:
         pytest.param(lambda path: path.write_text("Not found"), "not a PyTorch checkpoint", id="other_text"),
         pytest.param(
             lambda path: torch.save({"model": micro_classifier(dims=16).state_dict()}, path),
-            r"holds another model, custom \(dims 16, .* than the one to load, custom \(dims 8,",
+            r"holds another model, custom \(dims 16, .* instead of custom \(dims 8,",
             id="other_width",
         ),
         pytest.param(save_one_missing, "in 1 entries: .*blocks.0.self_attention.A_logs is missing", id="one_missing"),
