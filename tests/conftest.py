@@ -1,4 +1,4 @@
-"""Set-up of all tests: without a GPU, Triton's interpreter, chosen before Triton is imported; plain logging."""
+"""Set-up for all tests: Triton's interpreter if there is no GPU, selected before Triton is imported; plain logging."""
 
 import logging
 import os

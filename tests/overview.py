@@ -1,4 +1,4 @@
-"""Draw the overview of the model for the root README, its numbers read from the models themselves.
+"""Draw the overview of the model for the root README, with numbers read from the models.
 
 python tests/overview.py [OUTPUT.png]
 """
@@ -16,11 +16,11 @@ from matplotlib.patches import Circle, FancyBboxPatch, Polygon
 from spatial_mamba import SpatialMamba, spatial_mamba_base, spatial_mamba_small, spatial_mamba_tiny
 from spatial_mamba.classification.models.spatial_mamba import FUSION_DILATIONS, Block
 
-WIDTH, HEIGHT, DPI, IMAGE = 1600, 1250, 100, 224  # the canvas in pixels, which are its coordinates, y downwards
+WIDTH, HEIGHT, DPI, IMAGE = 1600, 1250, 100, 224  # size of the canvas; coordinates are pixels, y points down
 INK, MUTED, RULE, SCANNED = "#1f2933", "#55616b", "#c3cad0", "#dfe4e8"
 CONV, LINEAR, NORM, STATE = "#d3e8f6", "#fbe6b8", "#e8ebed", "#f2d3e5"
 KINDS = {"convolution": CONV, "linear": LINEAR, "normalisation": NORM, "state space": STATE}
-TAPS = (("#0072B2", "white"), ("#E69F00", INK), ("#009E73", "white"))  # fill (Okabe and Ito's) and text per dilation
+TAPS = (("#0072B2", "white"), ("#E69F00", INK), ("#009E73", "white"))  # fill (Okabe and Ito) and text colours
 PICTURE = Path(__file__).parents[1] / "classification/models/overview.png"
 Point = tuple[float, float]
 
@@ -30,7 +30,7 @@ def by(*sizes: object) -> str:
 
 
 class Box(NamedTuple):
-    """A rectangle on the canvas, by its centre; ``at(-1, 0)`` is the middle of its left side."""
+    """A rectangle on the canvas: centre and size. ``at(-1, 0)`` is the middle of its left side."""
 
     x: float
     y: float
@@ -42,7 +42,7 @@ class Box(NamedTuple):
 
 
 class Canvas:
-    """A blank figure and the few marks that the drawing is made of."""
+    """A blank figure, and the shapes that are drawn on it."""
 
     def __init__(self) -> None:
         self.figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
@@ -58,7 +58,7 @@ class Canvas:
         self.axes.add_patch(FancyBboxPatch(box.at(-1, -1), box.w, box.h, **style))
 
     def box(self, box: Box, fill: str, *lines: str, bold: bool = False) -> Box:
-        """A labelled box; ``bold`` sets its first line apart."""
+        """A labelled box; ``bold`` is for its first line."""
         self.rectangle(box, fill)
         for i, line in enumerate(lines):
             weight = "bold" if bold and i == 0 else "normal"
@@ -72,7 +72,7 @@ class Canvas:
         return box
 
     def line(self, *points: Point, arrow: bool = True, branch: bool = False, **style: Any) -> None:
-        """A line through the points, with a head at the last and, where it branches off, a dot at the first."""
+        """A line through the points; ``arrow`` adds a head at the last, ``branch`` a dot at the first."""
         style = dict(color=INK, lw=1.7, zorder=2) | style
         if branch:
             self.axes.add_patch(Circle(points[0], 4.5, color=INK, zorder=3))
@@ -89,7 +89,7 @@ class Canvas:
         return Box(x, y, 28, 28)
 
     def zoom(self, source: Box, panel: Box) -> None:
-        """A wedge from the right side of a box to the panel that shows what is in it."""
+        """A wedge from the right side of a box to the panel that shows its contents."""
         corners = (source.at(1, -0.85), panel.at(-1, -0.96), panel.at(-1, 0.96), source.at(1, 0.85))
         self.axes.add_patch(Polygon(corners, color=STATE, alpha=0.45, lw=0, zorder=0.5))
 
@@ -196,7 +196,7 @@ def draw_ssm(c: Canvas, block: Block) -> tuple[Box, Box]:
 
 
 def draw_fusion(c: Canvas) -> Box:
-    """The taps of the dilated kernels around one token, over the raster that the scan follows."""
+    """The taps of the dilated kernels around one token, and the path of the scan."""
     panel = c.panel(1036, 438, 1580, 1230, "State fusion on the token grid")
     reach, cell, x0, y0 = max(FUSION_DILATIONS), 43, panel.x, 744
     steps = range(-reach, reach + 1)

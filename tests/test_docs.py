@@ -1,4 +1,4 @@
-"""The documentation: its Python runs, and its links and commands lead somewhere."""
+"""The documentation: its Python code runs, and its commands and link targets exist."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ PACKAGES = {  # imported by examples -> imported here, or the example is skipped
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    """Name and text of the blocks of a language on all pages."""
+    """Names and text of the code blocks in a language, from all pages."""
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def cases(language: str) -> pytest.MarkDecorator:
-    """The blocks as parameters; writing ONNX files is slow."""
+    """The blocks as test parameters; those that write ONNX files are slow."""
     parameters = [
         pytest.param(name, code, id=name, marks=[pytest.mark.slow] if "export_onnx" in code else [])
         for name, code in blocks(language)
@@ -44,7 +44,7 @@ def cases(language: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the examples find in their working folder."""
+    """The working folder of the examples, with the files that they read."""
     folder = tmp_path_factory.mktemp("examples")
     torch.save({"model": spatial_mamba_tiny().state_dict()}, folder / "spatialmamba_tiny.pth")
     Image.new("RGB", (320, 240), (200, 120, 40)).save(folder / "photo.jpg")

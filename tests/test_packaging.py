@@ -23,7 +23,7 @@ NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "data", "outpu
 
 
 def packs(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test of the wheel: slow, and in one process with the others, which share it."""
+    """Mark a test of the wheel: it is slow, and runs in the same process as the others, which share the wheel."""
     return pytest.mark.slow(pytest.mark.xdist_group("packaging")(test))
 
 
@@ -32,7 +32,7 @@ def copy_tree(folder: Path) -> Path:
 
 
 def make(kind: str, tree: Path, out: Path, packages: Path) -> Path:
-    """Call setuptools' build hook where nothing is installed but setuptools."""
+    """Call setuptools' build hook in an environment with only setuptools."""
     script = f"import setuptools.build_meta as hooks; hooks.build_{kind}({str(out)!r})"
     command = [sys.executable, "-S", "-W", "error", "-c", script]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages)}
@@ -63,7 +63,7 @@ def install(wheel: Path, folder: Path) -> None:
 
 
 def run(folder: Path, script: str, **variables: str) -> list[str]:
-    """Lines that a script prints when it imports the package from ``folder``."""
+    """Run a script that imports the package from ``folder``, and return the lines that it prints."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SPATIAL_MAMBA")}
     environment |= {"PYTHONPATH": str(folder), **variables}
     command = [sys.executable, "-c", script]
@@ -71,7 +71,7 @@ def run(folder: Path, script: str, **variables: str) -> list[str]:
 
 
 @packs
-def test_both_hold_code_configs_and_sources_and_nothing_built(made: tuple[Path, Path, Path]) -> None:
+def test_both_hold_code_configs_and_sources_but_nothing_built(made: tuple[Path, Path, Path]) -> None:
     tree, source, wheel = made
     packed = {path for path in tree.rglob("*.py") if path.relative_to(tree).parts[0] != "tests"}
     packed -= {tree / "setup.py", *tree.glob("*/tools/*")}
@@ -124,7 +124,7 @@ def test_a_releases_wheel_brings_a_library_for_each_pytorch(tmp_path: Path) -> N
     shutil.rmtree(tree / "kernels/csrc")
     write_sources(tree / "kernels/csrc")
     command = [sys.executable, tree / "kernels/wheel.py", "--out", tmp_path / "dist", sys.executable]
-    variables = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}  # of pip: 0 means no isolation
+    variables = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}  # pip reads 0 as no isolation
     subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, check=True)
     (wheel,) = (tmp_path / "dist").iterdir()
     assert re.search(rf"-py3-none-manylinux_2_\d+_{build.platform.machine()}\.whl$", wheel.name)

@@ -1,7 +1,7 @@
-"""Runs timm's own model tests on the models of this project: ``python tests/timm_suite.py`` (``make test-timm``).
+"""Run timm's own model tests on the models of this project: ``python tests/timm_suite.py`` (``make test-timm``).
 
-The tests come with timm's source distribution, which pip downloads for the installed version; nothing of it is kept.
-Left out are those of TorchScript, which PyTorch has deprecated and operators written in Python cannot enter.
+The tests are part of timm's source distribution. pip downloads it, for the installed version, to a temporary folder.
+The tests of TorchScript are left out: PyTorch has deprecated it, and it does not support operators written in Python.
 """
 
 import subprocess
@@ -21,7 +21,7 @@ CHOSEN = "spatial_mamba and not torchscript"
 
 
 def download(folder: Path) -> Path:
-    """The file of timm's model tests, unpacked in ``folder``."""
+    """Download timm's sources to ``folder``, and return the file of its model tests."""
     name = f"timm-{timm.__version__}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=timm"]
     subprocess.run([*command, f"--dest={folder}", name.replace("-", "==")], check=True)
@@ -31,7 +31,7 @@ def download(folder: Path) -> Path:
 
 
 def with_our_module(list_models: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """``timm.list_models``, for which models with ``forward_intermediates``, listed by module, include ours."""
+    """``timm.list_models`` that adds our module to lists of modules: those of models with ``forward_intermediates``."""
 
     def listing(*args: object, **options: object) -> list[str]:
         if isinstance(options.get("module"), list):

@@ -1,7 +1,7 @@
 """Run the fast tests with the oldest, the pinned and the newest packages: ``python tests/versions.py [NAME ...]``.
 
-Each combination gets an environment and a CPU library of its own in ``output/versions``, made once. Interpreters are
-taken from PATH (``python3.10``). The last lines are the table of the README.
+Each combination has its own environment and CPU library in ``output/versions``, created on first use. Interpreters are
+found on PATH (``python3.10``). The last lines of output are the table in the installation guide.
 """
 
 import os
@@ -30,7 +30,7 @@ SHOWN = ("torch", "torchvision", "triton", "timm", "numpy", "mmcv-lite")
 
 
 def prepare(name: str) -> Path:
-    """The interpreter of the environment of a combination, with all packages and a CPU library."""
+    """Create the environment of a combination, with all packages and a CPU library; return its interpreter."""
     version, installs = COMBINATIONS[name]
     folder = FOLDER / name
     python = folder / "bin" / "python"
@@ -52,7 +52,7 @@ def environment(name: str) -> dict[str, str]:
 
 
 def run(name: str) -> str:
-    """Run the tests; returns the row of the table."""
+    """Run the tests, and return their row of the table."""
     python = prepare(name)
     versions = "import sys, importlib.metadata as m; print(sys.version.split()[0])\n"
     versions += f"for name in {SHOWN}:\n try: print(m.version(name))\n except m.PackageNotFoundError: print('none')"

@@ -30,7 +30,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of real images, each with 9 to train and 5 to validate on: numbers that no batch size divides."""
+    """Three classes of real images, 9 for training and 5 for validation each: numbers that no batch size divides."""
     root = tmp_path_factory.mktemp("photos") / "set"
     for split, count in (("train", 9), ("val", 5)):
         for digit in "012":
@@ -42,7 +42,7 @@ def photos(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config file: a model and a recipe as small as they come, with every part of the recipe switched on."""
+    """A config file: a tiny model and a short recipe, with every part of the recipe switched on."""
     path = tmp_path_factory.mktemp("config") / "micro.yaml"
     path.write_text("""
         DATA: {IMG_SIZE: 32, BATCH_SIZE: 4, NUM_WORKERS: 0}

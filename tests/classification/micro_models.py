@@ -1,4 +1,4 @@
-"""Small models, the weights and images of the golden values, comparisons, and a harmful object."""
+"""Small models, the weights and images behind the golden values, comparisons, and a harmful object."""
 
 import importlib.util
 import os
@@ -107,7 +107,7 @@ def perturb_fusion(model: nn.Module) -> None:
 
 
 class LeavesATrace:
-    """A harmful object: unpickling it without care makes a folder."""
+    """A harmful object: unpickling it without protection creates a folder."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

@@ -188,7 +188,7 @@ def test_same_pixels_and_limit(tmp_path: Path, small_models: None, capsys: pytes
 
 @pytest.mark.slow
 def test_command_needs_no_package_of_the_trainer() -> None:
-    """GPU machines have PyTorch, timm and little else."""
+    """GPU machines may have only PyTorch, timm and little else."""
     absent = "sys.modules.update(dict.fromkeys(('yacs', 'fvcore', 'mmengine', 'tensorboard', 'onnx')))"
     module = "spatial_mamba.classification.benchmark"
     code = f"import runpy, sys; {absent}; sys.argv[1:] = ['--help']; runpy.run_module({module!r}, run_name='__main__')"
@@ -273,7 +273,7 @@ def test_loading_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     pytest.importorskip("yacs")
     from spatial_mamba.classification.benchmark import loading
 
-    monkeypatch.setattr(loading, "MANY", 10)  # fewer than are taken: a pass ends, and another begins
+    monkeypatch.setattr(loading, "MANY", 10)  # fewer than are taken, so that one pass ends and another begins
     common = ["--batch-size", "4", "--seconds", "0.01", "--workers", "1", "--device", "cpu", "--out", str(tmp_path)]
     assert loading.main(common) == 0
     [result] = json.loads((tmp_path / "loading.json").read_text())["results"]

@@ -1,4 +1,4 @@
-"""The classes of a checkpoint and those of the data: matched by name."""
+"""The classes of a checkpoint and of the data are matched by name."""
 
 import re
 import shutil
@@ -37,14 +37,14 @@ def test_finetuning_replaces_a_classifier_of_another_size(
 
 
 def right_answers(text: str) -> list[int]:
-    """Numbers of right answers of the model and of its EMA."""
+    """Numbers of correct predictions of the model and of its EMA."""
     return [int(count) for count in re.findall(r"acc@1 [\d.]+% \((\d+)/", text)]
 
 
 def test_evaluation_finds_the_classes_by_name(
     trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """In any order of the checkpoint, and for a part of its classes."""
+    """For any order of the checkpoint's classes, and for a subset of them."""
 
     def evaluate(checkpoint: Path, data: Path) -> list[str]:
         assert main(options(micro, data, tmp_path, "--eval", "--pretrained", str(checkpoint))) == 0
@@ -81,7 +81,7 @@ def test_evaluation_refuses_other_classes(
 def test_a_run_is_not_resumed_on_other_classes(
     trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """Otherwise a run on a second data set with the default tag would end at once, as finished."""
+    """Otherwise a run on a second data set with the default tag would end at once, as if it were finished."""
     shutil.copytree(trained, tmp_path / "micro" / "default")
     data = renamed(photos, tmp_path / "data", {"0": "cat", "1": "dog", "2": "cow"})
     few = renamed(photos, tmp_path / "few", {"0": "0", "1": "1"})

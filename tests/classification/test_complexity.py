@@ -1,4 +1,4 @@
-"""Parameters and FLOPs, as the command prints them."""
+"""Parameters and FLOPs, as printed by the command."""
 
 import pytest
 

@@ -234,10 +234,10 @@ def test_onnx_of_a_backbone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # both exporters warn about deprecated parts of their own
+@pytest.mark.filterwarnings("ignore")  # both exporters warn about their own deprecated parts
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_onnx_export_of_pytorch(dynamo: bool, tmp_path: Path) -> None:
-    """``torch.onnx.export`` of the model as it is, for users who do not know the export command."""
+    """``torch.onnx.export`` works on the model itself, for users who do not know the export command."""
     model = with_extreme_steps(micro(depths=(1,)))
     axes = (
         dict(dynamic_shapes=({0: torch.export.Dim("batch")},))

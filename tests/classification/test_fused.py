@@ -218,10 +218,10 @@ def test_fusing_again_and_copying_change_nothing() -> None:
 
 
 def copies(profile: torch.profiler.profile, elements: int) -> list[tuple[str, int]]:
-    """Operations that only move or set tensors of at least so many elements, also inside operators: names and elements.
+    """Operations that only move or set tensors of at least so many elements, also within operators: names and elements.
 
-    Of `cat` the profiler records no sizes, so the bytes of its output count, halved: elements of half precision.
-    Left out is how PyTorch's linear layers on CPUs add their bias: by starting from it.
+    The profiler records no sizes for `cat`. Its elements are half the bytes of its output, for half precision. One
+    operation is left out: PyTorch's linear layers on CPUs copy their bias to the output and add to it.
     """
     found = []
     for event in profile.events():
@@ -234,9 +234,9 @@ def copies(profile: torch.profiler.profile, elements: int) -> list[tuple[str, in
 
 
 def convolves_in_bfloat16() -> bool:
-    """Whether PyTorch leaves convolutions in bfloat16 to oneDNN, by the query that it makes itself.
+    """Whether PyTorch uses oneDNN for convolutions in bfloat16, by the query that PyTorch makes itself.
 
-    True on x86 from AVX-512 on and on Arm with bfloat16 instructions, not with AVX2 alone.
+    True on x86 with AVX-512 and on Arm with bfloat16 instructions, false with only AVX2.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -296,7 +296,7 @@ def test_peak_memory_is_linear_in_pixels() -> None:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Packed as on a machine with matrix products of this dtype, even where this machine has none."""
+    """Packs weights as on a machine with matrix products of this dtype, even if this machine has none."""
     return torch.ops.spatial_mamba_cpu.pack_weight(weight)
 
 
@@ -430,7 +430,7 @@ def test_packed_layers_name_what_is_wrong() -> None:
 
 @pytest.mark.slow
 def test_what_depends_on_the_processor_holds_with_avx2_alone() -> None:
-    """PyTorch and oneDNN choose their instructions once per process, so the tests run again in another.
+    """PyTorch and oneDNN choose their instructions once per process, so the tests run again in a new one.
 
     On Arm the variables have no effect, and the tests only run a second time.
     """

@@ -33,7 +33,7 @@ def test_16_bit_images_keep_their_greys(name: str, tmp_path: Path) -> None:
 
 
 def test_12_bit_images_keep_their_greys(tmp_path: Path) -> None:
-    """As some microscopes write them: uncompressed, two pixels in three bytes."""
+    """Files as some microscopes write them: uncompressed, two pixels in three bytes."""
     tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 8 * 12 + 4), (278, 1), (279, 6)]
     entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
     pixels = bytes.fromhex("000800fff3e8")

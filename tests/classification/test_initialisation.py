@@ -27,7 +27,7 @@ def mixers(model: SpatialMamba) -> Iterator[nn.Module]:
 
 
 def assert_uniform(tensor: Tensor, bound: float) -> None:
-    """Within the bound, with the standard deviation of a uniform distribution."""
+    """The values are within the bound and have the standard deviation of a uniform distribution."""
     assert tensor.abs().max().item() <= bound
     assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
 

@@ -117,7 +117,7 @@ def test_the_fused_optimiser_updates_as_the_plain_one_does() -> None:
     for group in optimizers[1].param_groups:
         group["fused"], group["foreach"] = False, False
     images = torch.randn(2, 3, 32, 32)
-    models[0](images).square().sum().backward()  # gradients as the model lays them out
+    models[0](images).square().sum().backward()  # gradients in the memory layout that the model gives them
     for _ in range(3):
         for p, twin in zip(models[0].parameters(), models[1].parameters(), strict=True):
             twin.grad = p.grad.clone()

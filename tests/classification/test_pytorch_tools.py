@@ -1,4 +1,4 @@
-"""PyTorch's tools on the models: torch.func, tracing, compilation, checkpointing, FSDP, hooks, pruning, wrappers."""
+"""PyTorch's tools on the models: torch.func, tracing, compiling, checkpointing, FSDP, hooks, pruning, wrappers."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +47,7 @@ def test_transforms_of_torch_func() -> None:
 
 
 def test_traces_for_any_size() -> None:
-    """As TensorBoard, fvcore and other tools trace a model."""
+    """Tracing a model as TensorBoard, fvcore and other tools do."""
     model = SpatialMamba(dims=8, depths=(1, 1), num_classes=3).eval()
     traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_traces_for_any_size() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_torch_fx_traces_for_any_size(training: bool) -> None:
-    """As torchvision's feature extraction and PyTorch's quantization do."""
+    """Tracing a model as torchvision's feature extraction and PyTorch's quantization do."""
     model = filled_classifier(depths=(1, 1)).train(training)
     node = "layers.1.blocks.0.mlp.fc2"
     traced, extractor = torch.fx.symbolic_trace(model), create_feature_extractor(model, [node, "head"])
@@ -174,7 +174,7 @@ def test_hooks_are_called_on_every_module(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["conv2d", "state_fusion", "out_norm"])
 def test_a_replaced_forward_is_called(name: str) -> None:
-    """As by tools that set a module's ``forward``, and by global hooks."""
+    """Changes as made by tools that set a module's ``forward``, and by global hooks."""
     model = filled_classifier(depths=(1,))
     expected = model(images())
     module = model.layers[0].blocks[0].self_attention.get_submodule(name)
@@ -208,7 +208,7 @@ def test_pruned_and_parametrised_weights_are_used() -> None:
 
 @pytest.mark.parametrize("use", [SpatialMamba.fuse, export_form])
 def test_wrapped_layers_are_never_bypassed(use: Callable[[nn.Module], nn.Module]) -> None:
-    """As with LoRA, whose layers hold the layer that they wrap."""
+    """Wrappers like LoRA's, whose layers hold the layer that they wrap."""
 
     class LowRank(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:

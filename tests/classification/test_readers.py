@@ -45,7 +45,7 @@ def test_class_numbers_do_not_depend_on_the_form(digits: Path, tmp_path: Path, f
 
 @pytest.mark.parametrize("form", ["folders", *FORMS])
 def test_hidden_files_are_ignored(photos: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Files of macOS, Jupyter and editors are counted once and change nothing else."""
+    """Files that macOS, Jupyter and editors leave behind are counted once and change nothing else."""
     messy = tmp_path / "messy"
     shutil.copytree(photos, messy)
     clutter = [

@@ -177,7 +177,7 @@ def test_initial_fusion_kernels_do_not_overflow_fp16() -> None:
         mixer = stage.blocks[0].self_attention
         with torch.no_grad():
             mixer.in_proj.weight[: mixer.inner_dim] *= 5e3
-            mixer.x_proj_weight[: mixer.dt_rank] = 0  # delta as at the start, for all tokens
+            mixer.x_proj_weight[: mixer.dt_rank] = 0  # all tokens have the initial delta
             mixer.x_proj_weight[mixer.dt_rank :] *= 10
     with torch.no_grad():
         expected = model(10 * images())
@@ -202,7 +202,7 @@ def test_half_precision_weights_run(dtype: torch.dtype) -> None:
 
 
 def fused_by_hand(model: SpatialMamba, x: Tensor) -> Tensor:
-    """Scan, fusion and read-out of the first block, composed of single operators, on its tokens ``x``."""
+    """Scan, fusion and read-out of the first block, computed by separate operators from its tokens ``x``."""
     ssm = model.layers[0].blocks[0].self_attention
     kernels, alpha, dilations = ssm.state_fusion.branches(ssm.Ds)
     u = F.silu(F.conv2d(x.permute(0, 3, 1, 2), ssm.conv2d.weight, ssm.conv2d.bias, padding=1, groups=ssm.inner_dim))
@@ -337,7 +337,7 @@ def test_eval_mode_follows_every_change_of_the_weights(change: Change) -> None:
     x = images(2, 3, 48, 48)
     model = filled_classifier().eval()
     with torch.no_grad():
-        before = model(x)  # fills every cache that there could be
+        before = model(x)  # would fill any cache
     model = change(model, x)
 
     fresh = micro_classifier().eval()

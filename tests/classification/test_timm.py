@@ -1,4 +1,4 @@
-"""The models as timm knows them: registration, metadata, features, layer groups, timm's own scripts."""
+"""The models in timm: registration, metadata, features, layer groups, timm's own scripts."""
 
 from pathlib import Path
 
@@ -146,7 +146,7 @@ def test_metadata_names_the_published_accuracy(variant: str) -> None:
 
 
 def test_timms_training_and_validation_scripts_take_the_model(tmp_path: Path) -> None:
-    """The calls that timm's train.py and validate.py make, in their order."""
+    """The calls that timm's train.py and validate.py make, in the same order."""
     options = dict(num_classes=4, in_chans=3, drop_rate=0.0, drop_path_rate=0.1, global_pool=None, bn_momentum=None)
     model = timm.create_model("spatial_mamba_tiny", pretrained=False, **MICRO | options, checkpoint_path="")
     model.set_grad_checkpointing(enable=True)

@@ -70,7 +70,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def layer_of(model: SpatialMamba, stage: int = 1, block: int = 1) -> ScanLayer:
-    """A layer on a map of 5x7 tokens, smaller than some of the published fusion reaches."""
+    """A layer on a map of 5x7 tokens, smaller than the reach of the published fusion."""
     return read_layer(model, noise(1, 3, 40, 56), stage, block)
 
 
@@ -282,7 +282,7 @@ def test_non_finite_weights_are_reported() -> None:
 
 
 def write_run(path: Path, epochs: int, **changes: Any) -> Path:
-    """A file as the trainer writes it."""
+    """Write a record like the trainer's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         dict(
@@ -391,7 +391,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(files: Path, tmp_path: Path, line: str) -> tuple[int, Path]:
-    """A command in which ``@NAME`` stands for a file of the fixture; its exit status and its picture."""
+    """Run a command, where ``@NAME`` stands for a file of the fixture; return its exit status and its picture."""
     words = [str(files / word[1:]) if word.startswith("@") else word for word in line.split()]
     output = tmp_path / "made" / "picture.png"
     return command.main([*words, "--output", str(output)]), output

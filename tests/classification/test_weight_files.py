@@ -294,7 +294,7 @@ def test_weights_are_found_under_the_names_of_frameworks(
     if not others:
         SpatialMamba(**MICRO).load_state_dict(state_dict_of(content, "w.pth"))
         source = dict(file=str(tmp_path / "w.pth"), num_classes=5)
-        if "_dict" not in next(iter(content)) and "net" not in content:  # where timm looks for weights itself
+        if "_dict" not in next(iter(content)) and "net" not in content:  # a layout that timm reads
             loaded = timm.create_model("spatial_mamba_tiny", **MICRO, checkpoint_path=tmp_path / "w.pth")
             assert weights_digest(loaded.state_dict()) == digest
         loaded = timm.create_model("spatial_mamba_tiny", pretrained=True, pretrained_cfg_overlay=source, **MICRO)
@@ -344,7 +344,7 @@ def test_weights_of_several_models_are_not_guessed(files: Path, tmp_path: Path, 
 
 
 class OfWindows:
-    """Pickles like a path of Windows, which other systems cannot create."""
+    """Pickles like a Windows path, which other systems cannot create."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WindowsPath, ("c:/", "runs")
@@ -657,7 +657,7 @@ def test_timm_loads_our_files(files: Path, tmp_path: Path, how: str) -> None:
         timm.models.save_for_hf(model, tmp_path, model_args=MICRO)
         loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
         expected = model
-    elif how == "checkpoint_path":  # timm takes the EMA weights, where there are any
+    elif how == "checkpoint_path":  # timm loads the EMA weights if there are any
         loaded = timm.create_model("spatial_mamba_tiny", **MICRO, checkpoint_path=files / "published.pth")
         expected = classifier(1)
     else:

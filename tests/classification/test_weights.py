@@ -1,4 +1,4 @@
-"""A backbone that starts from a classification checkpoint, and checkpoints that must be refused."""
+"""Starting a backbone from a classification checkpoint, and checkpoints that must be refused."""
 
 import pickle
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .micro_models import LeavesATrace, filled_classifier, micro_backbone, micro
 
 
 def published_extras() -> dict[str, Any]:
-    """What a released checkpoint stores in addition to its weights."""
+    """The entries of a released checkpoint in addition to its weights."""
     from yacs.config import CfgNode
 
     config = CfgNode({"MODEL": {"TYPE": "spatial_mamba"}})

@@ -1,4 +1,4 @@
-"""The backend of the operators' own tests."""
+"""The backend that the tests of the operators use."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Inputs of the operators; slow, obvious forms of the scan and the fusion; comparisons."""
+"""Inputs of the operators; slow, obvious implementations of the scan and the fusion; comparisons."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,7 +45,7 @@ def scan_loop(
     batch, dim, length = u.shape
 
     def per_token(matrix: Tensor) -> Sequence[Tensor]:
-        # unbind, because the gradient of L separate indexings would cost L squared
+        # unbind, because the gradients of L separate index operations would take time proportional to L squared
         if matrix.ndim == 2:
             return [matrix] * length
         if matrix.ndim == 3:

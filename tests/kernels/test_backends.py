@@ -1,4 +1,4 @@
-"""Every backend compared with the reference implementation in float64; PyTorch's tools on the operators."""
+"""Every backend compared with the reference implementation in float64; PyTorch's tools applied to the operators."""
 
 import itertools
 import math
@@ -351,7 +351,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "merged taps": {"merged": True},
 }
 
-# Each takes seconds in Triton's interpreter. On GPUs all are run.
+# Each takes seconds in Triton's interpreter. On GPUs, all cases are run.
 INTERPRETED = {
     "all options",
     "states",
@@ -369,7 +369,7 @@ INTERPRETED = {
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest, backend: torch.device) -> str:
-    """Name of a case; the interpreter runs only a few."""
+    """The name of a case; the interpreter runs only a few cases."""
     if interpreted(request) and request.param not in INTERPRETED:
         pytest.skip("the interpreter is slow: only some cases")
     return request.param
@@ -792,7 +792,7 @@ def test_mixer_takes_merged_taps_for_kernels(backend: torch.device) -> None:
 
 @compiled_backends
 def test_mixer_in_half_precision_under_autocast(backend: torch.device) -> None:
-    """As in a model: the linear layer before it returns bfloat16, the weights are float32."""
+    """As in a model: the linear layer before the operator returns bfloat16, and the weights are float32."""
     function, tensors = mixer_case()
     tensors = {name: t.to(backend, torch.bfloat16 if name == "xz" else torch.float32) for name, t in tensors.items()}
     expected = results(function, tensors)

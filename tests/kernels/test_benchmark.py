@@ -1,4 +1,4 @@
-"""The benchmark of the kernels, what it shares with that of whole models, and the runner of the GPU checks."""
+"""The benchmark of the kernels, the code that it shares with the benchmark of whole models, and the GPU checks."""
 
 import json
 import subprocess
@@ -119,7 +119,7 @@ def test_calls_are_timed_in_turn() -> None:
 
 
 def tiring(limit: int, failure: Exception) -> measure.Call:
-    """A call that works that many times."""
+    """A call that works a number of times and then fails."""
     calls = []
 
     def call() -> torch.Tensor:
@@ -276,7 +276,7 @@ def test_gpu_check_calls_commands_as_they_are(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_gpu_tests_are_found_without_the_trainers_packages() -> None:
-    """A file that needs them is left out as a whole, where the machine has PyTorch, timm and little else."""
+    """On a machine with PyTorch, timm and little else, test files that need more packages are left out."""
     code = (
         "import sys, pytest; sys.modules.update(dict.fromkeys(('yacs', 'fvcore', 'mmengine')));"
         "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', *sys.argv[1:]]))"

@@ -40,7 +40,7 @@ def write_sources(folder: Path, text: str = TINY, name: str = "cpu/tiny.cpp") ->
 
 @pytest.fixture(autouse=True)
 def clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the user's variables, and everything that another test has loaded, forced or printed."""
+    """Hide the user's environment variables, and whatever another test has loaded, forced or printed."""
     for variable in ("CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", build.FOLDER_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(native, "_loaded", {})
@@ -88,7 +88,7 @@ def test_features_are_those_that_the_compiler_uses_on_this_processor() -> None:
 
 @needs_compiler
 def test_the_standard_is_the_one_that_pytorch_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the header that the sources include, and with the flags as PyTorch 2.6 and 2.13 spell them."""
+    """Uses the header that the sources include, and flags as written in PyTorch 2.6 and 2.13."""
     build.build(["cpu"], out=tmp_path / "lib", sources=write_sources(tmp_path / "csrc", "#include <torch/library.h>\n"))
     monkeypatch.setattr(build, "_torch_folder", lambda: tmp_path)
     (tmp_path / "utils").mkdir()
@@ -167,7 +167,7 @@ def test_no_sources_no_linux_no_compiler(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_file_needs_no_other_module() -> None:
-    """setup.py loads it where neither the package nor PyTorch may be installed."""
+    """setup.py loads the module even if neither the package nor PyTorch is installed."""
     script = f"import runpy, sys; runpy.run_path({build.__file__!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-S", "-c", script]).returncode == 0
 
@@ -388,7 +388,7 @@ def test_a_gpu_without_code_is_served_by_triton(monkeypatch: pytest.MonkeyPatch)
 
 
 def refusal(out: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The reason that load gives, without touching the library."""
+    """The reason that ``load`` gives for not loading the library."""
     touched = []
     monkeypatch.setattr(torch.ops, "load_library", touched.append)
     reason = native.load("cpu", out, sources)
@@ -533,7 +533,7 @@ def test_triton_needs_a_recent_version_and_a_compiler_unless_interpreted(
 
 @pytest.mark.slow
 def test_native_code_required_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """The package can still be imported, so that it can be built; the first call raises."""
+    """The package can still be imported, so that the library can be built; the first call raises."""
     script = (
         "import torch\n"
         "from spatial_mamba.kernels import selective_scan\n"

@@ -96,7 +96,7 @@ def on_tensors(function: Callable[[Tensor], Tensor], arguments: Sequence[Any]) -
 def assert_matches_reference(
     operators: Any, operator: Operator, arguments: Sequence[Any], backward: bool = False
 ) -> tuple[Tensor, ...]:
-    """The emulated operator gives what the reference implementation gives in float64, up to the result's rounding."""
+    """The emulated operator agrees with the reference implementation in float64, up to rounding of the result."""
     emulated = operator._backward if backward else operator._forward
     results = emulated(operators, *on_tensors(guarded, arguments))
     with use_backend("torch"):
@@ -137,7 +137,7 @@ def number_of_taps(branches: Branches) -> int:
 
 
 def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, branches: Branches) -> list[Any]:
-    """All but the dtype of the outputs."""
+    """All arguments except the dtype of the outputs."""
     *image, dim = shape
     u, projection = random_normal(*shape, dtype=dtype), random_normal(*image, rank + 2, dtype=dtype)
     step_weight, step_bias = random_normal(dim, rank) / rank**0.5, random_normal(dim) - 2
@@ -219,7 +219,7 @@ def test_selective_scan(
 
 
 def test_selective_scan_of_many_sequences(operators: Any) -> None:
-    """So many that a block of the backward pass sums over several channels."""
+    """So many channels that a block of the backward pass sums over several of them."""
     torch.manual_seed(0)
     batch, dim, groups = 129, 16, 2
     u, B, C = random_normal(batch, dim, 1), random_normal(batch, groups, 1, 1), random_normal(batch, groups, 1, 1)

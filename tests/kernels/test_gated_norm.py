@@ -1,4 +1,4 @@
-"""The reference implementation of the gated norm compared with its moments."""
+"""The reference implementation of the gated norm compared with its formula."""
 
 from typing import Any
 

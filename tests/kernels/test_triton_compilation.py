@@ -37,7 +37,7 @@ def main() -> None:
     from triton.runtime.jit import JITFunction
 
     class Driver:
-        """The part of a driver that compilation needs."""
+        """The parts of a driver that compilation needs."""
 
         launcher_cls = None
 

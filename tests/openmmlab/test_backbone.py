@@ -1,4 +1,4 @@
-"""The backbone under its registered name: weights to start from, options, frozen stages."""
+"""The backbone under its registered name: initial weights, options, frozen stages."""
 
 from pathlib import Path
 

@@ -26,7 +26,7 @@ load_checkpoint = CheckpointLoader.load_checkpoint
 
 
 def mmengine_checkpoint(**more: object) -> dict:
-    """As a runner of mmengine saves it: weights, histories of logged values, NumPy arrays and scalars."""
+    """A checkpoint like those of mmengine's runner: weights, histories of logged values, NumPy arrays and scalars."""
     history = HistoryBuffer([0.5, 0.25], [1, 1])
     return {
         "meta": {"epoch": 1, "iter": 4, "dataset_meta": {"classes": ("a", "b")}, "seed": 7},
@@ -39,14 +39,14 @@ def mmengine_checkpoint(**more: object) -> dict:
 
 
 class Harmful:
-    """What a checkpoint must not be able to do."""
+    """An action that a checkpoint must not be able to trigger."""
 
     def __reduce__(self) -> tuple:
         return os.mkdir, ("harm-done",)
 
 
 class Reaching:
-    """With getattr, a harmless object gives access to everything."""
+    """With getattr, a harmless object would give access to everything."""
 
     def __reduce__(self) -> tuple:
         return getattr, (HistoryBuffer, "__init__")
@@ -140,7 +140,7 @@ def test_forged_numpy_objects_are_refused(tmp_path: Path, thing: object) -> None
 
 
 def test_reading_a_file_changes_no_type(tmp_path: Path) -> None:
-    """Neither the methods of histories nor NumPy's dtypes; arrays that were read are saved as plain arrays."""
+    """The methods of histories and NumPy's dtypes cannot be misused; arrays that were read are saved as plain ones."""
     forged = HistoryBuffer([1.0, 3.0], [1, 1])
     forged._statistics_methods = {"mean": "harm"}
     torch.save({"forged": forged, "array": np.arange(3)}, tmp_path / "a")

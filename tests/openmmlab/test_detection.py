@@ -1,4 +1,4 @@
-"""Mask R-CNN under mmdet: the recipes as they resolve, sizes, awkward training images, prediction on image files."""
+"""Mask R-CNN in mmdet: the resolved recipes, sizes, unusual training images, prediction on image files."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ VARIANTS = {
 PUBLISHED_PARAMETERS = {"tiny": 46, "small": 63, "base": 115}  # millions
 SCHEDULES = {"1x": ("1x", 12, [8, 11]), "3x": ("ms-crop-3x", 36, [27, 33])}  # mmdet's name, epochs, milestones
 
-# The tiny recipe's detector, thin enough for tests, for two classes and images of odd sizes.
+# The tiny recipe's detector, with few channels for tests, for two classes and images of odd sizes.
 MICRO = {
     "model.backbone": dict(dims=8, depths=(1, 1, 1, 1)),
     "model.neck": dict(in_channels=[8, 16, 32, 64], out_channels=16),
@@ -113,7 +113,7 @@ def test_recipe_is_that_of_swin_with_the_backbone_exchanged(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_model_of_a_recipe(name: str) -> None:
-    """Parameters as published, the backbone's widths under the FPN, drop path rising over the blocks."""
+    """Parameters as published, FPN inputs as wide as the backbone's maps, drop path rising over the blocks."""
     variant, _ = RECIPES[name]
     model = build_model(load_config("mmdet", name))
     assert round(count_parameters(model) / 1e6) == PUBLISHED_PARAMETERS[variant]
@@ -124,7 +124,7 @@ def test_model_of_a_recipe(name: str) -> None:
 
 
 def test_only_norms_have_no_weight_decay(micro: nn.Module) -> None:
-    """mmengine matches names, so the blocks' ln_1 and ln_2 do decay."""
+    """mmengine matches names that contain norm, so ln_1 and ln_2 of the blocks do decay."""
     config = load_config("mmdet", "mask_rcnn_spatialmamba_fpn_coco_tiny")
     groups = build_optim_wrapper(micro, config.optim_wrapper).optimizer.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -157,7 +157,7 @@ def test_complexity_refuses(arguments: list[str], message: str, capsys: pytest.C
 
 
 def sample_batch(boxes: int) -> dict[str, list]:
-    """One unpadded image of 75x101 pixels, with up to two objects, as a data loader gives it."""
+    """A batch of one unpadded image of 75x101 pixels, with up to two objects, as from a data loader."""
     height, width = 75, 101
     corners = torch.tensor([[3.0, 5.0, 60.0, 70.0], [40.0, 8.0, 99.0, 33.0]])[:boxes]
     masks = np.zeros((boxes, height, width), np.uint8)
@@ -190,7 +190,7 @@ def test_training_on_one_image_of_odd_size(micro: nn.Module, boxes: int) -> None
     assert gradients["roi_head.mask_head.conv_logits.weight"].any().item() == (boxes > 0)
 
 
-FURTHER = {  # one config each, thin enough for tests
+FURTHER = {  # one config each, small enough for tests
     "cascade_mask_rcnn_spatialmamba_fpn_coco_tiny": {
         **{key: value for key, value in MICRO.items() if key != "model.roi_head.bbox_head"},
         **{f"model.roi_head.bbox_head.{i}": MICRO["model.roi_head.bbox_head"] for i in range(3)},
@@ -295,7 +295,7 @@ def test_weights_for_other_classes_name_the_remedy(micro: nn.Module, files: Path
 
 
 def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
-    """Ways to go wrong: arguments, and what the error names."""
+    """Wrong inputs: arguments, and the words of the error."""
     images = files / "images"
     wide = images / "wide.jpg"
     (tmp_path / "empty").mkdir()

@@ -167,7 +167,7 @@ def test_folders_are_written_atomically(
     module.write_digits(folder, counts)
     assert {path: path.stat().st_mtime_ns for path in images} == before
 
-    images[0].unlink()  # no longer the complete data set: not touched
+    images[0].unlink()  # an incomplete data set, which is not changed
     package = module.__name__.split(".")[-2]
     assert run_demo_data(package, lambda path: module.write_digits(path, counts), [str(folder)]) == 2
     message = capsys.readouterr().err
@@ -224,7 +224,7 @@ def test_mmseg_reads_the_digits(ade_folder: Path, made: dict[str, list[Scene]]) 
 
 
 def dataset_builder(config: Path, build: Callable) -> Callable[[str, Path], object]:
-    """A function that builds the data set of a split as the config describes it, in another folder."""
+    """A function that builds the config's data set of a split, from another folder."""
     from mmengine import Config
 
     settings = Config.fromfile(config)

@@ -154,7 +154,7 @@ def test_dtypes_that_the_compiled_operators_refuse_are_computed_in_float32() -> 
 
 
 def test_focal_loss_is_that_of_mmdet() -> None:
-    """mmdet computes it in PyTorch on CPUs; only on GPUs does it call mmcv's operator."""
+    """On CPUs, mmdet computes the loss in PyTorch; it calls mmcv's operator only on GPUs."""
     from mmdet.models.losses.focal_loss import FocalLoss
 
     torch.manual_seed(0)
@@ -206,7 +206,7 @@ def test_a_compiled_module_comes_first(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_mmengine_finds_the_operators_without_pkgutils_find_loader() -> None:
-    """Python 3.14 has removed it; the test removes it for a moment."""
+    """Python 3.14 has removed the function; the test removes it temporarily."""
     code = "import pkgutil; vars(pkgutil).pop('find_loader', None); import spatial_mamba.detection\n"
     code += "from mmengine.utils.dl_utils import mmcv_full_available; assert mmcv_full_available()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

@@ -1,4 +1,4 @@
-"""Missing and faulty packages: one line with the remedy."""
+"""Missing and broken packages: one line with the fix."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""UPerNet under mmseg: the recipes as they resolve, sizes, awkward training images, prediction on image files."""
+"""UPerNet in mmseg: the resolved recipes, sizes, unusual training images, prediction on image files."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ VARIANTS = {
 }
 PUBLISHED_PARAMETERS = {"tiny": 57, "small": 73, "base": 127}  # millions
 
-# The tiny recipe's segmentor, thin enough for tests, for images of an odd size.
+# The tiny recipe's segmentor, with few channels for tests, for images of an odd size.
 SIZE = (75, 101)
 MICRO = {
     "model.backbone": dict(dims=8, depths=(1, 1, 1, 1)),
@@ -151,7 +151,7 @@ def test_the_data_set_may_be_elsewhere() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_model_of_a_recipe(variant: str) -> None:
-    """Parameters as published, the backbone's widths under the heads, drop path rising over the blocks."""
+    """Parameters as published, head inputs as wide as the backbone's maps, drop path rising over the blocks."""
     model = build_model(load_config("mmseg", RECIPE.format(variant)))
     assert round(count_parameters(model) / 1e6) == PUBLISHED_PARAMETERS[variant]
     widths = [stage["num_chs"] for stage in model.backbone.feature_info]
@@ -162,7 +162,7 @@ def test_model_of_a_recipe(variant: str) -> None:
 
 
 def test_only_norms_have_no_weight_decay(micro: nn.Module) -> None:
-    """mmengine matches names: the BatchNorms of the heads, called bn, do decay."""
+    """mmengine matches names that contain norm, so the BatchNorms of the heads, called bn, do decay."""
     config = load_config("mmseg", RECIPE.format("tiny"))
     groups = build_optim_wrapper(micro, config.optim_wrapper).optimizer.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -252,7 +252,7 @@ def test_prediction_on_files(files: Path, tmp_path: Path, capsys: pytest.Capture
 def test_wrong_input_is_named_in_one_line(
     files: Path, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Checks that both tasks share are tested with detection; these are the others."""
+    """The tests of detection cover the checks that both tasks share; this covers the others."""
     state = torch.load(files / "micro.pth", weights_only=True)["state_dict"]
     renamed = {name.replace("outnorm3", "norm3"): tensor for name, tensor in state.items()}
     torch.save({"state_dict": renamed}, files / "other.pth")

@@ -92,7 +92,7 @@ def free_port() -> str:
 
 
 class Task:
-    """A folder with a small data set and config, and the output of an undisturbed run of two processes."""
+    """A folder with a small data set and config, and the output of an uninterrupted run of two processes."""
 
     def __init__(self, folder: Path, name: str, package: str, last: str, metric: str) -> None:
         self.folder, self.name, self.package, self.last, self.metric = folder, name, package, last, metric
