@@ -47,7 +47,7 @@ _FIXED_KEYS = {
 RATES = ("TRAIN.BASE_LR", "TRAIN.WARMUP_LR", "TRAIN.MIN_LR")
 _RENAMED_KEYS = {
     "MODEL.SPATIAL_MAMBA.SSM_D_STATE": "MODEL.SPATIAL_MAMBA.D_STATE",
-    "TRAIN.MESA": "AUG.MESA",  # -1.0 is off
+    "TRAIN.MESA": "AUG.MESA",  # -1.0 switches it off
 }
 
 
@@ -56,10 +56,10 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
 
     Args:
         name: path of the file, or name of a shipped config.
-        overrides: later ones win; texts are decoded (``1e-3`` is a number).
+        overrides: later ones win; strings are parsed (``1e-3`` is a number).
 
     Returns:
-        The config, and one line for every key that is ignored or has another meaning here.
+        The config, and one line for every key that is ignored or has a different meaning here.
 
     Raises:
         UserError: naming the file or option and the key.
@@ -81,7 +81,7 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
 
 
 def check_config(config: CfgNode) -> None:
-    """Refuse values that cannot work before anything is built from them.
+    """Refuse values that cannot work, before anything is built from them.
 
     Raises:
         UserError: naming the key, its value and what is allowed.
@@ -141,7 +141,7 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
     try:
         tree = yaml.load(text, _Loader)
         _count_values(tree)
-    except Exception as error:  # PyYAML raises all kinds for values that it cannot construct
+    except Exception as error:  # PyYAML raises many types for values that it cannot construct
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config file must hold keys and values, found {type(tree).__name__}")
@@ -160,7 +160,7 @@ def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path,
         _merge_value(config, key, value, str(path), notes)
     if is_published_run(tree):
         config.TRAIN.SCALE_LR = False
-        notes.append(f"{path}: the config of a published run, whose learning rates are taken as they are, not scaled")
+        notes.append(f"{path}: the config of a published run, whose learning rates are used as they are, not scaled")
 
 
 def _count_values(tree: Any, depth: int = 0) -> int:
@@ -185,7 +185,7 @@ def by_meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads dates as texts, and refuses a key that is given twice, of which YAML would keep the last."""
+    """Reads dates as strings, and refuses a key that is given twice; YAML would keep the last."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -256,7 +256,7 @@ def _meaning_of(name: str, value: Any) -> tuple[str, Any]:
         parts[1] = "SPATIAL_MAMBA"
     key = ".".join(parts)
     key = _RENAMED_KEYS.get(key, key)
-    if key == "AUG.MESA":  # published files switch it off by -1
+    if key == "AUG.MESA":  # published files switch it off with -1
         gain = CfgNode._decode_cfg_value(value)
         value = 0.0 if isinstance(gain, int | float) and gain < 0 else value
     return key, value

@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..kernels.errors import UserError
 from .models.image_files import is_hidden
 
-MAX_BYTES = 2**28  # of an encoded image: an archive can hold more in little space
+MAX_BYTES = 2**28  # of an encoded image; a small archive can hold much more
 
 _DANGLING = " (a broken link)"
 
@@ -35,7 +35,7 @@ class Reader(Protocol):
         """Class number of an image."""
 
     def name(self, index: int) -> str:
-        """Where the image is, for messages."""
+        """Name of an image's file or archive member, for messages."""
 
     def read(self, index: int) -> bytes:
         """The encoded image; raises exceptions of many kinds if it cannot be read."""
@@ -113,12 +113,12 @@ class ZipReader:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = list(dict.fromkeys(archive.namelist()))  # an update repeats the name
-        except Exception as error:  # damaged archives raise all kinds
+        except Exception as error:  # damaged archives raise many types
             raise UserError(f"{path}: not a readable zip archive ({error})") from error
         if not self.has_names:
             self.classes, self.samples = _read_map(map_file, set(names), path, needs_all_classes)
         else:
-            # A single folder around all classes, which many zip tools add, is not a class.
+            # Many zip tools add a folder around all others: it is not a class.
             images = [name for name in names if "/" in name and _is_image(name)]
             top = {name.partition("/")[0] for name in images}
             prefix = f"{top.pop()}/" if len(top) == 1 and any(name.count("/") > 1 for name in images) else ""
@@ -207,7 +207,7 @@ class CachedReader:
             try:
                 self._cache[index] = reader.read(index)
             except Exception:
-                continue  # read again when it is needed, then reported or skipped
+                continue  # it is read again when needed, and then reported or skipped
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -348,7 +348,7 @@ def _label_members(
 def _read_map(
     map_file: Path, names: set[str], archive: Path, needs_all_classes: bool
 ) -> tuple[list[str], list[tuple[str, int]]]:
-    """Class numbers, as texts, and the images of a list, in its order."""
+    """The class numbers of a list, as strings, and its images in their order."""
     content = map_file.read_bytes()
     try:
         text = content.decode("utf-8-sig")

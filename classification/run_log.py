@@ -23,8 +23,8 @@ class RunLog:
     Args:
         process: this process.
         folder: for the files; None writes to the console only.
-        first_update: the next update; scalars of an interrupted run from it on are dropped.
-        first_epoch: likewise for the JSON lines.
+        first_update: the next update; scalars that an interrupted run wrote from this update on are dropped.
+        first_epoch: the same for the JSON lines.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RunLog:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for earlier in [h for h in _PACKAGE_LOGGER.handlers if isinstance(h, MemoryHandler)]:
             earlier.setTarget(handler)
-            earlier.close()  # passes its records on
+            earlier.close()  # flushes its records
             _PACKAGE_LOGGER.removeHandler(earlier)
         _PACKAGE_LOGGER.addHandler(handler)
         self._writer = SummaryWriter(str(folder), purge_step=first_update)
@@ -55,7 +55,7 @@ class RunLog:
         return self._writes and self._is_terminal
 
     def progress(self, items: Iterable, total: int, title: str) -> tqdm:
-        """A progress bar with ETA on a terminal; elsewhere just the items."""
+        """A progress bar with an ETA on a terminal; otherwise only the items."""
         return tqdm(items, total=total, desc=title, disable=not self.shows_bars, leave=False, dynamic_ncols=True)
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:

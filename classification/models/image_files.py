@@ -34,7 +34,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     where ``**`` matches any depth of folders.
 
     Raises:
-        ImageFileError: naming a path that is missing, has another ending, or holds or matches no image.
+        ImageFileError: naming a path that is missing, has the wrong ending, or holds or matches no image.
     """
     images: list[Path] = []
     for path in map(Path, paths):

@@ -1,4 +1,4 @@
-"""Configs: the shipped ones, the published ones, ablations."""
+"""Configs: shipped ones, published ones, ablations."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_published_yaml_is_the_shipped_config(variant: str, tmp_path: Path) -> N
 def test_a_published_runs_config_keeps_its_learning_rates(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(yaml.safe_dump(published_run(published_yaml("small"))))
     config, notes = load_config(tmp_path / "config.json", [("DATA.BATCH_SIZE", 64)])
-    assert any("learning rates are taken as they are" in note for note in notes)
+    assert any("learning rates are used as they are" in note for note in notes)
     optimizer = build_optimizer(config, torch.nn.Linear(2, 2), world_size=16)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     assert (config.AUG.MESA, config.MODEL.SPATIAL_MAMBA.DEPTHS) == (1.5, [2, 4, 21, 5])
@@ -71,7 +71,7 @@ def test_a_published_runs_config_keeps_its_learning_rates(tmp_path: Path) -> Non
 
 
 def test_yaml_with_the_keys_of_vmamba_loads(tmp_path: Path) -> None:
-    """With the keys of VMamba, which derivatives use."""
+    """Configs with VMamba's keys, which derived projects use."""
     published = tmp_path / "published.yaml"
     published.write_text(
         yaml.safe_dump(
