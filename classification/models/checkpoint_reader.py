@@ -50,6 +50,7 @@ _UNTYPED = {
     "complex32", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "uint16",
     "uint32", "uint64",
 }  # fmt: skip
+DTYPES = {*_STORAGES.values(), *(getattr(torch, name) for name in _UNTYPED if hasattr(torch, name))}
 _PLAIN = (bool, int, float, complex, type(None), PurePath, date, time, timedelta, timezone, np.generic, Discarded)
 
 

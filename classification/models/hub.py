@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
+from .safetensors_files import write_safetensors
 from .weights import describe_differences, encoder_weights, load_strictly, read_checkpoint, state_dict_of
 
 
@@ -42,7 +43,7 @@ class HubModule(
             rebuilt = type(self)(**self._hub_mixin_config)
         if problems := describe_differences(rebuilt.state_dict(), self.state_dict()):
             raise RuntimeError(f"the model cannot be saved because it has changed since it was made: it {problems}")
-        super()._save_pretrained(save_directory)
+        write_safetensors(self.state_dict(), save_directory / "model.safetensors")
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:

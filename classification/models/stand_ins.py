@@ -67,18 +67,20 @@ class Discarded(StandIn):
 class History(StandIn):
     """A ``HistoryBuffer`` of mmengine: logged values, and how many steps each counts."""
 
+    METHODS = ("min", "max", "current", "mean")
+
     state: dict[str, Any] | None = None
 
     def build(self, state: Any) -> None:
-        """Take the attributes of the history."""
+        """Take the attributes of the history, without its table of methods."""
         if self.state is not None or type(state) is not dict:
             raise DamagedFileError("its pickle fills a history twice")
-        self.state = dict(state)
+        self.state = {name: state[name] for name in ("_log_history", "_count_history", "max_length")}
 
     @staticmethod
     def method(owner: object, name: object) -> None:
         """Histories refer to their methods through ``getattr``, which could reach anything; this reaches nothing."""
-        if owner != Function(History) or name not in ("min", "max", "current", "mean"):
+        if owner != Function(History) or name not in History.METHODS:
             raise ForeignTypeError("builtins.getattr")
 
 
@@ -190,6 +192,7 @@ def known_types() -> dict[str, Function | Name]:
         (_device, "torch.device"),
         (History, "mmengine.logging.history_buffer.HistoryBuffer"),
         (History.method, "builtins.getattr"),
+        *((Name(name), f"mmengine.logging.history_buffer.HistoryBuffer.{name}") for name in History.METHODS),
         (Dtype, "numpy.dtype"),
         (Array, "numpy.ndarray"),
         *config_types(),

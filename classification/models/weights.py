@@ -1,6 +1,5 @@
 """Reads checkpoint files safely and loads them strictly, with one clear error for whatever is wrong."""
 
-import json
 import logging
 import re
 import zipfile
@@ -10,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -18,13 +16,13 @@ from ...kernels.errors import UserError
 from ...kernels.home import with_home
 from .architecture import FIRST_CONV, architecture_of, describe_other_architecture
 from .checkpoint_reader import read_torch_file
+from .safetensors_files import read_safetensors
 from .stand_ins import DamagedFileError, ForeignTypeError
 
 if TYPE_CHECKING:
     from .spatial_mamba import SpatialMambaBackbone, SpatialMambaEncoder
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net")  # where checkpoints keep their weights
-METADATA_KEY = "spatial_mamba"  # metadata in JSON that a safetensors file of this project has with its weights
 EMA_KEYS = ("model_ema", "state_dict_ema")  # the second is timm's
 CLASSIFIER_ONLY = ("norm.weight", "norm.bias", "head.weight", "head.bias")  # not in backbones
 # Names that wrapper modules insert into those of the weights: DDP, torch.compile, activation checkpointing and FSDP.
@@ -71,7 +69,7 @@ def read_checkpoint(
     if path.stat().st_size == 0:
         raise WeightsError(f"{path}: the file is empty; download or save it again")
     try:
-        checkpoint = _read_safetensors(path) if is_safetensors(path) else read_torch_file(path, history)
+        checkpoint = read_safetensors(path) if is_safetensors(path) else read_torch_file(path, history)
     except ForeignTypeError as error:
         raise WeightsError(
             f"{path}: refused, because it asks to load {str(error)[:200]}, which could run code; "
@@ -89,14 +87,6 @@ def read_checkpoint(
 def is_safetensors(path: Path) -> bool:
     """Whether a file is a safetensors file by its name."""
     return path.suffix.lower() == ".safetensors"
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors alone; in a file of this project, the tensors as the entry "model" next to their metadata."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-    return {**about, "model": tensors} if about else tensors
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key: str = "model") -> dict[str, Tensor]:

@@ -1,21 +1,19 @@
 """Converts checkpoints between layouts: this trainer's, the published one, OpenMMLab's, and weights only."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from yacs.config import CfgNode
 
 from ...kernels.errors import UserError
 from ..atomic_write import atomic_write
 from ..models.architecture import PUBLISHED_FUSION, architecture_of
+from ..models.safetensors_files import write_safetensors
 from ..models.weights import (
     CLASSIFIER_ONLY,
     EMA_KEYS,
-    METADATA_KEY,
     WeightsError,
     ema_state_dict_of,
     encoder_weights,
@@ -55,9 +53,8 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
     try:
         with atomic_write(target) as unfinished:
             if is_safetensors(target):
-                state = {name: tensor.contiguous().clone() for name, tensor in content.pop(_entry(layout)).items()}
-                metadata = {"format": "pt", METADATA_KEY: json.dumps({k: content[k] for k in _ABOUT if k in content})}
-                safetensors.torch.save_file(state, unfinished, metadata)
+                about = {key: content[key] for key in _ABOUT if key in content}
+                write_safetensors(content[_entry(layout)], unfinished, about)
             else:
                 torch.save(content, unfinished)
     except TypeError as error:

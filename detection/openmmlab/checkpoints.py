@@ -25,7 +25,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def _history(attributes: dict[str, Any]) -> HistoryBuffer:
-    values, counts, length = (attributes[name] for name in ("_log_history", "_count_history", "max_length"))
+    values, counts, length = attributes.values()
     are_arrays = isinstance(values, np.ndarray) and isinstance(counts, np.ndarray) and values.ndim == 1
     if not are_arrays or values.shape != counts.shape or type(length) is not int or length < 1:
         raise DamagedFileError("a history of mmengine is wrong")

@@ -1,6 +1,7 @@
 """Checkpoint files from anywhere: read exactly, or refused before they take memory or change anything."""
 
 import io
+import json
 import pickle
 import struct
 import zipfile
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from spatial_mamba.classification.models import stand_ins
+from spatial_mamba.classification.models.safetensors_files import write_safetensors
 from spatial_mamba.classification.models.weights import WeightsError, read_checkpoint
 
 HOSTILE = Path(__file__).parents[1] / "data" / "hostile"
@@ -314,4 +317,72 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(HOSTILE.glob("*.pth")), ids=lambda path: path.stem)
 def test_hostile_files_are_refused(path: Path) -> None:
     with pytest.raises(WeightsError, match=f"{path.name}: (not a PyTorch checkpoint, or a damaged one|refused)"):
+        read_checkpoint(path)
+
+
+# --- safetensors
+
+
+def rewrite_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the header of a safetensors file: types, shapes and places of tensors, and metadata."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[start:])
+
+
+TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "flag": torch.tensor([True, False]), "none": torch.zeros(0, 2)}
+
+
+def test_a_checksum_finds_what_changed_in_a_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_safetensors(TENSORS, path, {"classes": ["a"]})
+    content = path.read_bytes()
+    assert_equal(read_checkpoint(path), {"classes": ["a"], "model": dict(sorted(TENSORS.items()))})
+    path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    with pytest.raises(WeightsError, match="its checksum is wrong"):
+        read_checkpoint(path)
+    path.write_bytes(content)
+    rewrite_header(path, lambda header: header["weight"].update(dtype="I32"))
+    with pytest.raises(WeightsError, match="its checksum is wrong"):
+        read_checkpoint(path)
+
+
+def test_safetensors_files_of_others_are_read_into_memory_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(TENSORS, path)
+    read = read_checkpoint(path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_equal(read, dict(sorted(TENSORS.items())))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["weight"].update(shape=[2, 2**62]),
+        lambda header: header["flag"].update(data_offsets=header["weight"]["data_offsets"]),
+        lambda header: header["weight"].update(shape=[6] + [1] * 64),
+        lambda header: header["weight"].update(dtype="BOOL", shape=[24]),
+        lambda header: header.update(other=header["weight"]),
+        lambda header: header.update(__metadata__={"spatial_mamba": "[" * 500 + "]" * 500}),
+        lambda header: header.update(__metadata__={"spatial_mamba": "[1]"}),
+    ],
+    ids=["large", "overlapping", "dimensions", "boolean", "twice", "nested", "list"],
+)
+def test_headers_that_are_wrong_are_refused(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(TENSORS, path)
+    rewrite_header(path, change)
+    with pytest.raises(WeightsError, match=r"model\.safetensors: not a safetensors file, or a damaged one"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("size", [2**63, 10**8, 16], ids=["impossible", "huge", "longer than the file"])
+def test_a_safetensors_file_cannot_ask_for_memory(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", size) + b"{}")
+    with pytest.raises(WeightsError, match="not a safetensors file, or a damaged one"):
         read_checkpoint(path)

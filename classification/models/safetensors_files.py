@@ -1,0 +1,64 @@
+"""Reads and writes safetensors files; those that this project writes have a checksum of their tensors."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .checkpoint_reader import DTYPES, MAX_DIMENSIONS, Converter
+from .stand_ins import DamagedFileError
+
+# Entries of the metadata: what belongs to the weights, as JSON, and the CRC-32 of the tensors in hexadecimal digits.
+_ABOUT, _CHECKSUM = "spatial_mamba", "spatial_mamba.crc32"
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write tensors, and what belongs to them.
+
+    Raises:
+        TypeError: if ``about`` has values that JSON does not have.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}  # none share memory
+    metadata = {"format": "pt", _CHECKSUM: _checksum(tensors)}
+    if about is not None:
+        metadata[_ABOUT] = json.dumps(about)
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors alone; in a file of this project, the tensors as the entry "model" next to what belongs to them.
+
+    Raises:
+        DamagedFileError, and any other exception: for damaged files.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: _own(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118, not a mapping
+    if metadata.get(_CHECKSUM, checksum := _checksum(tensors)) != checksum:
+        raise DamagedFileError("its checksum is wrong")
+    about = Converter(path.stat().st_size).plain(json.loads(metadata.get(_ABOUT, "{}")))
+    return {**about, "model": tensors} if about else tensors
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy of a tensor whose memory is the file, which another program may change or truncate."""
+    if tensor.dtype not in DTYPES or tensor.dim() > MAX_DIMENSIONS:
+        raise DamagedFileError(f"it has a tensor of {tensor.dtype} with {tensor.dim()} dimensions")
+    if tensor.dtype == torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
+        raise DamagedFileError("a boolean tensor has values besides 0 and 1")
+    return tensor.clone()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The CRC-32 of names, types, shapes and bytes, in the order of the names."""
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
