@@ -37,7 +37,7 @@ def chosen_model(args: argparse.Namespace) -> TrainedClassifier:
     """The model chosen by the options of ``add_model_options``, in evaluation mode on its device.
 
     Raises:
-        UserError: for options that contradict each other, a GPU where there is none, or an unusable checkpoint.
+        UserError: for options that contradict each other, a GPU that is not there, or an unusable checkpoint.
     """
     device = chosen_device(args.device)
     if args.checkpoint is not None:
@@ -51,10 +51,10 @@ def chosen_model(args: argparse.Namespace) -> TrainedClassifier:
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the GPU where there is one.
+    """The device of that name; ``auto`` is the GPU if there is one.
 
     Raises:
-        UserError: for a GPU where there is none.
+        UserError: for a GPU if there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no usable GPU here; use auto or cpu")

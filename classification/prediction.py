@@ -106,7 +106,7 @@ def _command(argv: Sequence[str] | None) -> None:
     classifier.model.fuse()
     unreadable = 0
     results = classify(classifier, images, names, args.top_k)
-    bar = sys.stdout.isatty() or None  # lines on a terminal show the progress; None: off where there is no terminal
+    bar = sys.stdout.isatty() or None  # no bar if results go to a terminal; None: also none if stderr does not
     for result in tqdm(results, total=len(images), unit="image", disable=bar):
         if isinstance(result, ImageFileError):
             unreadable += 1

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """An option, config, file or data set cannot be used; the message names it and the fix. Commands print it alone."""
+    """An option, config, file or data set cannot be used. The message names it and the fix; commands show only this."""

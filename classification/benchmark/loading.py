@@ -150,7 +150,7 @@ def _parser(prog: str) -> Parser:
     add("--cfg", default="spatialmamba_tiny", metavar="FILE", help="config of the trainer (default: %(default)s)")
     add("--data-path", metavar="FOLDER", help="with the train and val splits, as for training")
     add("--zip", action="store_true", help="read train.zip and val.zip")
-    add("--batch-size", type=whole_number, help="default: that of the config")
+    add("--batch-size", type=whole_number, help="default: the config's")
     add("--workers", nargs="+", type=whole_number, help="loader processes (default: 1, 2, 4, ... up to the cores)")
     return parser
 

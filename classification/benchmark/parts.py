@@ -1,7 +1,7 @@
 """Where the time goes: the parts of Spatial-Mamba, each compared with a lower bound on its time.
 
-The lower bound is the longer of two times: that of the compulsory bytes at the bandwidth of a memory copy, and that of
-the multiply-adds at the speed of a large matrix product. Both speeds are measured in the same run.
+The lower bound is the longer of two times: for the compulsory bytes at the bandwidth of a memory copy, and for the
+multiply-adds at the speed of a large matrix product. Both speeds are measured in the same run.
 """
 
 import contextlib

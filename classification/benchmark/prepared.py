@@ -55,7 +55,7 @@ class Prepared:
 
     Attributes:
         module: the model.
-        forward: what is called with the images: the model, or its compiled or exported form.
+        forward: a function of the images: the model, or its compiled or exported form.
         setting: the memory format, and the attention of models that have one.
         weight_bytes: of parameters and buffers, or of the exported file.
 

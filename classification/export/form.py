@@ -26,7 +26,7 @@ ATANH_DENOMINATORS = (11, 9, 7, 5, 3, 1)
 
 
 def export_form(model: SpatialMambaEncoder) -> SpatialMambaEncoder:
-    """Copy the model, in float32 and on its device, and replace modules by equivalents made of standard operations.
+    """Copy the model, in float32 and on its device, with modules replaced by equivalents made of standard operations.
 
     Raises:
         RuntimeError: for a fused model, one in training mode, or one with hooks or wrappers on its layers.
@@ -45,7 +45,7 @@ def export_form(model: SpatialMambaEncoder) -> SpatialMambaEncoder:
 
 
 def _replace_children(module: nn.Module) -> None:
-    """Replace modules at any depth by their equivalents for export, in place."""
+    """Replace modules at any depth with their equivalents for export, in place."""
     for name, child in module.named_children():
         if isinstance(child, StructureAwareSSM):
             setattr(module, name, ExportedMixer(child))

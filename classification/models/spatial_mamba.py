@@ -606,7 +606,7 @@ class SpatialMamba(SpatialMambaEncoder):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a newly initialised one of another size, in the model's device and dtype.
+        """Replace the classifier with a newly initialised one of another size, on the model's device and in its dtype.
 
         Raises:
             ValueError: for a pooling other than ``"avg"`` and ``""``.

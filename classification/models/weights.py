@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net")  # where checkpoints keep their weights
 EMA_KEYS = ("model_ema", "state_dict_ema")  # the second is timm's
 CLASSIFIER_ONLY = ("norm.weight", "norm.bias", "head.weight", "head.bias")  # not in backbones
-# Names that wrapper modules insert into those of the weights: DDP, torch.compile, activation checkpointing and FSDP.
+# Parts that wrapper modules add to the names of weights: DDP, torch.compile, activation checkpointing and FSDP.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_fpw_module)\."
 )
@@ -60,7 +60,7 @@ def read_checkpoint(
     if not str(path):
         raise WeightsError("the path of the checkpoint is empty")
     if "://" in str(path):
-        raise WeightsError(f"{path}: is an address; download the file and give its path")
+        raise WeightsError(f"{path}: is a URL; download the file and give its path")
     path = Path(with_home(str(path)))
     if path.is_dir():
         raise WeightsError(f"{path}: is a folder; name the checkpoint file in it")
@@ -75,7 +75,7 @@ def read_checkpoint(
             f"{path}: refused, because it asks to load {str(error)[:200]}, which could run code; "
             "save it again with tensors and plain Python values only"
         ) from error
-    except Exception as error:  # a damaged file can lead to any
+    except Exception as error:  # a damaged file can raise any type
         kind = "safetensors file" if is_safetensors(path) else "PyTorch checkpoint"
         reason = f" ({str(error)[:200]})" if isinstance(error, DamagedFileError | zipfile.BadZipFile) else ""
         raise WeightsError(f"{path}: not a {kind}, or a damaged one{reason}; download or save it again") from error
@@ -119,7 +119,7 @@ def _is_state_dict(state: Any) -> bool:
 
 
 def plain_names(state: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
-    """Remove the names of wrappers from those of weights: DDP, FSDP, ``torch.compile``, checkpointing, averaging.
+    """Remove what wrappers add to names of weights: DDP, FSDP, ``torch.compile``, checkpointing, averaging.
 
     The counter of ``torch.optim.swa_utils.AveragedModel`` is dropped.
 
@@ -163,7 +163,7 @@ def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) 
 def encoder_weights(
     state: Mapping[str, Tensor], path: str | PathLike[str], prefix: str = "", whole: bool = False
 ) -> dict[str, Tensor]:
-    """The weights of a classifier or backbone, without any prefix of their names.
+    """The weights of a classifier or backbone, with any prefix of their names removed.
 
     Detectors and segmentors name them ``backbone.*``, training frameworks ``model.*``, ``net.*`` or similar. A warning
     in the log names the prefix.
@@ -200,7 +200,7 @@ def _prefix_of(state: Mapping[str, Tensor], path: str | PathLike[str]) -> str:
         names = " and ".join(f"{prefix}*" for prefix in sorted(found))
         raise WeightsError(
             f"{path}: holds several models, named {names}; choose one, such as {max(found)}, with the option --prefix "
-            "of python -m spatial_mamba.checkpoint convert, or as prefix in init_cfg"
+            "of spatial-mamba checkpoint convert, or as prefix in init_cfg"
         )
     return found[0] if found else ""
 
@@ -213,7 +213,7 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def fit_first_convolution(
     model: "SpatialMambaEncoder", state: Mapping[str, Tensor], path: str | PathLike[str]
 ) -> Mapping[str, Tensor]:
-    """Adapt weights trained on RGB images to a model with another number of input channels, by timm's rule.
+    """Adapt weights trained on RGB images to a model with a different number of input channels, by timm's rule.
 
     The kernels of the first convolution are summed for one channel, and repeated and scaled for other numbers. A
     warning in the log says so. All other weights are unchanged.
@@ -256,7 +256,7 @@ def describe_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor])
     problems = [f"{name} is missing" for name in own.keys() - state.keys()]
     problems += [f"{name} is not part of the model" for name in state.keys() - own.keys()]
     problems += [
-        f"{name} is {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+        f"{name} is {tuple(state[name].shape)}, but the model has {tuple(own[name].shape)}"
         for name in own.keys() & state.keys()
         if state[name].shape != own[name].shape
     ]

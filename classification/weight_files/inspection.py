@@ -116,7 +116,7 @@ def _sizes_of_parts(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _compare(state: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> str:
     if state.keys() != ema.keys() or any(state[name].shape != ema[name].shape for name in state):
-        return "yes, with another architecture than the model"
+        return "yes, with a different architecture from the model"
     changed = sum(not state[name].equal(ema[name]) for name in state)
     return f"yes, {changed} of {len(state)} entries differ from the model's"
 

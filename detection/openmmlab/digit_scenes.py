@@ -148,5 +148,5 @@ def _colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Of several random RGB colours, the one that stands out most from the (h, w, 3) pixels around it."""
     colours = rng.uniform(0, 255, (COLOURS_TRIED, 3))
     distances = np.linalg.norm(colours[:, None] - background.reshape(1, -1, 3), axis=-1)
-    # Visibility is the distance exceeded by all but the most similar tenth of the pixels.
+    # Visibility is the distance from the colour within which the most similar tenth of the pixels lies.
     return colours[np.quantile(distances, 0.1, axis=1).argmax()]

@@ -27,7 +27,7 @@ _NEEDED_BY = {
 # Modules that may be installed but broken -> the command that fixes them.
 _IMPORTED = {
     "cv2": "pip uninstall -y opencv-python && pip install opencv-python-headless",
-    "torchvision": "install the torchvision that belongs to this PyTorch, https://pytorch.org/get-started",
+    "torchvision": "install the torchvision that matches this PyTorch, https://pytorch.org/get-started",
     spatial_mamba_mmcv.MODULE: (  # if compiled for another PyTorch
         f"pip uninstall -y mmcv && pip install --force-reinstall --no-deps mmcv-lite=={spatial_mamba_mmcv.VERSION}"
     ),

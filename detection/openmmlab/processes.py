@@ -57,7 +57,7 @@ def prepare_processes(config: Config) -> None:
 
 
 def _replace_norms(part: object) -> int:
-    """Replace SyncBN, which does not support CPUs, by BN throughout a config; returns the number of replacements."""
+    """Replace SyncBN, which does not support CPUs, with BN throughout a config; returns the number of replacements."""
     children = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
     replaced = sum(_replace_norms(child) for child in children)
     if isinstance(part, dict) and part.get("type") == "SyncBN":

@@ -56,7 +56,7 @@ class Case:
         }[self.operator]
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Random inputs, the same at every call, distributed like those of a model at the start of its training."""
+        """Random inputs, the same at every call, distributed as in a model at the start of training."""
         generator = torch.Generator(device).manual_seed(0)
         return {
             name: torch.randn(shape, generator=generator, device=device).to(dtype)

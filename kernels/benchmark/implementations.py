@@ -122,7 +122,7 @@ class Check:
         self.expected = reference.bind(doubles, self.grad_output.double())()
 
     def worst(self, implementation: Implementation, backward: bool) -> tuple[float, str]:
-        """The worst error of the output (and the gradients), relative to the largest magnitude, and where it is.
+        """The largest error of the output (and the gradients), relative to the largest magnitude, and its tensor.
 
         Raises:
             FloatingPointError: if a value is not finite.

@@ -93,7 +93,7 @@ def test_precision_follows_device_and_config(micro: Path, monkeypatch: pytest.Mo
         assert autocast_dtype(on, cuda) == on_gpu
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for processor, takes_bfloat16, features, on_cpu in (
-        ("AVX2 alone", False, "avx2", torch.float32),
+        ("only AVX2", False, "avx2", torch.float32),
         ("AVX-512 without bfloat16", True, "avx2 avx512f", torch.float32),
         ("AVX-512 with bfloat16", True, "avx2 avx512f avx512_bf16", torch.bfloat16),
         ("Arm without bfloat16", False, "asimd", torch.float32),

@@ -109,8 +109,8 @@ def test_a_backbone_of_other_channels_starts_from_rgb_weights(tmp_path: Path) ->
     assert model.patch_embed.conv1.conv.weight.equal(weight.sum(1, keepdim=True))
 
 
-def test_an_address_is_shown_in_full() -> None:
-    with pytest.raises(WeightsError, match=r"^https://host/tiny\.pth: is an address; download the file"):
+def test_a_url_is_shown_in_full() -> None:
+    with pytest.raises(WeightsError, match=r"^https://host/tiny\.pth: is a URL; download the file"):
         build(pretrained="https://host/tiny.pth").init_weights()
 
 
@@ -125,7 +125,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for change, message in (
         ({"layers.0.blocks.0.ln_1.weight": None}, r"does not fit this model in 1 entries: layers\.0.*is missing"),
         ({"layers.9.weight": torch.ones(1)}, r"layers\.9\.weight is not part of the model"),
-        ({"patch_embed.conv1.conv.weight": torch.ones(1)}, r"conv1\.conv\.weight is \(1,\), the model has"),
+        ({"patch_embed.conv1.conv.weight": torch.ones(1)}, r"conv1\.conv\.weight is \(1,\), but the model has"),
     ):
         changed = {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
         torch.save({"model": changed}, tmp_path / "other.pth")
