@@ -37,7 +37,7 @@ _FREE_SETTINGS = {
     "MODEL.NUM_CLASSES", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "TAG", "EVAL_MODE",
 }  # fmt: skip
 
-# The fix where a run cannot be resumed, also when its checkpoint was found automatically.
+# The fix if a run cannot be resumed, also if its checkpoint was found automatically.
 _NEW_RUN = "start a new run from its weights, under another --tag, with --pretrained instead of --resume"
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
         with atomic_write(path) as unfinished:
             torch.save(content, unfinished)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
-        raise UserError(f"{path}: cannot be written ({error}); the checkpoint before it is kept") from error
+        raise UserError(f"{path}: cannot be written ({error}); the previous checkpoint is kept") from error
 
 
 def restore_checkpoint(
@@ -229,7 +229,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) ->
     A fused optimiser reads and writes as many elements as its parameter has, whatever the size of the state.
 
     Raises:
-        UserError: if the parameters are others, or the state of one is missing or has another shape or type.
+        UserError: if the parameters differ, or the state of one is missing or has another shape or type.
     """
     try:
         # timm puts the group without weight decay first, the published trainer last.
@@ -243,7 +243,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) ->
                     values = saved["state"][number]
                     state[number] = {key: _fitted(values[key], key, parameter, group.get("fused")) for key in values}
         if state.keys() != saved["state"].keys():
-            raise ValueError("it has the state of other parameters")
+            raise ValueError("its state is for other parameters")
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimiser does not fit this run ({error!s:.200}); {_NEW_RUN}") from error
@@ -289,12 +289,12 @@ def _ema_state(checkpoint: dict[str, Any], path: Path) -> dict[str, torch.Tensor
 def _rows_to_take(
     checkpoint: Mapping[str, Any], path: Path, count: int, finetune: bool, classes: Sequence[str] | None
 ) -> list[int] | None:
-    """For each class of a model its number in a checkpoint's classifier; None to keep the model's own classifier."""
+    """For each class of a model, its row in the checkpoint's classifier; None to keep the model's own classifier."""
     saved_count, saved = class_count(checkpoint, path), class_names(checkpoint, path)
     if saved_count is None:
         return None
     if saved_count != count:
-        reason = f"has {saved_count} classes, this run has {count}"
+        reason = f"has {saved_count} classes, but this run has {count}"
     elif saved is None or classes is None:
         return list(range(count))
     elif set(saved) == set(classes):
@@ -315,7 +315,7 @@ def _require_same_classes(state: TrainingState, checkpoint: Mapping[str, Any], p
     if saved is not None and state.classes is not None and saved != state.classes:
         what = difference(state.classes, saved)
     elif count is not None and count != own_count:
-        what = f"it has {count}, the data {own_count}"
+        what = f"it has {count}, but the data has {own_count}"
     else:
         return
     raise UserError(
@@ -329,7 +329,7 @@ def _require_same_optimizer(config: CfgNode, checkpoint: Mapping[str, Any], path
     now, saved = config.TRAIN.OPTIMIZER.NAME.lower(), checkpoint.get("config")
     before = by_meaning(saved).get("TRAIN.OPTIMIZER.NAME") if isinstance(saved, dict) else None
     if before is not None and str(before).lower() != now:
-        raise UserError(f"{path}: was trained by {before}, this run by {now}; add --optim {before}, or {_NEW_RUN}")
+        raise UserError(f"{path}: was trained with {before}, not {now}; add --optim {before}, or {_NEW_RUN}")
     if before is None and (kept := _kept_values(checkpoint["optimizer"])):
         probe = nn.Linear(2, 2)
         optimizer = build_optimizer(config, probe, world_size=1)
@@ -337,8 +337,8 @@ def _require_same_optimizer(config: CfgNode, checkpoint: Mapping[str, Any], path
         optimizer.step()
         if kept != (own := _kept_values(optimizer.state_dict())):
             raise UserError(
-                f"{path}: was trained by another optimiser than {now}: it keeps {', '.join(sorted(kept))}, "
-                f"{now} {', '.join(sorted(own)) or 'nothing'}; give the same --optim, or {_NEW_RUN}"
+                f"{path}: was trained with a different optimiser from {now}: it keeps {', '.join(sorted(kept))}, "
+                f"but {now} keeps {', '.join(sorted(own)) or 'nothing'}; give the same --optim, or {_NEW_RUN}"
             )
 
 
@@ -349,7 +349,7 @@ def _kept_values(optimizer: Any) -> set[str]:
 
 
 def _report_changes(config: CfgNode, saved: Any, path: Path, rate_scale: float) -> None:
-    """Warn of settings that differ from those of the resumed run, which it then does not continue exactly."""
+    """Warn about settings that differ from the saved ones, so that the run does not continue exactly."""
     before = by_meaning(saved) if isinstance(saved, dict) else {}
     scale = rate_scale if before and is_published_run(saved) else 1.0
     for name, now in leaves(config):

@@ -27,14 +27,14 @@ from .seeding import random_seed
 class ImageData(Dataset):
     """Transformed images of one split.
 
-    Items are indexed by ``(index, seed)``. The augmentation of an image depends on its seed alone, not on the number
-    of workers, so a resumed run sees the same images as an uninterrupted one.
+    Items are indexed by ``(index, seed)``. The augmentation of an image depends only on its seed, not on the number of
+    workers, so a resumed run sees the same images as an uninterrupted one.
 
     Args:
         reader: where the images come from.
         transform: PIL image to tensor (3, H, W).
-        skip_unreadable: replace a damaged image by the next readable one instead of stopping; None for a split where
-            that is not allowed.
+        skip_unreadable: replace a damaged image with the next readable one instead of stopping; None if the split does
+            not allow this.
         turn: rotate images by their EXIF orientation.
         numbers: number of each class of the reader; by default the reader's own.
     """
@@ -63,7 +63,7 @@ class ImageData(Dataset):
             position = (index + skipped) % len(self)
             try:
                 image = open_image(io.BytesIO(self.reader.read(position)), self.turn)
-            except Exception as error:  # decoders raise all kinds
+            except Exception as error:  # decoders raise many types
                 if self.skip_unreadable:
                     continue
                 reason = str(error).split(" <_io")[0]  # Pillow names the buffer it was given
@@ -219,11 +219,11 @@ def check_classes(config: CfgNode, classes: list[str], other: list[str] | None =
 
 
 def check_number(config: CfgNode, number: int, owner: str) -> None:
-    """Raise UserError if the config has another number of classes than ``owner``."""
+    """Raise UserError if the config has a different number of classes from ``owner``."""
     if config.MODEL.NUM_CLASSES not in (0, number):
         raise UserError(
-            f"{owner} has {number} classes, MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
-            f"add --opts MODEL.NUM_CLASSES {number} if that is meant"
+            f"{owner} has {number} classes, but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
+            f"add --opts MODEL.NUM_CLASSES {number} if that is intended"
         )
 
 
@@ -234,7 +234,7 @@ def difference(classes: Sequence[str], known: Sequence[str]) -> str:
         lone = [name for name in names if name not in others]
         if lone:
             found.append(f"only the {owner} has {', '.join(lone[:3])}{', ...' if len(lone) > 3 else ''}")
-    return " and ".join(found) or "they are in another order"
+    return " and ".join(found) or "they are in a different order"
 
 
 def _open_dataset(config: CfgNode, process: Process, split: str, known: Sequence[str] | None = None) -> ImageData:
@@ -274,7 +274,7 @@ def _build_loader(
         pin_memory=config.DATA.PIN_MEMORY and process.device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # not the global one, from which workers would draw at their first start only
+        generator=torch.Generator(),  # not the global one, which would be used only when the workers first start
     )
 
 

@@ -45,7 +45,7 @@ def start_process(device: str) -> Process:
     """Join the process group of the launcher, if there is one: NCCL on GPUs, gloo on CPUs.
 
     Args:
-        device: ``auto`` (a GPU where there is one), ``cuda`` or ``cpu``.
+        device: ``auto`` (a GPU if there is one), ``cuda`` or ``cpu``.
 
     Raises:
         UserError: if there is no such device.

@@ -55,7 +55,7 @@ def evaluate(model: nn.Module, loader: ImageLoader, process: Process, log: RunLo
     """Count correct predictions over the loaders of all processes, in float32 whatever the precision of training.
 
     Raises:
-        RuntimeError: if the number of images is not that of the data set.
+        RuntimeError: if the number of images differs from the data set's.
     """
     model.eval()
     loss = images = correct1 = correct5 = 0.0
@@ -75,7 +75,7 @@ def evaluate(model: nn.Module, loader: ImageLoader, process: Process, log: RunLo
 
 @dataclass
 class TrainingRun:
-    """What stays the same over a run, and its state."""
+    """The fixed parts of a run, and its state."""
 
     config: CfgNode
     process: Process
@@ -185,8 +185,8 @@ def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> t
             loss = run.criterion(_at_least_float32(logits), targets)
             if teacher is not None:
                 loss = loss + config.AUG.MESA * _self_distillation(logits, images, teacher, run.dtype)
-            # A non-finite loss makes all gradients NaN. So the gradient norm, which all processes share, shows the
-            # failure to each of them.
+            # A non-finite loss makes all gradients NaN. All processes have the same gradient norm, so each of them
+            # sees the failure.
             verdict = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
             state.scaler.scale(loss * verdict / accumulation).backward()
         total += loss.detach() / accumulation

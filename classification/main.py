@@ -39,7 +39,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(prog: str, example: str, trains: bool = True) -> Parser:
-    """All options, those of ``SETTINGS`` under their keys; an option left out is ``None`` and changes nothing."""
+    """All options. Those in ``SETTINGS`` are stored under their keys; an omitted option is ``None``."""
     parser = Parser(prog, __doc__, example, allow_abbrev=False)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config, or the name of a shipped one")
     parser.add_argument(
@@ -55,7 +55,7 @@ def _parser(prog: str, example: str, trains: bool = True) -> Parser:
     groups["run"].add_argument(
         "--throughput", type=int, nargs="*", metavar="BATCH", help="time inference at these batch sizes and stop"
     )
-    # torch.distributed.launch passes it; the environment says the same.
+    # torch.distributed.launch passes it; the environment has the same number.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     for option in IGNORED_OPTIONS:
         parser.add_argument(option, nargs="?", const=True, help=argparse.SUPPRESS)
@@ -63,7 +63,7 @@ def _parser(prog: str, example: str, trains: bool = True) -> Parser:
 
 
 def _kind(setting: Setting) -> dict[str, Any]:
-    """The arguments of ``add_argument`` that the default of a setting decides."""
+    """The arguments of ``add_argument`` that follow from the default of a setting."""
     if setting.default is False:
         return dict(action="store_true", default=None)
     if setting.default is True:
@@ -72,7 +72,7 @@ def _kind(setting: Setting) -> dict[str, Any]:
 
 
 class _ListKeys(argparse.Action):
-    """Prints the table of settings and leaves."""
+    """Prints the table of settings and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(settings_table())
@@ -100,7 +100,7 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> None:
     try:
         job.run()
     except UserError as error:
-        # An error from a worker of a loader arrives with the worker's traceback in front.
+        # An error from a loader process starts with that process's traceback.
         line = str(error).strip().splitlines()[-1]
         raise UserError(line.split(f"{UserError.__module__}.{UserError.__qualname__}: ")[-1]) from error
     except RuntimeError:

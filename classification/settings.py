@@ -1,4 +1,4 @@
-"""Every key of a config in one table: its default (the ImageNet recipe), allowed values, meaning and option."""
+"""All config keys in one table: default (the ImageNet recipe), allowed values, meaning and command-line option."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .models.preprocessing import INTERPOLATIONS, SMALLEST_SIZE
 
 @dataclass(frozen=True)
 class Allowed:
-    """A test of values, and what passes it, in words that follow "must be"."""
+    """A test of values, and a description of the values that pass, worded to follow "must be"."""
 
     test: Callable[[Any], bool]
     text: str
@@ -31,7 +31,7 @@ def one_of(*values: str) -> Allowed:
 
 
 def _are(values: Any, kind: type[float] | tuple[type[float], ...] = (int, float)) -> bool:
-    """Whether all of a list are finite numbers of a kind; an empty list passes."""
+    """Whether all entries of a list are finite numbers of a kind; an empty list passes."""
     return isinstance(values, list | tuple) and all(
         isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) for value in values
     )
@@ -74,7 +74,7 @@ class Setting:
         allowed: the values that can work, whatever the other keys are; ``check_config`` tests keys together.
         help: meaning and unit.
         option: its options on the command line, if any, separated by spaces.
-        metavar: of the option, where its name is not enough.
+        metavar: of the option, if its name is not enough.
     """
 
     key: str
@@ -98,17 +98,17 @@ SETTINGS = (
     Setting("DATA.PIN_MEMORY", True, ANY, "load batches into pinned memory"),
     Setting("DATA.NUM_WORKERS", 8, within(0, 1024), "loader processes per process", "--workers", "N"),
     Setting(
-        "DATA.SKIP_UNREADABLE", False, ANY, "replace damaged training images by the next one, and count them",
+        "DATA.SKIP_UNREADABLE", False, ANY, "replace a damaged training image with the next one, and count it",
         "--skip-unreadable",
     ),
-    Setting("DATA.EXIF_ORIENTATION", False, ANY, "rotate images by their EXIF data; the published accuracies do not"),
+    Setting("DATA.EXIF_ORIENTATION", False, ANY, "rotate images by their EXIF data; off for published accuracies"),
 
     Setting("MODEL.TYPE", "spatial_mamba", MODEL_TYPE, "kind of model"),
     Setting("MODEL.NAME", "spatialmamba_tiny", ANY, "name of the output folder"),
     Setting("MODEL.PRETRAINED", "", ANY, "start from these weights, evaluated first", "--pretrained", "FILE"),
     Setting("MODEL.RESUME", "", ANY, "continue from this checkpoint", "--resume", "FILE"),
     Setting("MODEL.FINETUNE", False, ANY, "allow a new classifier on the pretrained weights", "--finetune"),
-    Setting("MODEL.NUM_CLASSES", 0, within(0, 10**6), "0: as many as the data set has; else it must have that many"),
+    Setting("MODEL.NUM_CLASSES", 0, within(0, 10**6), "0: as in the data set; any other number must agree with it"),
     Setting("MODEL.DROP_RATE", 0.0, BELOW_ONE, "dropout of the classifier"),
     Setting("MODEL.DROP_PATH_RATE", 0.2, BELOW_ONE, "drop path of the last block"),
     Setting("MODEL.LABEL_SMOOTHING", 0.1, BELOW_ONE),
@@ -116,7 +116,7 @@ SETTINGS = (
     Setting("MODEL.SPATIAL_MAMBA.EMBED_DIM", 64, within(1, 2**12), "width of the first stage"),
     Setting("MODEL.SPATIAL_MAMBA.DEPTHS", [2, 4, 8, 4], DEPTHS, "blocks per stage"),
     Setting("MODEL.SPATIAL_MAMBA.D_STATE", 1, ANY, "state size"),
-    Setting("MODEL.SPATIAL_MAMBA.MLP_RATIO", 4.0, within(0, 64), "hidden width of the MLP over its width"),
+    Setting("MODEL.SPATIAL_MAMBA.MLP_RATIO", 4.0, within(0, 64), "hidden width of the MLP, in stage widths"),
     Setting("MODEL.SPATIAL_MAMBA.FUSION_DILATIONS", [1, 3, 5], WHOLE_NUMBERS, "empty: no fusion, a plain scan"),
     Setting("MODEL.SPATIAL_MAMBA.FUSION_KERNEL_SIZES", [3], SOME_WHOLE_NUMBERS, "one for all dilations, or one each"),
 
@@ -142,7 +142,7 @@ SETTINGS = (
     Setting("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, ANY, "of step"),
     Setting("TRAIN.LR_SCHEDULER.MULTISTEPS", [], Allowed(WHOLE_NUMBERS.test, "a list of epochs"), "of multistep"),
     Setting("TRAIN.LR_SCHEDULER.GAMMA", 0.1, ANY, "decay rate of multistep"),
-    Setting("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", True, ANY, "the cosine starts after the warm-up, not under it"),
+    Setting("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", True, ANY, "the cosine starts after the warm-up, not at 0"),
     Setting("TRAIN.OPTIMIZER.NAME", "adamw", ANY, "optimiser, by timm's name", "--optim", "NAME"),
     Setting("TRAIN.OPTIMIZER.EPS", 1e-8),
     Setting("TRAIN.OPTIMIZER.BETAS", (0.9, 0.999), BETAS),
@@ -151,17 +151,17 @@ SETTINGS = (
     Setting("AUG.COLOR_JITTER", 0.4, at_least(0), "only without AUG.AUTO_AUGMENT"),
     Setting("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", ANY, "policy, in timm's notation"),
     Setting("AUG.REPROB", 0.25, PROBABILITY, "of random erasing"),
-    Setting("AUG.REMODE", "pixel", one_of("pixel", "rand", "const"), "what erased pixels become"),
+    Setting("AUG.REMODE", "pixel", one_of("pixel", "rand", "const"), "content of erased pixels"),
     Setting("AUG.RECOUNT", 1, at_least(1), "erased rectangles per image"),
     Setting("AUG.SCALE", (0.08, 1.0), AREA, "area of the random crop"),
     Setting("AUG.RATIO", (3 / 4, 4 / 3), RATIO, "aspect ratio of the random crop"),
     Setting("AUG.HFLIP", 0.5, PROBABILITY, "of a horizontal flip"),
     Setting("AUG.MIXUP", 0.8, at_least(0), "alpha; 0: off"),
     Setting("AUG.CUTMIX", 1.0, at_least(0), "alpha; 0: off"),
-    Setting("AUG.CUTMIX_MINMAX", None, SPAN, "sides of the patch, in place of AUG.CUTMIX"),
+    Setting("AUG.CUTMIX_MINMAX", None, SPAN, "sides of the patch, instead of AUG.CUTMIX"),
     Setting("AUG.MIXUP_PROB", 1.0, PROBABILITY, "of Mixup or CutMix"),
-    Setting("AUG.MIXUP_SWITCH_PROB", 0.5, PROBABILITY, "of CutMix where both are on"),
-    Setting("AUG.MIXUP_MODE", "batch", one_of("batch", "pair", "elem"), "what has one mixing factor"),
+    Setting("AUG.MIXUP_SWITCH_PROB", 0.5, PROBABILITY, "of CutMix if both are on"),
+    Setting("AUG.MIXUP_MODE", "batch", one_of("batch", "pair", "elem"), "what shares a mixing factor"),
     Setting("AUG.MESA", 0.0, at_least(0), "gain of the soft cross entropy against the EMA model; 0: off"),
     Setting("AUG.MESA_START", 0.25, Allowed(PROBABILITY.test, "in [0, 1]"), "fraction of the epochs before it starts"),
 
@@ -169,14 +169,14 @@ SETTINGS = (
     Setting("AMP_ENABLE", True, ANY, "train in mixed precision"),
     Setting(
         "AMP_DTYPE", "auto", one_of("auto", "bfloat16", "float16"),
-        "auto: bfloat16 where the device has it, else float16", "--amp-dtype", "DTYPE",
+        "auto: bfloat16 if the device supports it, else float16", "--amp-dtype", "DTYPE",
     ),
-    Setting("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "auto: a GPU where there is one", "--device", "DEVICE"),
+    Setting("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "auto: a GPU if there is one", "--device", "DEVICE"),
     Setting("COMPILE", False, ANY, "torch.compile the model", "--compile"),
     Setting("OUTPUT", "output", ANY, "root of the results: OUTPUT/MODEL.NAME/TAG", "--output", "FOLDER"),
     Setting("TAG", "default", ANY, "name of this run", "--tag", "NAME"),
     Setting("SAVE_FREQ", 1, at_least(1), "epochs between checkpoints"),
-    Setting("PRINT_FREQ", 50, at_least(1), "steps between lines where there is no progress bar"),
+    Setting("PRINT_FREQ", 50, at_least(1), "steps between log lines if there is no progress bar"),
     Setting("SEED", 0, within(0, 2**63), "of weights, order and augmentation", "--seed", "N"),
     Setting("EVAL_MODE", False, ANY, "evaluate the weights of --pretrained or --resume and stop", "--eval"),
     Setting("THROUGHPUT_MODE", False, ANY, "time inference and stop"),

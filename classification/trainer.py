@@ -1,4 +1,4 @@
-"""The jobs of the trainer: everything that can fail is prepared first, then the job runs."""
+"""The jobs of the trainer. Everything that can fail is done while a job is prepared, before it runs."""
 
 import copy
 import logging
@@ -135,8 +135,8 @@ class ThroughputJob:
 class EvaluationJob:
     """Accuracy of a checkpoint, and of its EMA weights if it has any; writes no files.
 
-    The classes of the data are matched with those of the checkpoint by name, and may be some of them. If either has no
-    names, they are matched by number.
+    The classes of the data are matched with the checkpoint's by name, and may be a subset. If either has no names,
+    classes are matched by number.
     """
 
     def __init__(self, config: CfgNode, process: Process) -> None:
@@ -149,8 +149,8 @@ class EvaluationJob:
         found, num_classes = len(reader.classes), class_count(checkpoint, self.path) or len(reader.classes)
         if found > num_classes or (found < num_classes and reader.has_names and known is None):
             raise UserError(
-                f"{config.DATA.DATA_PATH}: the data set has {found} classes, the classifier of {self.path} has "
-                f"{num_classes}; evaluate it on the classes of its training"
+                f"{config.DATA.DATA_PATH}: the data set has {found} classes, but the classifier of {self.path} has "
+                f"{num_classes}; evaluate it on the classes it was trained on"
             )
         check_number(config, num_classes, f"{self.path}: its classifier")
         if found < num_classes:
@@ -181,7 +181,7 @@ class TrainingJob:
         self.val_loader = build_val_loader(config, process)
         reader, val_reader = train_loader.dataset.reader, self.val_loader.dataset.reader
         others = val_reader.classes
-        if not (reader.has_names or val_reader.has_names):  # numbers; the list of val may lack the last ones
+        if not (reader.has_names or val_reader.has_names):  # numbers, of which val may lack the last
             others = [*others, *reader.classes[len(others) :]]
         num_classes = check_classes(config, reader.classes, others)
         classes = reader.classes if reader.has_names else None
@@ -264,7 +264,7 @@ class TrainingJob:
         config, state, process, log = self.config, self.state, self.process, self.training.log
         record = {"epoch": epoch, **train_one_epoch(self.training, epoch)}
         if process.world_size > 1:
-            # Now every process holds the same model: the one that is evaluated is the one that is saved.
+            # Now all processes hold the same model, so the evaluated model is the saved one.
             for model in (state.model, *([state.ema.module] if state.ema else [])):
                 distribute_bn(model, process.world_size, reduce=True)
         result, ema_result = _validate(
@@ -295,7 +295,7 @@ class TrainingJob:
         if process.is_main:
             for name in names:
                 save_checkpoint(state, config, self.folder / name)
-        log.epoch(record)  # last: a folder with a record and no checkpoint would count as a run that must not be lost
+        log.epoch(record)  # last: a folder with a record but no checkpoint would be refused as another run
         process.barrier()
 
     def _resume(self, updates_per_epoch: int) -> Path | None:
@@ -323,7 +323,7 @@ class TrainingJob:
             raise UserError(
                 f"{folder}: holds a run that would be overwritten; choose another --output or --tag, or {remedy}"
             )
-        # Otherwise a process could find the new folder of another one and take it for an earlier run.
+        # Otherwise a process could mistake the folder just created by another process for an earlier run.
         if process.sum([self.state.epoch])[0] != process.world_size * self.state.epoch:
             raise UserError(
                 f"{folder}: the processes find different checkpoints; --output must be a folder that all of them share"
@@ -338,7 +338,7 @@ class TrainingJob:
             (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
             return RunLog(process, folder, self.state.updates + 1, self.state.epoch + 1)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another training writes here; stop it or choose another --tag") from error
+            raise UserError(f"{folder}: another training run writes here; stop it or choose another --tag") from error
         except OSError as error:
             raise UserError(f"--output {folder}: cannot be written ({error})") from error
 

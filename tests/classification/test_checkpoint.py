@@ -83,7 +83,7 @@ DAMAGES = {
     "number": (damage_state(lambda state: {"exp_avg": 0.5}), "exp_avg is not a tensor"),
     "steps": (damage_state(lambda state: {"step": torch.ones(3)}), "step is (3,)"),
     "missing": (lambda content: content["optimizer"]["state"].pop(3), "its optimiser does not fit this run (3)"),
-    "foreign": (lambda content: content["optimizer"]["state"].update({999: {}}), "the state of other parameters"),
+    "foreign": (lambda content: content["optimizer"]["state"].update({999: {}}), "its state is for other parameters"),
     "text": (lambda content: content["optimizer"].update(state="none"), "its optimiser does not fit this run"),
     "epoch": (lambda content: content.update(epoch=torch.tensor(1)), "its epoch is tensor(1)"),
     "late epoch": (lambda content: content.update(epoch=2**60), "its epoch is 1152921504606846976"),
@@ -192,11 +192,11 @@ def test_the_state_of_another_optimiser_is_refused(
     arguments = options(micro, photos, tmp_path, "--optim", name, "--resume", str(trained / LATEST))
     assert main(arguments) == 2
     error = capfd.readouterr().err
-    assert f"was trained by adamw, this run by {name}; add --optim adamw, or start a new run" in error
+    assert f"was trained with adamw, not {name}; add --optim adamw, or start a new run" in error
     if name == "sgd":
         content = read_checkpoint(trained / LATEST)
         del content["config"]
         torch.save(content, tmp_path / "bare.pth")
         assert main([*arguments[:-1], str(tmp_path / "bare.pth")]) == 2
-        assert "another optimiser than sgd: it keeps exp_avg, exp_avg_sq, step, sgd" in capfd.readouterr().err
+        assert "a different optimiser from sgd: it keeps exp_avg, exp_avg_sq, step, but sgd" in capfd.readouterr().err
         assert main([*options(micro, photos, tmp_path), "--resume", str(tmp_path / "bare.pth")]) == 0

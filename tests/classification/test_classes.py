@@ -71,7 +71,7 @@ def test_evaluation_refuses_other_classes(
     torch.save({"model": read_checkpoint(trained / BEST)["model"]}, tmp_path / "nameless.pth")
     for checkpoint, folder, message in (
         (trained / BEST, data, f"{data}: the classes are not those of the checkpoint: only the data has cat, dog and"),
-        (tmp_path / "nameless.pth", few, f"{few}: the data set has 2 classes, the classifier of"),
+        (tmp_path / "nameless.pth", few, f"{few}: the data set has 2 classes, but the classifier of"),
     ):
         assert main(options(micro, folder, tmp_path, "--eval", "--pretrained", str(checkpoint))) == 2
         error = capfd.readouterr().err
@@ -96,11 +96,11 @@ def test_a_run_is_not_resumed_on_other_classes(
     del nameless["classes"]
     torch.save(nameless, tmp_path / "nameless.pth")
     assert main(options(micro, few, tmp_path / "new", "--resume", str(tmp_path / "nameless.pth"))) == 2
-    assert "cannot resume with other classes: it has 3, the data 2;" in capfd.readouterr().err
+    assert "cannot resume with other classes: it has 3, but the data has 2;" in capfd.readouterr().err
     nameless["classes"] = ["1", "0", "2"]
     torch.save(nameless, tmp_path / "order.pth")
     assert main(options(micro, reordered, tmp_path / "new", "--resume", str(tmp_path / "order.pth"))) == 2
-    assert "cannot resume with other classes: they are in another order;" in capfd.readouterr().err
+    assert "cannot resume with other classes: they are in a different order;" in capfd.readouterr().err
 
 
 def test_a_pretrained_classifier_is_matched_by_class_name(

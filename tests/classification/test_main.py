@@ -179,7 +179,7 @@ WRONG = {
     "no zip": (add("--zip"), "train.zip is missing"),
     "broken zip": (damage_data(break_zip), "train.zip: not a readable zip archive"),
     "broken tar": (damage_data(break_tar), "not a readable tar archive"),
-    "class number": (add("--opts", "MODEL.NUM_CLASSES", "5"), "has 3 classes, MODEL.NUM_CLASSES is 5"),
+    "class number": (add("--opts", "MODEL.NUM_CLASSES", "5"), "has 3 classes, but MODEL.NUM_CLASSES is 5"),
     "unreadable image": (damage_data(truncate_image), "unreadable image"),
     # checkpoints
     "no checkpoint": (add("--pretrained", "FOLDER/none.pth"), "none.pth: no such checkpoint file"),
@@ -195,7 +195,7 @@ WRONG = {
         other_variant,
         "other.pth: holds another model, custom (dims 8, depths 1, fusion none; 3 classes), instead of ",
     ),
-    "other classifier": (rewrap_checkpoint, "its classifier has 7 classes, this run has 3; to train a new classifier"),
+    "other classifier": (rewrap_checkpoint, "its classifier has 7 classes, but this run has 3; to train a new"),
     "resume without optimiser": (drop_optimizer, "cannot resume, it holds no optimizer"),
 }
 

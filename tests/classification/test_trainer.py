@@ -148,5 +148,5 @@ def test_two_runs_cannot_write_to_one_folder(
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 2
-    assert "another training writes here" in capfd.readouterr().err
+    assert "another training run writes here" in capfd.readouterr().err
     assert read_checkpoint(folder / LATEST)["epoch"] == 1
