@@ -1,8 +1,8 @@
-"""Reads files of ``torch.save`` from any source, in time and memory bounded by their size.
+"""Read ``torch.save`` files from any source, in time and memory bounded by their size.
 
-PyTorch's reader checks no checksums, reserves any memory that a file asks for, and lets tensors of any layout through.
-This one interprets pickles itself, makes tensors only of data that are there, and returns plain values. It changes no
-state of the process, so several threads can read at once.
+PyTorch's reader does not verify checksums, allocates as much memory as a file asks for, and accepts tensors of any
+layout. This one interprets pickles itself, creates tensors only from data in the file, and returns plain values. It
+does not change the state of the process, so several threads can read at once.
 """
 
 import io
@@ -45,7 +45,7 @@ _STORAGES = {
     "Half": torch.float16, "Int": torch.int32, "Long": torch.int64, "Short": torch.int16, "Untyped": torch.uint8,
 }  # fmt: skip
 _NAMES_OF_PYTHON_2 = {"__builtin__.long": "builtins.int", "__builtin__.unicode": "builtins.str"}
-# Types of numbers without a type of storage.
+# Dtypes that have no storage type.
 _UNTYPED = {
     "complex32", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "uint16",
     "uint32", "uint64",
@@ -55,14 +55,14 @@ _PLAIN = (bool, int, float, complex, type(None), PurePath, date, time, timedelta
 
 
 def read_torch_file(path: Path, history: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """The content of a file of ``torch.save``, in the present zip format or the one before PyTorch 1.6.
+    """The content of a ``torch.save`` file, in the current zip format or the format before PyTorch 1.6.
 
     Args:
         history: makes a ``HistoryBuffer`` of mmengine from its attributes; by default histories are discarded.
 
     Returns:
-        Dictionaries, lists, tuples, sets, plain values, NumPy numbers and arrays, and dense CPU tensors. Tensors that
-        shared memory still do.
+        Dictionaries, lists, tuples, sets, plain values, NumPy numbers and arrays, types of tensors, and dense CPU
+        tensors. Tensors that shared memory still do.
 
     Raises:
         ForeignTypeError: naming the type.
@@ -74,7 +74,7 @@ def read_torch_file(path: Path, history: Callable[[dict[str, Any]], Any] | None 
         file.seek(0)
         if not is_zip:
             return _read_legacy(file, size, history)
-        if not zipfile.is_zipfile(file):  # the list of its members comes last
+        if not zipfile.is_zipfile(file):  # the list of members is at the end of a zip file
             raise DamagedFileError("it is truncated")
         with zipfile.ZipFile(file) as archive:
             return _read_archive(archive, size, history)
@@ -88,10 +88,10 @@ def _read_archive(archive: zipfile.ZipFile, size: int, history: Callable | None)
         raise DamagedFileError("its archive has compressed, repeated or overlapping members")
     names = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(names) != 1 or names[0].replace("data.pkl", "constants.pkl") in members:
-        raise DamagedFileError("its archive is not one of torch.save")
+        raise DamagedFileError("its archive was not written by torch.save")
     folder = names[0].removesuffix("data.pkl")
     if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != sys.byteorder.encode():
-        raise DamagedFileError("its byte order is not that of this machine")
+        raise DamagedFileError("its byte order differs from this machine's")
 
     tensors = _Tensors()
     length = members[names[0]].file_size
@@ -102,7 +102,7 @@ def _read_archive(archive: zipfile.ZipFile, size: int, history: Callable | None)
             raise DamagedFileError("the data of a tensor have another size")
         with archive.open(info) as member:
             storage.read(member)
-            member.read(1)  # at its end, the archive checks the CRC-32
+            member.read(1)  # reading to the end verifies the CRC-32
     return Converter(length, history).plain(value)
 
 
@@ -110,7 +110,7 @@ def _read_legacy(file: IO[bytes], size: int, history: Callable | None) -> Any:
     tensors = _Tensors()
     unpickler = Unpickler(file, size, tensors.find, tensors.storage)
     if unpickler.load() != _LEGACY_MAGIC:
-        raise DamagedFileError("it is not a file of torch.save")
+        raise DamagedFileError("it was not written by torch.save")
     for _ in ("version of the format", "sizes of integers"):
         unpickler.load()
     value, keys = unpickler.load(), unpickler.load()
@@ -147,12 +147,12 @@ class _Storage(StandIn):
                 raise DamagedFileError("it is truncated")
             done += count
         if self.dtype == torch.bool and self.nbytes and self.content.max() > 1:
-            raise DamagedFileError("a boolean tensor has values besides 0 and 1")
+            raise DamagedFileError("a boolean tensor has values other than 0 and 1")
 
 
 @dataclass
 class _View(StandIn):
-    """A dense tensor in a storage, to be made when that has been read; all numbers are natural."""
+    """A dense tensor in a storage, created after the storage has been read. All numbers are non-negative."""
 
     storage: _Storage
     dtype: torch.dtype
@@ -165,7 +165,7 @@ class _View(StandIn):
         """The tensor.
 
         Raises:
-            DamagedFileError: if it leaves the storage, or two of its elements share memory.
+            DamagedFileError: if it extends beyond the storage, or two of its elements share memory.
         """
         if 0 in self.size:
             return torch.empty(self.size, dtype=self.dtype)
@@ -180,10 +180,10 @@ class _View(StandIn):
 
 
 class _Tensors:
-    """What reads the tensors of a pickle, and all other types.
+    """Resolves the names and references in a pickle: tensors, and all other types.
 
     Attributes:
-        storages: those that the pickle refers to, by their keys.
+        storages: the storages that the pickle refers to, by key.
     """
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ class _Tensors:
         }
 
     def find(self, full: str) -> Function | Name:
-        """What reads a type or function."""
+        """The stand-in for a type or function."""
         full = _NAMES_OF_PYTHON_2.get(full, full.replace("__builtin__.", "builtins."))
         if full in self.known:
             return self.known[full]
@@ -291,12 +291,14 @@ class Converter:
             return self.history(self.plain(value.state, depth + 1)) if self.history else Discarded()
         if kind is SimpleNamespace:
             return SimpleNamespace(**self.plain(vars(value), depth + 1))
+        if kind is Name and isinstance(dtype := vars(torch).get(value.name), torch.dtype):
+            return dtype
         if kind in (str, bytes) or isinstance(value, _PLAIN):
             return value
-        raise DamagedFileError(f"it has a value of the type {kind.__name__}")
+        raise DamagedFileError(f"it has a value of type {kind.__name__}")
 
     def _versions(self, metadata: Any) -> OrderedDict[str, dict[str, int]]:
-        """The versions of modules in a state dict; PyTorch would obey other entries, such as to replace parameters."""
+        """The module versions in a state dict. PyTorch would act on other entries, for example replace parameters."""
         if type(metadata) not in (dict, OrderedDict):
             raise DamagedFileError("the versions of its modules are wrong")
         versions = OrderedDict()

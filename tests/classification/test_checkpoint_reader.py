@@ -57,6 +57,7 @@ def everything() -> dict[str, Any]:
         "raw": b"\0\xff",
         "empty": b"",
         "numbers": {1: 2.5, -3: 1j, None: {"a", 2}, ("a", "b"): float("inf")},
+        "type": torch.bfloat16,
         "text": "\ud800\u00e9" * 300,
     }
 
