@@ -1,4 +1,4 @@
-"""Reads and writes safetensors files; those that this project writes have a checksum of their tensors."""
+"""Read and write safetensors files. Those that this project writes contain a checksum of their tensors."""
 
 import json
 import zlib
@@ -14,15 +14,15 @@ from torch import Tensor
 from .checkpoint_reader import DTYPES, MAX_DIMENSIONS, Converter
 from .stand_ins import DamagedFileError
 
-# Entries of the metadata: what belongs to the weights, as JSON, and the CRC-32 of the tensors in hexadecimal digits.
+# Entries of the metadata: information about the weights, as JSON, and the CRC-32 of the tensors, in hexadecimal.
 _ABOUT, _CHECKSUM = "spatial_mamba", "spatial_mamba.crc32"
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write tensors, and what belongs to them.
+    """Write tensors and information about them.
 
     Raises:
-        TypeError: if ``about`` has values that JSON does not have.
+        TypeError: if ``about`` has values that JSON cannot represent.
     """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}  # none share memory
     metadata = {"format": "pt", _CHECKSUM: _checksum(tensors)}
@@ -32,7 +32,7 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[st
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors alone; in a file of this project, the tensors as the entry "model" next to what belongs to them.
+    """The tensors; for a file of this project, the tensors under "model" and the information about them.
 
     Raises:
         DamagedFileError, and any other exception: for damaged files.
@@ -47,11 +47,11 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A copy of a tensor whose memory is the file, which another program may change or truncate."""
+    """Copy a tensor out of the memory-mapped file, which another program may change or truncate."""
     if tensor.dtype not in DTYPES or tensor.dim() > MAX_DIMENSIONS:
         raise DamagedFileError(f"it has a tensor of {tensor.dtype} with {tensor.dim()} dimensions")
     if tensor.dtype == torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
-        raise DamagedFileError("a boolean tensor has values besides 0 and 1")
+        raise DamagedFileError("a boolean tensor has values other than 0 and 1")
     return tensor.clone()
 
 

@@ -1,4 +1,4 @@
-"""Stand-ins for the types in checkpoints besides tensors and plain containers; they run no code of those types."""
+"""Stand-ins for types in checkpoints other than tensors and plain containers. They run no code of those types."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,11 +24,11 @@ class ForeignTypeError(Exception):
 
 
 class DamagedFileError(Exception):
-    """A file is damaged, forged or has another format; the message says why."""
+    """A file is damaged, forged or in a different format; the message says why."""
 
 
 class StandIn:
-    """A value that a pickle cannot change, except for one that it completes with a state."""
+    """A value that a pickle cannot change, unless its type accepts a state in ``build``."""
 
     def build(self, state: Any) -> None:
         """Take the state."""
@@ -47,7 +47,7 @@ class Function(StandIn):
 
 @dataclass(frozen=True)
 class Name(StandIn):
-    """A type that a pickle may name but not call: of a storage, a number, default values."""
+    """A type that a pickle may name but not call, such as the type of a storage, a number or default values."""
 
     name: str
 
@@ -56,7 +56,7 @@ class Name(StandIn):
 
 
 class Discarded(StandIn):
-    """Takes the place of objects that are not needed, such as the options of timm's scripts."""
+    """Replaces objects that are not needed, such as the options of timm's scripts."""
 
     def build(self, state: Any) -> None:
         """Keep nothing."""
@@ -101,13 +101,13 @@ class Dtype(StandIn):
         """An array that owns its memory.
 
         Raises:
-            DamagedFileError: if the content is not that of such an array.
+            DamagedFileError: if the content does not fit such an array.
         """
         if type(content) is not bytes:
             raise ForeignTypeError("numpy.ndarray of anything but numbers")
         array = np.ndarray(shape, self.numpy, content, order=order).copy("K")
         if self.numpy == np.bool_ and array.size and array.view(np.uint8).max() > 1:
-            raise DamagedFileError("a boolean array has values besides 0 and 1")
+            raise DamagedFileError("a boolean array has values other than 0 and 1")
         return array
 
 
@@ -125,23 +125,23 @@ class Array(StandIn):
 
     @staticmethod
     def empty(kind: object, shape: object, code: object) -> "Array":
-        """NumPy's function that makes the array to be filled."""
+        """Stands in for NumPy's function that creates the array to fill."""
         if kind != Function(Array):
             raise ForeignTypeError("numpy.core.multiarray._reconstruct of another type")
         return Array()
 
     @staticmethod
     def scalar(dtype: object, content: object) -> np.generic:
-        """NumPy's function that makes a single number."""
+        """Stands in for NumPy's function that creates a single number."""
         if type(dtype) is not Dtype:
             raise ForeignTypeError("numpy.core.multiarray.scalar of another type")
         return dtype.array((), content)[()]
 
 
 def check_key(key: object) -> None:
-    """Refuse keys of dictionaries and sets whose hashes a file could choose to be equal, which takes quadratic time.
+    """Refuse keys of dictionaries and sets whose hashes a file could make equal, which would take quadratic time.
 
-    The hashes of strings depend on a secret; those of numbers differ if the numbers are small.
+    Hashes of strings depend on a secret, and small numbers have different hashes.
 
     Raises:
         DamagedFileError: for any other key.
@@ -154,7 +154,7 @@ def check_key(key: object) -> None:
 
 
 def config_types() -> list[tuple[Any, str]]:
-    """What reads the settings and notes in checkpoints, with the names of the types in pickles.
+    """Stand-ins for the settings and notes in checkpoints, with the names of the types in pickles.
 
     - yacs configs and ``defaultdict`` become ordered dictionaries
     - paths of another operating system become pure paths
@@ -179,7 +179,7 @@ def _ordered(factory: object = None) -> OrderedDict:
 
 
 def known_types() -> dict[str, Function | Name]:
-    """What reads the types in checkpoints, by their names in pickles."""
+    """Stand-ins for the types in checkpoints, by their names in pickles."""
     known: list[tuple[Any, str]] = [
         (_ordered_pairs, "collections.OrderedDict"),
         (_counts, "collections.Counter"),
@@ -227,9 +227,9 @@ def _set(values: Any = ()) -> set[Any]:
 
 
 def _bytes(content: Any = b"", encoding: Any = "latin1") -> bytes:
-    """How pickles of protocol 2 write bytes, as text, and how all write a ``bytearray``."""
+    """Bytes, which pickles of protocol 2 write as text, and ``bytearray`` in all protocols."""
     if type(content) not in (str, bytes) or encoding not in ("latin1", "latin-1"):
-        raise ForeignTypeError("_codecs.encode to another encoding than latin1")
+        raise ForeignTypeError("_codecs.encode to an encoding other than latin1")
     return content.encode("latin1") if type(content) is str else content
 
 

@@ -1,4 +1,4 @@
-"""Interprets pickles without Python's unpickler: a pickle can make values and call a few given functions, no more."""
+"""Interpret pickles without Python's unpickler: a pickle can only create values and call a few given functions."""
 
 import struct
 from collections import OrderedDict
@@ -15,10 +15,10 @@ _COPIED = (str, bytes, list, tuple, dict, set)  # arguments that a function may 
 
 
 class Unpickler:
-    """Reads pickles of the protocols 2 to 5 that follow each other in a file.
+    """Reads consecutive pickles of protocols 2 to 5 from a file.
 
     Args:
-        file: it is read up to the end of each pickle.
+        file: read up to the end of each pickle.
         size: bytes in the file; memory and time are at most proportional to it.
         find: returns the ``Function`` or ``Name`` for the full name of a type or function.
         refer: returns the value for a persistent reference.
@@ -29,7 +29,7 @@ class Unpickler:
         self._find, self._refer = find, refer
 
     def load(self) -> Any:
-        """The value of the next pickle. Its containers may be shared, and may contain themselves.
+        """The value of the next pickle. Containers in it may be shared or contain themselves.
 
         Raises:
             DamagedFileError, ForeignTypeError, and any other exception: for a pickle that is damaged or forged.
@@ -71,12 +71,12 @@ class Unpickler:
         return values
 
     def _charge(self, values: Any) -> None:
-        """Count what a call may copy: a pickle could pass the same long value to many calls."""
+        """Count the values that a call may copy, since a pickle could pass the same long value to many calls."""
         self._budget -= sum(len(value) for value in values if type(value) in _COPIED)
         if self._budget < 0:
             raise DamagedFileError("its pickle copies values too often")
 
-    # What the opcodes do. Each method takes the argument in the table below.
+    # The effects of the opcodes. Each method takes the argument given in the table below.
 
     def _skip(self, count: int) -> None:
         self._read(count)
@@ -140,7 +140,7 @@ class Unpickler:
 
     def _last(self, *kinds: type) -> Any:
         if type(self._stack[-1]) not in kinds:
-            raise DamagedFileError(f"its pickle adds to a value of the type {type(self._stack[-1]).__name__}")
+            raise DamagedFileError(f"its pickle adds to a value of type {type(self._stack[-1]).__name__}")
         return self._stack[-1]
 
     def _name(self, _: None) -> None:
@@ -180,7 +180,7 @@ class Unpickler:
 
 
 _BYTE, _SHORT, _INT, _UNSIGNED, _LONG, _FLOAT = map(struct.Struct, ("<B", "<H", "<i", "<I", "<Q", ">d"))
-# Opcodes that torch.save writes, with the names in pickletools: the method and its argument. STOP is the end.
+# Opcodes that torch.save writes: the method and its argument, with the name in pickletools. STOP ends a pickle.
 _OPCODES: dict[bytes, tuple[Callable[[Unpickler, Any], None], Any]] = {
     b"\x80": (Unpickler._skip, 1),  # PROTO
     b"\x95": (Unpickler._skip, 8),  # FRAME

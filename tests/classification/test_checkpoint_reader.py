@@ -228,7 +228,7 @@ ATTACKS = {
     "function": (b"c_codecs\nencode\n}X\x08\0\0\0__call__Nsb.", "changes a value that has no state"),
     "class": (b"cnumpy\ndtype\n(NXcXX\x01\0\0\0aNtb.", "damaged"),
     "slots": (b"cnumpy\ndtype\n(N}X\x0c\0\0\0__setstate__NstX\x01\0\0\0ab.", "damaged"),
-    "method": (b"ccollections\nOrderedDict\n)R}X\x06\0\0\0appendcbuiltins\nset\nsb]a.", "adds to a value of the type"),
+    "method": (b"ccollections\nOrderedDict\n)R}X\x06\0\0\0appendcbuiltins\nset\nsb]a.", "adds to a value of type"),
     "tensor": (b"ctorch._utils\n_rebuild_tensor\n(NK\0))tR.", "unknown properties"),
     "called type": (b"cbuiltins\nlist\n)R.", "refused"),
     "called value": (b"])R.", "calls a value that is not a function"),
@@ -262,7 +262,7 @@ ATTACKS = {
         ),
         "a tensor of the type qint8",
     ),
-    "boolean": (opcodes(b"cnumpy.core.multiarray\nscalar\n", BOOLEAN, b"C\1\2\x86R."), "besides 0 and 1"),
+    "boolean": (opcodes(b"cnumpy.core.multiarray\nscalar\n", BOOLEAN, b"C\1\2\x86R."), "other than 0 and 1"),
 }
 
 
