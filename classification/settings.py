@@ -96,7 +96,7 @@ SETTINGS = (
         "encoded images kept in memory: no, full, or part (of a zip, per process)", "--cache-mode", "MODE",
     ),
     Setting("DATA.PIN_MEMORY", True, ANY, "load batches into pinned memory"),
-    Setting("DATA.NUM_WORKERS", 8, within(0, 1024), "loader processes per process", "--workers", "N"),
+    Setting("DATA.NUM_WORKERS", 8, within(0, 1024), "loader processes per training process", "--workers", "N"),
     Setting(
         "DATA.SKIP_UNREADABLE", False, ANY, "replace a damaged training image with the next one, and count it",
         "--skip-unreadable",
