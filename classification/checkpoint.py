@@ -22,6 +22,7 @@ from .models.weights import (
     WEIGHT_KEYS,
     WeightsError,
     encoder_weights,
+    has_entry,
     load_strictly,
     read_checkpoint,
     state_dict_of,
@@ -116,9 +117,11 @@ def restore_checkpoint(
     if state.ema:
         load_strictly(state.ema.module, _ema_state(checkpoint, path), path)
     _load_optimizer(state.optimizer, checkpoint["optimizer"], path)
-    if checkpoint.get("scaler") and state.scaler.is_enabled():
-        own_scaler = state.scaler.state_dict()
-        state.scaler.load_state_dict({key: _number(checkpoint["scaler"], key, path) for key in own_scaler})
+    if has_entry(checkpoint, "scaler") and state.scaler.is_enabled():
+        scaler = {key: _number(checkpoint["scaler"], key, path) for key in state.scaler.state_dict()}
+        if not scaler["scale"] > 0:
+            raise UserError(f"{path}: cannot resume, its loss is scaled by {scaler['scale']}; {_NEW_RUN}")
+        state.scaler.load_state_dict(scaler)
     state.epoch = int(_number(checkpoint, "epoch", path))
     state.updates = (state.epoch + 1) * updates_per_epoch
     steps = int(_number(checkpoint, "steps", path))
@@ -145,7 +148,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     """
     checkpoint = read_checkpoint(path)
     weights = {"model": encoder_weights(state_dict_of(checkpoint, path), path)}
-    if checkpoint.get("model_ema"):
+    if has_entry(checkpoint, "model_ema"):
         weights["model_ema"] = encoder_weights(_ema_state(checkpoint, path), path)
     return {key: entry for key, entry in checkpoint.items() if key not in WEIGHT_KEYS} | weights
 
@@ -220,7 +223,12 @@ def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         else:
             if path.name == LATEST:
                 break
-    return max(whole, key=lambda found: found[1].get("steps", 0), default=None)
+
+    def steps(found: tuple[Path, dict[str, Any]]) -> float:
+        count = found[1].get("steps")
+        return count if type(count) in (int, float) else 0
+
+    return max(whole, key=steps, default=None)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> None:
@@ -245,7 +253,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) ->
         if state.keys() != saved["state"].keys():
             raise ValueError("its state is for other parameters")
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: its optimiser does not fit this run ({error!s:.200}); {_NEW_RUN}") from error
 
 
@@ -283,7 +291,7 @@ def _number(values: Any, key: str, path: Path) -> float:
 
 
 def _ema_state(checkpoint: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    return state_dict_of(checkpoint, path, key="model_ema" if checkpoint.get("model_ema") else "model")
+    return state_dict_of(checkpoint, path, key="model_ema" if has_entry(checkpoint, "model_ema") else "model")
 
 
 def _rows_to_take(
@@ -345,7 +353,8 @@ def _require_same_optimizer(config: CfgNode, checkpoint: Mapping[str, Any], path
 def _kept_values(optimizer: Any) -> set[str]:
     """Names of the values that an optimiser's state dict has per parameter."""
     state = optimizer.get("state") if isinstance(optimizer, dict) else None
-    return {name for values in state.values() for name in values} if isinstance(state, dict) else set()
+    values = state.values() if isinstance(state, dict) else ()
+    return {str(name) for kept in values if isinstance(kept, dict) for name in kept}
 
 
 def _report_changes(config: CfgNode, saved: Any, path: Path, rate_scale: float) -> None:
@@ -362,4 +371,6 @@ def _report_changes(config: CfgNode, saved: Any, path: Path, rate_scale: float) 
 def _equal(before: Any, now: Any) -> bool:
     if isinstance(now, float) and isinstance(before, int | float):
         return math.isclose(before, now, rel_tol=1e-9)
-    return before == now or (isinstance(now, list | tuple) and isinstance(before, list | tuple) and [*before] == [*now])
+    if isinstance(now, list | tuple):
+        return isinstance(before, list | tuple) and len(before) == len(now) and all(map(_equal, before, now))
+    return isinstance(before, str | int | float | None) and before == now

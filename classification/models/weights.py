@@ -98,18 +98,18 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str], key:
         WeightsError: if there are no weights, or more than one set of them.
     """
     keys = WEIGHT_KEYS if key == "model" else (key,)
-    found = [name for name in keys if _is_state_dict(checkpoint.get(name))]
+    found = [name for name in keys if is_state_dict(checkpoint.get(name))]
     if len(found) > 1:
         raise WeightsError(f"{path}: holds weights under {' and '.join(found)}; save only those you want to load")
     state = checkpoint[found[0]] if found else checkpoint
-    if not _is_state_dict(state):
+    if not is_state_dict(state):
         raise WeightsError(
             f"{path}: found no model weights; expected them under {' or '.join(keys)}, or at the top level"
         )
     return plain_names(state, path)
 
 
-def _is_state_dict(state: Any) -> bool:
+def is_state_dict(state: Any) -> bool:
     """Whether an entry of a checkpoint maps names to tensors and is not empty."""
     return (
         isinstance(state, Mapping)
@@ -148,6 +148,12 @@ def under_own_names(own: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping
     return {names.get(name, name): entry for name, entry in state.items()}
 
 
+def has_entry(checkpoint: Mapping[str, Any], key: str) -> bool:
+    """Whether a checkpoint has an entry that is neither None nor an empty dictionary; it may be of any other type."""
+    entry = checkpoint.get(key)
+    return entry is not None and not (isinstance(entry, Mapping) and len(entry) == 0)
+
+
 def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Tensor]:
     """The EMA weights in a checkpoint of this trainer, the published one or timm's.
 
@@ -155,7 +161,7 @@ def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) 
         WeightsError: if there are none.
     """
     for key in EMA_KEYS:
-        if checkpoint.get(key):
+        if has_entry(checkpoint, key):
             return state_dict_of(checkpoint, path, key)
     raise WeightsError(f"{path}: holds no EMA weights; use those of the model, without --ema")
 

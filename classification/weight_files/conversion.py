@@ -17,6 +17,7 @@ from ..models.weights import (
     WeightsError,
     ema_state_dict_of,
     encoder_weights,
+    has_entry,
     is_safetensors,
     read_checkpoint,
     state_dict_of,
@@ -91,7 +92,7 @@ def converted(
 
     # Without loss scaling the state of the scaler is empty. A scaler in use would reject it, so it is left out.
     content: dict[str, Any] = {"model": encoder} | {
-        key: checkpoint[key] for key in _TRAINING if checkpoint.get(key) is not None and checkpoint[key] != {}
+        key: checkpoint[key] for key in _TRAINING if has_entry(checkpoint, key)
     }
     if layout == "published" and isinstance(content.get("optimizer"), dict):
         # The published code puts the group without weight decay last.
@@ -100,7 +101,7 @@ def converted(
     if ema:
         # The optimiser's state belongs to the other weights.
         content = {key: value for key, value in content.items() if key not in ("optimizer", "lr_scheduler", "scaler")}
-    elif any(checkpoint.get(key) for key in EMA_KEYS):
+    elif any(has_entry(checkpoint, key) for key in EMA_KEYS):
         content["model_ema"] = encoder_weights(ema_state_dict_of(checkpoint, path), path, prefix)
     record = checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema"))
     if record is not None:

@@ -14,6 +14,7 @@ from ..models.weights import (
     EMA_KEYS,
     ema_state_dict_of,
     encoder_weights,
+    has_entry,
     is_safetensors,
     read_checkpoint,
     state_dict_of,
@@ -47,12 +48,12 @@ def inspect_file(path: Path, prefix: str = "") -> dict[str, Any]:
     found["dtypes"] = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     if found["holds"] == "detector or segmentor":
         found["parts"] = _sizes_of_parts(state)
-    if any(checkpoint.get(key) for key in EMA_KEYS):
+    if any(has_entry(checkpoint, key) for key in EMA_KEYS):
         found["ema"] = _compare(state, ema_state_dict_of(checkpoint, path))
     found |= {name: _number(checkpoint[name]) for name in _RECORDS if name in checkpoint}
     if isinstance(checkpoint.get("classes"), list):
         found["classes"] = list(map(str, checkpoint["classes"]))
-    found["training state"] = [key for key in ("optimizer", "lr_scheduler", "scaler") if checkpoint.get(key)]
+    found["training state"] = [key for key in ("optimizer", "lr_scheduler", "scaler") if has_entry(checkpoint, key)]
     return {key: value for key, value in found.items() if value not in ([], {})}
 
 

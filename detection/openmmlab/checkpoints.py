@@ -11,7 +11,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
 from ...classification.models.stand_ins import DamagedFileError
-from ...classification.models.weights import WeightsError, describe_misfit, plain_names, read_checkpoint
+from ...classification.models.weights import WeightsError, describe_misfit, is_state_dict, plain_names, read_checkpoint
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
@@ -54,8 +54,11 @@ class StrictLoadHook(Hook):
         Raises:
             WeightsError: naming the first differences.
         """
-        checkpoint.get("meta", {}).pop("config", None)
         path = runner._load_from or runner.work_dir
+        meta = checkpoint.get("meta", {})
+        if not isinstance(meta, dict):
+            raise WeightsError(f"{path}: its meta is not a dictionary; save it again with mmengine")
+        meta.pop("config", None)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = _own_names(_unwrapped(runner.model), checkpoint["state_dict"], path)
         check_fit(runner.model, checkpoint, path, self.may_differ)
@@ -82,5 +85,11 @@ def _unwrapped(model: Any) -> nn.Module:
 
 
 def _own_names(model: nn.Module, state: dict[str, Any], path: str) -> dict[str, Any]:
-    """Remove the names of wrappers from those of the weights, unless the model has the same names."""
+    """Remove the names of wrappers from those of the weights, unless the model has the same names.
+
+    Raises:
+        WeightsError: if there are no weights.
+    """
+    if not is_state_dict(state):
+        raise WeightsError(f"{path}: found no model weights; expected them under state_dict, or at the top level")
     return state if state.keys() == model.state_dict().keys() else plain_names(state, path)

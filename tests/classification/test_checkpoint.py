@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spatial_mamba.classification import engine
-from spatial_mamba.classification.checkpoint import BEST, BEST_EMA, LATEST, save_checkpoint
+from spatial_mamba.classification.checkpoint import BEST, BEST_EMA, LATEST, find_resumable, save_checkpoint
 from spatial_mamba.classification.config import load_config
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
@@ -84,6 +84,11 @@ DAMAGES = {
     "steps": (damage_state(lambda state: {"step": torch.ones(3)}), "step is (3,)"),
     "missing": (lambda content: content["optimizer"]["state"].pop(3), "its optimiser does not fit this run (3)"),
     "foreign": (lambda content: content["optimizer"]["state"].update({999: {}}), "its state is for other parameters"),
+    "decay": (
+        lambda content: content["optimizer"]["param_groups"][0].update(weight_decay=torch.ones(2)),
+        "its optimiser does not fit this run",
+    ),
+    "average": (lambda content: content.update(model_ema=torch.ones(2)), "found no model weights; expected"),
     "text": (lambda content: content["optimizer"].update(state="none"), "its optimiser does not fit this run"),
     "epoch": (lambda content: content.update(epoch=torch.tensor(1)), "its epoch is tensor(1)"),
     "late epoch": (lambda content: content.update(epoch=2**60), "its epoch is 1152921504606846976"),
@@ -130,6 +135,14 @@ def test_auto_resume_takes_the_newest_intact_checkpoint(
     output = capfd.readouterr().out
     assert "skipping" in output and f"{LATEST}: " in output
     assert f"resumed from {folder / BEST}" in output or f"resumed from {folder / BEST_EMA}" in output
+
+
+def test_the_newest_checkpoint_is_found_by_whole_numbers(trained: Path, tmp_path: Path) -> None:
+    content = read_checkpoint(trained / BEST)
+    torch.save({**content, "steps": "many"}, tmp_path / BEST)
+    torch.save(content, tmp_path / BEST_EMA)
+    path, _ = find_resumable(tmp_path) or (None, None)
+    assert path == tmp_path / BEST_EMA
 
 
 def test_published_checkpoints_load_and_resume(

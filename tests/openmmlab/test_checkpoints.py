@@ -65,7 +65,7 @@ def rename_numpy_1(path: Path) -> None:
 @pytest.mark.parametrize("numpy_version", [1, 2])
 def test_mmengine_checkpoints_load(tmp_path: Path, numpy_version: int) -> None:
     path = tmp_path / "epoch_1.pth"
-    torch.save(mmengine_checkpoint(), path)
+    torch.save(mmengine_checkpoint(), path, pickle_protocol=2 * numpy_version)
     if numpy_version == 1:
         rename_numpy_1(path)
         assert b"numpy.core.multiarray" in zipfile.ZipFile(path).read("epoch_1/data.pkl")
@@ -158,6 +158,32 @@ def test_a_config_inside_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     runner = SimpleNamespace(model=model, _load_from="a.pth")
     HOOKS.build(dict(type="StrictLoadHook")).after_load_checkpoint(runner, checkpoint)
     assert checkpoint["meta"] == {}  # mmengine would look for it here
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"meta": [], "state_dict": {"weight": torch.ones(1)}}, "its meta is not a dictionary"),
+        ({"meta": {}, "state_dict": [1]}, "found no model weights"),
+        ({"meta": {}, "state_dict": {"weight": 1}}, "found no model weights"),
+    ],
+)
+def test_a_checkpoint_without_weights_is_refused(checkpoint: dict, message: str) -> None:
+    runner = SimpleNamespace(model=nn.Linear(2, 2), _load_from="a.pth")
+    with pytest.raises(WeightsError, match=rf"a\.pth: {message}"):
+        HOOKS.build(dict(type="StrictLoadHook")).after_load_checkpoint(runner, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"_log_history": ["a"]}, {"_count_history": np.ones(1)}, {"max_length": 0}, {"_log_history": np.ones((1, 2))}],
+)
+def test_a_forged_history_is_refused(tmp_path: Path, attributes: dict) -> None:
+    history = HistoryBuffer([1.0, 3.0], [1, 1])
+    vars(history).update(attributes)
+    torch.save({"history": history}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="a history of mmengine is wrong"):
+        load_checkpoint(str(tmp_path / "a.pth"))
 
 
 def test_prefixes_of_wrappers_are_removed_before_mmengine_loads() -> None:
