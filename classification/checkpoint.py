@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..kernels.errors import UserError
 from .atomic_write import atomic_write
 from .config import RATES, by_meaning, is_published_run, leaves, to_plain
 from .data import difference
+from .distributed import Process
 from .models.weights import (
     WEIGHT_KEYS,
     WeightsError,
@@ -45,6 +46,30 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
+class EpochTotals:
+    """Sums over the finished part of an epoch on one process."""
+
+    updates: int = 0
+    images: int = 0  # of all processes
+    applied: int = 0  # updates that were not skipped
+    loss: float = 0.0
+    norm: float = 0.0
+    unreadable: int = 0
+    learning_rate: float = 0.0  # of the last update
+
+    def add(self, images: int, loss: float, norm: float | None, unreadable: int, learning_rate: float) -> None:
+        """Add an update; a skipped one has no norm."""
+        self.updates += 1
+        self.images += images
+        self.unreadable += unreadable
+        self.learning_rate = learning_rate
+        if norm is not None:
+            self.applied += 1
+            self.loss += loss
+            self.norm += norm
+
+
+@dataclass
 class TrainingState:
     """Everything that training changes, except random states, which follow from seed, epoch and rank."""
 
@@ -59,10 +84,35 @@ class TrainingState:
     skipped_in_a_row: int = 0
     max_accuracy: float = 0.0
     max_accuracy_ema: float = 0.0
+    totals: EpochTotals = field(default_factory=EpochTotals)  # of the epoch after the last finished one
 
 
-def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
+def progress_of(state: TrainingState, process: Process) -> list[dict[str, Any]] | None:
+    """What differs between processes within an epoch: totals, and buffers such as BatchNorm's statistics; by rank.
+
+    All processes call it at once. None between epochs, where there are no totals and all buffers are equal.
+    """
+    if not state.totals.updates:
+        return None
+    buffers = {name: buffer.cpu().clone() for name, buffer in _buffers(state).items()}
+    return process.gather({"totals": asdict(state.totals), "buffers": buffers})
+
+
+def _buffers(state: TrainingState) -> dict[str, torch.Tensor]:
+    """The buffers of the model, and those of the EMA model under ``ema.``."""
+    buffers = dict(state.model.named_buffers())
+    if state.ema:
+        buffers |= {f"ema.{name}": buffer for name, buffer in state.ema.module.named_buffers()}
+    return buffers
+
+
+def save_checkpoint(
+    state: TrainingState, config: CfgNode, path: Path, progress: list[dict[str, Any]] | None = None
+) -> None:
     """Write a checkpoint atomically.
+
+    Args:
+        progress: of ``progress_of``, within an epoch.
 
     Raises:
         UserError: if it cannot be written; the earlier file is kept.
@@ -79,6 +129,7 @@ def save_checkpoint(state: TrainingState, config: CfgNode, path: Path) -> None:
         "max_accuracy": state.max_accuracy,
         "max_accuracy_ema": state.max_accuracy_ema,
         "classes": state.classes,
+        "progress": progress,
         "config": to_plain(config),
     }
     try:
@@ -95,8 +146,9 @@ def restore_checkpoint(
     path: Path,
     updates_per_epoch: int,
     rate_scale: float,
+    process: Process,
 ) -> None:
-    """Continue from a checkpoint of this trainer or of the published one, after its last finished epoch.
+    """Continue from a checkpoint of this trainer or of the published one, where it ends.
 
     Settings come from ``config``: learning rates and weight decay are not taken from the checkpoint. With the settings
     and the number of processes that it was saved with, the run continues exactly.
@@ -123,13 +175,14 @@ def restore_checkpoint(
             raise UserError(f"{path}: cannot resume, its loss is scaled by {scaler['scale']}; {_NEW_RUN}")
         state.scaler.load_state_dict(scaler)
     state.epoch = int(_number(checkpoint, "epoch", path))
-    state.updates = (state.epoch + 1) * updates_per_epoch
+    _restore_progress(state, checkpoint.get("progress"), path, config, process)
+    state.updates = (state.epoch + 1) * updates_per_epoch + state.totals.updates
     steps = int(_number(checkpoint, "steps", path))
     if steps not in (0, state.updates):  # the published trainer stores 0
         logger.warning(
-            "%s: its %d epochs had %d updates, with this data, batch size and number of processes they have %d: "
-            "the run continues at that epoch of the schedule, but not exactly",
-            path, state.epoch + 1, steps, state.updates,
+            "%s: it has made %d updates; with this data, batch size and number of processes they would be %d: "
+            "the run continues at the same epoch of the schedule, but not exactly",
+            path, steps, state.updates,
         )  # fmt: skip
     state.scheduler.step_update(max(state.updates - 1, 0))
     state.skipped_in_a_row = int(_number(checkpoint, "skipped_in_a_row", path))
@@ -229,6 +282,41 @@ def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         return count if type(count) in (int, float) else 0
 
     return max(whole, key=steps, default=None)
+
+
+def _restore_progress(state: TrainingState, progress: Any, path: Path, config: CfgNode, process: Process) -> None:
+    """Continue within an epoch: with other processes from the mean of the buffers, at the same image of the epoch.
+
+    Raises:
+        UserError: for values that ``progress_of`` does not make.
+    """
+    if progress is None:
+        return
+    try:
+        zeros = asdict(EpochTotals())
+        all_totals = [
+            EpochTotals(**{key: type(zero)(_number(entry["totals"], key, path)) for key, zero in zeros.items()})
+            for entry in progress
+        ]
+        own = progress[process.rank] if len(progress) == process.world_size else None
+        totals = all_totals[process.rank] if own else all_totals[0]
+        for name, buffer in _buffers(state).items():
+            saved = [entry["buffers"][name] for entry in ([own] if own else progress)]
+            mean = torch.stack(saved).to(torch.float64).mean(0) if len(saved) > 1 else saved[0]
+            buffer.copy_(mean.view(buffer.shape))
+    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot resume, its progress is damaged ({error!s:.200}); {_NEW_RUN}") from error
+    per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * process.world_size
+    if totals.images != totals.updates * per_update:
+        totals.updates = totals.images // per_update
+        totals.images = totals.updates * per_update
+        totals.applied = min(totals.applied, totals.updates)
+    if not own:
+        logger.warning(
+            "%s: was saved by %d processes, this run has %d: it continues at the same image, but not exactly",
+            path, len(progress), process.world_size,
+        )  # fmt: skip
+    state.totals = totals
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> None:

@@ -20,6 +20,7 @@ from .config import uses_mixup
 from .distributed import Process
 from .models.image_files import open_image
 from .models.preprocessing import NORMALISATION, preprocessing_of
+from .preemption import ignore_signals
 from .readers import CachedReader, Reader, open_split
 from .seeding import random_seed
 
@@ -95,6 +96,7 @@ class TrainSampler(Sampler):
         self.seed = seed
         self.sharded = sharded
         self.epoch = 0
+        self.start = 0  # images of the epoch that have been used, by all processes together
 
     def __len__(self) -> int:
         return self.length // self.process.world_size
@@ -104,8 +106,11 @@ class TrainSampler(Sampler):
         order = torch.randperm(self.length, generator=generator)
         seeds = torch.randint(2**31, (self.length,), generator=generator)
         rank, world_size = self.process.rank, self.process.world_size
-        own = order[order % world_size == rank] if self.sharded else order[rank::world_size]
-        own = own[: len(self)]
+        left = len(self) - self.start // world_size
+        if self.sharded:
+            own = order[order % world_size == rank][self.start // world_size :][:left]
+        else:
+            own = order[self.start :][rank::world_size][:left]
         return zip(own.tolist(), seeds[own].tolist(), strict=True)
 
 
@@ -274,6 +279,7 @@ def _build_loader(
         pin_memory=config.DATA.PIN_MEMORY and process.device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=workers > 0,
+        worker_init_fn=ignore_signals if workers > 0 else None,
         generator=torch.Generator(),  # not the global one, which would be used only when the workers first start
     )
 

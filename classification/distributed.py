@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,21 @@ class Process:
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def largest(self, value: int) -> int:
+        """The largest value of all processes."""
+        if self.world_size == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank; tensors must be on the CPU."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,13 @@ from ..kernels.errors import UserError
 from .checkpoint import TrainingState
 from .data import ImageLoader
 from .distributed import Process
+from .preemption import PreemptedError, is_requested
 from .run_log import RunLog
 from .seeding import seed_everything
 
 logger = logging.getLogger(__name__)
+
+_SAVE, _STOP = 1, 2  # what a process wants after an update
 
 
 class DivergenceError(UserError):
@@ -55,11 +58,14 @@ def evaluate(model: nn.Module, loader: ImageLoader, process: Process, log: RunLo
     """Count correct predictions over the loaders of all processes, in float32 whatever the precision of training.
 
     Raises:
+        PreemptedError: after a signal.
         RuntimeError: if the number of images differs from the data set's.
     """
     model.eval()
     loss = images = correct1 = correct5 = 0.0
     for batch, classes, _ in log.progress(loader, len(loader), title):
+        if is_requested():
+            raise PreemptedError
         classes = classes.to(process.device, non_blocking=True)
         logits = model(batch.to(process.device, non_blocking=True)).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]
@@ -87,19 +93,22 @@ class TrainingRun:
     mixup: Mixup | None
     updates_per_epoch: int
     dtype: torch.dtype  # of autocast; float32: no autocast
+    save: Callable[[], None]  # writes the state within an epoch; called by all processes at once
 
 
 def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
-    """Train for one epoch, numbered from 0; returns its metrics over all processes.
+    """Train for the rest of an epoch, numbered from 0; returns the metrics of all of it, over all processes.
 
-    An update whose loss or gradient is not finite on any process is skipped on all of them and counted.
+    The random numbers of an update depend only on seed, epoch, process and the number of the update. An update whose
+    loss or gradient is not finite on any process is skipped on all of them and counted.
 
     Raises:
         DivergenceError: after ``TRAIN.MAX_SKIPPED_UPDATES`` skipped updates in a row.
+        PreemptedError: after a signal, when the state has been saved.
     """
     config, process, state, log = run.config, run.process, run.state, run.log
-    seed_everything(config.SEED, epoch, process.rank)
-    run.loader.sampler.epoch = epoch
+    totals = state.totals
+    run.loader.sampler.epoch, run.loader.sampler.start = epoch, totals.images
     run.model.train()
     teacher = None
     if state.ema and config.AUG.MESA > 0 and epoch >= int(config.AUG.MESA_START * config.TRAIN.EPOCHS):
@@ -107,30 +116,29 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
 
     batches = _Timed(iter(run.loader))
     images_per_update = config.DATA.BATCH_SIZE * process.world_size * config.TRAIN.ACCUMULATION_STEPS
-    loss_sum = norm_sum = applied = skipped = unreadable = 0.0
-    start = time.perf_counter()
-    bar = log.progress(range(run.updates_per_epoch), run.updates_per_epoch, f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}")
+    first, start = totals.updates, time.perf_counter()
+    last_save = start
+    title = f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}"
+    bar = log.progress(range(first, run.updates_per_epoch), run.updates_per_epoch - first, title)
     for update in bar:
+        seed_everything(config.SEED, epoch, process.rank, update)
         learning_rate = state.optimizer.param_groups[0]["lr"]
         loss, grad_norm, damaged = _update(run, batches, teacher)
-        unreadable += damaged
-        if grad_norm is None:
-            skipped += 1
-        else:
-            loss_sum, norm_sum, applied = loss_sum + loss, norm_sum + grad_norm, applied + 1
+        totals.add(images_per_update, loss, grad_norm, damaged, learning_rate)
 
-        elapsed = time.perf_counter() - start
-        speed = images_per_update * (update + 1) / elapsed
+        now = time.perf_counter()
+        elapsed, done = now - start, update + 1 - first
+        speed = images_per_update * done / elapsed
         figures = {
             "train/loss": loss,
             "train/learning_rate": learning_rate,
             "train/gradient_norm": float("nan") if grad_norm is None else grad_norm,
             "train/images_per_second": speed,
-            "train/data_time": batches.seconds / (update + 1),
+            "train/data_time": batches.seconds / done,
         }
         log.scalars(figures, state.updates)
         left = (config.TRAIN.EPOCHS - epoch) * run.updates_per_epoch - update - 1
-        eta = _duration(left * elapsed / (update + 1))
+        eta = _duration(left * elapsed / done)
         bar.set_postfix_str(f"loss {loss:.3f}, training ends in {eta}", refresh=False)
         if (update + 1) % config.PRINT_FREQ == 0 and not log.shows_bars:
             logger.info(
@@ -140,16 +148,25 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
                 100 * batches.seconds / elapsed, eta,
             )  # fmt: skip
 
+        is_due = process.is_main and 0 < 60 * config.SAVE_MINUTES < now - last_save
+        wish = process.largest(_STOP if is_requested() else _SAVE if is_due else 0)
+        if wish:
+            run.save()
+            last_save = time.perf_counter()
+        if wish == _STOP:
+            raise PreemptedError
+
     seconds = time.perf_counter() - start
-    unreadable, loss_sum = process.sum([unreadable, loss_sum])
+    updates = run.updates_per_epoch - first
+    unreadable, loss_sum = process.sum([totals.unreadable, totals.loss])
     return {
-        "train_loss": loss_sum / process.world_size / applied if applied else float("nan"),
-        "gradient_norm": norm_sum / applied if applied else float("nan"),
-        "learning_rate": learning_rate,
+        "train_loss": loss_sum / process.world_size / totals.applied if totals.applied else float("nan"),
+        "gradient_norm": totals.norm / totals.applied if totals.applied else float("nan"),
+        "learning_rate": totals.learning_rate,
         "updates": state.updates,
-        "skipped_updates": int(skipped),
+        "skipped_updates": totals.updates - totals.applied,
         "unreadable_images": int(unreadable),
-        "images_per_second": images_per_update * run.updates_per_epoch / seconds,
+        "images_per_second": images_per_update * updates / seconds,
         "data_seconds": batches.seconds,
         "train_seconds": seconds,
         "peak_memory_mb": peak_memory(process.device) / 2**20,

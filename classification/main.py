@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spatial_mamba.classification.config import load_config
+from spatial_mamba.classification.preemption import PreemptedError
 from spatial_mamba.classification.settings import SETTINGS, Setting, settings_table
 from spatial_mamba.classification.trainer import prepare
 from spatial_mamba.kernels.command_line import Parser, run_command
@@ -92,13 +93,15 @@ def _overrides(args: argparse.Namespace) -> list[tuple[str, Any]]:
     return pairs + list(zip(args.opts[0::2], args.opts[1::2], strict=True))
 
 
-def _run(parser: Parser, argv: Sequence[str] | None) -> None:
+def _run(parser: Parser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     config, notes = load_config(args.cfg, _overrides(args))
     ignored = [option for option in IGNORED_OPTIONS if getattr(args, option.removeprefix("--")) is not None]
     job = prepare(config, [*notes, *(f"command line: {option} has no effect here" for option in ignored)])
     try:
         job.run()
+    except PreemptedError as stop:
+        return stop.status
     except UserError as error:
         # An error from a loader process starts with that process's traceback.
         line = str(error).strip().splitlines()[-1]
@@ -110,6 +113,7 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> None:
             time.sleep(5)
         raise
     job.process.close()
+    return 0
 
 
 def _boolean(text: str) -> bool:

@@ -4,7 +4,7 @@ import copy
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 from timm.utils import ModelEmaV3, distribute_bn
@@ -19,11 +19,13 @@ from .checkpoint import (
     BEST_EMA,
     LATEST,
     PUBLISHED_LATEST,
+    EpochTotals,
     TrainingState,
     class_count,
     class_names,
     find_resumable,
     load_pretrained,
+    progress_of,
     read_weights,
     restore_checkpoint,
     save_checkpoint,
@@ -41,6 +43,7 @@ from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train
 from .models.spatial_mamba import SpatialMamba
 from .models.weights import read_checkpoint
 from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler, learning_rate_scale
+from .preemption import PreemptedError, signals_noted
 from .run_log import RunLog, set_up_console
 from .seeding import seed_everything
 
@@ -168,6 +171,7 @@ class TrainingJob:
 
     def __init__(self, config: CfgNode, process: Process) -> None:
         self.config, self.process = config, process
+        self._lock: IO[str] | None = None
         if config.COMPILE and config.TRAIN.USE_CHECKPOINT and process.device.type == "cpu":
             # PyTorch 2.11: Inductor's backward pass of two checkpointed blocks ends in a segmentation fault.
             raise UserError("--compile with --use-checkpoint crashes PyTorch on a CPU; remove one of them")
@@ -219,6 +223,7 @@ class TrainingJob:
             mixup,
             updates_per_epoch,
             dtype,
+            self._save_within_epoch,
         )
 
     def run(self) -> None:
@@ -230,16 +235,22 @@ class TrainingJob:
             self.process.device.type, str(self.training.dtype).removeprefix("torch."), self.folder,
         )  # fmt: skip
         try:
-            if self.pretrained:
-                _validate(*self.pretrained, self.val_loader, self.process, log, config.MODEL.PRETRAINED)
-                self.pretrained = None
-            self._report_start()
-            for epoch in range(state.epoch + 1, config.TRAIN.EPOCHS):
-                self._run_epoch(epoch)
+            with signals_noted():
+                if self.pretrained:
+                    _validate(*self.pretrained, self.val_loader, self.process, log, config.MODEL.PRETRAINED)
+                    self.pretrained = None
+                self._report_start()
+                for epoch in range(state.epoch + 1, config.TRAIN.EPOCHS):
+                    self._run_epoch(epoch)
             best_ema = f", of its EMA {state.max_accuracy_ema:.3f}%" if state.ema else ""
             logger.info("finished: best acc@1 of the model %.3f%%%s", state.max_accuracy, best_ema)
+        except PreemptedError:
+            logger.warning("stopped by a signal; the same command continues this run")
+            raise
         finally:
             log.close()
+            if self._lock:
+                self._lock.close()
 
     def _report_start(self) -> None:
         """Log which weights the training starts from."""
@@ -247,7 +258,8 @@ class TrainingJob:
         if not self.resumed_from:
             logger.info("training starts from %s", given["--pretrained"] or "initial weights")
             return
-        logger.info("resumed from %s after epoch %d", self.resumed_from, self.state.epoch + 1)
+        within = f" and {self.state.totals.updates} updates" if self.state.totals.updates else ""
+        logger.info("resumed from %s after epoch %d%s", self.resumed_from, self.state.epoch + 1, within)
         if self.state.epoch + 1 >= self.config.TRAIN.EPOCHS:
             logger.warning(
                 "%s: this run is finished; raise --epochs, or start a new run under another --output or --tag",
@@ -263,13 +275,19 @@ class TrainingJob:
     def _run_epoch(self, epoch: int) -> None:
         config, state, process, log = self.config, self.state, self.process, self.training.log
         record = {"epoch": epoch, **train_one_epoch(self.training, epoch)}
+        progress = progress_of(state, process)
         if process.world_size > 1:
             # Now all processes hold the same model, so the evaluated model is the saved one.
             for model in (state.model, *([state.ema.module] if state.ema else [])):
                 distribute_bn(model, process.world_size, reduce=True)
-        result, ema_result = _validate(
-            state.model, state.ema, self.val_loader, process, log, f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}"
-        )
+        title = f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}"
+        try:
+            result, ema_result = _validate(state.model, state.ema, self.val_loader, process, log, title)
+        except PreemptedError:
+            if process.is_main:
+                save_checkpoint(state, config, self.folder / LATEST, progress)
+            raise
+        state.totals = EpochTotals()
         names = []
         if result.acc1 >= state.max_accuracy:
             state.max_accuracy = result.acc1
@@ -298,6 +316,12 @@ class TrainingJob:
         log.epoch(record)  # last: a folder with a record but no checkpoint would be refused as another run
         process.barrier()
 
+    def _save_within_epoch(self) -> None:
+        progress = progress_of(self.state, self.process)
+        if self.process.is_main:
+            save_checkpoint(self.state, self.config, self.folder / LATEST, progress)
+            logger.info("saved after update %d of the epoch", self.state.totals.updates)
+
     def _resume(self, updates_per_epoch: int) -> Path | None:
         """Restore the checkpoint to continue from; returns its path, or None."""
         config = self.config
@@ -311,7 +335,7 @@ class TrainingJob:
         if self.pretrained:  # evaluated first
             self.pretrained = copy.deepcopy(self.pretrained)
         scale = learning_rate_scale(config, self.process.world_size)
-        restore_checkpoint(self.state, config, checkpoint, path, updates_per_epoch, scale)
+        restore_checkpoint(self.state, config, checkpoint, path, updates_per_epoch, scale, self.process)
         return path
 
     def _open_folder(self) -> RunLog:

@@ -102,3 +102,31 @@ def test_killed_training_resumes_to_the_same_weights(
     names = ("epoch", "train_loss", "val_acc1", "ema_acc1")
     figures = [[[record[name] for name in names] for record in records(run)] for run in (undisturbed, killed)]
     assert figures[0] == figures[1] and len(figures[0]) == 2
+
+
+def test_preempted_training_resumes_to_the_same_bits(
+    undisturbed: Path, micro: Path, photos: Path, tmp_path: Path
+) -> None:
+    """The launcher gets SIGTERM in the middle of an epoch; buffers that differ between the processes are kept."""
+    arguments = options(micro, photos, tmp_path, *MORE)
+    stopped = tmp_path / "micro" / "default"
+    with torchrun(2, *arguments) as process:
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if "epoch 1/2 update 2/6" in line:
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(30) != 0
+    assert "stopped by a signal; the same command continues this run" in printed, printed
+    progress = read_checkpoint(stopped / LATEST)["progress"]
+    assert len(progress) == 2 and 2 <= progress[0]["totals"]["updates"] < 6
+    with torchrun(2, *arguments) as process:
+        printed = process.communicate()[0]
+        assert process.returncode == 0 and "resumed from" in printed and "after epoch 0 and " in printed, printed
+
+    a, b = (read_checkpoint(run / LATEST) for run in (undisturbed, stopped))
+    assert a.pop("config")["OUTPUT"] != b.pop("config")["OUTPUT"]
+    assert_same(a, b)
+    names = ("epoch", "train_loss", "gradient_norm", "learning_rate", "updates", "val_acc1", "ema_acc1")
+    figures = [[[record[name] for name in names] for record in records(run)] for run in (undisturbed, stopped)]
+    assert figures[0] == figures[1] and len(figures[0]) == 2

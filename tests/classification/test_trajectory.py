@@ -12,7 +12,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from spatial_mamba.classification.checkpoint import TrainingState
+from spatial_mamba.classification.checkpoint import EpochTotals, TrainingState
 from spatial_mamba.classification.config import load_config
 from spatial_mamba.classification.distributed import Process
 from spatial_mamba.classification.engine import TrainingRun, train_one_epoch
@@ -81,9 +81,11 @@ def run() -> TrainingRun:
     state = TrainingState(model, ema, optimizer, scheduler, scaler, [str(i) for i in range(CLASSES)])
     criterion = build_criterion(config)
     run = TrainingRun(
-        config, process, Recorder(process), state, model, Batches(), criterion, smoothed, UPDATES, torch.float32
-    )
+        config, process, Recorder(process), state, model, Batches(), criterion, smoothed, UPDATES, torch.float32,
+        save=lambda: None,
+    )  # fmt: skip
     for epoch in range(EPOCHS):
+        state.totals = EpochTotals()
         train_one_epoch(run, epoch)
     return run
 
