@@ -9,6 +9,7 @@ import io
 import struct
 import sys
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from .unpickler import MAX_VALUES, Unpickler
 
 MAX_DEPTH = 100  # nested containers
 MAX_DIMENSIONS = 64  # of tensors, as in PyTorch's loops
-_CHUNK = 2**20  # bytes to read at once
+_CHUNK = 2**18  # bytes to read at once; their checksum is computed in the processor's cache
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first value in files from before PyTorch 1.6
 _STORAGES = {
     "BFloat16": torch.bfloat16, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
@@ -77,12 +78,14 @@ def read_torch_file(path: Path, history: Callable[[dict[str, Any]], Any] | None 
         if not zipfile.is_zipfile(file):  # the list of members is at the end of a zip file
             raise DamagedFileError("it is truncated")
         with zipfile.ZipFile(file) as archive:
-            return _read_archive(archive, size, history)
+            return _read_archive(archive, file, size, history)
 
 
-def _read_archive(archive: zipfile.ZipFile, size: int, history: Callable | None) -> Any:
+def _read_archive(archive: zipfile.ZipFile, file: IO[bytes], size: int, history: Callable | None) -> Any:
     members = {info.filename: info for info in archive.infolist()}
-    is_stored = all(info.compress_type == zipfile.ZIP_STORED for info in members.values())
+    is_stored = all(
+        info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size for info in members.values()
+    )
     total = sum(info.file_size for info in members.values())
     if not is_stored or len(members) < len(archive.infolist()) or total > size:
         raise DamagedFileError("its archive has compressed, repeated or overlapping members")
@@ -100,9 +103,11 @@ def _read_archive(archive: zipfile.ZipFile, size: int, history: Callable | None)
         info = members[f"{folder}data/{key}"]
         if info.file_size != storage.nbytes:
             raise DamagedFileError("the data of a tensor have another size")
-        with archive.open(info) as member:
-            storage.read(member)
-            member.read(1)  # reading to the end verifies the CRC-32
+        archive.open(info).close()  # checks the header before the data
+        file.seek(info.header_offset + 26)
+        file.seek(sum(struct.unpack("<HH", file.read(4))), io.SEEK_CUR)  # the lengths of the name and of extra fields
+        if storage.read(file) != info.CRC:
+            raise DamagedFileError("the data of a tensor have another checksum")
     return Converter(length, history).plain(value)
 
 
@@ -137,17 +142,20 @@ class _Storage(StandIn):
     def nbytes(self) -> int:
         return self.count * self.dtype.itemsize
 
-    def read(self, file: IO[bytes]) -> None:
-        """Fill the memory from a file that has at least ``nbytes`` bytes."""
+    def read(self, file: IO[bytes]) -> int:
+        """Fill the memory from a file that has at least ``nbytes`` bytes, and return their CRC-32."""
         self.content = torch.empty(self.nbytes, dtype=torch.uint8)
-        view, done = self.content.numpy().data, 0
+        view, done, crc = self.content.numpy().data, 0, 0
         while done < self.nbytes:
-            count = file.readinto(view[done : done + _CHUNK])  # type: ignore[attr-defined]
+            chunk = view[done : done + _CHUNK]
+            count = file.readinto(chunk)  # type: ignore[attr-defined]
             if not count:
                 raise DamagedFileError("it is truncated")
+            crc = zlib.crc32(chunk[:count], crc)
             done += count
         if self.dtype == torch.bool and self.nbytes and self.content.max() > 1:
             raise DamagedFileError("a boolean tensor has values other than 0 and 1")
+        return crc
 
 
 @dataclass

@@ -40,7 +40,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: _own(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118, not a mapping
-    if metadata.get(_CHECKSUM, checksum := _checksum(tensors)) != checksum:
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(tensors):
         raise DamagedFileError("its checksum is wrong")
     about = Converter(path.stat().st_size).plain(json.loads(metadata.get(_ABOUT, "{}")))
     return {**about, "model": tensors} if about else tensors
@@ -60,5 +60,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     crc = 0
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 _NUMBERS = {"?", "b1", *(kind + size for kind in "iuf" for size in "1248")} - {"f1"}  # NumPy's codes
-
+_MAX_KEY = 1000  # characters
 _PATHS = {
     "PurePosixPath": PurePosixPath, "PosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath,
     "WindowsPath": PureWindowsPath, type(Path()).__name__: type(Path()),
@@ -105,7 +105,7 @@ class Dtype(StandIn):
         """
         if type(content) is not bytes:
             raise ForeignTypeError("numpy.ndarray of anything but numbers")
-        array = np.ndarray(shape, self.numpy, content, order=order).copy("K")
+        array: np.ndarray = np.ndarray(shape, self.numpy, content, order=order).copy("K")
         if self.numpy == np.bool_ and array.size and array.view(np.uint8).max() > 1:
             raise DamagedFileError("a boolean array has values other than 0 and 1")
         return array
@@ -135,21 +135,25 @@ class Array(StandIn):
         """Stands in for NumPy's function that creates a single number."""
         if type(dtype) is not Dtype:
             raise ForeignTypeError("numpy.core.multiarray.scalar of another type")
-        return dtype.array((), content)[()]
+        return dtype.array((1,), content)[0]
 
 
 def check_key(key: object) -> None:
     """Refuse keys of dictionaries and sets whose hashes a file could make equal, which would take quadratic time.
 
-    Hashes of strings depend on a secret, and small numbers have different hashes.
+    Hashes of strings depend on a secret, and small numbers have different hashes. Long strings take time to compare.
 
     Raises:
         DamagedFileError: for any other key.
     """
-    is_plain = key is None or type(key) in (str, bytes, bool, float) or isinstance(key, np.generic)
+
+    def is_text(value: object) -> bool:
+        return isinstance(value, str | bytes) and len(value) <= _MAX_KEY
+
+    is_plain = key is None or type(key) in (bool, float) or isinstance(key, np.generic)
     is_small = type(key) is int and abs(key) < 2**60
-    is_strings = type(key) is tuple and len(key) <= 16 and all(type(part) is str for part in key)
-    if not (is_plain or is_small or is_strings):
+    is_strings = type(key) is tuple and len(key) <= 16 and all(map(is_text, key))
+    if not (is_text(key) or is_plain or is_small or is_strings):
         raise DamagedFileError(f"a dictionary has an unusual key ({type(key).__name__})")
 
 

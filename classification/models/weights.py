@@ -47,9 +47,9 @@ def read_checkpoint(
     """Load a checkpoint onto the CPU without executing anything in it.
 
     A file that ends in ``.safetensors`` has tensors only. PyTorch's own formats may also have plain containers, paths,
-    dates, simple namespaces, yacs configs, NumPy's numbers and arrays, the options of timm's scripts and mmengine's
-    histories. The options are discarded. A file with any other type, with tensors that are not dense, or with a wrong
-    checksum is refused.
+    dates, simple namespaces, yacs configs, dtypes, NumPy's numbers and arrays, the options of timm's scripts and
+    mmengine's histories. The options are discarded. A file with any other type, with tensors that are not dense, or
+    with a wrong checksum is refused.
 
     Args:
         history: makes a history of mmengine from its attributes; by default histories are discarded.

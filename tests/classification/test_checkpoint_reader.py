@@ -241,6 +241,7 @@ ATTACKS = {
     "zeros": (opcodes(b"c__builtin__\nbytearray\n", 2**40, b"\x85R."), "refused"),
     "colliding numbers": (b"}(" + opcodes(*(i * (2**61 - 1) for i in range(20_000))) + b"u.", "an unusual key"),
     "colliding pairs": (b"\x8f(" + opcodes((-1, -2)) + b"\x90.", "an unusual key"),
+    "long key": (b"}" + TEXT + b"Ns.", "an unusual key"),
     "nested key": (b"}" + doubled_tuple(40, b"\0") + b"Ns.", "an unusual key"),
     "nested code": (b"cnumpy\ndtype\n" + doubled_tuple(40, b"\0") + b"\x85R.", "refused"),
     "nested device": (b"ctorch\ndevice\n" + doubled_tuple(40, b"\0") + b"\x85R.", "a device has no name"),
@@ -292,6 +293,34 @@ def test_a_state_is_not_kept_by_other_values(tmp_path: Path) -> None:
     )
     with pytest.raises(WeightsError, match="the versions of its modules are wrong"):
         read_checkpoint(tmp_path / "model.pth")
+
+
+def test_the_keys_of_an_old_file_are_not_compared_for_ever(tmp_path: Path) -> None:
+    path, content = tmp_path / "model.pth", io.BytesIO()
+    torch.save({}, path, _use_new_zipfile_serialization=False)
+    content.write(path.read_bytes().removesuffix(pickle.dumps([], protocol=2)))
+    content.write(b"\x80\2](" + doubled_tuple(40, b"\0") + doubled_tuple(40, b"\1") + b"e.")
+    path.write_bytes(content.getvalue())
+    with pytest.raises(WeightsError, match="its list of tensors is wrong"):
+        read_checkpoint(path)
+
+
+def test_members_of_an_archive_may_have_other_headers(tmp_path: Path) -> None:
+    path, content = tmp_path / "model.pth", {"model": {"weight": torch.arange(8.0)}}
+    torch.save(content, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist() if not name.endswith("byteorder")}
+    with path.open("wb") as file:
+        file.write(b"PK\3\4 bytes before the archive")
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.comment = b"comment" * 100
+            for name, data in members.items():
+                with archive.open(name, "w", force_zip64=True) as member:
+                    member.write(data)
+    assert_equal(read_checkpoint(path), content)
+    path.write_bytes(path.read_bytes().replace(b"PK\1\2\x2d\3\x2d\0\0\0", b"PK\1\2\x2d\3\x2d\0\1\0"))  # encrypted
+    with pytest.raises(WeightsError, match="not a PyTorch checkpoint, or a damaged one"):
+        read_checkpoint(path)
 
 
 def test_an_array_is_filled_once(tmp_path: Path) -> None:
