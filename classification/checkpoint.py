@@ -279,7 +279,7 @@ def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     def steps(found: tuple[Path, dict[str, Any]]) -> float:
         count = found[1].get("steps")
-        return count if type(count) in (int, float) else 0
+        return count if isinstance(count, int | float) else 0
 
     return max(whole, key=steps, default=None)
 
