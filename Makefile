@@ -68,7 +68,7 @@ wheel:
 	$(PYTHON) kernels/wheel.py --out dist $(WHEEL_PYTHONS)
 
 clean:
-	rm -rf .venv build dist *.egg-info kernels/lib $(DIGITS) $(RUN)
+	rm -rf .venv build dist *.egg-info kernels/lib $(DIGITS) $(RUN) output/site output/api
 	rm -rf detection/data/digits_coco detection/work_dirs segmentation/data/digits_ade segmentation/work_dirs
 
 .venv/ready: requirements.txt pyproject.toml

@@ -1,6 +1,7 @@
 """Command line of the ImageNet trainer: train, evaluate or time a Spatial-Mamba classifier."""
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -106,11 +107,19 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
         # An error from a loader process starts with that process's traceback.
         line = str(error).strip().splitlines()[-1]
         raise UserError(line.split(f"{UserError.__module__}.{UserError.__qualname__}: ")[-1]) from error
-    except RuntimeError:
+    except RuntimeError as error:
+        rank = f"process {job.process.rank}: " if job.process.world_size > 1 else ""
+        if re.search("DataLoader worker .*(killed by signal|exited unexpectedly)", str(error)):
+            raise UserError(
+                f"{rank}a loader process was killed, probably because memory ran out; lower --workers or --batch-size, "
+                "or give a container more shared memory (--shm-size)"
+            ) from error
         # When one process fails, the others lose their connection. The launcher gets time to stop them before their
-        # tracebacks bury that one error.
+        # errors bury that one.
         if job.process.world_size > 1:
             time.sleep(5)
+        if re.search("Connection (closed|reset)|Broken pipe|Timed out", str(error)):
+            raise UserError(f"{rank}lost the connection to another process, which failed or was killed") from error
         raise
     job.process.close()
     return 0

@@ -11,6 +11,7 @@ from types import FrameType
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 EXIT_STATUS = 75  # EX_TEMPFAIL: the same command later continues the run
 
+_PARENT = os.getppid()
 _received: list[int] = []
 
 
@@ -45,8 +46,9 @@ def signals_noted() -> Iterator[None]:
 
 
 def is_requested() -> bool:
-    """Whether this process has received a signal."""
-    return bool(_received)
+    """Whether this process has received a signal, or its launcher, torchrun, is gone."""
+    is_orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _PARENT
+    return bool(_received) or is_orphan
 
 
 def ignore_signals(worker: int) -> None:

@@ -130,3 +130,35 @@ def test_preempted_training_resumes_to_the_same_bits(
     names = ("epoch", "train_loss", "gradient_norm", "learning_rate", "updates", "val_acc1", "ema_acc1")
     figures = [[[record[name] for name in names] for record in records(run)] for run in (undisturbed, stopped)]
     assert figures[0] == figures[1] and len(figures[0]) == 2
+
+
+def test_processes_stop_when_their_launcher_is_killed(micro: Path, photos: Path, tmp_path: Path) -> None:
+    """They save their state and release the folder."""
+    arguments = options(micro, photos, tmp_path, *MORE, "--epochs", "1000")
+    with torchrun(2, *arguments) as process:
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if "epoch 1/1000 update 2/6" in line:
+                process.kill()
+        process.wait(60)  # the output ends with the last process that writes to it
+    assert "stopped by a signal" in printed and "error:" not in printed, printed
+    assert read_checkpoint(tmp_path / "micro/default" / LATEST)["progress"] is not None
+
+
+def test_a_killed_loader_process_is_one_error(micro: Path, photos: Path, tmp_path: Path) -> None:
+    script = f"""if True:
+        import os, signal, sys
+        from spatial_mamba.classification import data, main
+        def die(worker):
+            if worker == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        data.ignore_signals = die
+        sys.exit(main.main({options(micro, photos, tmp_path, "--workers", "2")!r}))
+    """
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: a loader process was killed, probably because memory ran out"), (
+        result.stderr
+    )
+    assert result.stderr.count("\n") == 1
