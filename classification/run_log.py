@@ -3,7 +3,8 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..kernels.command_line import printable
 from .atomic_write import atomic_write
 from .distributed import Process
 
+logger = logging.getLogger(__name__)
 _PACKAGE_LOGGER = logging.getLogger("spatial_mamba")
 
 
@@ -34,11 +36,12 @@ class RunLog:
         self._is_terminal = sys.stderr.isatty()
         self._writer = None
         self._metrics = None
+        self._failed: set[str] = set()
         if folder is None or not process.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler = _FileHandler(folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for earlier in [h for h in _PACKAGE_LOGGER.handlers if isinstance(h, MemoryHandler)]:
             earlier.setTarget(handler)
@@ -60,23 +63,40 @@ class RunLog:
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
         """Write TensorBoard scalars at an update."""
-        if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, update)
+        with self._warned("TensorBoard"):
+            if self._writer:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, update)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Append one JSON line; non-finite numbers become null."""
-        if self._metrics and self._writer:
-            finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
-            self._writer.flush()
+        finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
+        with self._warned("metrics.jsonl"):
+            if self._metrics:
+                with self._metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(finite) + "\n")
+        with self._warned("TensorBoard"):
+            if self._writer:
+                self._writer.flush()
 
     def close(self) -> None:
         """Close the files and detach from the package's logger."""
-        if self._writer:
-            self._writer.close()
+        with self._warned("TensorBoard"):
+            if self._writer:
+                self._writer.close()
         _detach_handlers()
+
+    @contextmanager
+    def _warned(self, record: str) -> Iterator[None]:
+        """Turn failures to write a record into one warning: a run does not end because of them."""
+        try:
+            yield
+        except OSError as error:
+            if record not in self._failed:
+                logger.warning("%s cannot be written any more (%s); the run continues without it", record, error)
+            self._failed.add(record)
+            if record == "TensorBoard":
+                self._writer = None
 
 
 def set_up_console(is_main: bool) -> None:
@@ -97,6 +117,14 @@ def _detach_handlers() -> None:
     for handler in list(_PACKAGE_LOGGER.handlers):
         _PACKAGE_LOGGER.removeHandler(handler)
         handler.close()
+
+
+class _FileHandler(logging.FileHandler):
+    """Stops after the first failure, such as a full disk, with one line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, of logging
+        _PACKAGE_LOGGER.removeHandler(self)
+        logger.warning("%s cannot be written any more (%s)", self.baseFilename, sys.exc_info()[1])
 
 
 class _ConsoleHandler(logging.Handler):

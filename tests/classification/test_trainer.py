@@ -3,15 +3,17 @@
 import fcntl
 import functools
 import json
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from yacs.config import CfgNode
 
 from spatial_mamba import SpatialMamba
-from spatial_mamba.classification import engine, trainer
+from spatial_mamba.classification import engine, run_log, trainer
 from spatial_mamba.classification.checkpoint import BEST_EMA, LATEST
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
@@ -150,3 +152,21 @@ def test_two_runs_cannot_write_to_one_folder(
         assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 2
     assert "another training run writes here" in capfd.readouterr().err
     assert read_checkpoint(folder / LATEST)["epoch"] == 1
+
+
+def test_records_that_cannot_be_written_do_not_end_a_run(
+    micro: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """On a full disk, log file, TensorBoard and metrics are given up with one line each; checkpoints are not."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    monkeypatch.setattr(logging.StreamHandler, "flush", full)
+    monkeypatch.setattr(run_log.json, "dumps", full)
+    assert main(options(micro, photos, tmp_path)) == 0
+    output = capfd.readouterr()
+    assert output.out.count("cannot be written any more") == 3 and not output.err
+    assert read_checkpoint(tmp_path / "micro/default" / LATEST)["epoch"] == 1
