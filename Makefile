@@ -9,7 +9,7 @@ RUN := output/spatialmamba_digits/demo
 # Always on the CPU, since two processes would need two GPUs.
 MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
-.PHONY: demo demo-detection demo-segmentation test test-fast test-timm test-versions lint gpu docs figure wheel clean
+.PHONY: demo demo-detection demo-segmentation test test-fast test-timm torture test-versions lint gpu docs figure wheel clean
 
 # Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
 demo: .venv/ready $(LIBRARIES)

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,8 @@ def set_up_console(is_main: bool) -> None:
 def _detach_handlers() -> None:
     for handler in list(_PACKAGE_LOGGER.handlers):
         _PACKAGE_LOGGER.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # a full disk; the console has the records too
+            handler.close()
 
 
 class _FileHandler(logging.FileHandler):
