@@ -39,6 +39,10 @@ test-fast: .venv/ready $(LIBRARIES)
 test-timm: .venv/ready $(LIBRARIES)
 	$(BIN)/python tests/timm_suite.py
 
+# Kill training 200 times, fail each of its writes, damage 350 checkpoints: every run must resume to the same bits.
+torture: .venv/ready $(LIBRARIES)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
+
 # Run the fast tests with the oldest, pinned and newest packages: make test-versions [VERSIONS=newest].
 test-versions:
 	$(PYTHON) tests/versions.py $(VERSIONS)
