@@ -67,7 +67,7 @@ class Detector(inference.Predictor):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = inference.common_parser(__doc__, "detection")
+    parser = inference.common_parser(__doc__, "detection", "mask_rcnn_spatialmamba_fpn_coco_tiny")
     parser.add_argument(
         "--score-threshold", type=_score, default=0.3, metavar="SCORE", help="lowest score shown (default: %(default)s)"
     )

@@ -61,4 +61,5 @@ class Segmentor(inference.Predictor):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    inference.predict(Segmentor, inference.common_parser(__doc__, "segmentation"), argv)
+    config = "upernet_spatialmamba_4xb4-160k_ade20k-512x512_tiny"
+    inference.predict(Segmentor, inference.common_parser(__doc__, "segmentation", config), argv)

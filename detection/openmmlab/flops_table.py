@@ -69,6 +69,7 @@ def print_table(
     parser = Parser(
         f"python -m spatial_mamba.{FOLDERS[package]}.complexity",
         description,
+        f"{recipes[0]} --size {size[0]} {size[1]}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -66,7 +66,7 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError, WeightsError, OSError: naming what is wrong with options, config, checkpoints or data.
     """
-    parser = _common_parser("train.py", f"Train a model of {package}.")
+    parser = _common_parser("train.py", f"Train a model of {package}.", "CONFIG --data-path FOLDER --resume")
     parser.add_argument("--amp", action="store_true", help="train in mixed precision")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     parser.add_argument(
@@ -99,7 +99,7 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError, WeightsError, OSError: see ``train``.
     """
-    parser = _common_parser("test.py", f"Test a model of {package}.")
+    parser = _common_parser("test.py", f"Test a model of {package}.", "CONFIG CHECKPOINT --show-dir FOLDER")
     parser.add_argument("checkpoint", help="checkpoint file")
     what = "pickle file (.pkl) of predictions" if package == "mmdet" else "folder of predicted label maps"
     parser.add_argument("--out", help=f"{what} to write")
@@ -139,9 +139,9 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     runner.test()
 
 
-def _common_parser(name: str, description: str) -> Parser:
+def _common_parser(name: str, description: str, example: str) -> Parser:
     """The options that training and testing share."""
-    parser = Parser(name, description=description)
+    parser = Parser(name, description, example)
     parser.add_argument("config", help="config file, or the name of one that comes with the package")
     parser.add_argument("--work-dir", help="folder of logs and checkpoints; by default work_dirs/CONFIG")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings to change")
