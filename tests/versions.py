@@ -34,16 +34,19 @@ def prepare(name: str) -> Path:
     version, installs = COMBINATIONS[name]
     folder = FOLDER / name
     python = folder / "bin" / "python"
-    if (folder / "ready").exists():
+    ready = folder / "ready"
+    sources = max(path.stat().st_mtime for path in (ROOT / "kernels/csrc/cpu").iterdir())
+    if ready.exists() and ready.stat().st_mtime > sources:
         return python
     base = shutil.which(f"python{version}")
     if base is None:
         sys.exit(f"error: python{version} is not on PATH; {name} needs it")
-    subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
-    for packages in installs:
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True, cwd=ROOT)
+    if not ready.exists():
+        subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
+        for packages in installs:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True, cwd=ROOT)
     subprocess.run([python, "-m", "spatial_mamba.kernels", "build", "cpu"], check=True, env=environment(name))
-    (folder / "ready").touch()
+    ready.touch()
     return python
 
 
