@@ -28,7 +28,7 @@ from .models.weights import (
     read_checkpoint,
     state_dict_of,
 )
-from .optim import build_optimizer
+from .optim import FUSED_OPTIMIZERS, build_optimizer
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 PUBLISHED_LATEST = "latest_ckpt.pth"  # of the published trainer
@@ -325,7 +325,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) ->
     A fused optimiser reads and writes as many elements as its parameter has, whatever the size of the state.
 
     Raises:
-        UserError: if the parameters differ, or the state of one is missing or has another shape or type.
+        UserError: if the parameters differ, or the state of one is missing, incomplete or of another shape or type.
     """
     try:
         # timm puts the group without weight decay first, the published trainer last.
@@ -340,6 +340,10 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) ->
                     state[number] = {key: _fitted(values[key], key, parameter, group.get("fused")) for key in values}
         if state.keys() != saved["state"].keys():
             raise ValueError("its state is for other parameters")
+        names: set[str] = set().union(*state.values())
+        for number, values in state.items():
+            if optimizer.defaults.get("fused") and (missing := names - values.keys()):
+                raise ValueError(f"parameter {number} has no {min(missing)}")
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: its optimiser does not fit this run ({error!s:.200}); {_NEW_RUN}") from error
@@ -421,12 +425,12 @@ def _require_same_classes(state: TrainingState, checkpoint: Mapping[str, Any], p
 
 
 def _require_same_optimizer(config: CfgNode, checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Compare optimisers by name, or by the values they keep if the checkpoint does not name its optimiser."""
+    """Compare optimisers by name, and by the values they keep if the name is unknown or the optimiser is fused."""
     now, saved = config.TRAIN.OPTIMIZER.NAME.lower(), checkpoint.get("config")
     before = by_meaning(saved).get("TRAIN.OPTIMIZER.NAME") if isinstance(saved, dict) else None
     if before is not None and str(before).lower() != now:
         raise UserError(f"{path}: was trained with {before}, not {now}; add --optim {before}, or {_NEW_RUN}")
-    if before is None and (kept := _kept_values(checkpoint["optimizer"])):
+    if (before is None or now in FUSED_OPTIMIZERS) and (kept := _kept_values(checkpoint["optimizer"])):
         probe = nn.Linear(2, 2)
         optimizer = build_optimizer(config, probe, world_size=1)
         probe(torch.ones(1, 2)).sum().backward()

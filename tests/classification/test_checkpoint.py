@@ -83,6 +83,11 @@ DAMAGES = {
     "number": (damage_state(lambda state: {"exp_avg": 0.5}), "exp_avg is not a tensor"),
     "steps": (damage_state(lambda state: {"step": torch.ones(3)}), "step is (3,)"),
     "missing": (lambda content: content["optimizer"]["state"].pop(3), "its optimiser does not fit this run (3)"),
+    "no value": (lambda content: content["optimizer"]["state"][3].pop("exp_avg"), "parameter 3 has no exp_avg"),
+    "no values": (
+        lambda content: [values.pop("exp_avg") for values in content["optimizer"]["state"].values()],
+        "it keeps exp_avg_sq, step, but adamw keeps exp_avg, exp_avg_sq, step",
+    ),
     "foreign": (lambda content: content["optimizer"]["state"].update({999: {}}), "its state is for other parameters"),
     "decay": (
         lambda content: content["optimizer"]["param_groups"][0].update(weight_decay=torch.ones(2)),
