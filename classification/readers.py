@@ -280,7 +280,7 @@ def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple
 
     Folders have None. Links have the place of their target.
     """
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+    with tarfile.open(fileobj=_ShortReads(file), mode="r:") as archive:  # type: ignore[call-overload]
         members = {posixpath.normpath(member.name): member for member in archive}
         members.pop(".", None)
         for path, member in members.items():
@@ -300,6 +300,16 @@ def _tar_members(file: IO[bytes], prefix: str, start: int = 0) -> Iterator[tuple
                 yield from _tar_members(inner, f"{name}/", start + member.offset_data)
             else:
                 yield name, (start + member.offset_data, member.size)
+
+
+class _ShortReads:
+    """A file that reads at most 1 MiB at once, because headers of a damaged tar file can ask for any amount."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.seek, self.seekable, self.tell = file, file.seek, file.seekable, file.tell
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, 2**20))
 
 
 def _target(member: tarfile.TarInfo, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:

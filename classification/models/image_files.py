@@ -1,6 +1,7 @@
 """Finds image files by path, folder or pattern, and reads them."""
 
 import glob
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -65,17 +66,18 @@ def read_image(path: Path) -> Image.Image:
         ImageFileError: for a damaged file, or one without an image of 8 or 16 bits.
     """
     try:
-        return open_image(path, rotate=True)
+        # From memory: a read beyond the end of a file would first allocate all that a damaged image asks for.
+        return open_image(io.BytesIO(path.read_bytes()), rotate=True)
     except Exception as error:
         reason = f"not one of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
         raise ImageFileError(f"{path}: cannot be read as an image ({reason})") from error
 
 
-def open_image(source: Path | BinaryIO, rotate: bool = False) -> Image.Image:
+def open_image(source: BinaryIO, rotate: bool = False) -> Image.Image:
     """Decode an image to RGB with 8 bits per channel. 16-bit greyscale is scaled: divided by 257 and rounded.
 
     Args:
-        source: path, or open file.
+        source: an open file.
         rotate: rotate the image by its EXIF orientation. Pillow always does this for TIFF files.
 
     Raises:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -28,6 +29,22 @@ HOSTILE = Path(__file__).parents[1] / "data" / "hostile"
 def test_damaged_images_and_other_formats_are_refused(path: Path) -> None:
     with pytest.raises(ImageFileError, match=f"{path.name}: cannot be read as an image"):
         read_image(path)
+
+
+@pytest.mark.parametrize("name", ["idat_2e31.png", "pax_header.tar"])
+def test_headers_cannot_ask_for_memory(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"train{Path(name).suffix}"
+    shutil.copy(HOSTILE / name, path)
+    tracemalloc.start()
+    try:
+        if path.suffix == ".png":
+            read_image(path)
+        else:
+            with pytest.raises(UserError, match=r"train\.tar: not a readable tar archive"):
+                open_split(str(tmp_path), "train")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def test_only_the_named_formats_are_opened(tmp_path: Path) -> None:
