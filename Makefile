@@ -9,7 +9,7 @@ RUN := output/spatialmamba_digits/demo
 # Always on the CPU, since two processes would need two GPUs.
 MAIN := classification/main.py --cfg spatialmamba_digits --data-path $(DIGITS) --device cpu
 
-.PHONY: demo demo-detection demo-segmentation test test-fast test-timm torture test-versions lint gpu docs figure wheel clean
+.PHONY: demo demo-detection demo-segmentation test test-fast test-timm fuzz torture test-versions lint gpu docs figure wheel clean
 
 # Train a small Spatial-Mamba on real images with two processes, then evaluate its checkpoint in a separate command.
 demo: .venv/ready $(LIBRARIES)
@@ -38,6 +38,10 @@ test-fast: .venv/ready $(LIBRARIES)
 # Run timm's own model tests, from its source distribution, on the models of this project.
 test-timm: .venv/ready $(LIBRARIES)
 	$(BIN)/python tests/timm_suite.py
+
+# Give damaged and forged files to every loader: make fuzz [FUZZ="--target tar --count 1000 --seed 1"].
+fuzz: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m spatial_mamba.tests.fuzz $(FUZZ)
 
 # Kill training 200 times, fail each of its writes, damage 350 checkpoints: every run must resume to the same bits.
 torture: .venv/ready $(LIBRARIES)
