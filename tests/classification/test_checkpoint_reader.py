@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
@@ -318,7 +319,8 @@ def test_members_of_an_archive_may_have_other_headers(tmp_path: Path) -> None:
                 with archive.open(name, "w", force_zip64=True) as member:
                     member.write(data)
     assert_equal(read_checkpoint(path), content)
-    path.write_bytes(path.read_bytes().replace(b"PK\1\2\x2d\3\x2d\0\0\0", b"PK\1\2\x2d\3\x2d\0\1\0"))  # encrypted
+    flagged = re.sub(rb"(?s)(PK\1\2....).", rb"\1\x01", path.read_bytes())  # as encrypted
+    path.write_bytes(flagged)
     with pytest.raises(WeightsError, match="not a PyTorch checkpoint, or a damaged one"):
         read_checkpoint(path)
 
