@@ -39,15 +39,20 @@ def check_packages(package: str) -> None:
     """Check that ``mmdet`` or ``mmseg`` can be imported with everything it needs, including mmcv's operators.
 
     Raises:
-        UserError: naming the first package that is missing or unsupported, and the command that installs it.
+        UserError: naming the packages that are missing, or the first that is unsupported, and the command that installs
+            them.
     """
-    for distribution in _NEEDED_BY[package]:
+    versions = {name: _installed(name) for name in _NEEDED_BY[package]}
+    missing = [name for name, version in versions.items() if not version]
+    if missing:
+        wanted = " ".join(f"{name}=={_PACKAGES[name][3]}" for name in missing)
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{', '.join(missing)}, which this command needs, {verb} missing: pip install {wanted}")
+    for distribution, version in versions.items():
         module, first, beyond, wanted = _PACKAGES[distribution]
         install = f"pip install {distribution}=={wanted}"
-        version = _version(_COMPILED.get(distribution, distribution)) or _version(distribution)
         if version is None or find_spec(module) is None:
-            if version:
-                install += " --force-reinstall --no-deps"  # removing another package deleted its files
+            install += " --force-reinstall --no-deps"  # removing another package deleted its files
             raise UserError(f"{distribution}, which this command needs, is missing: {install}")
         if not Version(first) <= Version(version) < Version(beyond):
             raise UserError(f"{module} {version} is unsupported; it must be >= {first} and < {beyond}: {install}")
@@ -58,6 +63,11 @@ def check_packages(package: str) -> None:
             importlib.import_module(module)
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision for another PyTorch
             raise UserError(f"{module} cannot be imported ({error}): {remedy}") from None
+
+
+def _installed(distribution: str) -> str | None:
+    """The version of a distribution or of its accepted replacement; None if neither is installed."""
+    return _version(_COMPILED.get(distribution, distribution)) or _version(distribution)
 
 
 def _version(distribution: str) -> str | None:

@@ -54,6 +54,21 @@ def test_faulty_packages_get_a_line_with_the_remedy(
         packages.check_packages("mmdet")
 
 
+def test_packages_that_are_not_installed_are_named_in_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = packages.importlib.metadata.version
+
+    def only_mmengine(name: str) -> str:
+        if name != "mmengine":
+            raise packages.importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(packages.importlib.metadata, "version", only_mmengine)
+    with pytest.raises(packages.UserError) as error:
+        packages.check_packages("mmdet")
+    expected = "mmcv-lite, mmdet, which this command needs, are missing: pip install mmcv-lite==2.1.0 mmdet==3.3.0"
+    assert str(error.value) == expected
+
+
 @pytest.mark.parametrize("command", ["detection", "segmentation.complexity", "tools/train.py"])
 def test_without_mmengine_a_command_reports_it_in_one_line(command: str) -> None:
     start = "run_module('spatial_mamba." + command + "', run_name='__main__')"
