@@ -83,6 +83,9 @@ class ImageLoader(DataLoader):
     dataset: ImageData
     sampler: Any  # TrainSampler or EvalSampler
 
+    def check_worker_number_rationality(self) -> None:
+        """Override PyTorch's warning on machines with fewer cores than ``--workers``, whose default suits a server."""
+
 
 class TrainSampler(Sampler):
     """Yields ``(index, seed)`` in a new order every epoch, the same number on every process.

@@ -258,8 +258,9 @@ class TrainingJob:
         if not self.resumed_from:
             logger.info("training starts from %s", given["--pretrained"] or "initial weights")
             return
-        within = f" and {self.state.totals.updates} updates" if self.state.totals.updates else ""
-        logger.info("resumed from %s after epoch %d%s", self.resumed_from, self.state.epoch + 1, within)
+        finished, updates = self.state.epoch + 1, self.state.totals.updates
+        position = f"in epoch {finished + 1}, after {updates} of its updates" if updates else f"after epoch {finished}"
+        logger.info("resumed from %s %s", self.resumed_from, position)
         if self.state.epoch + 1 >= self.config.TRAIN.EPOCHS:
             logger.warning(
                 "%s: this run is finished; raise --epochs, or start a new run under another --output or --tag",
