@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_a_pretrained_classifier_is_matched_by_class_name(
         torch.save({**source, "classes": classes}, tmp_path / "start.pth")
         config, notes = load_config(
             micro,
-            [("DATA.DATA_PATH", str(data)), ("OUTPUT", str(tmp_path)),
+            [("DATA.DATA_PATH", str(data)), ("OUTPUT", tempfile.mkdtemp(dir=tmp_path)),  # each run locks its folder
              ("MODEL.PRETRAINED", str(tmp_path / "start.pth")), *settings],
         )  # fmt: skip
         return prepare(config, notes).state.model.head.weight
