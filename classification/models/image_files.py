@@ -43,7 +43,8 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
             visible = [p for p in path.iterdir() if not is_hidden(p.name)]
             found = [p for p in visible if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
             if not found:
-                raise ImageFileError(f"{path}: no images in this folder ({', '.join(IMAGE_ENDINGS)})")
+                deeper = f"; for those in its subfolders: '{path}/**/*'" if any(p.is_dir() for p in visible) else ""
+                raise ImageFileError(f"{path}: no images in this folder ({', '.join(IMAGE_ENDINGS)}){deeper}")
         elif path.is_file():
             if path.suffix.lower() not in IMAGE_ENDINGS:
                 raise ImageFileError(f"{path}: not an image file ({', '.join(IMAGE_ENDINGS)})")

@@ -762,6 +762,7 @@ def test_wrong_images_and_names_get_one_line(files: Path, images: Path, tmp_path
         ((images / "absent.png",), "no such image or folder"),
         ((images / "notes.txt",), "not an image file"),
         ((empty,), "no images in this folder"),
+        ((empty.parent,), f"; for those in its subfolders: '{empty.parent}/**/*'"),
         ((images / "x*.png",), "no image matches this pattern"),
         ((images / "a.png", "--classes", listed), "has 2 lines for the model's 5 classes"),
         ((images / "a.png", "--top-k", "0"), "must be a whole number of at least 1"),
