@@ -35,7 +35,9 @@ def test_the_home_folder_is_expanded_in_configs_and_options(tmp_path: Path, monk
     config = tools.load_config("mmdet", "~/own.py", {"work_dir": "~/work"})
     assert [config.load_from, config.work_dir] == [str(tmp_path / "w.pth"), str(tmp_path / "work")]
     assert config.a.b[0].root == str(tmp_path / "data") and config.a.c == (str(tmp_path / "x"), 1)
-    args = tools._common_parser("train.py", "").parse_args(["~/own.py", "--work-dir=~/work", "--cfg-options", "a=~/b"])
+    args = tools._common_parser("train.py", "", "").parse_args(
+        ["~/own.py", "--work-dir=~/work", "--cfg-options", "a=~/b"]
+    )
     assert [args.config, args.work_dir] == [str(tmp_path / "own.py"), str(tmp_path / "work")]
     assert args.cfg_options == {"a": str(tmp_path / "b")}
 
