@@ -45,7 +45,7 @@ fuzz: .venv/ready
 
 # Kill training 200 times, fail each of its writes, damage 350 checkpoints: every run must resume to the same bits.
 torture: .venv/ready $(LIBRARIES)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m spatial_mamba.tests.torture
 
 # Run the fast tests with the oldest, pinned and newest packages: make test-versions [VERSIONS=newest].
 test-versions:

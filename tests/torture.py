@@ -31,6 +31,8 @@ from spatial_mamba.classification.demo_data import write_digits
 from spatial_mamba.classification.main import main as train
 from spatial_mamba.classification.models.weights import WeightsError, read_checkpoint
 
+from .classification.runs import assert_same, copy_photos
+
 CONFIG = """
 DATA: {IMG_SIZE: 32, BATCH_SIZE: 2, NUM_WORKERS: 0}
 MODEL: {NAME: micro, DROP_PATH_RATE: 0.2, SPATIAL_MAMBA: {EMBED_DIM: 4, DEPTHS: [1, 1, 1, 1]}}
@@ -48,11 +50,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_digits(folder / "digits")
-        for split, count in (("train", 4), ("val", 2)):
-            for digit in "012":
-                (folder / "photos" / split / digit).mkdir(parents=True)
-                for image in sorted((folder / "digits" / split / digit).iterdir())[:count]:
-                    shutil.copy(image, folder / "photos" / split / digit)
+        copy_photos(folder / "digits", folder / "photos", train=4, val=2)
         (folder / "micro.yaml").write_text(CONFIG)
 
     def start(self, name: str, rank: int, processes: int, port: int, prepare: Callable[[], None] | None = None) -> int:
@@ -92,16 +90,6 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def are_equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(are_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(are_equal, a, b))
-    return a == b
-
-
 def wait_for(pids: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
@@ -132,8 +120,7 @@ def kill_at_random(place: Place, processes: int, kills: int, rng: random.Random)
             done += 1
             length = min(1.1 * length, 60.0)  # so that the run ends some time
         finished += 1
-        if not are_equal(place.weights(name), expected):
-            raise AssertionError(f"{name}: its weights differ from the undisturbed run's")
+        assert_same(place.weights(name), expected, f"{name}, compared with the undisturbed run")
         shutil.rmtree(place.folder / "runs/micro" / name)
         length = max(length / 1.5, 0.5)
     return f"{done} kills of {finished} runs of {processes} process(es): all resumed to the same bits"
@@ -177,8 +164,9 @@ def fail_writes_in_turn(place: Place, every: int) -> str:
         elif status != 2 or len(errors) != 1 or os.strerror(number) not in errors[0]:
             raise AssertionError(f"write {index}: status {status}\n{place.log(name)}")
         failed += status == 2
-        if wait_for([place.start(name, 0, 1, free_port())]) != [0] or not are_equal(place.weights(name), expected):
-            raise AssertionError(f"write {index}: the run does not resume to the same bits\n{place.log(name)}")
+        if wait_for([place.start(name, 0, 1, free_port())]) != [0]:
+            raise AssertionError(f"write {index}: the run does not resume\n{place.log(name)}")
+        assert_same(place.weights(name), expected, f"write {index}, compared with the undisturbed run")
         shutil.rmtree(place.folder / "runs/micro" / name, ignore_errors=True)
     raise AssertionError("there is no end of writes")
 
@@ -202,10 +190,11 @@ def damage_checkpoints(place: Place, count: int, rng: random.Random) -> str:
             damaged[place_of : place_of + 64] = content[: min(64, len(content) - place_of)]
         path.write_bytes(damaged)
         try:
-            if not are_equal(read_checkpoint(path), expected):
-                raise AssertionError(f"a damaged checkpoint was read: {kind} at {place_of}")
+            read = read_checkpoint(path)
         except WeightsError:
             refused += 1
+        else:
+            assert_same(read, expected, f"{kind} at {place_of}")
     return f"{count} damaged checkpoints: {refused} refused, the others (damaged in padding) read with the same values"
 
 

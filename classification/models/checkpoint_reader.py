@@ -130,6 +130,16 @@ def _read_legacy(file: IO[bytes], size: int, history: Callable | None) -> Any:
     return Converter(size, history).plain(value)
 
 
+def check_values(content: Tensor, dtype: torch.dtype) -> None:
+    """Check the bytes of tensors of a dtype, as uint8: PyTorch relies on booleans that are 0 or 1.
+
+    Raises:
+        DamagedFileError: for other booleans.
+    """
+    if dtype == torch.bool and content.numel() and content.max() > 1:
+        raise DamagedFileError("a boolean tensor has values other than 0 and 1")
+
+
 @dataclass
 class _Storage(StandIn):
     """The memory of tensors."""
@@ -153,8 +163,7 @@ class _Storage(StandIn):
                 raise DamagedFileError("it is truncated")
             crc = zlib.crc32(chunk[:count], crc)
             done += count
-        if self.dtype == torch.bool and self.nbytes and self.content.max() > 1:
-            raise DamagedFileError("a boolean tensor has values other than 0 and 1")
+        check_values(self.content, self.dtype)
         return crc
 
 

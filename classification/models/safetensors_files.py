@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .checkpoint_reader import DTYPES, MAX_DIMENSIONS, Converter
+from .checkpoint_reader import DTYPES, MAX_DIMENSIONS, Converter, check_values
 from .stand_ins import DamagedFileError
 
 # Entries of the metadata: information about the weights, as JSON, and the CRC-32 of the tensors, in hexadecimal.
@@ -50,8 +50,7 @@ def _own(tensor: Tensor) -> Tensor:
     """Copy a tensor out of the memory-mapped file, which another program may change or truncate."""
     if tensor.dtype not in DTYPES or tensor.dim() > MAX_DIMENSIONS:
         raise DamagedFileError(f"it has a tensor of {tensor.dtype} with {tensor.dim()} dimensions")
-    if tensor.dtype == torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
-        raise DamagedFileError("a boolean tensor has values other than 0 and 1")
+    check_values(tensor.reshape(-1).view(torch.uint8), tensor.dtype)
     return tensor.clone()
 
 

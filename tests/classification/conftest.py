@@ -3,13 +3,13 @@
 The trainer is imported where it is used: tests on GPUs run without its packages.
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from .micro_models import GOLDEN
+from .runs import copy_photos
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +32,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of real images, 9 for training and 5 for validation each: numbers that no batch size divides."""
     root = tmp_path_factory.mktemp("photos") / "set"
-    for split, count in (("train", 9), ("val", 5)):
-        for digit in "012":
-            (root / split / digit).mkdir(parents=True)
-            for image in sorted((digits / split / digit).iterdir())[:count]:
-                shutil.copy(image, root / split / digit)
+    copy_photos(digits, root, train=9, val=5)
     return root
 
 

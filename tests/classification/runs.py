@@ -18,6 +18,15 @@ def options(micro: Path, photos: Path, output: Path, *more: str) -> list[str]:
     return ["--cfg", str(micro), "--data-path", str(photos), "--output", str(output), *more]
 
 
+def copy_photos(digits: Path, root: Path, **counts: int) -> None:
+    """Copy the first images of three classes of the digits, as many per class and split as ``counts`` says."""
+    for split, count in counts.items():
+        for digit in "012":
+            (root / split / digit).mkdir(parents=True)
+            for image in sorted((digits / split / digit).iterdir())[:count]:
+                shutil.copy(image, root / split / digit)
+
+
 def accuracy_lines(text: str) -> list[str]:
     return [line[line.index("acc@1") :].split(", loss")[0] for line in text.splitlines() if "acc@1" in line]
 

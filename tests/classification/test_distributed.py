@@ -61,6 +61,16 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_same_runs(*runs: Path) -> None:
+    """Equal checkpoints, to the last bit, and equal records."""
+    a, b = (read_checkpoint(run / LATEST) for run in runs)
+    assert a.pop("config")["OUTPUT"] != b.pop("config")["OUTPUT"]
+    assert_same(a, b)
+    names = ("epoch", "train_loss", "gradient_norm", "learning_rate", "updates", "val_acc1", "ema_acc1")
+    figures = [[[record[name] for name in names] for record in records(run)] for run in runs]
+    assert figures[0] == figures[1] and len(figures[0]) == 2
+
+
 def test_evaluation_agrees_whatever_processes_and_batch_size(
     undisturbed: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -96,12 +106,7 @@ def test_killed_training_resumes_to_the_same_weights(
         printed = process.communicate()[0]
         assert process.returncode == 0 and "resumed from" in printed, printed
 
-    a, b = (read_checkpoint(run / LATEST) for run in (undisturbed, killed))
-    assert a.pop("config")["OUTPUT"] != b.pop("config")["OUTPUT"]
-    assert_same(a, b)
-    names = ("epoch", "train_loss", "val_acc1", "ema_acc1")
-    figures = [[[record[name] for name in names] for record in records(run)] for run in (undisturbed, killed)]
-    assert figures[0] == figures[1] and len(figures[0]) == 2
+    assert_same_runs(undisturbed, killed)
 
 
 def test_preempted_training_resumes_to_the_same_bits(
@@ -124,12 +129,7 @@ def test_preempted_training_resumes_to_the_same_bits(
         printed = process.communicate()[0]
         assert process.returncode == 0 and "resumed from" in printed and " in epoch 1, after " in printed, printed
 
-    a, b = (read_checkpoint(run / LATEST) for run in (undisturbed, stopped))
-    assert a.pop("config")["OUTPUT"] != b.pop("config")["OUTPUT"]
-    assert_same(a, b)
-    names = ("epoch", "train_loss", "gradient_norm", "learning_rate", "updates", "val_acc1", "ema_acc1")
-    figures = [[[record[name] for name in names] for record in records(run)] for run in (undisturbed, stopped)]
-    assert figures[0] == figures[1] and len(figures[0]) == 2
+    assert_same_runs(undisturbed, stopped)
 
 
 def test_processes_stop_when_their_launcher_is_killed(micro: Path, photos: Path, tmp_path: Path) -> None:

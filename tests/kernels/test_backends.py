@@ -145,11 +145,11 @@ def conv_case(
     width: int = 7,
     dim: int = 5,
     epilogue: str = "silu",
-    beside: tuple[int, int] | None = None,
+    margins: tuple[int, int] | None = None,
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """A depthwise convolution, of a whole map or of a slice with ``beside`` channels before and after it."""
+    """A depthwise convolution, of a whole map, or of a slice with ``margins`` of channels before and after it."""
     g = generator()
-    before, behind = beside or (0, 0)
+    before, behind = margins or (0, 0)
     tensors = {
         "x": torch.randn(batch, height, width, before + dim + behind, generator=g, dtype=torch.float64),
         "weight": 0.5 * torch.randn(dim, 1, 3, 3, generator=g, dtype=torch.float64),
@@ -167,12 +167,12 @@ def norm_case(
     height: int = 6,
     width: int = 7,
     dim: int = 5,
-    beside: tuple[int, int] | None = None,
+    margins: tuple[int, int] | None = None,
     y: str = "y",
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """A gated norm, the gate sliced as above; ``y="single y"`` stays in float32."""
     g = generator()
-    before, behind = beside or (0, 0)
+    before, behind = margins or (0, 0)
     tensors = {
         y: 2 * torch.randn(batch, height, width, dim, generator=g, dtype=torch.float64) + 1,
         "gate": torch.randn(batch, height, width, before + dim + behind, generator=g, dtype=torch.float64),
@@ -327,8 +327,8 @@ CONVS: dict[str, dict[str, Any]] = {
     "channels beyond a vector": {"height": 3, "width": 4, "dim": 37},
     "larger than a block": {"batch": 1, "height": 19, "width": 21, "dim": 70},
     "larger than a block, plain": {"batch": 1, "height": 19, "width": 21, "dim": 70, "epilogue": "none"},
-    "half of a map": {"dim": 32, "beside": (32, 0)},
-    "channels of a map": {"dim": 17, "beside": (1, 3), "epilogue": "residual"},
+    "half of a map": {"dim": 32, "margins": (32, 0)},
+    "channels of a map": {"dim": 17, "margins": (1, 3), "epilogue": "residual"},
 }
 NORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -337,8 +337,8 @@ NORMS: dict[str, dict[str, Any]] = {
     "one column": {"height": 12, "width": 1},
     "channels beyond a vector": {"dim": 37},
     "larger than a block": {"height": 13, "width": 31, "dim": 150},
-    "half of a map": {"dim": 32, "beside": (32, 0)},
-    "channels of a map": {"dim": 17, "beside": (1, 3)},
+    "half of a map": {"dim": 32, "margins": (32, 0)},
+    "channels of a map": {"dim": 17, "margins": (1, 3)},
 }
 MIXERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -421,11 +421,11 @@ def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pyte
     # In the model, outputs are 27 times as large as states; they stay in float32.
     assert_matches_reference(*core_case(out_dtype=torch.float32), backend, dtype)
 
-    beside = (8, 8)
+    margins = (8, 8)
     for epilogue in ("none", "silu", "residual"):
-        assert_matches_reference(*conv_case(dim=8, epilogue=epilogue, beside=beside), backend, dtype)
+        assert_matches_reference(*conv_case(dim=8, epilogue=epilogue, margins=margins), backend, dtype)
     for y in ("y", "single y"):
-        assert_matches_reference(*norm_case(dim=8, y=y, beside=beside), backend, dtype)
+        assert_matches_reference(*norm_case(dim=8, y=y, margins=margins), backend, dtype)
     if not interpreted(request):  # it truncates where GPUs round: too coarse for several operators in sequence
         assert_matches_reference(*mixer_case(), backend, dtype, rounds_within=True)
 
@@ -534,9 +534,9 @@ def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
         scan_case(1, 2, 5, 2, 1),
         fusion_case(1, 2, 3, 2),
         core_case(1, 2, 3, 2, 2),
-        conv_case(1, 2, 3, 2, beside=(2, 0)),
+        conv_case(1, 2, 3, 2, margins=(2, 0)),
         conv_case(1, 2, 3, 2, epilogue="residual"),
-        norm_case(1, 2, 3, 3, beside=(3, 0)),
+        norm_case(1, 2, 3, 3, margins=(3, 0)),
         mixer_case(1, 2, 3, 3, 2),
         mixer_case(1, 2, 3, 3, 2, merged=True),
     ],
@@ -714,9 +714,9 @@ class Wrapped(nn.Module):
 WRAPPED = {
     "core": (core_case(), ("u", "projection")),
     "conv": (conv_case(), ("x",)),
-    "conv of a half": (conv_case(beside=(5, 0)), ("x",)),
+    "conv of a half": (conv_case(margins=(5, 0)), ("x",)),
     "norm": (norm_case(), ("y", "gate")),
-    "norm by a half": (norm_case(beside=(5, 0)), ("y", "gate")),
+    "norm by a half": (norm_case(margins=(5, 0)), ("y", "gate")),
     "mixer": (mixer_case(), ("xz",)),
     "mixer, merged": (mixer_case(merged=True), ("xz",)),
 }
