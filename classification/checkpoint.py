@@ -56,6 +56,8 @@ class EpochTotals:
     norm: float = 0.0
     unreadable: int = 0
     learning_rate: float = 0.0  # of the last update
+    seconds: float = 0.0
+    data_seconds: float = 0.0  # part of them spent waiting for data
 
     def add(self, images: int, loss: float, norm: float | None, unreadable: int, learning_rate: float) -> None:
         """Add an update; a skipped one has no norm."""

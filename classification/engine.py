@@ -116,8 +116,8 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
 
     batches = _Timed(iter(run.loader))
     images_per_update = config.DATA.BATCH_SIZE * process.world_size * config.TRAIN.ACCUMULATION_STEPS
-    first, start = totals.updates, time.perf_counter()
-    last_save = start
+    first, seconds, data_seconds = totals.updates, totals.seconds, totals.data_seconds
+    last_save = start = time.perf_counter()
     title = f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}"
     bar = log.progress(range(first, run.updates_per_epoch), run.updates_per_epoch - first, title)
     for update in bar:
@@ -128,6 +128,7 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
 
         now = time.perf_counter()
         elapsed, done = now - start, update + 1 - first
+        totals.seconds, totals.data_seconds = seconds + elapsed, data_seconds + batches.seconds
         speed = images_per_update * done / elapsed
         figures = {
             "train/loss": loss,
@@ -156,8 +157,6 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
         if wish == _STOP:
             raise PreemptedError
 
-    seconds = time.perf_counter() - start
-    updates = run.updates_per_epoch - first
     unreadable, loss_sum = process.sum([totals.unreadable, totals.loss])
     return {
         "train_loss": loss_sum / process.world_size / totals.applied if totals.applied else float("nan"),
@@ -166,9 +165,9 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
         "updates": state.updates,
         "skipped_updates": totals.updates - totals.applied,
         "unreadable_images": int(unreadable),
-        "images_per_second": images_per_update * updates / seconds,
-        "data_seconds": batches.seconds,
-        "train_seconds": seconds,
+        "images_per_second": totals.images / totals.seconds if totals.seconds else float("nan"),
+        "data_seconds": totals.data_seconds,
+        "train_seconds": totals.seconds,
         "peak_memory_mb": peak_memory(process.device) / 2**20,
     }
 

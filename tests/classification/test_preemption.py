@@ -1,5 +1,6 @@
 """Signals: the state is saved within an epoch, and the resumed run ends with the same bits."""
 
+import json
 import os
 import shutil
 import signal
@@ -69,7 +70,11 @@ def test_a_signal_saves_and_the_run_continues_to_the_same_bits(
     a, b = (read_checkpoint(run / LATEST) for run in (trained, folder))
     assert a.pop("config")["OUTPUT"] != b.pop("config")["OUTPUT"]
     assert_same(a, b)
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:  # an epoch resumed after its last update has trained no image since
+        assert line["images_per_second"] == pytest.approx(24 / line["train_seconds"])
+        assert 0 < line["data_seconds"] < line["train_seconds"]
 
 
 def test_a_second_ctrl_c_stops_at_once(
