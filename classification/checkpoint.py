@@ -2,7 +2,10 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +34,14 @@ from .models.weights import (
 from .optim import FUSED_OPTIMIZERS, build_optimizer
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
+KEPT = "update_*.pth"  # the last checkpoints, by the number of their updates
 PUBLISHED_LATEST = "latest_ckpt.pth"  # of the published trainer
 
 # Settings that may differ when a run is resumed without changing its results.
 _FREE_SETTINGS = {
     "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "MODEL.NAME",
-    "MODEL.NUM_CLASSES", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "TAG", "EVAL_MODE",
+    "MODEL.NUM_CLASSES", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "SAVE_MINUTES",
+    "KEEP_CHECKPOINTS", "TAG", "EVAL_MODE",
 }  # fmt: skip
 
 # The fix if a run cannot be resumed, also if its checkpoint was found automatically.
@@ -134,9 +139,46 @@ def save_checkpoint(
         "progress": progress,
         "config": to_plain(config),
     }
-    try:
+    with _reported(path), atomic_write(path) as unfinished:
+        torch.save(content, unfinished)
+
+
+def save_latest(
+    state: TrainingState, config: CfgNode, folder: Path, progress: list[dict[str, Any]] | None = None
+) -> None:
+    """Write the latest checkpoint. On request keep it under the number of its updates, and then delete the oldest ones.
+
+    Raises:
+        UserError: as ``save_checkpoint``.
+    """
+    save_checkpoint(state, config, folder / LATEST, progress)
+    if config.KEEP_CHECKPOINTS == 1:
+        return
+    path = folder / KEPT.replace("*", f"{state.updates:08d}")
+    with _reported(path):
         with atomic_write(path) as unfinished:
-            torch.save(content, unfinished)
+            unfinished.unlink(missing_ok=True)  # a link left by a crash, through which a copy would overwrite another
+            try:
+                os.link(folder / LATEST, unfinished)
+            except OSError:  # a file system without links
+                shutil.copyfile(folder / LATEST, unfinished)
+        for old in kept_checkpoints(folder)[config.KEEP_CHECKPOINTS :]:
+            old.unlink()
+
+
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of ``KEEP_CHECKPOINTS``, the newest first.
+
+    They are sorted by time, since a run resumed with larger batches counts fewer updates.
+    """
+    return sorted(folder.glob(KEPT), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turn failures to write a checkpoint into UserError."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
         raise UserError(f"{path}: cannot be written ({error}); the previous checkpoint is kept") from error
 
@@ -264,11 +306,14 @@ def class_names(checkpoint: Mapping[str, Any], path: Path) -> list[str] | None:
 def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest readable checkpoint in the folder of a run; damaged ones are skipped with a warning.
 
-    This is the latest, which is written last in an epoch, or else the one with most updates. The folder may belong to
-    the published trainer.
+    This is the latest, which is written last in an epoch. If it is damaged, it is the one with most updates among the
+    best ones and the newest intact one of those kept. The folder may belong to the published trainer.
     """
-    whole = []
-    for path in (folder / name for name in (LATEST, BEST, BEST_EMA, PUBLISHED_LATEST)):
+    whole: list[tuple[Path, dict[str, Any]]] = []
+    kept = kept_checkpoints(folder)
+    for path in (folder / LATEST, *kept, *(folder / name for name in (BEST, BEST_EMA, PUBLISHED_LATEST))):
+        if path in kept and whole:
+            continue
         if not path.is_file():
             continue
         try:

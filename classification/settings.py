@@ -176,6 +176,10 @@ SETTINGS = (
     Setting("OUTPUT", "output", ANY, "root of the results: OUTPUT/MODEL.NAME/TAG", "--output", "FOLDER"),
     Setting("TAG", "default", ANY, "name of this run", "--tag", "NAME"),
     Setting("SAVE_FREQ", 1, at_least(1), "epochs between checkpoints"),
+    Setting(
+        "KEEP_CHECKPOINTS", 1, at_least(1), "newest checkpoints kept: latest.pth alone, or also as update_NUMBER.pth",
+        "--keep-checkpoints", "K",
+    ),
     Setting("SAVE_MINUTES", 0.0, at_least(0), "minutes between saves within an epoch; 0: none", "--save-minutes", "M"),
     Setting("PRINT_FREQ", 50, at_least(1), "steps between log lines if there is no progress bar"),
     Setting("SEED", 0, within(0, 2**63), "of weights, order and augmentation", "--seed", "N"),

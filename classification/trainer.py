@@ -24,11 +24,13 @@ from .checkpoint import (
     class_count,
     class_names,
     find_resumable,
+    kept_checkpoints,
     load_pretrained,
     progress_of,
     read_weights,
     restore_checkpoint,
     save_checkpoint,
+    save_latest,
 )
 from .data import (
     ImageLoader,
@@ -286,7 +288,7 @@ class TrainingJob:
             result, ema_result = _validate(state.model, state.ema, self.val_loader, process, log, title)
         except PreemptedError:
             if process.is_main:
-                save_checkpoint(state, config, self.folder / LATEST, progress)
+                save_latest(state, config, self.folder, progress)
             raise
         state.totals = EpochTotals()
         names = []
@@ -301,8 +303,6 @@ class TrainingJob:
             record |= {"ema_acc1": ema_result.acc1, "ema_acc5": ema_result.acc5, "ema_loss": ema_result.loss}
         record |= {"max_accuracy": state.max_accuracy, "max_accuracy_ema": state.max_accuracy_ema}
         state.epoch = epoch
-        if (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS:
-            names.append(LATEST)
 
         logger.info(
             "epoch %d/%d loss %.4f grad norm %.3f %.1f images/s data %.1fs of %.1fs, skipped updates %d, unreadable %d",
@@ -314,13 +314,15 @@ class TrainingJob:
         if process.is_main:
             for name in names:
                 save_checkpoint(state, config, self.folder / name)
+            if (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS:
+                save_latest(state, config, self.folder)
         log.epoch(record)  # last: a folder with a record but no checkpoint would be refused as another run
         process.barrier()
 
     def _save_within_epoch(self) -> None:
         progress = progress_of(self.state, self.process)
         if self.process.is_main:
-            save_checkpoint(self.state, self.config, self.folder / LATEST, progress)
+            save_latest(self.state, self.config, self.folder, progress)
             logger.info("saved after update %d of the epoch", self.state.totals.updates)
 
     def _resume(self, updates_per_epoch: int) -> Path | None:
@@ -342,8 +344,9 @@ class TrainingJob:
     def _open_folder(self) -> RunLog:
         """Lock the folder of the run, and open its records."""
         config, process, folder = self.config, self.process, self.folder
-        records = (LATEST, BEST, BEST_EMA, "metrics.jsonl")
-        if not self.resumed_from and any((folder / name).exists() for name in records):
+        names = (LATEST, BEST, BEST_EMA, "metrics.jsonl")
+        records = (*kept_checkpoints(folder), *(folder / name for name in names))
+        if not self.resumed_from and any(path.exists() for path in records):
             remedy = "remove it" if config.TRAIN.AUTO_RESUME else "let it resume (TRAIN.AUTO_RESUME True)"
             raise UserError(
                 f"{folder}: holds a run that would be overwritten; choose another --output or --tag, or {remedy}"

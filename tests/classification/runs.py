@@ -3,9 +3,11 @@
 import shutil
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -45,6 +47,22 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
             assert_same(x, y, f"{where}/{i}")
     else:
         assert a == b, where
+
+
+def after_calls(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, count: int, action: Callable[[], None]
+) -> None:
+    """Let a function do something else, too, when it has been called ``count`` times."""
+    function, calls = getattr(module, name), [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        calls[0] += 1
+        if calls[0] == count:
+            action()
+        return result
+
+    monkeypatch.setattr(module, name, wrapped)
 
 
 def pack(root: Path, form: str, folder: Path) -> Path:

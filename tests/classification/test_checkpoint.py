@@ -22,7 +22,7 @@ from spatial_mamba.kernels.errors import UserError
 
 from .micro_models import LeavesATrace
 from .published import published_checkpoint
-from .runs import accuracy_lines, assert_same, options
+from .runs import accuracy_lines, after_calls, assert_same, options
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -218,3 +218,33 @@ def test_the_state_of_another_optimiser_is_refused(
         assert main([*arguments[:-1], str(tmp_path / "bare.pth")]) == 2
         assert "a different optimiser from sgd: it keeps exp_avg, exp_avg_sq, step, but sgd" in capfd.readouterr().err
         assert main([*options(micro, photos, tmp_path), "--resume", str(tmp_path / "bare.pth")]) == 0
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_last_checkpoints_are_kept_on_request(
+    has_links: bool, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Old ones are deleted when the new one is complete; a damaged one is skipped for the one before it."""
+    folder = tmp_path / "micro" / "default"
+    arguments = options(micro, photos, tmp_path, "--save-minutes", "1e-9", "--keep-checkpoints", "3")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if not has_links:
+        monkeypatch.setattr("os.link", fail)
+    with monkeypatch.context() as patch:
+        after_calls(patch, engine, "_update", 5, lambda: patch.setattr(torch, "save", fail))
+        assert main(arguments) == 2
+    kept = [folder / f"update_0000000{number}.pth" for number in (2, 3, 4)]
+    assert sorted(folder.glob("update_*")) == kept and not list(folder.glob(".*.unfinished*"))
+    assert [read_checkpoint(path)["steps"] for path in (*kept, folder / LATEST)] == [2, 3, 4, 4]
+    assert (kept[-1].stat().st_nlink == 2) is has_links
+    for path in (folder / LATEST, kept[-1]):
+        path.write_bytes(path.read_bytes()[:5000])
+    capfd.readouterr()
+    assert main(arguments) == 0
+    output = capfd.readouterr().out
+    assert output.count("skipping a checkpoint that cannot be read") == 2 and f"resumed from {kept[1]}" in output
+    assert [read_checkpoint(path)["steps"] for path in sorted(folder.glob("update_*"))] == [10, 11, 12]

@@ -6,7 +6,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,23 +16,7 @@ from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
 from spatial_mamba.classification.preemption import SIGNALS
 
-from .runs import assert_same, options
-
-
-def after_calls(
-    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, count: int, action: Callable[[], None]
-) -> None:
-    """Let a function do something else, too, when it has been called ``count`` times."""
-    function, calls = getattr(module, name), [0]
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        calls[0] += 1
-        if calls[0] == count:
-            action()
-        return result
-
-    monkeypatch.setattr(module, name, wrapped)
+from .runs import after_calls, assert_same, options
 
 
 def send(number: int) -> Callable[[], None]:
