@@ -56,10 +56,11 @@ lint: .venv/ready .venv/typing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Run everything that needs a GPU, within 8 minutes, and write the results to one folder: make gpu OUT=folder. This uses
-# PYTHON with the packages it has. It creates no environment and downloads nothing.
+# Run everything that needs a GPU, within 8 minutes, and write the results to one folder:
+# make gpu OUT=folder [GPU="--steps self-test operator-tests --seconds 250"]. This uses PYTHON with the packages it has.
+# It creates no environment and downloads nothing.
 gpu:
-	$(PYTHON) kernels/gpu_check.py $(OUT)
+	$(PYTHON) kernels/gpu_check.py $(OUT) $(GPU)
 
 # Build the API site from the docstrings, into output/site.
 docs: .venv/docs

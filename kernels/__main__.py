@@ -1,5 +1,6 @@
-"""Report the backend used for each device and dtype, and why no faster one is; ``build`` compiles libraries."""
+"""Report the backend used for each device and dtype, and why no faster one is; compile libraries, check backends."""
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, build, native
+from . import backends, build, native, self_test
 from .command_line import Parser, run_command
 from .errors import UserError
 
@@ -23,16 +24,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(_command, argv)
 
 
-def _command(argv: Sequence[str] | None) -> None:
+def _command(argv: Sequence[str] | None) -> int | None:
     arguments = _parser().parse_args(argv)
-    if arguments.command is None:
-        print(report())
-        return
+    if arguments.command == "build":
+        return _build(arguments)
+    if arguments.command == "check":
+        return int(not self_test.check(torch.device(arguments.device), arguments.backend, arguments.dtype))
+    print(report())
+    return None
+
+
+def _build(arguments: argparse.Namespace) -> None:
     for name in arguments.names:
         if name not in build.LIBRARIES:
             raise UserError(f"there is no library {name!r}: choose from {', '.join(build.LIBRARIES)}")
+    names = arguments.names
+    if arguments.missing:
+        if not names:
+            raise UserError("--missing: name the libraries, for instance: build cuda --missing")
+        names = [name for name in names if not _usable(name)]
+        print(*(f"{name}: works here as it is" for name in arguments.names if name not in names), sep="\n")
+        if not names:
+            return
     try:
-        build.build(arguments.names, arguments.arch, arguments.out)
+        build.build(names, arguments.arch, arguments.out)
     except build.BuildError as error:
         raise UserError(str(error)) from error
     if arguments.out and arguments.out.absolute() != build.library_folder().absolute():
@@ -40,7 +55,7 @@ def _command(argv: Sequence[str] | None) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser("spatial-mamba kernels", __doc__, "build")
+    parser = Parser("spatial-mamba kernels", __doc__, "check")
     commands = parser.add_subparsers(dest="command")
     builder = commands.add_parser("build", help="compile the libraries for this machine", example="cpu cuda --arch 9.0")
     builder.add_argument("names", nargs="*", metavar="cpu|cuda", help="default: cpu, and cuda if possible")
@@ -53,7 +68,21 @@ def _parser() -> Parser:
         + ", ".join(build.ARCHITECTURES),
     )
     builder.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {build.library_folder()}")
+    builder.add_argument("--missing", action="store_true", help="skip named libraries that work here as they are")
+    checker = commands.add_parser("check", help="compare the backends with float64", example="--device cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checker.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
+    checker.add_argument("--backend", nargs="+", choices=backends.BACKENDS, default=[], help="default: all usable ones")
+    checker.add_argument(
+        "--dtype", nargs="+", choices=list(self_test.TOLERANCES), default=[], help="default: those of each backend"
+    )
     return parser
+
+
+def _usable(library: str) -> bool:
+    """Whether a library is loaded and, for cuda, has code for every GPU present."""
+    gpus = [device.capability for device in _devices() if device.capability] if library == "cuda" else []
+    return bool(native.loaded(library)) and all(map(native.kernels_for, gpus))
 
 
 @dataclass(frozen=True)
@@ -163,6 +192,7 @@ def _found() -> list[str]:
         f"PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Triton {triton}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"forced by the environment: {', '.join(forced) or 'nothing'}",
+        "self-test of the backends: spatial-mamba kernels check",
     ]
 
 

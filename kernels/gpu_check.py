@@ -1,9 +1,12 @@
-"""Run all checks that need a GPU: build, report, tests, benchmarks and compute-sanitizer (``make gpu``).
+"""Run all checks that need a GPU: build, self-test, tests, compute-sanitizer and benchmarks (``make gpu``).
 
 Run it by its path, with any Python that has PyTorch; nothing is installed or downloaded. To add a check, add a `Step`.
 """
 
 import argparse
+import functools
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -12,141 +15,176 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL_SECONDS = 470  # just under 8 minutes for all steps
+TOTAL_SECONDS = 480.0  # of all steps, by default
 PLANNED_FRACTION = 0.75  # of a step's time, given to commands that have their own time limit
+PYTHON = sys.executable
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the seconds after which it is stopped.
+    """A command, and its part of the total time, after which it is stopped.
 
     In the command, ``{out}`` is replaced by the results folder, and ``{seconds}`` by the longest time it should take.
-    An optional step does not fail if no time is left to start it.
+
+    Args:
+        name: ``--steps`` selects by its first word, up to a comma.
+        command: the words of the command.
+        seconds: its part of the time, in proportion to those of the other steps.
+        environment: additional variables.
+        together: neighbouring steps with the same value here run at the same time.
     """
 
     name: str
     command: Sequence[str]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
-    optional: bool = False
+    together: str = ""
+
+    @property
+    def choice(self) -> str:
+        """The value of ``--steps`` that selects it."""
+        return self.name.partition(",")[0]
 
 
-def files_with_gpu_tests() -> list[str]:
-    """The test files to run; others may import packages that are not installed here."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
+def gpu_tests(folder: str) -> list[str]:
+    """The test files of a folder that have GPU tests; others may import packages that are not installed here."""
+    files = sorted((ROOT / "tests" / folder).rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
-def sanitize(tool: str, command: Sequence[str]) -> tuple[str, ...]:
-    """The command, run under a tool of compute-sanitizer."""
+def sanitize(tool: str, backend: str, dtype: str) -> Step:
+    """The self-test of a backend, run under a tool of compute-sanitizer."""
     options = ("--target-processes", "application-only", "--error-exitcode", "1", "--print-limit", "20")
-    return ("compute-sanitizer", "--tool", tool, *options, *command)
+    command = ("compute-sanitizer", "--tool", tool, *options, *SELF_TEST, backend, "--dtype", dtype)
+    # Memory checks give each tensor its own memory block; overruns inside PyTorch's pool would not be seen.
+    unpooled = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in ("memcheck", "initcheck") else {}
+    return Step(f"sanitizer, {tool}, {backend}, {dtype}", command, 90, ONE_THREAD | unpooled, "sanitizer")
 
 
-PYTHON = sys.executable
+KERNELS = (PYTHON, "-m", "spatial_mamba.kernels")
+SELF_TEST = (*KERNELS, "check", "--device", "cuda", "--backend")
+PYTEST = (PYTHON, "-m", "pytest", "-m", "gpu", "--gpu-check", "-q", "--tb=short", "-p", "no:cacheprovider")
+if importlib.util.find_spec("xdist"):
+    PYTEST += ("-n", str(min(12, os.cpu_count() or 1)), "--dist", "load")
 OPERATORS = (
     PYTHON, "-m", "spatial_mamba.kernels.benchmark", "--device", "cuda", "--dtype", "float32", "bfloat16",
     "--seconds", "0.3", "--limit", "{seconds}", "--out",
 )  # fmt: skip
-ON_CUDA = (PYTHON, "-m", "spatial_mamba.kernels.benchmark.exercise", "cuda")
-ON_TRITON = (*ON_CUDA[:-1], "triton", "--dtype", "float32", "bfloat16")  # each dtype is compiled separately
 MODELS = (
     PYTHON, "-m", "spatial_mamba.classification.benchmark", "--device", "cuda", "--dtype", "bfloat16", "--batch", "128",
     "--limit", "{seconds}", "--models", "spatial_mamba_tiny",
 )  # fmt: skip
 PEERS, BASELINE, TIMED = ("swin_tiny*", "convnext_tiny"), "baseline/spatial_mamba_tiny", ("--seconds", "5", "--out")
-# Give each tensor its own memory block; overruns inside PyTorch's pool would not be seen.
-UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for many processes at the same time
 
-# The first steps are quick and find what would make the others fail.
+# The first steps are quick and find what would make the others fail. Benchmarks have the GPU to themselves.
 STEPS = [
-    Step("GPU", (PYTHON, "-c", "import torch; print(torch.ones(1).cuda().device, torch.version.cuda)"), 40),
-    Step("build", (PYTHON, "-m", "spatial_mamba.kernels", "build", "cpu", "cuda"), 180),
-    Step("report", (PYTHON, "-m", "spatial_mamba.kernels"), 40),
-    Step("tests", (PYTHON, "-m", "pytest", "-m", "gpu", *files_with_gpu_tests()), 150),
-    Step(
-        "models, inference",
-        (*MODELS, *PEERS, BASELINE, "--form", "eager", "fused", *TIMED, "{out}/models/inference"),
-        60,
-    ),
-    Step("models, compiled", (*MODELS, *PEERS, "--form", "fused+compile", *TIMED, "{out}/models/compiled"), 110),
-    Step("models, training", (*MODELS, PEERS[0], BASELINE, "--mode", "train", *TIMED, "{out}/models/training"), 50),
-    Step(
-        "models, parts",
-        (*MODELS, "--parts", "--mode", "inference", "train", "--form", "fused", *TIMED, "{out}/models"),
-        40,
-    ),
-    Step("memcheck, cuda", sanitize("memcheck", ON_CUDA), 60, UNPOOLED),
-    Step("memcheck, triton", sanitize("memcheck", ON_TRITON), 90, UNPOOLED),
+    Step("build", (*KERNELS, "build", "cuda", "--missing"), 180),
+    Step("self-test, report", KERNELS, 15),
+    Step("self-test", (*SELF_TEST, "cuda", "triton"), 45, ONE_THREAD),
+    Step("model-tests", (*PYTEST, *gpu_tests("classification")), 60, ONE_THREAD),
+    Step("operator-tests", (*PYTEST, *gpu_tests("kernels")), 90, ONE_THREAD),
+    *(sanitize("memcheck", *each) for each in itertools.product(("cuda", "triton"), ("float32", "bfloat16"))),
+    *(sanitize("racecheck", *each) for each in itertools.product(("cuda", "triton"), ("float32", "bfloat16"))),
+    sanitize("synccheck", "cuda", "float32"),
+    sanitize("initcheck", "cuda", "float32"),
+    Step("operators", (*OPERATORS, "{out}"), 60),
     Step(
         "operators, compiled",
         (*OPERATORS, "{out}/compiled", "--cases", "core/tiny/stage1/224x224", "--implementations", "*"),
-        50,
+        30,
     ),
-    Step("operators", (*OPERATORS, "{out}"), 80),
-    Step("racecheck, cuda", sanitize("racecheck", ON_CUDA), 60, optional=True),
-    Step("racecheck, triton", sanitize("racecheck", ON_TRITON), 60, optional=True),
-    Step("synccheck, cuda", sanitize("synccheck", ON_CUDA), 40, optional=True),
-    Step("initcheck, cuda", sanitize("initcheck", ON_CUDA), 40, UNPOOLED, optional=True),
-]  # fmt: skip
+    Step(
+        "models, inference",
+        (*MODELS, *PEERS, BASELINE, "--form", "eager", "fused", *TIMED, "{out}/models/inference"),
+        45,
+    ),
+    Step("models, training", (*MODELS, PEERS[0], BASELINE, "--mode", "train", *TIMED, "{out}/models/training"), 40),
+    Step(
+        "models, parts",
+        (*MODELS, "--parts", "--mode", "inference", "train", "--form", "fused", *TIMED, "{out}/models"),
+        30,
+    ),
+    Step("models, compiled", (*MODELS, *PEERS, "--form", "fused+compile", *TIMED, "{out}/models/compiled"), 80),
+]
 
 
 def run(steps: Sequence[Step], out: Path, total_seconds: float = TOTAL_SECONDS) -> list[dict[str, Any]]:
     """Run all steps, even after one has failed, with the package importable from this checkout.
 
-    Writes ``log.txt``, ``summary.json`` and ``summary.md`` to ``out`` after each step.
+    Each step gets its part of the time that is left. Writes ``log.txt`` as output comes, and ``summary.json`` and
+    ``summary.md`` after each step, to ``out``.
 
     Returns:
         For each step its name, command, result in words, seconds, whether it passed, and its last line of output.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out / "log.txt").write_text("")
     end, outcomes = time.monotonic() + total_seconds, []
-    with tempfile.TemporaryDirectory() as folder:
+    groups = [list(group) for _, group in itertools.groupby(steps, key=lambda step: step.together or step.name)]
+    parts = [max(step.seconds for step in group) for group in groups]
+    with tempfile.TemporaryDirectory() as folder, (out / "log.txt").open("w", encoding="utf-8", buffering=1) as log:
         # The folder of this checkout may have any name. The CUDA toolkit's tools come last.
         Path(folder, "spatial_mamba").symlink_to(ROOT)
         tools = str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
         paths = {"PYTHONPATH": (folder, os.environ.get("PYTHONPATH")), "PATH": (os.environ.get("PATH"), tools)}
-        environment = {name: os.pathsep.join(filter(None, parts)) for name, parts in paths.items()}
-        for step in steps:
-            outcomes.append(
-                _run_step(step, out, {**os.environ, **environment}, min(step.seconds, end - time.monotonic()))
-            )
+        environment = {name: os.pathsep.join(filter(None, values)) for name, values in paths.items()}
+        lock = Lock()
+
+        def show(text: str) -> None:
+            with lock:
+                print(text, flush=True)
+                print(text, file=log)
+
+        for index, group in enumerate(groups):
+            seconds = max(0.1, end - time.monotonic()) * parts[index] / sum(parts[index:])
+
+            def run_one(step: Step, seconds: float = seconds) -> dict[str, Any]:
+                return _run_step(step, out, {**os.environ, **environment}, seconds, show)
+
+            with ThreadPoolExecutor(len(group)) as pool:
+                outcomes += pool.map(run_one, group)
             _summarise(outcomes, out)
     return outcomes
 
 
-def _run_step(step: Step, out: Path, environment: dict[str, str], seconds: float) -> dict[str, Any]:
+def _run_step(
+    step: Step, out: Path, environment: dict[str, str], seconds: float, show: Callable[[str], None]
+) -> dict[str, Any]:
     places = {"out": out.resolve(), "seconds": max(1, round(PLANNED_FRACTION * seconds))}
     command = [part.format(**places) for part in step.command]
-    print(f"== {step.name}: {shlex.join(command)}", flush=True)
-    start, result, output = time.monotonic(), "no time left", ""
-    if seconds > 0:
-        # timeout also stops all processes that the command started.
-        done = subprocess.run(
-            ["timeout", "--signal=KILL", str(seconds), *command],
-            cwd=ROOT,
-            env={**environment, "PYTHONUNBUFFERED": "1", **step.environment},  # keeps the output of a stopped command
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        output, result = done.stdout.decode(errors="replace"), f"exit {done.returncode}"
+    show(f"== {step.name}, up to {seconds:.0f} s: {shlex.join(command)}")
+    start, prefix, last_line = time.monotonic(), f"{step.name}: " if step.together else "", ""
+    with subprocess.Popen(
+        ["timeout", "--signal=KILL", str(seconds), *command],  # it also stops all processes that the command started
+        cwd=ROOT,
+        env={**environment, "PYTHONUNBUFFERED": "1", **step.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            show(f"{prefix}{line.rstrip()}")
+            last_line = line.strip() or last_line
     taken = time.monotonic() - start
-    if 0 < seconds <= taken:
-        result = f"stopped after {seconds:.1f} s"
-    with (out / "log.txt").open("a", encoding="utf-8") as log:
-        log.write(f"== {step.name}: {shlex.join(command)}\n{output}\n== {result}\n\n")
-    last_line = output.rstrip().rpartition("\n")[2]
-    print(f"{last_line}\n== {result} after {taken:.1f} s\n", flush=True)
-    passed = result == "exit 0" or (seconds <= 0 and step.optional)
+    result = "out of time" if taken >= seconds else f"exit {process.returncode}"
+    show(f"== {step.name}: {result} after {taken:.1f} s\n")
     return dict(
-        name=step.name, command=shlex.join(command), result=result, seconds=taken, passed=passed, last_line=last_line
+        name=step.name,
+        command=shlex.join(command),
+        result=result,
+        seconds=taken,
+        passed=result == "exit 0",
+        last_line=last_line,
     )
 
 
@@ -162,6 +200,7 @@ def _summarise(outcomes: Sequence[dict[str, Any]], out: Path) -> None:
     (out / "summary.md").write_text("\n".join(lines) + "\n")
 
 
+@functools.cache
 def _gpu() -> str:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
@@ -171,15 +210,20 @@ def _gpu() -> str:
 
 
 def main() -> int:
-    """Run all steps.
+    """Run the chosen steps.
 
     Returns:
         The exit status: 0 if all passed, else 1.
     """
+    choices = list(dict.fromkeys(step.choice for step in STEPS))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=ROOT / "output/gpu", help="folder for the results")
-    out = parser.parse_args().out.expanduser()
-    outcomes = run(STEPS, out)
+    add = parser.add_argument
+    add("out", type=Path, nargs="?", default=ROOT / "output/gpu", help="folder for the results (default: %(default)s)")
+    add("--steps", nargs="+", choices=choices, metavar="STEP", default=choices, help=f"of {', '.join(choices)}")
+    add("--seconds", type=float, default=TOTAL_SECONDS, help="for all steps together (default: %(default)g)")
+    arguments = parser.parse_args()
+    out = arguments.out.expanduser()
+    outcomes = run([step for step in STEPS if step.choice in arguments.steps], out, arguments.seconds)
     print((out / "summary.md").read_text())
     return int(not all(outcome["passed"] for outcome in outcomes))
 

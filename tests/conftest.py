@@ -2,12 +2,41 @@
 
 import logging
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-check", action="store_true", help="count skips as failures; show failures as they happen")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu-check"):
+        config.pluginmanager.register(GPUCheck(config))
+
+
+class GPUCheck:
+    """For `make gpu`: on a GPU, nothing may be skipped, and a stopped run shows the failures so far."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.skipped:
+            *_, reason = report.longrepr
+            report.outcome, report.longrepr = "failed", f"{reason}; a GPU check must run every test"
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.config.get_terminal_writer().line(f"\n{report.nodeid}\n{report.longreprtext}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """The benchmark of the kernels, the code that it shares with the benchmark of whole models, and the GPU checks."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import torch
 from spatial_mamba.classification.benchmark import __main__ as models
 from spatial_mamba.classification.benchmark import loading
 from spatial_mamba.kernels import gpu_check
+from spatial_mamba.kernels.__main__ import _parser as kernels_parser
 from spatial_mamba.kernels.benchmark import __main__ as operators
-from spatial_mamba.kernels.benchmark import exercise, implementations, measure, report
+from spatial_mamba.kernels.benchmark import implementations, measure, report
 from spatial_mamba.kernels.benchmark.cases import Case, all_cases
 
 CPU = torch.device("cpu")
@@ -77,11 +79,6 @@ def test_implementations_compute_the_same(case: Case) -> None:
         assert error < 3e-5, (implementation.name, where)
         [output] = implementation.bind(case.inputs(CPU, torch.float32), None)()
         assert not output.requires_grad
-
-
-def test_every_operator_is_exercised(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exercise.main(["torch", "--device", "cpu", "--dtype", "float32"]) == 0
-    assert capsys.readouterr().out == "torch, float32: 12 cases within tolerance\n"
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
@@ -237,41 +234,77 @@ def test_gpu_check_goes_on_after_failures(tmp_path: Path) -> None:
     outcomes = gpu_check.run(
         [
             Step("fails", (python, "-c", "print('about to fail'); raise SystemExit(3)"), 20),
-            Step("hangs", (python, "-c", "import time; time.sleep(60)"), 0.5),
+            Step("hangs", (python, "-c", "import time; print('so far', flush=True); time.sleep(60)"), 4),
             Step("works", (python, "-c", show, "{seconds}", "{out}/part"), 20, {"COLOUR": "blue"}),
-            Step("too late", (python, "--version"), 0),
-            Step("not needed", (python, "--version"), 0, optional=True),
         ],
         tmp_path,
+        total_seconds=20.0,
     )
-    assert [(outcome["result"], outcome["passed"]) for outcome in outcomes] == [
-        ("exit 3", False),
-        ("stopped after 0.5 s", False),
-        ("exit 0", True),
-        ("no time left", False),
-        ("no time left", True),
-    ]
-    assert 0.5 <= outcomes[1]["seconds"] < 10
+    assert [outcome["passed"] for outcome in outcomes] == [False, False, True]
+    assert [outcome["result"] for outcome in outcomes] == ["exit 3", "out of time", "exit 0"]
+    assert [outcome["last_line"] for outcome in outcomes[:2]] == ["about to fail", "so far"]
+    assert sum(outcome["seconds"] for outcome in outcomes) < 20
     log = (tmp_path / "log.txt").read_text()
-    assert "about to fail" in log and f"15 {tmp_path}/part blue True" in log
+    assert "about to fail" in log and f"{tmp_path}/part blue True" in log
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert not summary["passed"] and summary["steps"] == outcomes
     fails = next(line for line in (tmp_path / "summary.md").read_text().splitlines() if "| fails |" in line)
     assert fails.startswith("| fails | **failed**: exit 3 |") and fails.endswith("| about to fail |")
 
 
-def test_gpu_check_calls_commands_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    parsers = {"spatial_mamba.kernels.benchmark": operators, "spatial_mamba.classification.benchmark": models}
+def test_gpu_check_runs_some_steps_at_the_same_time(tmp_path: Path) -> None:
+    """Each of two steps waits for the file of the other."""
+    code = (
+        "import pathlib, sys, time; mine, other = map(pathlib.Path, sys.argv[1:]); mine.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\nprint('met')"
+    )
+    names = ("{out}/a", "{out}/b")
+    steps = [
+        gpu_check.Step(name, (sys.executable, "-c", code, *files), 1, together="pair")
+        for name, files in (("first", names), ("second", names[::-1]))
+    ]
+    assert all(outcome["passed"] for outcome in gpu_check.run(steps, tmp_path, total_seconds=20.0))
+    assert {"first: met", "second: met"} <= set((tmp_path / "log.txt").read_text().splitlines())
+
+
+def test_gpu_check_selects_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = []
+
+    def run(steps: list[gpu_check.Step], out: Path, seconds: float) -> list:
+        ran.append(([step.name for step in steps], seconds))
+        (out / "summary.md").write_text("")
+        return []
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    options = [str(tmp_path), "--steps", "operator-tests", "self-test", "--seconds", "250"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *options])
+    assert gpu_check.main() == 0
+    assert ran == [(["self-test, report", "self-test", "operator-tests"], 250.0)]
+
+
+def test_gpu_check_calls_commands_as_they_are() -> None:
+    parsers = {
+        "spatial_mamba.kernels": lambda _: kernels_parser(),
+        "spatial_mamba.kernels.benchmark": operators._parser,
+        "spatial_mamba.classification.benchmark": models._parser,
+    }
     called = []
     for step in gpu_check.STEPS:
         command = [part.format(out="folder", seconds=9) for part in step.command]
-        module = parsers.get(command[2])
-        if module is not None:
-            module._parser("").parse_args(command[3:])
-            called.append(step.name)
-            assert not step.optional
-    models_of = [f"models, {name}" for name in ("inference", "compiled", "training", "parts")]
-    assert called == [*models_of, "operators, compiled", "operators"]
+        _, _, module, *options = command[command.index(sys.executable) :]
+        if module in parsers:
+            parsers[module]("").parse_args(options)
+            called.append(step.choice)
+    assert list(dict.fromkeys(called)) == ["build", "self-test", "sanitizer", "operators", "models"]
+
+
+@pytest.mark.slow
+def test_gpu_tests_fail_if_they_are_skipped() -> None:
+    command = [*gpu_check.PYTEST, "-n", "0", "tests/classification/test_benchmark.py"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu_check.ROOT, env=environment)
+    assert done.returncode == 1 and done.stdout.count("needs a GPU that PyTorch can use; a GPU check must run") >= 4
+    assert done.stdout.index("a GPU check must run") < done.stdout.index("= ERRORS =")  # as it happens, and at the end
 
 
 @pytest.mark.slow
@@ -281,7 +314,7 @@ def test_gpu_tests_are_found_without_the_trainers_packages() -> None:
         "import sys, pytest; sys.modules.update(dict.fromkeys(('yacs', 'fvcore', 'mmengine')));"
         "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', *sys.argv[1:]]))"
     )
-    command = [sys.executable, "-c", code, *gpu_check.files_with_gpu_tests()]
+    command = [sys.executable, "-c", code, *gpu_check.gpu_tests(".")]
     found = subprocess.run(command, capture_output=True, text=True, cwd=gpu_check.ROOT)
     assert found.returncode == 0, found.stdout
     assert "test_gpu_runs_the_forms" in found.stdout
