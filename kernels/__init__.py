@@ -4,6 +4,7 @@ from . import packed_linear as _  # noqa: F401, registers its operators
 from .backends import use_backend
 from .depthwise_conv import depthwise_conv
 from .gated_norm import gated_norm
+from .layer_norm import layer_norm
 from .selective_scan import selective_scan
 from .spatial_mixer import spatial_mixer
 from .state_fusion import state_fusion
@@ -12,6 +13,7 @@ from .structure_aware_scan import structure_aware_scan
 __all__ = [
     "depthwise_conv",
     "gated_norm",
+    "layer_norm",
     "selective_scan",
     "spatial_mixer",
     "state_fusion",

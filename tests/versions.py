@@ -20,7 +20,9 @@ COMBINATIONS = {  # name: (Python, calls of pip install)
     "pinned": ("3.11", [["-r", "requirements.txt"], ["-r", "detection/requirements.txt"], ["--no-deps", "-e", "."]]),
     "newest": ("3.13", [["torch", "torchvision"], EXTRAS]),
 }
-OPERATORS = "depthwise_conv gated_norm recurrence selective_scan spatial_mixer state_fusion structure_aware_scan"
+OPERATORS = (
+    "depthwise_conv gated_norm layer_norm recurrence selective_scan spatial_mixer state_fusion structure_aware_scan"
+)
 TESTS = {  # folder: tests
     "kernels": f"build {OPERATORS}",
     "classification": "fused initialisation pytorch_tools spatial_mamba timm visualize weight_files weights",

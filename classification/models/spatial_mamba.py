@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels import depthwise_conv, selective_scan, spatial_mixer, state_fusion
+from ...kernels import depthwise_conv, layer_norm, selective_scan, spatial_mixer, state_fusion
 from ...kernels.tensors import without_autocast
 from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
 from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
@@ -46,6 +46,7 @@ FUSION_KERNEL_SIZE = 3
 # Leaves for torch.fx: their checks of shapes, devices and dtypes cannot be traced.
 torch.fx.wrap("checked_images")
 torch.fx.wrap("depthwise_conv")
+torch.fx.wrap("layer_norm")
 torch.fx.wrap("selective_scan")
 torch.fx.wrap("spatial_mixer")
 torch.fx.wrap("state_fusion")
@@ -208,6 +209,18 @@ class PositionEncoding(DepthwiseConv):
     epilogue = "residual"
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of tokens (..., C). On GPUs it keeps their dtype, also under autocast."""
+
+    bias: nn.Parameter
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 class ResidualSum(nn.Module):
     """``x + branch`` with stochastic depth: training drops the branch of random samples and scales up the others."""
 
@@ -301,7 +314,7 @@ class StructureAwareSSM(nn.Module):
         self.A_logs = nn.Parameter(torch.zeros(inner_dim, 1))
         self.Ds = nn.Parameter(torch.ones(inner_dim))
         self.state_fusion = StateFusion(inner_dim, fusion_dilations, fusion_kernel_sizes)
-        self.out_norm = nn.LayerNorm(inner_dim, eps=LAYER_NORM_EPS)
+        self.out_norm = LayerNorm(inner_dim)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False)
         self.reset_scan_parameters()
 
@@ -360,7 +373,7 @@ class StructureAwareSSM(nn.Module):
 MIXER_PARTS: dict[str, type[nn.Module]] = {
     "conv2d": DepthwiseConv,
     "state_fusion": StateFusion,
-    "out_norm": nn.LayerNorm,
+    "out_norm": LayerNorm,
 }
 
 
@@ -394,10 +407,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.cpe1 = PositionEncoding(dim)
-        self.ln_1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.ln_1 = LayerNorm(dim)
         self.self_attention = StructureAwareSSM(dim, fusion_dilations, fusion_kernel_sizes)
         self.cpe2 = PositionEncoding(dim)
-        self.ln_2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.ln_2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.residual_sum = ResidualSum(drop_path)
 
@@ -596,7 +609,7 @@ class SpatialMamba(SpatialMambaEncoder):
         self.head_hidden_size = self.num_features
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
-        self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
+        self.norm: nn.Module = LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
 
@@ -741,7 +754,7 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         self.layers[-1].downsample = nn.Identity()
         self.num_features = self.feature_info[-1]["num_chs"]
         for i in self.out_indices:
-            self.add_module(f"outnorm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"], eps=LAYER_NORM_EPS))
+            self.add_module(f"outnorm{i}", LayerNorm(self.feature_info[i]["num_chs"]))
         if pretrained:
             load_backbone_weights(self, pretrained)
 
@@ -763,7 +776,7 @@ def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
         RuntimeError: naming a module with a hook or a wrapper.
     """
     parts: dict[str, type[nn.Module]] = {f"self_attention.{name}": kind for name, kind in MIXER_PARTS.items()}
-    parts |= dict.fromkeys(("ln_1", "ln_2"), nn.LayerNorm)
+    parts |= dict.fromkeys(("ln_1", "ln_2"), LayerNorm)
     parts |= dict.fromkeys(("self_attention.in_proj", "self_attention.out_proj", "mlp.fc1", "mlp.fc2"), nn.Linear)
     blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, Block)]
     for name, block in blocks:

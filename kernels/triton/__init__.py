@@ -6,6 +6,7 @@ the same in every run.
 
 from .depthwise_conv import depthwise_conv, depthwise_conv_backward
 from .gated_norm import gated_norm, gated_norm_backward
+from .layer_norm import layer_norm, layer_norm_backward
 from .selective_scan import selective_scan, selective_scan_backward
 from .state_fusion import state_fusion, state_fusion_backward
 from .structure_aware_scan import structure_aware_scan, structure_aware_scan_backward
@@ -15,6 +16,8 @@ __all__ = [
     "depthwise_conv_backward",
     "gated_norm",
     "gated_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "selective_scan",
     "selective_scan_backward",
     "state_fusion",

@@ -1,4 +1,4 @@
-"""LayerNorm times the SiLU of a gate. A program handles whole tokens, so each is read once.
+"""LayerNorm, optionally times the SiLU of a gate. A program handles whole tokens, so each is read once.
 
 The backward pass recomputes the statistics. Each program loops over blocks of tokens and keeps one sum per channel for
 the gradients of the weights, so that few partial sums remain.
@@ -19,25 +19,31 @@ WARPS, BACKWARD_WARPS = 4, 8
 
 
 @on_device_of_first
-def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    out = gate.new_empty(gate.shape)
+def gated_norm(y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(y) if gate is None else gate.new_empty(gate.shape)
     if out.numel():
-        blocks, sizes = _blocks(gate)
-        tensors, tokens = (y, gate, weight, bias, out), out.numel() // out.shape[3]
-        _gated_norm[(blocks,)](*tensors, tokens, out.shape[3], gate.stride(2), eps, **sizes, num_warps=WARPS)
+        blocks, tokens, sizes = _blocks(y)
+        stride = 0 if gate is None else gate.stride(2)
+        _gated_norm[(blocks,)](y, gate, weight, bias, out, tokens, len(weight), stride, eps, **sizes, num_warps=WARPS)
     return out
 
 
 @on_device_of_first
 def gated_norm_backward(
-    grad_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, grad_gate: Tensor
+    grad_out: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    grad_gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_y = torch.empty_like(y)
     if not y.numel():
         return grad_y, torch.zeros_like(weight), torch.zeros_like(bias)
-    blocks, sizes = _blocks(gate)
-    programs = min(blocks, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(gate.device))
-    parts = weight.new_empty(2, programs, gate.shape[3])
+    blocks, tokens, sizes = _blocks(y)
+    programs = min(blocks, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(y.device))
+    parts = torch.empty(2, programs, len(weight), dtype=torch.float32, device=y.device)
     _gated_norm_backward[(programs,)](
         grad_out,
         y,
@@ -47,24 +53,25 @@ def gated_norm_backward(
         grad_y,
         grad_gate,
         parts,
-        y.numel() // y.shape[3],
-        y.shape[3],
-        gate.stride(2),
-        grad_gate.stride(2),
+        tokens,
+        len(weight),
+        0 if gate is None else gate.stride(2),
+        0 if grad_gate is None else grad_gate.stride(2),
         eps,
         **sizes,
         num_warps=BACKWARD_WARPS,
     )
-    grad_weight, grad_bias = parts.sum(1).unbind()
-    return grad_y, grad_weight.clone(), grad_bias.clone()
+    grad_weight, grad_bias = (part.sum(0) for part in parts)
+    return grad_y, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-def _blocks(gate: Tensor) -> tuple[int, dict[str, Any]]:
-    """The number of blocks of tokens, and the block sizes."""
-    tokens, dim = gate.numel() // gate.shape[3], gate.shape[3]
+def _blocks(y: Tensor) -> tuple[int, int, dict[str, Any]]:
+    """The numbers of blocks and of tokens, and the block sizes."""
+    dim = y.shape[-1]
+    tokens = y.numel() // dim
     block_dim = block(dim, 1 << 30)
     block_tokens = block(tokens, max(BLOCK_ELEMENTS // block_dim, 1))
-    return triton.cdiv(tokens, block_tokens), dict(BLOCK_TOKENS=block_tokens, BLOCK_DIM=block_dim)
+    return triton.cdiv(tokens, block_tokens), tokens, dict(BLOCK_TOKENS=block_tokens, BLOCK_DIM=block_dim)
 
 
 @triton.jit
@@ -76,7 +83,7 @@ def _normalise(y, dim, eps, in_dim) -> tuple[tl.tensor, tl.tensor]:
     return centred * scale[:, None], scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gated_norm(
     y,
     gate,
@@ -95,13 +102,16 @@ def _gated_norm(
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     mask = (token < tokens)[:, None] & in_dim[None, :]
     place = token[:, None] * dim + channel[None, :]
-    gate_ = load_float(gate + token[:, None] * stride + channel[None, :], mask)
+    if gate is not None:
+        gate_ = load_float(gate + token[:, None] * stride + channel[None, :], mask)
     normed, _ = _normalise(load_float(y + place, mask), dim, eps, in_dim)
-    scaled = normed * load_float(weight + channel, in_dim)[None, :] + load_float(bias + channel, in_dim)[None, :]
-    tl.store(out + place, scaled * gate_ * tl.sigmoid(gate_), mask=mask)
+    result = normed * load_float(weight + channel, in_dim)[None, :] + load_float(bias + channel, in_dim)[None, :]
+    if gate is not None:
+        result = result * gate_ * tl.sigmoid(gate_)
+    tl.store(out + place, result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gated_norm_backward(
     grad_out,
     y,
@@ -129,16 +139,16 @@ def _gated_norm_backward(
         token = start + tl.arange(0, BLOCK_TOKENS).to(tl.int64)
         mask = (token < tokens)[:, None] & in_dim[None, :]
         place = token[:, None] * dim + channel[None, :]
-        gate_ = load_float(gate + token[:, None] * stride + channel[None, :], mask)
+        if gate is not None:
+            gate_ = load_float(gate + token[:, None] * stride + channel[None, :], mask)
         grad = load_float(grad_out + place, mask)
         normed, scale = _normalise(load_float(y + place, mask), dim, eps, in_dim)
-
-        sigmoid = tl.sigmoid(gate_)
-        grad_silu = grad * (normed * weight_ + bias_)
-        grad_gate_ = grad_silu * sigmoid * (1.0 + gate_ * (1.0 - sigmoid))
-        tl.store(grad_gate + token[:, None] * grad_stride + channel[None, :], grad_gate_, mask=mask)
-
-        grad *= gate_ * sigmoid  # the gradient of the scaled and shifted token
+        if gate is not None:
+            sigmoid = tl.sigmoid(gate_)
+            grad_silu = grad * (normed * weight_ + bias_)
+            grad_gate_ = grad_silu * sigmoid * (1.0 + gate_ * (1.0 - sigmoid))
+            tl.store(grad_gate + token[:, None] * grad_stride + channel[None, :], grad_gate_, mask=mask)
+            grad *= gate_ * sigmoid  # the gradient of the scaled and shifted token
         sum_weight += grad * normed
         sum_bias += grad
         grad *= weight_

@@ -16,12 +16,14 @@ from spatial_mamba.kernels import (
     backends,
     depthwise_conv,
     gated_norm,
+    layer_norm,
     selective_scan,
     spatial_mixer,
     state_fusion,
     structure_aware_scan,
     use_backend,
 )
+from spatial_mamba.kernels.layer_norm import LAYER_NORM
 from spatial_mamba.kernels.state_fusion import merge_taps
 
 gpu = pytest.mark.gpu
@@ -186,6 +188,21 @@ def norm_case(
     return function, tensors
 
 
+def layer_norm_case(
+    batch: int = 2, height: int = 6, width: int = 7, dim: int = 5
+) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """A LayerNorm without a gate."""
+    tensors = norm_case(batch, height, width, dim)[1]
+    tensors["x"] = tensors.pop("y")
+    del tensors["gate"]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+        # `layer_norm` runs the operator only on GPUs.
+        return ((layer_norm if x.is_cuda else LAYER_NORM)(x, weight, bias, 1e-5),)
+
+    return function, {name: tensors[name] for name in ("x", "weight", "bias")}
+
+
 def mixer_case(
     batch: int = 2,
     height: int = 6,
@@ -340,6 +357,14 @@ NORMS: dict[str, dict[str, Any]] = {
     "half of a map": {"dim": 32, "margins": (32, 0)},
     "channels of a map": {"dim": 17, "margins": (1, 3)},
 }
+LAYER_NORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"batch": 1, "height": 1, "width": 1, "dim": 3},
+    "one row": {"height": 1, "width": 19},
+    "a block of channels": {"height": 5, "width": 9, "dim": 64},
+    "larger than a block": {"height": 13, "width": 31, "dim": 150},
+    "many channels": {"batch": 1, "height": 3, "width": 3, "dim": 4096},
+}
 MIXERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one token": {"batch": 1, "dim": 3, "height": 1, "width": 1},
@@ -359,6 +384,7 @@ INTERPRETED = {
     "matrices of different groups",
     "huge steps",
     "one row",
+    "many channels",
     "smaller than the reach",
     "one dilation",
     "silu",
@@ -406,6 +432,12 @@ def test_norm(backend: torch.device, case: str) -> None:
 
 
 @all_backends
+@pytest.mark.parametrize("case", LAYER_NORMS, indirect=True)
+def test_layer_norm(backend: torch.device, case: str) -> None:
+    assert_matches_reference(*layer_norm_case(**LAYER_NORMS[case]), backend)
+
+
+@all_backends
 @pytest.mark.parametrize("case", MIXERS, indirect=True)
 def test_mixer(backend: torch.device, case: str) -> None:
     assert_matches_reference(*mixer_case(**MIXERS[case]), backend)
@@ -426,6 +458,7 @@ def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pyte
         assert_matches_reference(*conv_case(dim=8, epilogue=epilogue, margins=margins), backend, dtype)
     for y in ("y", "single y"):
         assert_matches_reference(*norm_case(dim=8, y=y, margins=margins), backend, dtype)
+    assert_matches_reference(*layer_norm_case(dim=8), backend, dtype)
     if not interpreted(request):  # it truncates where GPUs round: too coarse for several operators in sequence
         assert_matches_reference(*mixer_case(), backend, dtype, rounds_within=True)
 
@@ -433,7 +466,7 @@ def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pyte
 @compiled_backends
 @pytest.mark.parametrize("dtype", half_types, ids=str)
 def test_weights_of_half_precision(backend: torch.device, dtype: torch.dtype) -> None:
-    for function, tensors in (conv_case(), norm_case(), mixer_case(), mixer_case(merged=True)):
+    for function, tensors in (conv_case(), norm_case(), layer_norm_case(), mixer_case(), mixer_case(merged=True)):
         rounded = {name: t.to(backend, dtype) for name, t in tensors.items()}
         found = results(function, rounded)
         expected = results(function, {name: t if name in ACTIVATIONS else t.float() for name, t in rounded.items()})
@@ -471,7 +504,7 @@ def test_mixed_dtypes_are_computed_in_float32(backend: torch.device) -> None:
 
 @compiled_backends
 def test_any_memory_layout(backend: torch.device) -> None:
-    for function, tensors in (scan_case(), fusion_case(), core_case(), conv_case(), norm_case(), mixer_case()):
+    for function, tensors in (make() for make in OPERATORS.values()):
         tensors = {name: t.float().to(backend) for name, t in tensors.items()}
         expected = results(function, tensors)
         strided = {name: t.movedim(0, -1).contiguous().movedim(-1, 0) for name, t in tensors.items()}
@@ -497,8 +530,7 @@ def test_strides_of_single_columns_are_ignored(backend: torch.device, request: p
 
 @all_backends
 def test_an_empty_batch(backend: torch.device) -> None:
-    cases = (scan_case, fusion_case, core_case, conv_case, norm_case, mixer_case)
-    for function, tensors in (make(batch=0) for make in cases):
+    for function, tensors in (make(batch=0) for make in OPERATORS.values()):
         found = results(function, {name: t.float().to(backend) for name, t in tensors.items()})
         assert found["output 0"].shape[0] == 0
         assert [found[f"gradient of {name}"].shape for name in tensors] == [t.shape for t in tensors.values()]
@@ -519,7 +551,7 @@ def test_one_underflowing_decay_forgets_the_past(backend: torch.device) -> None:
 
 @compiled_backends
 def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
-    for function, tensors in (scan_case(), fusion_case(), core_case(), conv_case(), norm_case(), mixer_case()):
+    for function, tensors in (make() for make in OPERATORS.values()):
         tensors = {name: t.float().to(backend) for name, t in tensors.items()}
         first, second = results(function, tensors), results(function, tensors)
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -537,6 +569,7 @@ def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
         conv_case(1, 2, 3, 2, margins=(2, 0)),
         conv_case(1, 2, 3, 2, epilogue="residual"),
         norm_case(1, 2, 3, 3, margins=(3, 0)),
+        layer_norm_case(1, 2, 3, 3),
         mixer_case(1, 2, 3, 3, 2),
         mixer_case(1, 2, 3, 3, 2, merged=True),
     ],
@@ -618,6 +651,7 @@ OPERATORS = {
     "structure_aware_scan": core_case,
     "depthwise_conv": conv_case,
     "gated_norm": norm_case,
+    "layer_norm": layer_norm_case,
     "spatial_mixer": mixer_case,
 }
 
@@ -629,7 +663,7 @@ def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
         tensors["conv_weight"] = tensors["conv_weight"].flatten(1)
     if name == "depthwise_conv":
         arguments = (tensors["x"], tensors["weight"].flatten(1), tensors["bias"], "silu")
-    elif name == "gated_norm":
+    elif name in ("gated_norm", "layer_norm"):
         arguments = (*tensors.values(), 1e-5)
     elif name == "selective_scan":
         arguments = (*(tensors[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")), True)
@@ -716,6 +750,7 @@ WRAPPED = {
     "conv": (conv_case(), ("x",)),
     "conv of a half": (conv_case(margins=(5, 0)), ("x",)),
     "norm": (norm_case(), ("y", "gate")),
+    "layer norm": (layer_norm_case(), ("x",)),
     "norm by a half": (norm_case(margins=(5, 0)), ("y", "gate")),
     "mixer": (mixer_case(), ("xz",)),
     "mixer, merged": (mixer_case(merged=True), ("xz",)),
@@ -758,6 +793,7 @@ def test_flops_are_counted(backend: torch.device) -> None:
         ("structure_aware_scan", elements * (2 * rank + 7 + 2 * taps)),
         ("depthwise_conv", elements * 2 * 9),
         ("gated_norm", 0),
+        ("layer_norm", 0),
         ("spatial_mixer", elements * (2 * 9 + 2 * (rank + 2) + 2 * rank + 7 + 2 * taps)),
     ):
         arguments = operator_arguments(name, backend)
@@ -791,10 +827,16 @@ def test_mixer_takes_merged_taps_for_kernels(backend: torch.device) -> None:
 
 
 @compiled_backends
-def test_mixer_in_half_precision_under_autocast(backend: torch.device) -> None:
-    """As in a model: the linear layer before the operator returns bfloat16, and the weights are float32."""
-    function, tensors = mixer_case()
-    tensors = {name: t.to(backend, torch.bfloat16 if name == "xz" else torch.float32) for name, t in tensors.items()}
+@pytest.mark.parametrize(
+    ("case", "activation"), [(mixer_case(), "xz"), (layer_norm_case(), "x")], ids=["mixer", "norm"]
+)
+def test_half_precision_under_autocast(
+    backend: torch.device, case: tuple[Callable[..., Any], dict[str, Tensor]], activation: str
+) -> None:
+    """As in a model: activations are bfloat16, and weights are float32."""
+    function, tensors = case
+    dtypes = {activation: torch.bfloat16}
+    tensors = {name: t.to(backend, dtypes.get(name, torch.float32)) for name, t in tensors.items()}
     expected = results(function, tensors)
     with torch.autocast(backend.type, dtype=torch.bfloat16):
         found = results(function, tensors)
@@ -844,16 +886,16 @@ def test_what_cuda_lacks_is_served_by_triton(monkeypatch: pytest.MonkeyPatch) ->
         return backends.serving("cuda", dtype, None, operator)
 
     assert [serving(name) for name in ("selective_scan", "state_fusion", "structure_aware_scan")] == ["cuda"] * 3
-    small = ("depthwise_conv", "gated_norm")
-    assert [serving(name) for name in small] == ["triton"] * 2
-    assert [serving(name, torch.float64) for name in small] == ["torch"] * 2
+    small = ("depthwise_conv", "gated_norm", "layer_norm")
+    assert [serving(name) for name in small] == ["triton"] * 3
+    assert [serving(name, torch.float64) for name in small] == ["torch"] * 3
     with use_backend("cuda"):
-        assert [serving(name) for name in ("structure_aware_scan", *small)] == ["cuda", "triton", "triton"]
+        assert [serving(name) for name in ("structure_aware_scan", *small)] == ["cuda", *["triton"] * 3]
         with pytest.raises(RuntimeError, match="no kernels for cpu tensors"):
             backends.serving("cpu", torch.float32, None, "gated_norm")
     for name in ("triton", "torch"):
         with use_backend(name):
-            assert [serving(operator) for operator in ("structure_aware_scan", *small)] == [name] * 3
+            assert [serving(operator) for operator in ("structure_aware_scan", *small)] == [name] * 4
 
     missing["triton"] = "Triton is not installed"
     monkeypatch.setattr(backends, "_required", True)

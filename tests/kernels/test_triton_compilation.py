@@ -98,6 +98,8 @@ def launch_all() -> None:
         triton.depthwise_conv_backward(out, x, weight, bias, epilogue, torch.empty_like(wide)[..., :dim])
     norm = (y, gate, bias, bias, 1e-5)
     triton.gated_norm_backward(triton.gated_norm(*norm), *norm, torch.empty_like(wide)[..., dim:])
+    layer = (u, bias, bias, 1e-5)
+    triton.layer_norm_backward(triton.layer_norm(*layer), *layer)
 
     tokens, matrices = torch.empty(3, 2, dim, 100).half(), torch.empty(2, 2, 1, 16, 100).half()
     u, delta, z = tokens.unbind()
