@@ -19,9 +19,10 @@ from yacs.config import CfgNode
 
 from ..kernels.errors import UserError
 from .atomic_write import atomic_write
-from .config import RATES, by_meaning, is_published_run, leaves, to_plain
+from .config import RATES, by_meaning, images_per_update, is_published_run, leaves, to_plain
 from .data import difference
 from .distributed import Process
+from .environment import report_changes
 from .models.weights import (
     WEIGHT_KEYS,
     WeightsError,
@@ -37,11 +38,11 @@ LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 KEPT = "update_*.pth"  # the last checkpoints, by the number of their updates
 PUBLISHED_LATEST = "latest_ckpt.pth"  # of the published trainer
 
-# Settings that may differ when a run is resumed without changing its results.
+# Settings that may differ when a run is resumed without changing its results, or whose change is reported elsewhere.
 _FREE_SETTINGS = {
     "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "MODEL.NAME",
     "MODEL.NUM_CLASSES", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "SAVE_MINUTES",
-    "KEEP_CHECKPOINTS", "TAG", "EVAL_MODE",
+    "KEEP_CHECKPOINTS", "TAG", "EVAL_MODE", "TRAIN.ACCUMULATION_STEPS",
 }  # fmt: skip
 
 # The fix if a run cannot be resumed, also if its checkpoint was found automatically.
@@ -86,6 +87,7 @@ class TrainingState:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     classes: list[str] | None  # names, in the order of the logits; None where the data set has only numbers
+    environment: dict[str, str | int] = field(default_factory=dict)  # of ``describe_environment``
     epoch: int = -1  # last finished epoch
     updates: int = 0
     skipped_in_a_row: int = 0
@@ -136,6 +138,7 @@ def save_checkpoint(
         "max_accuracy": state.max_accuracy,
         "max_accuracy_ema": state.max_accuracy_ema,
         "classes": state.classes,
+        "environment": state.environment,
         "progress": progress,
         "config": to_plain(config),
     }
@@ -234,7 +237,8 @@ def restore_checkpoint(
     # The published trainer misspells the key of its EMA record.
     ema_key = "max_accuracy_ema" if "max_accuracy_ema" in checkpoint else "max_accuray_ema"
     state.max_accuracy_ema = _number(checkpoint, ema_key, path)
-    _report_changes(config, checkpoint.get("config"), path, rate_scale)
+    report_changes(state.environment, checkpoint.get("environment"), path)
+    _report_settings(config, checkpoint.get("config"), path, rate_scale)
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -353,16 +357,11 @@ def _restore_progress(state: TrainingState, progress: Any, path: Path, config: C
             buffer.copy_(mean.view(buffer.shape))
     except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: cannot resume, its progress is damaged ({error!s:.200}); {_NEW_RUN}") from error
-    per_update = config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * process.world_size
+    per_update = images_per_update(config, process.world_size)
     if totals.images != totals.updates * per_update:
         totals.updates = totals.images // per_update
         totals.images = totals.updates * per_update
         totals.applied = min(totals.applied, totals.updates)
-    if not own:
-        logger.warning(
-            "%s: was saved by %d processes, this run has %d: it continues at the same image, but not exactly",
-            path, len(progress), process.world_size,
-        )  # fmt: skip
     state.totals = totals
 
 
@@ -496,7 +495,7 @@ def _kept_values(optimizer: Any) -> set[str]:
     return {str(name) for kept in values if isinstance(kept, dict) for name in kept}
 
 
-def _report_changes(config: CfgNode, saved: Any, path: Path, rate_scale: float) -> None:
+def _report_settings(config: CfgNode, saved: Any, path: Path, rate_scale: float) -> None:
     """Warn about settings that differ from the saved ones, so that the run does not continue exactly."""
     before = by_meaning(saved) if isinstance(saved, dict) else {}
     scale = rate_scale if before and is_published_run(saved) else 1.0

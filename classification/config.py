@@ -110,6 +110,11 @@ def uses_mixup(config: CfgNode) -> bool:
     return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
 
 
+def images_per_update(config: CfgNode, world_size: int) -> int:
+    """The total batch: images per step of all processes, times accumulation steps."""
+    return config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS
+
+
 def leaves(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Flatten nested sections to ``(dotted key, value)``."""
     flat = []

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from yacs.config import CfgNode
 
 from ..kernels.errors import UserError
-from .config import uses_mixup
+from .config import images_per_update, uses_mixup
 from .distributed import Process
 from .models.image_files import open_image
 from .models.preprocessing import NORMALISATION, preprocessing_of
@@ -171,7 +171,7 @@ def build_train_loader(config: CfgNode, process: Process) -> ImageLoader:
         UserError: if the split cannot be opened, or is smaller than one update of all processes.
     """
     dataset = _open_dataset(config, process, "train")
-    per_update = config.DATA.BATCH_SIZE * process.world_size * config.TRAIN.ACCUMULATION_STEPS
+    per_update = images_per_update(config, process.world_size)
     if len(dataset) < per_update:
         raise UserError(
             f"{config.DATA.DATA_PATH}: {len(dataset)} training images are fewer than the {per_update} of one update "

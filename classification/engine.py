@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 
 from ..kernels.errors import UserError
 from .checkpoint import TrainingState
+from .config import images_per_update
 from .data import ImageLoader
 from .distributed import Process
 from .preemption import PreemptedError, is_requested
@@ -115,7 +116,7 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
         teacher = state.ema.module
 
     batches = _Timed(iter(run.loader))
-    images_per_update = config.DATA.BATCH_SIZE * process.world_size * config.TRAIN.ACCUMULATION_STEPS
+    images = images_per_update(config, process.world_size)
     first, seconds, data_seconds = totals.updates, totals.seconds, totals.data_seconds
     last_save = start = time.perf_counter()
     title = f"epoch {epoch + 1}/{config.TRAIN.EPOCHS}"
@@ -124,12 +125,12 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
         seed_everything(config.SEED, epoch, process.rank, update)
         learning_rate = state.optimizer.param_groups[0]["lr"]
         loss, grad_norm, damaged = _update(run, batches, teacher)
-        totals.add(images_per_update, loss, grad_norm, damaged, learning_rate)
+        totals.add(images, loss, grad_norm, damaged, learning_rate)
 
         now = time.perf_counter()
         elapsed, done = now - start, update + 1 - first
         totals.seconds, totals.data_seconds = seconds + elapsed, data_seconds + batches.seconds
-        speed = images_per_update * done / elapsed
+        speed = images * done / elapsed
         figures = {
             "train/loss": loss,
             "train/learning_rate": learning_rate,

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from ..kernels.build import cpu_features
 from ..kernels.errors import UserError
-from .config import uses_mixup
+from .config import images_per_update, uses_mixup
 
 FUSED_OPTIMIZERS = ("adamw", "adam", "sgd", "nesterov", "momentum")  # PyTorch's, which update in one kernel
 
@@ -19,7 +19,7 @@ def learning_rate_scale(config: CfgNode, world_size: int) -> float:
     """Images per update over 512, the batch size that the configured rates are for; 1 without ``TRAIN.SCALE_LR``."""
     if not config.TRAIN.SCALE_LR:
         return 1.0
-    return config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS / 512
+    return images_per_update(config, world_size) / 512
 
 
 def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch.optim.Optimizer:

@@ -172,6 +172,7 @@ SETTINGS = (
         "auto: bfloat16 if the device supports it, else float16", "--amp-dtype", "DTYPE",
     ),
     Setting("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "auto: a GPU if there is one", "--device", "DEVICE"),
+    Setting("DETERMINISTIC", False, ANY, "repeat to the same bits, with one thread; slower", "--deterministic"),
     Setting("COMPILE", False, ANY, "torch.compile the model", "--compile"),
     Setting("OUTPUT", "output", ANY, "root of the results: OUTPUT/MODEL.NAME/TAG", "--output", "FOLDER"),
     Setting("TAG", "default", ANY, "name of this run", "--tag", "NAME"),

@@ -42,6 +42,7 @@ from .data import (
 )
 from .distributed import Process, start_process
 from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train_one_epoch
+from .environment import describe_environment, keep_total_batch, make_deterministic
 from .models.spatial_mamba import SpatialMamba
 from .models.weights import read_checkpoint
 from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler, learning_rate_scale
@@ -78,12 +79,14 @@ def prepare(config: CfgNode, notes: list[str]) -> Job:
         raise UserError("--data-path is missing: the folder that holds the train and val splits")
     if kind is EvaluationJob and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
         raise UserError("no checkpoint to evaluate: add --pretrained FILE")
+    if config.DETERMINISTIC:
+        make_deterministic()  # before CUDA starts
     process = start_process(config.DEVICE)
     set_up_console(process.is_main)
     for note in notes:
         logger.warning(note)
     if process.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not config.DETERMINISTIC
     seed_everything(config.SEED)  # the same initial weights in every process
     return kind(config, process)
 
@@ -183,6 +186,9 @@ class TrainingJob:
                 f"and continue that run with --resume {Path(config.OUTPUT) / PUBLISHED_LATEST}"
             )
         self.folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+        found = self._find_checkpoint()
+        if found:  # saved files keep the given config: with it, the next resume decides again
+            config = keep_total_batch(config, found[1], process)
         train_loader = build_train_loader(config, process)
         self.val_loader = build_val_loader(config, process)
         reader, val_reader = train_loader.dataset.reader, self.val_loader.dataset.reader
@@ -204,13 +210,19 @@ class TrainingJob:
             build_scheduler(config, optimizer, updates_per_epoch, process.world_size),
             torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16),
             classes,
+            describe_environment(config, process),
         )
         self.pretrained: tuple[SpatialMamba, ModelEmaV3 | None] | None = None
         if config.MODEL.PRETRAINED:
             path = Path(config.MODEL.PRETRAINED)
             load_pretrained(model, ema, read_weights(path), path, config.MODEL.FINETUNE, classes)
             self.pretrained = model, ema
-        self.resumed_from = self._resume(updates_per_epoch)
+        self.resumed_from: Path | None = None
+        if found:
+            self.pretrained = copy.deepcopy(self.pretrained)  # evaluated first
+            self.resumed_from, checkpoint = found
+            scale = learning_rate_scale(config, process.world_size)
+            restore_checkpoint(self.state, config, checkpoint, self.resumed_from, updates_per_epoch, scale, process)
         criterion, mixup = build_criterion(config), build_mixup(config, num_classes)
         log = self._open_folder()
         compiled: Any = torch.compile(model) if config.COMPILE else model
@@ -325,21 +337,15 @@ class TrainingJob:
             save_latest(self.state, self.config, self.folder, progress)
             logger.info("saved after update %d of the epoch", self.state.totals.updates)
 
-    def _resume(self, updates_per_epoch: int) -> Path | None:
-        """Restore the checkpoint to continue from; returns its path, or None."""
+    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to continue from, if any."""
         config = self.config
         if config.TRAIN.AUTO_RESUME and (found := find_resumable(self.folder)):
-            path, checkpoint = found
-        elif config.MODEL.RESUME:
+            return found
+        if config.MODEL.RESUME:
             path = Path(config.MODEL.RESUME)
-            checkpoint = read_checkpoint(path)
-        else:
-            return None
-        if self.pretrained:  # evaluated first
-            self.pretrained = copy.deepcopy(self.pretrained)
-        scale = learning_rate_scale(config, self.process.world_size)
-        restore_checkpoint(self.state, config, checkpoint, path, updates_per_epoch, scale, self.process)
-        return path
+            return path, read_checkpoint(path)
+        return None
 
     def _open_folder(self) -> RunLog:
         """Lock the folder of the run, and open its records."""

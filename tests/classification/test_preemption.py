@@ -103,9 +103,10 @@ def test_another_number_of_processes_continues_at_the_same_image(
     content = read_checkpoint(folder / LATEST)
     (own,) = content["progress"]
     other = {"totals": own["totals"], "buffers": {name: 3 * buffer for name, buffer in own["buffers"].items()}}
+    content["environment"]["processes"] = 2
     torch.save({**content, "progress": [own, other]}, folder / LATEST)
     assert main(options(micro, photos, tmp_path)) == 0
     log = (folder / "log.txt").read_text()
-    assert "was saved by 2 processes, this run has 1: it continues at the same image, but not exactly" in log
+    assert "the run continues, but not bit for bit (processes 2, now 1)" in log
     assert "in epoch 1, after 4 of its updates" in log
     shutil.rmtree(folder)
