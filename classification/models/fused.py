@@ -5,6 +5,7 @@ no gradients, cannot be trained and loads no weights.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import spatial_mixer
+from ...kernels.backends import custom_operators_fail
 from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
 from ...kernels.state_fusion import merge_taps
 
@@ -29,6 +31,41 @@ def _items_in_budget(x: Tensor, width: int) -> int:
     if torch.compiler.is_compiling():
         return x.numel()
     return max(1, HIDDEN_BYTES.get(x.device.type, HIDDEN_BYTES["cuda"]) // (width * x.element_size()))
+
+
+def _calls_libraries(x: Tensor) -> bool:
+    """Whether to call cuBLAS and cuDNN with a fused epilogue: on NVIDIA GPUs, outside compilers and torch.func."""
+    return x.is_cuda and not torch.version.hip and not torch.compiler.is_compiling() and not custom_operators_fail()
+
+
+class FusedConv(nn.Conv2d):
+    """Convolution, then optional ReLU, (B, C, H, W) in channels-last memory.
+
+    On GPUs PyTorch's convolutions add the bias in a pass of their own. Here cuDNN adds it if ReLU follows, and a 1x1
+    convolution is a linear layer, where cuBLAS adds it.
+    """
+
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+        sizes: Any = (conv.kernel_size, conv.stride, conv.padding)
+        super().__init__(conv.in_channels, conv.out_channels, *sizes, device="meta")
+        self.weight = nn.Parameter(conv.weight.detach().to(memory_format=torch.channels_last), requires_grad=False)
+        self.bias = conv.bias
+        self.relu = relu
+        self.relu_in_cudnn = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _calls_libraries(x):
+            if self.kernel_size == (1, 1):
+                out = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+                return F.relu_(out) if self.relu else out
+            if self.relu_in_cudnn and x.dtype.itemsize == 2 and torch.backends.cudnn.enabled:
+                options: Any = (self.stride, self.padding, self.dilation, self.groups)
+                try:
+                    return torch.cudnn_convolution_relu(x, self.weight, self.bias, *options)
+                except RuntimeError:
+                    self.relu_in_cudnn = False  # this version of cuDNN has no kernel for it on this GPU
+        out = super().forward(x)
+        return F.relu_(out) if self.relu else out
 
 
 class PackedLinear(nn.Module):
@@ -59,6 +96,8 @@ class PackedLinear(nn.Module):
     ) -> Tensor:
         """``relu(linear(norm(x)))`` or ``linear(norm(x)) + residual``: (..., inputs) to (..., outputs).
 
+        Without a bias, the result may take the memory of ``residual``, which must be contiguous.
+
         Raises:
             TypeError: if activations and weights have different dtypes, as under autocast.
         """
@@ -72,7 +111,15 @@ class PackedLinear(nn.Module):
             if norm is not None:
                 before = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
             return packed_linear(x, self.weight, self.outputs, self.bias, relu=relu, residual=residual, **before)
-        x = F.linear(x if norm is None else norm(x), self.weight, self.bias)
+        x = x if norm is None else norm(x)
+        if _calls_libraries(x):
+            rows, matrix = x.flatten(0, -2), self.weight.t()
+            if relu and self.bias is not None:
+                return torch._addmm_activation(self.bias, rows, matrix).view(*x.shape[:-1], self.outputs)
+            if residual is not None and self.bias is None:
+                residual.view(-1, self.outputs).addmm_(rows, matrix)  # out of place, addmm would copy the residual
+                return residual
+        x = F.linear(x, self.weight, self.bias)
         if relu:
             x = F.relu_(x)
         return x if residual is None else residual + x
@@ -179,7 +226,9 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: "Block") -> None:
         super().__init__()
-        self.cpe1, self.cpe2 = block.cpe1, block.cpe2
+        # In the dtype that the kernels compute in, as in `FusedMixer`.
+        compute_dtype = torch.promote_types(block.cpe1.weight.dtype, torch.float32)
+        self.cpe1, self.cpe2 = (deepcopy(layer).to(compute_dtype) for layer in (block.cpe1, block.cpe2))
         self.ln_1 = block.ln_1
         self.in_proj = PackedLinear(block.self_attention.in_proj.weight, None)
         self.mixer = FusedMixer(block.self_attention)

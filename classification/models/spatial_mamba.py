@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ...kernels import depthwise_conv, layer_norm, selective_scan, spatial_mixer, state_fusion
 from ...kernels.tensors import without_autocast
 from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
-from .fused import FusedBlock, FusedDownsample, refuse_gradients, refuse_to_load
+from .fused import FusedBlock, FusedConv, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubModule
 from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
 from .stand_ins import allow_permanently, config_types
@@ -523,6 +523,9 @@ class SpatialMambaEncoder(HubModule):
             blocks = [[FusedBlock(block) for block in stage.blocks] for stage in self.layers]
             for layer, conv in zip(layers, folded, strict=True):
                 layer.conv, layer.norm = conv, nn.Identity()
+            for layer in self.patch_embed.modules():
+                if isinstance(layer, ConvLayer):
+                    layer.conv, layer.act = FusedConv(layer.conv, isinstance(layer.act, nn.ReLU)), nn.Identity()
             for stage, fused_blocks in zip(self.layers, blocks, strict=True):
                 stage.blocks = nn.ModuleList(fused_blocks)
                 if not isinstance(stage.downsample, nn.Identity):

@@ -117,6 +117,25 @@ def test_parts_of_an_mlp_that_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) 
     assert_near(model(x), expected, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_calls_of_gpu_libraries(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls with a fused epilogue. CPUs have all except the convolution with ReLU, which is then skipped."""
+    monkeypatch.setattr(fused, "can_pack", lambda weight: False)
+    model = with_statistics(filled_classifier()).to(dtype).fuse()
+    x = images(2, 3, 64, 64).to(dtype)
+    expected = model(x)
+    monkeypatch.setattr(fused, "_calls_libraries", lambda x: True)
+    assert_near(model(x), expected, 1e-12 if dtype == torch.float64 else 2e-2)
+    convs = [module for module in model.modules() if isinstance(module, fused.FusedConv)]
+    assert [conv.relu for conv in convs] == [True, True, False, True, False]
+    assert [conv.relu_in_cudnn for conv in convs] == [conv.relu and dtype == torch.float64 for conv in convs]
+
+    tokens = torch.randn(2, 3, 4, 8, dtype=dtype)
+    before = tokens.clone()
+    model.layers[0].blocks[0](tokens)
+    assert torch.equal(tokens, before)
+
+
 def test_backbone_fuses() -> None:
     backbone = with_statistics(golden_fill.fill_(micro_backbone()))
     expected = backbone(images())
