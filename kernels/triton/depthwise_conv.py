@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import channel_block, load_float
-from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, multiprocessors, on_device_of_first
+from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, kernel, multiprocessors, on_device_of_first
 
 MAX_ROWS, TILE_WIDTH, TILE_CHANNELS = 8, 8, 64  # 4 elements of a row per thread
 WARPS, ADJOINT_WARPS = 4, 8  # the adjoint keeps its sums in registers
@@ -111,7 +111,7 @@ def _store_sums(parts, sums, dim, channel, in_dim) -> None:
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _convolve(
     x,
     weight,
@@ -147,7 +147,7 @@ def _convolve(
         here = start + taps[0] * left + taps[1] * centre + taps[2] * right
 
 
-@triton.jit
+@kernel
 def _before_silu(
     x,
     weight,
@@ -200,7 +200,7 @@ def _before_silu(
     _store_sums(parts, sums, dim, channel, in_dim)
 
 
-@triton.jit
+@kernel
 def _adjoint(
     grad_convolved,
     x,

@@ -1,15 +1,24 @@
-"""Helpers for launches: block sizes, the number of programs to aim for, the device."""
+"""Helpers for launches: what to compile for, block sizes, the number of programs to aim for, the device."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 PROGRAMS_PER_MULTIPROCESSOR = 4  # where the number of programs can be chosen
 # For the interpreter: small enough for short tests to run both the divided and the undivided scan.
 INTERPRETED_MULTIPROCESSORS = 2
+
+# By default, Triton compiles a kernel again if an integer is 1 or a multiple of 16. For these it would bring nothing.
+kernel = partial(
+    triton.jit,
+    do_not_specialize=(
+        "batch", "height", "width", "rows", "bands", "tiles", "tokens", "projection_channels", "offset_pairs",
+    ),
+)  # fmt: skip
 
 
 def block(size: int, limit: int) -> int:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import compose, compose_adjoint, load_float, softplus
-from .launch import block, on_device_of_first
+from .launch import block, kernel, on_device_of_first
 
 BLOCK_ELEMENTS = 2048  # channels x states x tokens per block: 16 per thread
 MAX_TOKENS = 64
@@ -179,7 +179,7 @@ def _pick(x, index) -> tl.tensor:
 # --- Kernels; results whose pointer is None are omitted ---------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _scan(
     u,
     delta,
@@ -246,7 +246,7 @@ def _scan(
         tl.store(last_state + state_rows, state, mask=in_state)
 
 
-@triton.jit
+@kernel
 def _scan_backward(
     grad_out,
     grad_last,

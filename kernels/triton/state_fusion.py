@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import channel_block, load_float
-from .launch import block, on_device_of_first
+from .launch import block, kernel, on_device_of_first
 
 TILE_ELEMENTS = 4096  # per program that gathers: 8 per thread
 TILE_WARPS = 16
@@ -185,7 +185,7 @@ def _region(which, size) -> tuple[tl.tensor, tl.tensor]:
 # --- Kernels; OFFSETS are T pairs of row and column -------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _fuse(
     h,
     taps,
@@ -222,7 +222,7 @@ def _fuse(
     tl.store(out + place, fused, mask=mask)
 
 
-@triton.jit
+@kernel
 def _fuse_adjoint_interior(
     grad_out,
     taps,
@@ -256,7 +256,7 @@ def _fuse_adjoint_interior(
     tl.store(grad_h + place, total, mask=interior[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@kernel
 def _fuse_adjoint_border(
     grad_out,
     taps,
@@ -311,7 +311,7 @@ def _fuse_adjoint_border(
     tl.store(grad_h + place, total, mask=in_region[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@kernel
 def _tap_gradients(
     grad_out,
     h,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import channel_block, compose, compose_adjoint, load_float, softplus
-from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, multiprocessors, on_device_of_first
+from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, kernel, multiprocessors, on_device_of_first
 from .state_fusion import PART_CHANNELS, launch_fuse, launch_fuse_adjoint, launch_tap_gradients
 
 SCAN_TOKENS, ADJOINT_TOKENS, PRODUCT_TOKENS = 32, 16, 32  # per iteration of a program
@@ -209,7 +209,7 @@ def _pick(x, index) -> tl.tensor:
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _summarise_bands(
     u,
     projection,
@@ -244,7 +244,7 @@ def _summarise_bands(
     tl.store(ends + place, end, mask=in_dim)
 
 
-@triton.jit
+@kernel
 def _carry_over_bands(decays, ends, carries, bands, dim, REVERSE: tl.constexpr, BLOCK_DIM: tl.constexpr) -> None:
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     carry = tl.zeros((BLOCK_DIM,), tl.float32)
@@ -255,7 +255,7 @@ def _carry_over_bands(decays, ends, carries, bands, dim, REVERSE: tl.constexpr, 
         carry = load_float(decays + place, in_dim) * carry + load_float(ends + place, in_dim)
 
 
-@triton.jit
+@kernel
 def _scan_bands(
     u,
     projection,
@@ -299,7 +299,7 @@ def _scan_bands(
             tl.store(row_states + place, states, mask=ends_row[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@kernel
 def _summarise_bands_adjoint(
     grad_h,
     projection,
@@ -340,7 +340,7 @@ def _summarise_bands_adjoint(
     tl.store(ends + place, end, mask=in_dim)
 
 
-@triton.jit
+@kernel
 def _scan_bands_adjoint(
     grad_h,
     projection,
@@ -411,7 +411,7 @@ def _scan_bands_adjoint(
     tl.store(grad_D + band_place, tl.sum(sum_D, axis=0), mask=in_dim)
 
 
-@triton.jit
+@kernel
 def _step_products(
     grad_step,
     projection,
