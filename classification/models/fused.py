@@ -46,8 +46,8 @@ class FusedConv(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
-        sizes: Any = (conv.kernel_size, conv.stride, conv.padding)
-        super().__init__(conv.in_channels, conv.out_channels, *sizes, device="meta")
+        sizes: dict[str, Any] = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
+        super().__init__(conv.in_channels, conv.out_channels, **sizes, device="meta")
         self.weight = nn.Parameter(conv.weight.detach().to(memory_format=torch.channels_last), requires_grad=False)
         self.bias = conv.bias
         self.relu = relu

@@ -523,9 +523,10 @@ class SpatialMambaEncoder(HubModule):
             blocks = [[FusedBlock(block) for block in stage.blocks] for stage in self.layers]
             for layer, conv in zip(layers, folded, strict=True):
                 layer.conv, layer.norm = conv, nn.Identity()
-            for layer in self.patch_embed.modules():
-                if isinstance(layer, ConvLayer):
-                    layer.conv, layer.act = FusedConv(layer.conv, isinstance(layer.act, nn.ReLU)), nn.Identity()
+            for module in self.patch_embed.modules():
+                if isinstance(module, ConvLayer):
+                    module.conv = FusedConv(module.conv, relu=isinstance(module.act, nn.ReLU))
+                    module.act = nn.Identity()
             for stage, fused_blocks in zip(self.layers, blocks, strict=True):
                 stage.blocks = nn.ModuleList(fused_blocks)
                 if not isinstance(stage.downsample, nn.Identity):
