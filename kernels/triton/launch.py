@@ -33,11 +33,24 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def on_device_of_first(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch the kernels of ``operator`` on the device of its first argument; Triton uses the current device."""
+    """Launch the kernels of ``operator`` on the device of its first argument; Triton uses the current device.
+
+    Raises:
+        RuntimeError: if Triton cannot compile or launch a kernel; names the operator and a way out.
+    """
 
     @wraps(operator)
     def run(first: Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return operator(first, *rest)
+        try:
+            with torch.cuda.device_of(first):
+                return operator(first, *rest)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.1000}"
+            raise RuntimeError(
+                f"{operator.__name__} failed in the triton backend on {first.device}: {reason}. To use the reference "
+                "implementation, set SPATIAL_MAMBA_BACKEND=torch; `spatial-mamba kernels check` tests all operators"
+            ) from error
 
     return run

@@ -20,8 +20,11 @@ MULTIPROCESSORS = 132
 KERNELS = 17  # at least, of all operators
 
 
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+@needs_triton
 def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -29,6 +32,21 @@ def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = set(done.stdout.split())
     assert len(compiled) >= KERNELS, compiled
+
+
+@needs_triton
+def test_failures_name_the_operator_and_a_way_out() -> None:
+    from spatial_mamba.kernels.triton.launch import on_device_of_first
+
+    @on_device_of_first
+    def gated_norm(y: torch.Tensor, error: Exception) -> None:
+        raise error
+
+    message = "^gated_norm failed in the triton backend on cpu: ValueError: no PTX. .*SPATIAL_MAMBA_BACKEND=torch"
+    with pytest.raises(RuntimeError, match=message):
+        gated_norm(torch.ones(1), ValueError("no\nPTX"))
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        gated_norm(torch.ones(1), torch.OutOfMemoryError("too large"))
 
 
 def main() -> None:
