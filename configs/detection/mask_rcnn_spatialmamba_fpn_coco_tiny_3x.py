@@ -2,7 +2,12 @@
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
 custom_imports = dict(imports=["spatial_mamba.detection"])
-custom_hooks = [dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook")]
+custom_hooks = [
+    dict(type="ExactResumeHook"),
+    dict(type="StrictLoadHook"),
+    dict(type="SameBuffersHook"),
+    dict(type="PreemptionHook"),
+]
 
 pretrained = "data/pretrained/spatialmamba_tiny.pth"  # or --cfg-options model.backbone.pretrained=FILE
 model = dict(

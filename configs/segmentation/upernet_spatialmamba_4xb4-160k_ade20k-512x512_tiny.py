@@ -2,7 +2,12 @@
 
 _base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
 custom_imports = dict(imports=["spatial_mamba.segmentation"])
-custom_hooks = [dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook")]
+custom_hooks = [
+    dict(type="ExactResumeHook"),
+    dict(type="StrictLoadHook"),
+    dict(type="SameBuffersHook"),
+    dict(type="PreemptionHook"),
+]
 
 checkpoint_file = "data/pretrained/spatialmamba_tiny.pth"  # or --cfg-options model.backbone.pretrained=FILE
 backbone_norm_cfg = None  # the base config sets it for its own backbone

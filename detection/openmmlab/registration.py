@@ -12,4 +12,4 @@ if not hasattr(pkgutil, "find_loader"):  # Python 3.14 removed it; mmengine and 
     pkgutil.find_loader = importlib.util.find_spec  # type: ignore[assignment, attr-defined]
 spatial_mamba_mmcv.register()  # in case PyTorch has not done so: TORCH_DEVICE_BACKEND_AUTOLOAD=0
 
-from . import backbone, checkpoints, resume  # noqa: E402, F401
+from . import backbone, checkpoints, preemption, resume  # noqa: E402, F401

@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 
 @HOOKS.register_module()
@@ -27,33 +27,45 @@ class ExactResumeHook(Hook):
     - the order of the images depends on the seed of the run, which the checkpoint holds;
     - the augmentation of an image depends on seed, epoch, process and position, not on the number of workers;
     - the random numbers of an update (drop path, dropout, sampling of proposals) depend on seed, process and iteration;
-    - an iteration-based run with mmengine's own samplers skips the finished part without loading it.
+    - a run that was stopped within an epoch continues at its next batch;
+    - finished batches are skipped without loading them, in iteration-based runs with mmengine's own samplers.
 
     The hook changes no settings. It cannot restore gradients accumulated across a checkpoint, or the augmentation of
     data set wrappers that repeat or mix images.
     """
 
     priority = "VERY_HIGH"
+    finished = 0  # batches of the current epoch
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Read the position within the epoch. Only checkpoints of this hook have one."""
+        finished = checkpoint.get("meta", {}).get("finished_batches")
+        self.finished = finished if type(finished) is int and finished > 0 else 0
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Store the position within the epoch."""
+        checkpoint["meta"]["finished_batches"] = self.finished
 
     def before_train(self, runner: Runner) -> None:
         """Prepare the loader. Runs after resuming, so seed and iteration are those of the checkpoint."""
         loop = runner.train_loop
         loader, batches = loop.dataloader, loop.dataloader.batch_sampler
-        sampler, done = batches.sampler, 0
+        sampler, done = batches.sampler, self.finished if runner.iter else 0  # 0: only weights were loaded
         seed = runner.cfg.train_dataloader.sampler.get("seed")
         if seed is None:  # all processes use the same order, even if their other random numbers differ
             differ = runner.cfg.get("randomness", {}).get("diff_rank_seed", False)
             seed = runner.seed - get_rank() if differ else runner.seed
         if type(sampler) is InfiniteSampler:
             sampler = InfiniteSampler(sampler.dataset, sampler.shuffle, seed)  # restarted
-            if type(batches) is BatchSampler:  # others do not group images by position alone
-                done = runner.iter
+            done = runner.iter
         elif hasattr(sampler, "seed"):
             sampler.seed = seed
-        batches.sampler = _SeededSampler(sampler, runner.seed, skipped=done * batches.batch_size)
+        batches.sampler = _SeededSampler(sampler, runner.seed)
         if {"sampler", "batch_size", "drop_last"} == set(inspect.signature(type(batches)).parameters):
             # Reinitialised, because a sampler that groups images keeps those left by an earlier iterator.
             batches.__init__(batches.sampler, batches.batch_size, batches.drop_last)
+        # DataLoader forbids this assignment, because its workers might have been started.
+        object.__setattr__(loader, "batch_sampler", _Remaining(batches, done))
         if isinstance(getattr(loader.dataset, "pipeline", None), Compose):
             loader.dataset.pipeline.transforms.insert(0, _seed_augmentation)
         if isinstance(loop, IterBasedTrainLoop):
@@ -63,6 +75,14 @@ class ExactResumeHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seed the update."""
         _seed_everything(runner.seed, get_rank(), runner.iter)
+
+    def after_train_iter(self, runner: Runner, **_: Any) -> None:
+        """Count the batch."""
+        self.finished += 1
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Start to count again."""
+        self.finished = 0
 
 
 @HOOKS.register_module()
@@ -99,18 +119,16 @@ class _SeededSampler(Sampler):
     Args:
         sampler: a sampler of mmengine or mmdet.
         seed: the seed of the run.
-        skipped: number of indices to skip.
     """
 
-    def __init__(self, sampler: Any, seed: int, skipped: int) -> None:
+    def __init__(self, sampler: Any, seed: int) -> None:
         self.sampler = sampler
         self.seed = seed
-        self.skipped = skipped
         self.dataset = sampler.dataset  # batch samplers read it
 
     def __iter__(self) -> Iterator[_SeededIndex]:
         place = self.seed, getattr(self.sampler, "epoch", 0), get_rank()
-        for position, index in itertools.islice(enumerate(self.sampler), self.skipped, None):
+        for position, index in enumerate(self.sampler):
             yield _SeededIndex(index, (*place, position)) if isinstance(index, int) else index
 
     def __len__(self) -> int:
@@ -118,6 +136,25 @@ class _SeededSampler(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
+
+
+class _Remaining(Sampler):
+    """The batches of a batch sampler; when they are first iterated, without the first ``count``."""
+
+    def __init__(self, batches: Any, count: int) -> None:
+        self.batches = batches
+        self.count = count
+
+    def __iter__(self) -> Iterator[list]:
+        # A generator, so the count is read with the first batch: a loader with workers makes two iterators of it.
+        count, self.count = self.count, 0
+        yield from itertools.islice(self.batches, count, None)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
 
 
 class _SkippingIterator:

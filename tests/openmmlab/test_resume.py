@@ -51,5 +51,4 @@ def test_a_resumed_loop_continues_with_the_same_images_and_augmentation(group: t
     assert len({noise for _, noise in numbers}) == 20
     resumed = batches(group, workers=2, done=4)
     assert resumed[4:] == expected[4:]
-    if group is BatchSampler:
-        assert resumed[:4] == [None] * 4  # not loaded
+    assert resumed[:4] == [None] * 4  # not loaded

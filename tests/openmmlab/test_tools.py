@@ -66,8 +66,9 @@ from mmengine.registry import HOOKS
 @HOOKS.register_module()
 class CrashHook(Hook):
     def after_train_iter(self, runner, **kwargs):
-        if runner.iter + 1 == int(os.environ.get("CRASH_AFTER", 0)):
-            os.kill(os.getpid(), signal.SIGKILL)
+        name = os.environ.get("SIGNAL", "SIGKILL")
+        if runner.iter + 1 == int(os.environ.get("CRASH_AFTER", 0)) and (name == "SIGKILL" or runner.rank == 1):
+            os.kill(os.getpid(), getattr(signal, name))
 """
 
 
@@ -75,7 +76,7 @@ SMALLER = """
 _base_ = "{base}"
 custom_imports = dict(imports=["spatial_mamba.{task}", "crash"])
 custom_hooks = [
-    dict(type="ExactResumeHook"), dict(type="StrictLoadHook"), dict(type="SameBuffersHook"), dict(type="CrashHook")
+    dict(type=name) for name in ("ExactResumeHook", "StrictLoadHook", "SameBuffersHook", "PreemptionHook", "CrashHook")
 ]
 model = dict(backbone=dict(dims=8, depths=(1, 1, 1, 1), drop_path_rate=0.3), {necks})
 pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"{annotations})]
@@ -163,15 +164,20 @@ def tensors(part: object, name: str = "") -> dict[str, Tensor]:
     return {path: tensor for key, child in items for path, tensor in tensors(child, f"{name}/{key}").items()}
 
 
-def test_a_killed_run_resumes_to_the_same_state(task: Task) -> None:
+def test_a_killed_and_a_preempted_run_resume_to_the_same_state(task: Task) -> None:
     train = "bash", task.tools / "dist_train.sh", "small.py", 2, "--work-dir", "killed"
     # Between two checkpoints, so that some updates are lost. Without loader processes, which would outlive their
     # parent; their number does not change the augmentation.
     workers = "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"
     task.run(*train, "--cfg-options", *workers, fails=True, CRASH_AFTER="5")
     assert not (task.folder / "killed" / task.last).exists()
-    output = task.run(*train, "--resume")
+    # Within the last epoch, one process gets a signal.
+    output = task.run(*train, "--resume", fails=True, CRASH_AFTER="7", SIGNAL="SIGUSR1")
     assert re.search(r"resumed epoch: \d, iter: 3", output)
+    assert re.search(r"stopped by a signal; --resume continues this run from \S+/killed/preempted_iter_7\.pth", output)
+    assert re.search(r"exitcode\s+: 75 ", output) and not (task.folder / "killed" / task.last).exists()
+    output = task.run(*train, "--resume")
+    assert re.search(r"resumed epoch: \d, iter: 7", output)
     expected, got = (read_checkpoint(task.folder / work / task.last) for work in ("undisturbed", "killed"))
     for part in ("state_dict", "optimizer"):
         one, other = tensors(expected[part]), tensors(got[part])
