@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import load_float
-from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, multiprocessors, on_device_of_first
+from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, kernel, multiprocessors, on_device_of_first
 
 BLOCK_ELEMENTS = 2048  # tokens x channels per block, at least: 16 per thread, 8 in the backward pass
 WARPS, BACKWARD_WARPS = 4, 8
@@ -83,7 +83,7 @@ def _normalise(y, dim, eps, in_dim) -> tuple[tl.tensor, tl.tensor]:
     return centred * scale[:, None], scale[:, None]
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@kernel
 def _gated_norm(
     y,
     gate,
@@ -111,7 +111,7 @@ def _gated_norm(
     tl.store(out + place, result, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@kernel
 def _gated_norm_backward(
     grad_out,
     y,

@@ -47,10 +47,13 @@ def on_device_of_first(operator: Callable[..., Any]) -> Callable[..., Any]:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.1000}"
+            cause: BaseException = error  # errors of the compiler quote source code, and then name the cause
+            while cause.__cause__:
+                cause = cause.__cause__
+            reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
             raise RuntimeError(
-                f"{operator.__name__} failed in the triton backend on {first.device}: {reason}. To use the reference "
-                "implementation, set SPATIAL_MAMBA_BACKEND=torch; `spatial-mamba kernels check` tests all operators"
+                f"{operator.__name__} failed in the triton backend on {first.device} ({reason}). Set SPATIAL_MAMBA_BACKEND"
+                "=torch to use the reference implementation; `spatial-mamba kernels check` tests all operators"
             ) from error
 
     return run

@@ -17,6 +17,7 @@ from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, kernel, multiprocessors,
 from .state_fusion import PART_CHANNELS, launch_fuse, launch_fuse_adjoint, launch_tap_gradients
 
 SCAN_TOKENS, ADJOINT_TOKENS, PRODUCT_TOKENS = 32, 16, 32  # per iteration of a program
+PRODUCT_PRECISION = "ieee" if torch.version.hip else "tf32x3"  # AMD's GPUs lack TF32
 
 
 class _Sizes(NamedTuple):
@@ -136,8 +137,8 @@ def _launch_step_products(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of step_weight and step_bias; that of r is written to the first channels of ``grad_projections``.
 
-    PyTorch's products would round their factors to TF32 under a process-wide setting. In this kernel, tensor cores add
-    three TF32 products, which is as accurate as float32 and takes fewer registers than products without tensor cores.
+    PyTorch's products would round their factors to TF32 under a process-wide setting. In this kernel, NVIDIA's tensor
+    cores add three TF32 products, as accurate as float32, in fewer registers than products without tensor cores.
     """
     tokens = sizes.batch * sizes.height * sizes.width
     channel_blocks = triton.cdiv(sizes.dim, PART_CHANNELS)
@@ -156,6 +157,7 @@ def _launch_step_products(
         BLOCK_RANK=max(block(sizes.rank + 1, 1 << 30), 16),
         BLOCK_TOKENS=PRODUCT_TOKENS,
         BLOCK_DIM=max(block(sizes.dim, PART_CHANNELS), 16),
+        PRECISION=PRODUCT_PRECISION,
         num_warps=8,
     )
     grad_weight, grad_bias = parts.sum(0).split([sizes.rank, 1], dim=1)
@@ -424,6 +426,7 @@ def _step_products(
     BLOCK_RANK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
     """``grad_step step_weight`` per token; ``grad_step^T [r, 1]``, where 1 is for the bias, over a split's tokens."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
@@ -436,9 +439,9 @@ def _step_products(
         in_r = inside[:, None] & (k < RANK)[None, :]
         grad = load_float(grad_step + token[:, None] * dim + channel[None, :], inside[:, None] & in_dim[None, :])
         r = load_float(projection + token[:, None] * (RANK + 2) + k[None, :], in_r)
-        sums += tl.dot(tl.trans(grad), tl.where((k == RANK)[None, :], 1.0, r), input_precision="tf32x3")
+        sums += tl.dot(tl.trans(grad), tl.where((k == RANK)[None, :], 1.0, r), input_precision=PRECISION)
         part = tl.program_id(1).to(tl.int64) * tokens + token
-        grad_r = tl.dot(grad, weight, input_precision="tf32x3")
+        grad_r = tl.dot(grad, weight, input_precision=PRECISION)
         tl.store(grad_projections + part[:, None] * (RANK + 2) + k[None, :], grad_r, mask=in_r)
     place = (tl.program_id(0) * dim + channel)[:, None] * (RANK + 1) + k[None, :]
     tl.store(parts + place, sums, mask=in_dim[:, None] & (k <= RANK)[None, :])

@@ -1,10 +1,9 @@
 """Triton's kernels compile for real GPUs, even without one: the interpreter accepts code that the compiler refuses.
 
-Started as a program, this file drives the launches of all operators with a driver that claims to have a GPU and, in
-place of running kernels, compiles them.
+Started as a program with the name of a target, this file drives the launches of all operators with a driver that claims
+to have a GPU and, in place of running kernels, compiles them.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,21 +13,30 @@ from typing import Any
 import pytest
 import torch
 
-CAPABILITY = 90  # sm_90, Hopper
-SHARED_MEMORY = 232448  # bytes of a block there
+from spatial_mamba.kernels import backends
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "Hopper": dict(backend="cuda", arch=90, warp_size=32),
+    "MI300": dict(backend="hip", arch="gfx942", warp_size=64),
+    "MI200": dict(backend="hip", arch="gfx90a", warp_size=64),
+}
+SHARED_MEMORY = {"cuda": 232448, "hip": 65536}  # bytes of a block
 MULTIPROCESSORS = 132
 KERNELS = 17  # at least, of all operators
 
-
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+unusable = backends.why_not("triton", "cuda", torch.float32)
+needs_triton = pytest.mark.skipif(unusable is not None, reason=str(unusable))
 
 
 @pytest.mark.slow
 @needs_triton
-def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_without_a_gpu(target: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(
+        [sys.executable, __file__, target], capture_output=True, text=True, env=environment, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = set(done.stdout.split())
     assert len(compiled) >= KERNELS, compiled
@@ -42,17 +50,23 @@ def test_failures_name_the_operator_and_a_way_out() -> None:
     def gated_norm(y: torch.Tensor, error: Exception) -> None:
         raise error
 
-    message = "^gated_norm failed in the triton backend on cpu: ValueError: no PTX. .*SPATIAL_MAMBA_BACKEND=torch"
+    message = (
+        r"^gated_norm failed in the triton backend on cpu \(ValueError: no PTX\)\. Set SPATIAL_MAMBA_BACKEND=torch"
+    )
     with pytest.raises(RuntimeError, match=message):
-        gated_norm(torch.ones(1), ValueError("no\nPTX"))
+        gated_norm(torch.ones(1), ValueError("the source\nno PTX"))
     with pytest.raises(torch.OutOfMemoryError, match="too large"):
         gated_norm(torch.ones(1), torch.OutOfMemoryError("too large"))
 
 
-def main() -> None:
+def main(target: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
+
+    gpu = GPUTarget(**TARGETS[target])
+    if gpu.backend == "hip":
+        torch.version.hip = "6.4"  # as in PyTorch for ROCm
 
     class Driver:
         """The parts of a driver that compilation needs."""
@@ -63,11 +77,14 @@ def main() -> None:
             @staticmethod
             def get_device_properties(device: int) -> dict[str, int]:
                 return dict(
-                    max_shared_mem=SHARED_MEMORY, multiprocessor_count=MULTIPROCESSORS, warpSize=32, max_num_regs=65536
+                    max_shared_mem=SHARED_MEMORY[gpu.backend],
+                    multiprocessor_count=MULTIPROCESSORS,
+                    warpSize=gpu.warp_size,
+                    max_num_regs=65536,
                 )
 
         def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", CAPABILITY, 32)
+            return gpu
 
         def get_current_device(self) -> int:
             return 0
@@ -78,21 +95,25 @@ def main() -> None:
         def get_active_torch_device(self) -> torch.device:
             return torch.device("cpu")
 
-    launch = JITFunction.run
+    launch, hashes = JITFunction.run, set()
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        assert kernel.asm["cubin"]
+        assert kernel.asm["cubin" if gpu.backend == "cuda" else "hsaco"]
         print(self.fn.__name__)
+        hashes.add(kernel.hash)
         return kernel
 
     driver.set_active(Driver())
     JITFunction.run = compile_only
     with torch.no_grad():
-        launch_all()
+        launch_all(batch=2)
+        compiled = len(hashes)
+        launch_all(batch=16)
+    assert len(hashes) == compiled, "kernels were compiled again for another batch size"
 
 
-def launch_all() -> None:
+def launch_all(batch: int) -> None:
     """Every operator, forward and backward; the values of the tensors do not matter."""
     from spatial_mamba.kernels import triton
     from spatial_mamba.kernels.state_fusion import tap_offsets
@@ -100,15 +121,15 @@ def launch_all() -> None:
     offsets = tap_offsets((3, 3, 3), (1, 3, 5))
     dim, rank, taps = 64, 4, torch.empty(len(offsets) // 2, 64)
 
-    h = torch.empty(2, 14, 14, dim)
+    h = torch.empty(batch, 14, 14, dim)
     triton.state_fusion_backward(triton.state_fusion(h, taps, offsets), h, taps, offsets)
 
-    u, projection = torch.empty(2, 14, 14, dim).bfloat16(), torch.empty(2, 14, 14, rank + 2).bfloat16()
+    u, projection = torch.empty(batch, 14, 14, dim).bfloat16(), torch.empty(batch, 14, 14, rank + 2).bfloat16()
     core = (u, projection, torch.empty(dim, rank), *torch.empty(3, dim).unbind(), taps)
     y, row_states = triton.structure_aware_scan(*core, offsets, torch.float32)
     triton.structure_aware_scan_backward(y, *core, row_states, offsets)
 
-    wide = torch.empty(2, 14, 14, 2 * dim).bfloat16()
+    wide = torch.empty(batch, 14, 14, 2 * dim).bfloat16()
     x, gate = wide.chunk(2, dim=-1)
     weight, bias = torch.empty(dim, 9), torch.empty(dim)
     for epilogue in ("none", "silu", "residual"):
@@ -119,7 +140,7 @@ def launch_all() -> None:
     layer = (u, bias, bias, 1e-5)
     triton.layer_norm_backward(triton.layer_norm(*layer), *layer)
 
-    tokens, matrices = torch.empty(3, 2, dim, 100).half(), torch.empty(2, 2, 1, 16, 100).half()
+    tokens, matrices = torch.empty(3, batch, dim, 100).half(), torch.empty(2, batch, 1, 16, 100).half()
     u, delta, z = tokens.unbind()
     B, C = matrices.unbind()
     D, bias = torch.empty(2, dim).unbind()
@@ -129,4 +150,4 @@ def launch_all() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
