@@ -69,6 +69,8 @@ _required = os.environ.get(REQUIRE_VARIABLE) == "1"
 _forced = _read_force_variable()
 _always_custom = False
 _hinted: set[str] = set()
+# Results of `serving`, which every operator needs several times per call. Clear it whenever they may change.
+_served: dict[tuple[str, torch.dtype, torch.device], str] = {}
 
 
 def why_not(
@@ -133,14 +135,28 @@ def _implements(backend: str, operator: str) -> bool:
     return backend == "torch" or operator in _operators[backend]
 
 
+def _serving(tensor: Tensor, operator: str) -> str:
+    """`serving` for the device and dtype of a tensor, cached."""
+    dtype, device = tensor.dtype, tensor.device
+    if torch.compiler.is_compiling():
+        return serving(device.type, dtype, operator=operator)
+    name = _served.get((operator, dtype, device))
+    if name is None:
+        # Fake tensors can be on a GPU that does not exist.
+        known = device.type == "cuda" and torch.cuda.is_initialized()
+        name = serving(device.type, dtype, torch.cuda.get_device_capability(device) if known else None, operator)
+        if known or device.type != "cuda":
+            _served[operator, dtype, device] = name
+    return name
+
+
 def module_for(tensor: Tensor, operator: str) -> ModuleType | None:
     """The module or namespace of the backend that serves an operator on this tensor; None for the reference.
 
     Raises:
         RuntimeError: see `serving`.
     """
-    capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
-    name = serving(tensor.device.type, tensor.dtype, capability, operator)
+    name = _serving(tensor, operator)
     if name == "torch":
         return None
     if name == "triton":
@@ -161,11 +177,21 @@ def custom_operators_fail() -> bool:
     return transformed or torch.onnx.is_in_onnx_export()
 
 
+def plain_eager(*tensors: Tensor) -> bool:
+    """Whether PyTorch computes with these tensors and does nothing else: no compiler, tracer, mode or transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or custom_operators_fail()
+    ) and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
 def reference_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> bool:
     """Whether calls of the operator on this tensor run the reference implementation, not a custom operator."""
     if _always_custom:
         return False
-    return custom_operators_fail() or serving(tensor.device.type, tensor.dtype, operator=operator) == "torch"
+    return custom_operators_fail() or _serving(tensor, operator) == "torch"
 
 
 @contextmanager
@@ -196,7 +222,9 @@ def use_backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ValueError(f"the backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     before, _forced = _forced, name
+    _served.clear()
     try:
         yield
     finally:
         _forced = before
+        _served.clear()

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import at_token_stride, check_tensors, layouts
+from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, layouts
 
 EPILOGUES = ("none", "silu", "residual")
 CONV_FLOPS = 2 * 9  # per element; the epilogue counts as zero, like all activations and sums
@@ -39,13 +38,12 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "non
     check_tensors(LAYOUTS, dict(x=x, weight=weight, bias=bias))
     if epilogue not in EPILOGUES:
         raise ValueError(f"epilogue must be one of {', '.join(EPILOGUES)}, got {epilogue!r}")
-    compute_dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = weight.flatten(1).to(compute_dtype), bias.to(compute_dtype)
-    return DEPTHWISE_CONV(x, weight.contiguous(), bias.contiguous(), epilogue)
+    dtype = compute_dtype_for(x)
+    return DEPTHWISE_CONV(x, contiguous_as(weight, dtype), contiguous_as(bias, dtype), epilogue)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
-    """The reference implementation, with weight (dim, 9), and weight and bias in the compute dtype."""
+    """The reference implementation, with weight (dim, 1, 3, 3) or (dim, 9); weight and bias in the compute dtype."""
     tokens = x.to(weight.dtype)
     maps = tokens.permute(0, 3, 1, 2)  # (batch, dim, H, W), in channels-last memory
     kernels = weight.view(-1, 1, 3, 3)
@@ -57,15 +55,17 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
     return out.to(x.dtype).contiguous()
 
 
-def _forward(backend: ModuleType, x: Tensor, *others: Any) -> Tensor:
-    return backend.depthwise_conv(at_token_stride(x), *others)
+def _forward(backend: ModuleType, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return backend.depthwise_conv(at_token_stride(x), weight.view(-1, 9), *others)
 
 
 def _backward(
-    backend: ModuleType, grad_out: Tensor, x: Tensor, *others: Any, grad_x: Tensor | None = None
+    backend: ModuleType, grad_out: Tensor, x: Tensor, weight: Tensor, *others: Any, grad_x: Tensor | None = None
 ) -> Sequence[Tensor]:
     grad_x = x.new_empty(x.shape) if grad_x is None else grad_x
-    return grad_x, *backend.depthwise_conv_backward(grad_out, at_token_stride(x), *others, grad_x)
+    inputs = (at_token_stride(x), weight.view(-1, 9), *others)
+    grad_weight, grad_bias = backend.depthwise_conv_backward(grad_out, *inputs, grad_x)
+    return grad_x, grad_weight.view(weight.shape), grad_bias
 
 
 DEPTHWISE_CONV = Operator(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .recurrence import linear_recurrence
 from .registration import Operator
-from .tensors import check_tensors, layouts
+from .tensors import check_tensors, compute_dtype_for, contiguous_as, layouts
 
 # Per element and state, as in the published tables: the exponential and its argument, two products and a sum for the
 # recurrence, a product and a sum for the read-out.
@@ -61,7 +61,7 @@ def selective_scan(
     _check_matrix("B", B, **axes)
     if C is not None:
         _check_matrix("C", C, **axes)
-    compute_dtype = torch.promote_types(u.dtype, torch.float32)
+    compute_dtype = compute_dtype_for(u)
     tokens = [u, delta, *_grouped(B, C, u), z]
     same = all(x is None or x.dtype == u.dtype for x in tokens)
     u_, delta_, B_, C_, z_ = (_as(x, u.dtype if same else compute_dtype) for x in tokens)
@@ -120,7 +120,7 @@ SELECTIVE_SCAN = Operator(
 
 
 def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
+    return None if x is None else contiguous_as(x, dtype)
 
 
 def _grouped(B: Tensor, C: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor | None]:

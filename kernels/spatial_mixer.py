@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from .registration import Operator
 from .state_fusion import check_branches, check_dilations, kernel_sizes_of, merge_taps, tap_offsets
 from .structure_aware_scan import CORE_TENSORS, STRUCTURE_AWARE_SCAN, flops_per_element
 from .structure_aware_scan import reference as core_reference
-from .tensors import at_token_stride, check_tensors, layouts
+from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, layouts
 
 LAYOUTS = layouts(
     xz="batch, H, W, 2 dim",
@@ -87,7 +86,8 @@ def spatial_mixer(
             unless either ``kernels`` with ``alpha`` or ``taps`` are given.
         TypeError: if a tensor is not of a real floating-point type.
     """
-    weights = dict(
+    tensors = dict(
+        xz=xz,
         conv_weight=conv_weight,
         conv_bias=conv_bias,
         projection_weight=projection_weight,
@@ -98,8 +98,8 @@ def spatial_mixer(
         norm_weight=norm_weight,
         norm_bias=norm_bias,
     )
-    axes = check_tensors(LAYOUTS, {"xz": xz, **weights})
-    compute_dtype = torch.promote_types(xz.dtype, torch.float32)
+    axes = check_tensors(LAYOUTS, tensors)
+    compute_dtype = compute_dtype_for(xz)
     if kernels is not None and alpha is not None and taps is None:
         check_branches(kernels, alpha, dilations, axes["dim"], xz=xz)
         sizes = kernel_sizes_of(kernels)
@@ -114,12 +114,16 @@ def spatial_mixer(
         given = [k for k, v in (("kernels", kernels), ("alpha", alpha), ("taps", taps)) if v is not None]
         raise ValueError(f"give either kernels and alpha, or taps; got {', '.join(given) or 'none of them'}")
 
-    dtypes = {"projection_weight": xz.dtype}  # so that the product runs on half-precision units
-    weights["conv_weight"] = conv_weight.flatten(1)
-    weights = {name: weight.to(dtypes.get(name, compute_dtype)).contiguous() for name, weight in weights.items()}
-    taps = taps.to(compute_dtype).contiguous()
-    norm = (weights.pop("norm_weight"), weights.pop("norm_bias"))
-    return SPATIAL_MIXER(xz, *weights.values(), taps, *norm, sizes, list(dilations), eps)
+    return SPATIAL_MIXER(
+        xz,
+        contiguous_as(conv_weight, compute_dtype),
+        contiguous_as(conv_bias, compute_dtype),
+        contiguous_as(projection_weight, xz.dtype),  # so that the product runs on half-precision units
+        *(contiguous_as(x, compute_dtype) for x in (step_weight, step_bias, A_log, D, taps, norm_weight, norm_bias)),
+        sizes,
+        list(dilations),
+        eps,
+    )
 
 
 def reference(
@@ -127,7 +131,8 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """The reference implementation: the outputs, then u, projection, y and the state before each row.
 
-    conv_weight has shape (dim, 9), taps (T, dim). projection_weight has the dtype of xz, all others the compute dtype.
+    conv_weight has shape (dim, 1, 3, 3) or (dim, 9), taps (T, dim). projection_weight has the dtype of xz, all others
+    the compute dtype.
     """
     *core, norm_weight, norm_bias, sizes, dilations, eps = others
     step_weight, step_bias, A_log, D, taps = core
@@ -146,7 +151,7 @@ def _forward(
     *core, norm_weight, norm_bias, sizes, dilations, eps = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
-    projection = u @ projection_weight.t()
+    projection = F.linear(u, projection_weight)
     y, row_states = STRUCTURE_AWARE_SCAN.run(u, projection, *core, sizes, dilations, conv_weight.dtype)
     return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), u, projection, y, row_states
 

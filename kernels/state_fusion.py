@@ -6,13 +6,16 @@ have 27 weights but 25 taps, since they share the centre.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import backends
 from .registration import Operator
-from .tensors import check_tensors, layouts
+from .tensors import check_tensors, compute_dtype_for, layouts
 
 LAYOUTS = layouts(h="batch, dim, H, W")
 
@@ -44,7 +47,7 @@ def state_fusion(
     """
     sizes = check_tensors(LAYOUTS, dict(h=h))
     check_branches(kernels, alpha, dilations, sizes["dim"], h=h)
-    taps = merge_taps(kernels, alpha.to(torch.promote_types(h.dtype, torch.float32)), dilations)
+    taps = merge_taps(kernels, alpha.to(compute_dtype_for(h)), dilations)
     tokens = h.permute(0, 2, 3, 1).contiguous()  # (batch, H, W, dim)
     return STATE_FUSION(tokens, taps, kernel_sizes_of(kernels), list(dilations)).permute(0, 3, 1, 2)
 
@@ -73,7 +76,16 @@ def repeat_edges(x: Tensor, reach: int) -> Tensor:
 
 def tap_offsets(sizes: Sequence[int], dilations: Sequence[int]) -> list[int]:
     """Distinct (row, column) offsets of square kernels with odd ``sizes``, sorted, as a flat list of 2 T integers."""
+    if torch.compiler.is_compiling():  # compilers warn of caches
+        return _flat_offsets(sizes, dilations)
+    return _cached_offsets(tuple(sizes), tuple(dilations))
+
+
+def _flat_offsets(sizes: Sequence[int], dilations: Sequence[int]) -> list[int]:
     return [coordinate for offset in _distinct(sizes, dilations) for coordinate in offset]
+
+
+_cached_offsets = lru_cache(maxsize=32)(_flat_offsets)
 
 
 def merge_taps(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int]) -> Tensor:
@@ -88,12 +100,68 @@ def merge_taps(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int
         (T, dim), in the order of ``tap_offsets`` and in the dtype of ``alpha``.
     """
     sizes = kernel_sizes_of(kernels)
+    if backends.plain_eager(alpha, *kernels):
+        plan = _merging(tuple(sizes), tuple(dilations), kernels[0].shape[0], alpha.dtype, alpha.device)
+        return _Merge.apply(plan, alpha, *kernels)
     merged: dict[tuple[int, int], Tensor] = {}
     for kernel, weight, size, dilation in zip(kernels, alpha.unbind(), sizes, dilations, strict=True):
         columns = (weight * kernel.to(alpha.dtype).flatten(1)).unbind(1)  # k * k of (dim,)
         for offset, column in zip(_offsets(size, dilation), columns, strict=True):
             merged[offset] = merged[offset] + column if offset in merged else column
     return torch.stack([merged[offset] for offset in _distinct(sizes, dilations)])
+
+
+class _Merging(NamedTuple):
+    """Constants of `_Merge`, for N weights per channel in the K kernels."""
+
+    sources: Tensor  # (K T,), per kernel and tap, the position of the weight in the kernels; N if there is none
+    targets: Tensor  # (N,), the tap that each weight contributes to
+    counts: list[int]  # weights per kernel
+    zeros: Tensor  # (dim, 1)
+
+
+@lru_cache(maxsize=32)
+def _merging(
+    sizes: tuple[int, ...], dilations: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device
+) -> _Merging:
+    """Cached, because copies to the GPU would synchronise with it in each call."""
+    distinct = _distinct(sizes, dilations)
+    branches = [_offsets(*pair) for pair in zip(sizes, dilations, strict=True)]
+    counts = [len(offsets) for offsets in branches]
+    sources = []
+    for k, offsets in enumerate(branches):
+        sources += [sum(counts[:k]) + offsets.index(x) if x in offsets else sum(counts) for x in distinct]
+    targets = [distinct.index(offset) for offsets in branches for offset in offsets]
+    with torch.inference_mode(False):
+        indices = (torch.tensor(index, device=device) for index in (sources, targets))
+        return _Merging(*indices, counts, torch.zeros(dim, 1, dtype=dtype, device=device))
+
+
+class _Merge(torch.autograd.Function):
+    """`merge_taps` in few operations, since each takes a GPU less time than its launch takes the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Merging, alpha: Tensor, *kernels: Tensor) -> Tensor:
+        spread = _Merge.spread(plan, kernels)
+        ctx.plan = plan
+        ctx.save_for_backward(spread, alpha, *kernels)
+        return (spread * alpha.view(-1, 1, 1)).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        spread, alpha, *kernels = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            spread = _Merge.spread(ctx.plan, kernels)
+        parts = grad.t().index_select(1, ctx.plan.targets).split(ctx.plan.counts, dim=1)
+        grads = ((part * weight).view(k.shape) for part, weight, k in zip(parts, alpha.unbind(), kernels, strict=True))
+        return None, (spread * grad).sum((1, 2)), *grads
+
+    @staticmethod
+    def spread(plan: _Merging, kernels: Sequence[Tensor]) -> Tensor:
+        """The weights of each kernel at the places of the taps, (K, T, dim); 0 where it has none."""
+        dim = len(plan.zeros)
+        weights = torch.cat([*(kernel.reshape(dim, -1) for kernel in kernels), plan.zeros], dim=1)
+        return weights.t().index_select(0, plan.sources).view(len(kernels), -1, dim)
 
 
 def split_taps(taps: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from .selective_scan import SCAN_FLOPS
 from .selective_scan import reference as scan_reference
 from .state_fusion import check_branches, kernel_sizes_of, merge_taps, tap_offsets
 from .state_fusion import reference as fusion_reference
-from .tensors import check_tensors, layouts
+from .tensors import check_tensors, compute_dtype_for, contiguous_as, layouts
 
 LAYOUTS = layouts(
     u="batch, H, W, dim",
@@ -71,12 +71,12 @@ def structure_aware_scan(
     check_branches(kernels, alpha, dilations, axes["dim"], u=u)
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype must be a floating-point type, got {out_dtype}")
-    compute_dtype = torch.promote_types(u.dtype, torch.float32)
+    compute_dtype = compute_dtype_for(u)
     io_dtype = u.dtype if projection.dtype == u.dtype else compute_dtype
-    weights = (weight.to(compute_dtype).contiguous() for weight in (step_weight, step_bias, A_log, D))
+    weights = (contiguous_as(weight, compute_dtype) for weight in (step_weight, step_bias, A_log, D))
     return STRUCTURE_AWARE_SCAN(
-        u.to(io_dtype).contiguous(),
-        projection.to(io_dtype).contiguous(),
+        contiguous_as(u, io_dtype),
+        contiguous_as(projection, io_dtype),
         *weights,
         merge_taps(kernels, alpha.to(compute_dtype), dilations),
         kernel_sizes_of(kernels),

@@ -1,6 +1,6 @@
 """Tensor helpers shared by all operators: checks, the memory layout of tokens, and switching autocast off."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -39,12 +39,15 @@ def check_tensors(expected: Mapping[str, Layout], tensors: Mapping[str, Tensor |
         ValueError: if a shape does not fit, or a tensor is not on the device of the first.
         TypeError: if a tensor is not of a real floating-point type.
     """
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first, device = next((name, tensor.device) for name, tensor in given.items())
     for name, layout in expected.items():
-        if name in given:
-            sizes = _match(name, tuple(given[name].shape), layout, sizes)
-    for name, tensor in given.items():
+        if (tensor := tensors.get(name)) is not None:
+            _match(name, tensor.shape, layout, sizes)
+    first = device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be of a real floating-point type, got {tensor.dtype}")
         if tensor.device != device:
@@ -52,9 +55,9 @@ def check_tensors(expected: Mapping[str, Layout], tensors: Mapping[str, Tensor |
     return sizes
 
 
-def _match(name: str, shape: tuple[int, ...], layout: Layout, known: dict[str, int]) -> dict[str, int]:
-    """The known sizes of axes and those that this shape adds."""
-    sizes = dict(known)
+def _match(name: str, shape: Sequence[int], layout: Layout, sizes: dict[str, int]) -> None:
+    """Check a shape, and add the axes that it is the first to have to ``sizes``."""
+    known = len(sizes)
     fits = len(shape) == len(layout)
     for size, (_, factor, axis, offset) in zip(shape, layout, strict=False):
         if axis and axis not in sizes:
@@ -62,13 +65,14 @@ def _match(name: str, shape: tuple[int, ...], layout: Layout, known: dict[str, i
             fits = fits and (sizes[axis] >= 1 or axis == "batch")
         fits = fits and size == factor * sizes.get(axis, 0) + offset
     if fits:
-        return sizes
+        return
     names = dict.fromkeys(axis for _, _, axis, _ in layout if axis)
-    conditions = [f"{axis} = {known[axis]}" for axis in names if axis in known]
-    if free := [axis for axis in names if axis not in known and axis != "batch"]:
+    before = dict(list(sizes.items())[:known])
+    conditions = [f"{axis} = {before[axis]}" for axis in names if axis in before]
+    if free := [axis for axis in names if axis not in before and axis != "batch"]:
         conditions.append(f"{', '.join(free)} >= 1")
     axes = ", ".join(text for text, *_ in layout)
-    raise ValueError(f"{name} must have shape ({axes}) with {', '.join(conditions)}, got {shape}")
+    raise ValueError(f"{name} must have shape ({axes}) with {', '.join(conditions)}, got {tuple(shape)}")
 
 
 def at_token_stride(x: Tensor) -> Tensor:
@@ -76,16 +80,29 @@ def at_token_stride(x: Tensor) -> Tensor:
 
     Returned unchanged if they are contiguous channels of a wider map, else as a contiguous copy.
     """
-    height, width, dim = x.shape[1:]
-    stride = x.stride(2)
-    if stride >= dim and x.stride() == (height * width * stride, width * stride, stride, 1):
+    _, height, width, dim = x.shape
+    strides = x.stride()
+    stride = strides[2]
+    if stride >= dim and strides == (height * width * stride, width * stride, stride, 1):
         return x
     # Flattened because PyTorch does not normalise the strides of axes of length 1.
     return x.contiguous().flatten().view(x.shape)
 
 
+def compute_dtype_for(tensor: Tensor) -> torch.dtype:
+    """The dtype that operators compute in: float64 for float64, float32 for all others."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype).contiguous()``, with fewer calls of PyTorch if the tensor is that already."""
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Switch autocast off on the device of a tensor. The meta device has no autocast."""
-    if tensor.is_meta:
+    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)

@@ -45,7 +45,8 @@ def clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(native, "_loaded", {})
     monkeypatch.setattr(backends, "_missing", dict(backends._missing))
-    for name, value in (("_forced", None), ("_required", False), ("_interpreted", False), ("_hinted", set())):
+    state = {"_forced": None, "_required": False, "_interpreted": False, "_hinted": set(), "_served": {}}
+    for name, value in state.items():
         monkeypatch.setattr(backends, name, value)
 
 
@@ -483,6 +484,7 @@ def test_a_missing_library_is_hinted_at_once_or_is_an_error(monkeypatch: pytest.
     assert len(hints) == 1
 
     monkeypatch.setattr(backends, "_required", True)
+    backends._served.clear()
     for function in (scan, torch.compile(scan, backend="eager")):
         with pytest.raises(RuntimeError, match=r"REQUIRE_NATIVE=1, but the cpu backend cannot be used: not built"):
             function()
