@@ -52,8 +52,9 @@ def on_device_of_first(operator: Callable[..., Any]) -> Callable[..., Any]:
                 cause = cause.__cause__
             reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
             raise RuntimeError(
-                f"{operator.__name__} failed in the triton backend on {first.device} ({reason}). Set SPATIAL_MAMBA_BACKEND"
-                "=torch to use the reference implementation; `spatial-mamba kernels check` tests all operators"
+                f"{operator.__name__} failed in the triton backend on {first.device} ({reason}). "
+                "Set SPATIAL_MAMBA_BACKEND=torch to use the reference implementation. "
+                "`spatial-mamba kernels check` tests all operators"
             ) from error
 
     return run
