@@ -34,23 +34,50 @@ __device__ inline void store(float* target, float value) { *target = value; }
 __device__ inline void store(__nv_bfloat16* target, float value) { *target = __float2bfloat16_rn(value); }
 __device__ inline void store(__half* target, float value) { *target = __float2half_rn(value); }
 
-// exp for one special instruction. Its relative error, 1e-7 (1 + |x|), is larger only where the deltas and decays
-// computed with it are close to zero or to their limit.
-__device__ inline float fast_exp(float x) { return __expf(x); }
+// 2^x in one instruction, with a relative error of 2e-7; results below 2^-126 are zero.
+__device__ inline float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+#else
+  return exp2f(x);
+#endif
+}
+
+// 1 / x in one instruction, with a relative error of 1e-7.
+__device__ inline float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+#else
+  return 1.0f / x;
+#endif
+}
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// exp(x), with a relative error of 1e-7 (1 + |x|).
+__device__ inline float fast_exp(float x) { return exp2_fast(kLog2E * x); }
 
 // log(1 + x) for x in [0, 1]: log1p(x) / x as a polynomial, interpolated at Chebyshev nodes; relative error 2e-7, also
-// for tiny x.
+// for tiny x. With kBase = 2, the logarithm to base 2.
+template <int kBase = 0>
 __device__ inline float log1p_of_unit(float x) {
+  constexpr float kScale = kBase == 2 ? kLog2E : 1.0f;
   constexpr float kCoefficients[] = {0.00512610190f, -0.0290740654f, 0.0775160864f, -0.136022478f, 0.190768808f,
                                      -0.248353988f,  0.333181202f,   -0.499994457f, 0.99999994f};
   float sum = 0.0f;
 #pragma unroll
-  for (const float coefficient : kCoefficients) sum = sum * x + coefficient;
+  for (const float coefficient : kCoefficients) sum = sum * x + kScale * coefficient;
   return sum * x;
 }
 
 __device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1p_of_unit(fast_exp(-fabsf(x))); }
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+__device__ inline float sigmoid(float x) { return reciprocal(1.0f + fast_exp(-x)); }
+
+// softplus(x) / ln 2, from x / ln 2.
+__device__ inline float softplus_base2(float x) { return fmaxf(x, 0.0f) + log1p_of_unit<2>(exp2_fast(-fabsf(x))); }
+__device__ inline float sigmoid_base2(float x) { return reciprocal(1.0f + exp2_fast(-x)); }
 
 __device__ inline int clamp(int i, int size) { return min(max(i, 0), size - 1); }
 
@@ -62,16 +89,27 @@ __device__ inline float warp_sum(float value) {
 }
 
 // One or more steps of a recurrence, as a map of the state before them: h -> decay h + input.
-struct alignas(8) Affine {
-  float decay = 1.0f, input = 0.0f;
+template <class V>
+struct alignas(2 * sizeof(V)) AffineMap {
+  V decay = 1.0f, input = 0.0f;
 
-  __device__ float operator()(float h) const { return decay * h + input; }
-  __device__ Affine then(Affine next) const { return {decay * next.decay, next(input)}; }
+  __device__ V operator()(V h) const { return decay * h + input; }
+  __device__ AffineMap then(AffineMap next) const { return {decay * next.decay, next(input)}; }
 };
+
+using Affine = AffineMap<float>;
 
 template <class T>
 __host__ __device__ constexpr T divide_up(T count, T by) {
   return (count + by - 1) / by;
+}
+
+// Whether a block on the current GPU can have this much shared memory.
+inline bool fits_shared_memory(size_t floats) {
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return floats * sizeof(float) <= static_cast<size_t>(most);
 }
 
 template <class... Parameters, class... Arguments>
@@ -90,9 +128,14 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
                                  static_cast<int>(config.dynamicSmemBytes));
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA kernel ") + name + ": " + cudaGetErrorString(error));
-  }
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next kernel of the process, whichever it is, would report this error
+  const auto shape = [](dim3 size) {
+    return std::to_string(size.x) + "x" + std::to_string(size.y) + "x" + std::to_string(size.z);
+  };
+  throw std::runtime_error(std::string("CUDA kernel ") + name + ": " + cudaGetErrorString(error) + " (grid " +
+                           shape(grid) + ", block " + shape(block) + ", " + std::to_string(config.dynamicSmemBytes) +
+                           " bytes of shared memory); SPATIAL_MAMBA_BACKEND=triton or torch selects another backend");
 }
 
 template <class Pointer>

@@ -103,31 +103,50 @@ void find_states(const Recurrence& recurrence, const Strips& strips, float* piec
 // All states h (batch, H, W, dim) from those before each row.
 void restore_states(const Recurrence& recurrence, const float* row_states, float* h, cudaStream_t stream);
 
-// How `stream_scan` divides images: into strips and bands of rows, which are independent given the states before each
-// strip. A single strip and band needs no states, since the state is carried along.
+// A division of images among blocks and threads (chunks.cuh): into strips and bands of rows, which are independent
+// given the states before each strip. A single strip and band needs no states, since the state is carried along.
 struct Cut {
   Strips strips;
   int bands, band_rows;
+  int runs, rows;  // runs of columns along a row of a strip, rows of a chunk
+  int ring;        // rows in shared memory
 
   bool whole() const { return strips.count == 1 && bands == 1; }
 };
 
-Cut streaming_cut(const Map& map);
+Cut chunk_scan_cut(const Map& map);
+
+// Whether shapes, alignment and the shared memory of the GPU suit `chunk_scan` and `read_out_gradients`, whose other
+// argument is y or grad_y.
+bool chunk_scan_serves(const Recurrence& recurrence, Activations other);
 
 // y = C fused + D u in one pass over the image, if `streaming_serves`. `states`: of the strips, or null if the image is
 // not divided; then row_states are written.
-void stream_scan(const Recurrence& recurrence, const Cut& cut, const float* taps, const float* states,
-                 float* row_states, Activations y, cudaStream_t stream);
+void chunk_scan(const Recurrence& recurrence, const float* taps, const float* states, float* row_states, Activations y,
+                cudaStream_t stream);
+
+Cut read_out_gradients_cut(const Map& map);
+
+// The gradients of C and of the taps in one pass: grad_C (ceil(dim / 16), batch, H, W) and grad_taps (parts of the cut,
+// T, dim), each to be summed over its first dimension. `states`: of the strips.
+void read_out_gradients(const Recurrence& recurrence, Activations grad_y, const float* taps, const float* states,
+                        float* grad_C, float* grad_taps, cudaStream_t stream);
 
 struct RecurrenceGradients {
   Activations u;
-  float* step;       // (batch, H, W, dim), of delta before softplus; on entry the gradient of h
-  float* B;          // (ceil(dim / 32), batch, H, W), to be summed over its first dimension
-  float *A_log, *D;  // (partial_sums, dim), likewise
+  float* step;       // (batch, H, W, dim), of delta before softplus
+  float* B;          // (ceil(dim / channels), batch, H, W), to be summed over its first dimension
+  float *A_log, *D;  // (partial sums, dim), likewise
 };
 
-// Gradients through the recurrence and the skip connection D u. row_maps and row_carries are scratch memory, like
-// piece_maps and row_states above.
+// The gradients through state fusion, the recurrence and the skip connection D u in one pass, where this serves: with
+// 16 channels per sum for B, and one partial sum per image.
+bool chunk_gradients_serve(const Recurrence& recurrence, Activations grad_y);
+void chunk_gradients(const Recurrence& recurrence, Activations grad_y, const float* taps, const float* row_states,
+                     const RecurrenceGradients& gradients, cudaStream_t stream);
+
+// The same without the fusion, for any map; on entry `gradients.step` is the gradient of h. There are 32 channels per sum
+// for B, and `partial_sums`. row_maps and row_carries are scratch memory, like piece_maps and row_states above.
 void recurrence_gradients(const Recurrence& recurrence, Activations grad_y, const float* h, const float* row_states,
                           float* row_maps, float* row_carries, const RecurrenceGradients& gradients,
                           cudaStream_t stream);

@@ -31,9 +31,9 @@ using spatial_mamba::SelectiveScan;
 using spatial_mamba::Strips;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kLanes = 32;  // channels per partial sum over channels
+constexpr int64_t kLanes = 32, kHalfWarp = 16;  // channels per partial sum over channels
 
-int64_t blocks_of_lanes(int64_t dim) { return (dim + kLanes - 1) / kLanes; }
+int64_t blocks_of(int64_t dim, int64_t channels) { return (dim + channels - 1) / channels; }
 
 cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream(); }
 
@@ -147,12 +147,12 @@ std::tuple<Tensor, Tensor> structure_aware_scan(const Tensor& u, const Tensor& p
   const Map& map = recurrence.map;
   Tensor y = at::empty_like(u, u.options().dtype(pairs_with(out_dtype, u) ? out_dtype : at::kFloat));
   Tensor row_states;
-  if (spatial_mamba::streaming_serves(offsets)) {
-    const Cut cut = spatial_mamba::streaming_cut(map);
+  if (spatial_mamba::streaming_serves(offsets) && spatial_mamba::chunk_scan_serves(recurrence, activations(y))) {
+    const Cut cut = spatial_mamba::chunk_scan_cut(map);
     Tensor states =
         cut.whole() ? empty_floats(u, {map.batch, map.height, 1, map.dim}) : states_before(recurrence, u, cut.strips);
-    spatial_mamba::stream_scan(recurrence, cut, floats(taps), cut.whole() ? nullptr : floats(states),
-                               cut.whole() ? floats(states) : nullptr, activations(y), stream);
+    spatial_mamba::chunk_scan(recurrence, floats(taps), cut.whole() ? nullptr : floats(states),
+                              cut.whole() ? floats(states) : nullptr, activations(y), stream);
     row_states = states.select(2, 0).contiguous();
   } else {
     row_states = states_before(recurrence, u, spatial_mamba::kWholeRows).squeeze(2);
@@ -177,35 +177,64 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
   const int64_t rank = recurrence.rank, tokens = map.batch * map.height * map.width;
   const Tensor grad_y = pairs_with(grad_out.scalar_type(), u) ? grad_out : grad_out.to(at::kFloat);
 
-  Tensor h = empty_floats(u, u.sizes());
-  spatial_mamba::restore_states(recurrence, floats(row_states), floats(h), stream);
-  Tensor grad_C = empty_floats(u, {spatial_mamba::read_out_partial_sums(map, offsets), tokens});
-  spatial_mamba::read_out_gradient(map, activations(grad_y), floats(h), floats(taps), offsets, floats(grad_C), stream);
-  const Tensor C = read_out_weights(projection);
-  Tensor grad_taps = gradient_of_taps(grad_y, floats(C), h, offsets);
+  const bool published =
+      spatial_mamba::streaming_serves(offsets) && spatial_mamba::chunk_scan_serves(recurrence, activations(grad_y));
+  const bool in_one_pass = published && spatial_mamba::chunk_gradients_serve(recurrence, activations(grad_y));
+  Tensor h, C;
+  if (!in_one_pass) {
+    h = empty_floats(u, u.sizes());
+    spatial_mamba::restore_states(recurrence, floats(row_states), floats(h), stream);
+    C = read_out_weights(projection);
+  }
 
-  Tensor grad_step = empty_floats(u, u.sizes());  // first the gradient of h
-  spatial_mamba::fuse_adjoint(map, activations(grad_y), floats(C), floats(taps), offsets, activations(grad_step),
-                              stream);
-  Tensor row_maps = empty_floats(u, {map.batch, map.height, map.dim, 2});
-  Tensor row_carries = at::empty_like(row_states);
-  Tensor grad_u = at::empty_like(u);
-  Tensor grad_B = empty_floats(u, {blocks_of_lanes(map.dim), tokens});
-  Tensor grad_A_log = empty_floats(u, {spatial_mamba::partial_sums(map), map.dim});
+  Tensor grad_C, grad_taps;
+  if (published) {
+    const Cut cut = spatial_mamba::read_out_gradients_cut(map);
+    const Tensor states = cut.strips.count == 1 ? row_states : states_before(recurrence, u, cut.strips);
+    grad_C = empty_floats(u, {blocks_of(map.dim, kHalfWarp), tokens});
+    grad_taps = empty_floats(u, {map.batch * cut.bands * cut.strips.count, offsets.count, map.dim});
+    spatial_mamba::read_out_gradients(recurrence, activations(grad_y), floats(taps), floats(states), floats(grad_C),
+                                      floats(grad_taps), stream);
+    grad_taps = grad_taps.sum(0);
+  } else {
+    grad_C = empty_floats(u, {spatial_mamba::read_out_partial_sums(map, offsets), tokens});
+    spatial_mamba::read_out_gradient(map, activations(grad_y), floats(h), floats(taps), offsets, floats(grad_C),
+                                     stream);
+    grad_taps = gradient_of_taps(grad_y, floats(C), h, offsets);
+  }
+
+  Tensor grad_u = at::empty_like(u), grad_step = empty_floats(u, u.sizes());
+  Tensor grad_B = empty_floats(u, {blocks_of(map.dim, in_one_pass ? kHalfWarp : kLanes), tokens});
+  Tensor grad_A_log = empty_floats(u, {in_one_pass ? map.batch : spatial_mamba::partial_sums(map), map.dim});
   Tensor grad_D = at::empty_like(grad_A_log);
-  spatial_mamba::recurrence_gradients(
-      recurrence, activations(grad_y), floats(h), floats(row_states), floats(row_maps), floats(row_carries),
-      {activations(grad_u), floats(grad_step), floats(grad_B), floats(grad_A_log), floats(grad_D)}, stream);
+  const spatial_mamba::RecurrenceGradients gradients = {activations(grad_u), floats(grad_step), floats(grad_B),
+                                                        floats(grad_A_log), floats(grad_D)};
+  if (in_one_pass) {
+    spatial_mamba::chunk_gradients(recurrence, activations(grad_y), floats(taps), floats(row_states), gradients,
+                                   stream);
+  } else {
+    spatial_mamba::fuse_adjoint(map, activations(grad_y), floats(C), floats(taps), offsets, activations(grad_step),
+                                stream);
+    Tensor row_maps = empty_floats(u, {map.batch, map.height, map.dim, 2});
+    Tensor row_carries = at::empty_like(row_states);
+    spatial_mamba::recurrence_gradients(recurrence, activations(grad_y), floats(h), floats(row_states),
+                                        floats(row_maps), floats(row_carries), gradients, stream);
+  }
 
   const at::NoTF32Guard matrix_products_in_full_precision;
   grad_step = grad_step.view({tokens, map.dim});
-  const Tensor r = projection.view({tokens, rank + 2}).narrow(1, 0, rank).to(at::kFloat);
+  // r and a column of ones, whose product with grad_step is the gradient of the bias. Rows are padded to 16 bytes, for
+  // which cuBLAS has faster kernels.
+  Tensor factors = at::zeros({tokens, (rank + 1 + 3) / 4 * 4}, u.options().dtype(at::kFloat));
+  factors.narrow(1, 0, rank).copy_(projection.view({tokens, rank + 2}).narrow(1, 0, rank));
+  factors.select(1, rank).fill_(1);
+  const Tensor grad_factors = at::mm(grad_step.t(), factors);
   const Tensor grad_projection =
       at::cat({at::mm(grad_step, step_weight), grad_B.sum(0).unsqueeze(1), grad_C.sum(0).unsqueeze(1)}, 1);
   return {grad_u,
           grad_projection.to(projection.scalar_type()).view(projection.sizes()),
-          at::mm(grad_step.t(), r),
-          grad_step.sum(0),
+          grad_factors.narrow(1, 0, rank).contiguous(),
+          grad_factors.select(1, rank).contiguous(),
           grad_A_log.sum(0),
           grad_D.sum(0),
           grad_taps};

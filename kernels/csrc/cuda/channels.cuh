@@ -1,0 +1,78 @@
+// The channels of a thread: V is float for one channel, or Pair for two neighbouring ones.
+#pragma once
+
+#include "stencil.cuh"
+
+namespace spatial_mamba {
+
+struct alignas(8) Pair {
+  float x, y;
+
+  __device__ Pair(float value = 0.0f) : x(value), y(value) {}
+  __device__ Pair(float x, float y) : x(x), y(y) {}
+  __device__ friend Pair operator+(Pair a, Pair b) { return {a.x + b.x, a.y + b.y}; }
+  __device__ friend Pair operator*(Pair a, Pair b) { return {a.x * b.x, a.y * b.y}; }
+  __device__ Pair& operator+=(Pair other) { return *this = *this + other; }
+};
+
+template <class V>
+constexpr int kChannelsOf = sizeof(V) / sizeof(float);
+template <class V>
+constexpr int kLanes = kChannels / kChannelsOf<V>;  // that have the same tokens
+
+template <class Function>
+__device__ inline float each(const Function& function, float value) {
+  return function(value);
+}
+template <class Function>
+__device__ inline Pair each(const Function& function, Pair value) {
+  return {function(value.x), function(value.y)};
+}
+
+__device__ inline float sum_of(float value) { return value; }
+__device__ inline float sum_of(Pair value) { return value.x + value.y; }
+
+// Values as they are in memory. They are converted when they are used, so that loads need not be waited for earlier.
+template <class V, class X>
+struct alignas(kChannelsOf<V> * sizeof(X)) Raw {
+  X channels[kChannelsOf<V>];
+
+  __device__ V value() const {
+    if constexpr (kChannelsOf<V> == 1) {
+      return load(channels);
+    } else {
+      return {load(channels), load(channels + 1)};
+    }
+  }
+};
+
+template <class V, class X>
+__device__ inline Raw<V, X> load_raw(const X* source) {
+  return *reinterpret_cast<const Raw<V, X>*>(source);
+}
+
+template <class X>
+__device__ inline void store_value(X* target, float value) {
+  store(target, value);
+}
+template <class X>
+__device__ inline void store_value(X* target, Pair value) {
+  Raw<Pair, X> raw;
+  store(raw.channels, value.x);
+  store(raw.channels + 1, value.y);
+  *reinterpret_cast<Raw<Pair, X>*>(target) = raw;
+}
+
+// The value of the lane that is `distance` lower, or higher if it is negative.
+__device__ inline float shift(float value, int distance) {
+  return distance > 0 ? __shfl_up_sync(kAllLanes, value, distance) : __shfl_down_sync(kAllLanes, value, -distance);
+}
+__device__ inline Pair shift(Pair value, int distance) {
+  return {shift(value.x, distance), shift(value.y, distance)};
+}
+template <class V>
+__device__ inline AffineMap<V> shift(AffineMap<V> map, int distance) {
+  return {shift(map.decay, distance), shift(map.input, distance)};
+}
+
+}  // namespace spatial_mamba

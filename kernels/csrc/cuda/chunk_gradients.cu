@@ -1,0 +1,224 @@
+// The gradients through state fusion and the recurrence in one pass, up the rows of whole images: the adjoint of the
+// fusion, the reverse scan, and the gradients of the recurrence's inputs. States are computed again, row by row.
+#include "chunks.cuh"
+
+namespace spatial_mamba {
+namespace {
+
+constexpr int kRuns = 32;  // per block
+
+// The adjoint of the fusion, from a ring of gradients of fused states with zeros outside the image.
+//
+// With replicate padding, the first and last row and column get the gradients of all outputs that read beyond them.
+template <class V>
+struct Adjoint {
+  const Ring& ring;
+  int window;  // the place of this run's window in a row of the ring
+  int height, row;
+  bool is_left, is_right;  // whether the run has the first and the last column
+  int last;                // of the run's columns
+  const V* taps;           // of this thread's channels, in shared memory: they would take too many registers
+
+  // Add the taps of one row offset to `grad_h`; what is beyond the last column to `right`.
+  template <int kOffset, int kFirst>
+  __device__ __forceinline__ void add(V (&grad_h)[kRun], V& right) const {
+    // The rows whose outputs read this row at that offset.
+    const int source = row - kOffset;
+    const int first = max(kOffset < 0 && row == 0 ? 0 : source, 0);
+    const int end = min(kOffset > 0 && row == height - 1 ? height - 1 : source, height - 1);
+#pragma unroll 1
+    for (int i = first; i <= end; ++i) {
+      const V* gradients = reinterpret_cast<const V*>(ring.row(i) + window) + threadIdx.x;
+      V values[kRunWindow];
+#pragma unroll
+      for (int j = 0; j < kRunWindow; ++j) values[j] = gradients[j * kLanes<V>];
+      constexpr int kDilation = kOffset < 0 ? -kOffset : kOffset, kCount = kDilation == 0 ? 7 : 3;
+      constexpr int kColumns[] = {-5, -3, -1, 0, 1, 3, 5};
+#pragma unroll
+      for (int t = 0; t < kCount; ++t) {
+        const int offset = kDilation == 0 ? kColumns[t] : (t - 1) * kDilation;
+#pragma unroll
+        for (int k = 0; k < kRun; ++k) grad_h[k] += taps[(kFirst + t) * kLanes<V>] * values[k + kReach - offset];
+      }
+      if (is_left) {
+#pragma unroll
+        for (int t = kCount / 2 - 1; t >= 0; --t) {
+          const int reach = kDilation == 0 ? -kColumns[t] : (1 - t) * kDilation;
+          V beyond = 0.0f;
+#pragma unroll
+          for (int j = 0; j < reach; ++j) beyond += values[kReach + j];
+          grad_h[0] += taps[(kFirst + t) * kLanes<V>] * beyond;
+        }
+      }
+      if (is_right) {
+        const V* end_of_row = gradients + (kReach + last) * kLanes<V>;
+#pragma unroll
+        for (int t = kCount / 2 + 1; t < kCount; ++t) {
+          const int reach = kDilation == 0 ? kColumns[t] : (t - 1) * kDilation;
+          V beyond = 0.0f;
+#pragma unroll
+          for (int j = 0; j < reach; ++j) beyond += end_of_row[-j * kLanes<V>];
+          right += taps[(kFirst + t) * kLanes<V>] * beyond;
+        }
+      }
+    }
+  }
+};
+
+// grad_state is the full gradient of a state h = decay h_before + delta B u: that from its own row, grad_h, plus the
+// carry, decay times the grad_state of the next token.
+template <class T, class G, class V>
+__global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
+    chunk_gradients_kernel(const __grid_constant__ Recurrence recurrence, const __grid_constant__ Cut cut,
+                           const G* grad_y, const float* taps, const float* row_states, T* grad_u, float* grad_step,
+                           float* grad_B, float* grad_A_log, float* grad_D) {
+  float* memory = shared_memory;
+  const Map& map = recurrence.map;
+  const Walk<T, V> walk(recurrence, cut, memory);
+  V* own_taps = reinterpret_cast<V*>(take(memory, kTaps * kChannels)) + threadIdx.x;
+  for (int t = threadIdx.y; t < kTaps; t += blockDim.y) {
+    own_taps[t * kLanes<V>] = walk.weight(taps + static_cast<int64_t>(t) * map.dim);
+  }
+  const Ring ring(cut, 0, map.height, map.height, memory);
+  const int columns = walk.columns, window = walk.run * kRun * kChannels;
+  const bool has_row = walk.row_of_chunk < cut.rows;
+  const V skip = walk.weight(recurrence.D);
+  const T* C = walk.image_of(static_cast<const T*>(recurrence.projection.data), recurrence.rank + 2) + recurrence.rank + 1;
+  grad_y = walk.image_of(grad_y, map.dim);
+  grad_u = walk.image_of(grad_u, map.dim);
+  grad_step = walk.image_of(grad_step, map.dim);
+  grad_B = walk.image_of(grad_B, 1) + walk.group * map.batch * map.height * map.width;
+  V sum_A_log = 0.0f, sum_D = 0.0f;
+  ring.clear();
+
+  int loaded = map.height;  // the first row of gradients in the ring
+  const int chunks = divide_up(map.height, cut.rows);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int start = (chunks - 1 - chunk) * cut.rows;
+    // The gradients of fused states, C grad_y.
+    const int needed = max(start - kReach, 0);
+    for (int i = needed + walk.row_of_chunk; i < loaded && has_row; i += cut.rows) {
+      Raw<V, G> grad[kRun];
+      walk.load_run(grad, grad_y, i);
+      V* target = reinterpret_cast<V*>(ring.row(i) + window + kReach * kChannels) + threadIdx.x;
+      const T* C_of_run = C + walk.token(i, walk.column) * (recurrence.rank + 2);
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) {
+        const float own_C = load(C_of_run + walk.existing(k) * (recurrence.rank + 2));
+        target[k * kLanes<V>] = k < columns ? V(own_C) * grad[k].value() : V(0.0f);
+      }
+    }
+    loaded = needed;
+
+    // The states before the tokens.
+    const bool exists = has_row && start + walk.row_of_chunk < map.height;
+    const int row = min(start + walk.row_of_chunk, map.height - 1), count = exists ? columns : 0;
+    Raw<V, T> u[kRun];
+    walk.load_run(u, walk.u, row);
+    V steps[kRun], deltas[kRun], decays[kRun], before[kRun];
+    walk.project(row, steps);
+    AffineMap<V> own;
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) {
+      deltas[k] = k < count ? each(softplus_base2, steps[k]) : V(0.0f);
+      decays[k] = each(exp2_fast, deltas[k] * walk.rate);
+      before[k] = deltas[k] * (kLn2 * walk.B(k)) * u[k].value();  // the input, until the state is known
+      own = own.then({decays[k], before[k]});
+    }
+    const V row_state = walk.weight(row_states + (walk.image * map.height + row) * map.dim);
+    if (walk.run == 0) own = {0.0f, own(row_state)};
+    V state = walk.template enter<false>(own, nullptr, nullptr);
+    if (walk.run == 0) state = row_state;
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) {
+      const V next = decays[k] * state + before[k];
+      before[k] = state;
+      state = next;
+    }
+
+    // The gradients of states, first of each row alone; then the carries.
+    V grad_h[kRun] = {}, right = 0.0f;
+    const bool is_right = walk.column + columns == map.width;
+    const Adjoint<V> adjoint{ring, window, map.height, row, walk.column == 0, is_right, columns - 1, own_taps};
+    if (count > 0) {
+      adjoint.template add<-5, 0>(grad_h, right);
+      adjoint.template add<-3, 3>(grad_h, right);
+      adjoint.template add<-1, 6>(grad_h, right);
+      adjoint.template add<0, 9>(grad_h, right);
+      adjoint.template add<1, 16>(grad_h, right);
+      adjoint.template add<3, 19>(grad_h, right);
+      adjoint.template add<5, 22>(grad_h, right);
+    }
+    AffineMap<V> reverse;
+#pragma unroll
+    for (int k = kRun - 1; k >= 0; --k) {
+      if (k == columns - 1) grad_h[k] += right;
+      if (k >= count) grad_h[k] = V(0.0f);
+      reverse = reverse.then({decays[k], decays[k] * grad_h[k]});
+    }
+    V carry = walk.template enter<true>(reverse, walk.carry(chunk), walk.carry(chunk + 1));
+
+    Raw<V, G> grad[kRun];
+    walk.load_run(grad, grad_y, row);
+    const unsigned first = walk.element(row, walk.column);
+#pragma unroll
+    for (int k = kRun - 1; k >= 0; --k) {
+      const V grad_state = grad_h[k] + carry;
+      carry = decays[k] * grad_state;
+      const V grad_rate = carry * before[k];  // of delta * rate
+      const V own_u = u[k].value(), own_grad = grad[k].value(), grad_of_B = grad_state * deltas[k] * own_u;
+      const float B = walk.B(k);
+      if (k < count && walk.has_channel) {
+        store_value(grad_u + first + k * map.dim, grad_state * deltas[k] * (kLn2 * B) + skip * own_grad);
+        store_value(grad_step + first + k * map.dim,
+                    (grad_state * own_u * B + grad_rate * walk.rate) * each(sigmoid_base2, steps[k]));
+        sum_D += own_grad * own_u;
+      }
+      grad_h[k] = k < count && walk.has_channel ? grad_of_B : V(0.0f);
+      sum_A_log += grad_rate * deltas[k];
+    }
+    const float sum = sum_over_channels(grad_h);
+    const int k = threadIdx.x * 8 / kLanes<V>;
+    if (threadIdx.x % (kLanes<V> / 8) == 0 && k < count) grad_B[walk.token(row, walk.column + k)] = kLn2 * sum;
+  }
+
+  V* sums = reinterpret_cast<V*>(shared_memory);  // (2, runs, channels)
+  __syncthreads();
+  sums[threadIdx.y * kLanes<V> + threadIdx.x] = sum_A_log;
+  sums[(blockDim.y + threadIdx.y) * kLanes<V> + threadIdx.x] = sum_D;
+  __syncthreads();
+  if (threadIdx.y < 2 && walk.has_channel) {
+    V sum = 0.0f;
+    for (unsigned i = 0; i < blockDim.y; ++i) sum += sums[(threadIdx.y * blockDim.y + i) * kLanes<V> + threadIdx.x];
+    if (threadIdx.y == 0) sum = sum * walk.rate * kLn2;
+    store_value((threadIdx.y == 0 ? grad_A_log : grad_D) + static_cast<int64_t>(walk.part) * map.dim + walk.channel, sum);
+  }
+}
+
+size_t shared_floats(const Recurrence& recurrence, const Cut& cut) {
+  return std::max<size_t>(2 * threads_of<Pair>(cut).y * kChannels,
+                          Walk<float, Pair>::shared_floats(recurrence.rank, cut) + Ring::floats(cut) + kTaps * kChannels);
+}
+
+}  // namespace
+
+bool chunk_gradients_serve(const Recurrence& recurrence, Activations grad_y) {
+  const Cut cut = cut_into_chunks(recurrence.map, kRuns, /*undivided=*/true);
+  return cut.strips.count == 1 && suits_chunks(recurrence, grad_y) &&
+         fits_shared_memory(shared_floats(recurrence, cut));
+}
+
+void chunk_gradients(const Recurrence& recurrence, Activations grad_y, const float* taps, const float* row_states,
+                     const RecurrenceGradients& gradients, cudaStream_t stream) {
+  const Map& map = recurrence.map;
+  const Cut cut = cut_into_chunks(map, kRuns, /*undivided=*/true);
+  with_types(recurrence.u, grad_y, [&](auto* u, auto* grad) {
+    using T = Element<decltype(u)>;
+    using G = Element<decltype(grad)>;
+    launch("chunk_gradients", chunk_gradients_kernel<T, G, Pair>, grid_of(map, cut), threads_of<Pair>(cut),
+           shared_floats(recurrence, cut), stream, recurrence, cut, grad, taps, row_states,
+           static_cast<T*>(gradients.u.data), gradients.step, gradients.B, gradients.A_log, gradients.D);
+  });
+}
+
+}  // namespace spatial_mamba

@@ -1,0 +1,318 @@
+// The recurrence of the structure-aware scan in chunks of rows, for 3x3 fusion kernels with dilations 1, 3 and 5.
+//
+// A block has a few channels of an image, or of a band and strip of it, and goes through the rows in chunks. A thread
+// has a run of neighbouring columns of one row of a chunk. All runs of a chunk are scanned at once. The states go to a
+// ring of rows in shared memory, from which the stencil reads them.
+#pragma once
+
+#include <algorithm>
+
+#include "channels.cuh"
+
+namespace spatial_mamba {
+
+constexpr int kRun = 7;  // divides the widths of all stages of 224x224 images
+constexpr int kRunWindow = kRun + 2 * kReach;
+constexpr int kVector = 4;  // floats per load from shared memory
+
+__host__ __device__ constexpr int padded(int rank) { return divide_up(rank, kVector) * kVector; }
+
+// Division of images for blocks with at most `runs_per_block` runs. Undivided images are not cut into bands of rows.
+inline Cut cut_into_chunks(const Map& map, int runs_per_block, bool undivided = false) {
+  constexpr int kMostColumns = 16 * kRun;
+  Cut cut;
+  cut.strips = kWholeRows;
+  int columns = map.width;
+  if (map.width > kMostColumns) {
+    const int own = divide_up(map.width, divide_up(map.width, kMostColumns - 2 * kReach));
+    cut.strips = {divide_up(map.width, own), own, kReach};
+    columns = own + 2 * kReach;
+  }
+  cut.runs = divide_up(columns, kRun);
+  const int64_t blocks = map.batch * divide_up(map.dim, kChannels) * cut.strips.count;
+  cut.band_rows = divide_up(map.height, undivided ? 1 : bands_for(blocks, map.height));
+  cut.bands = divide_up(map.height, cut.band_rows);
+  const int scanned = std::min(map.height, cut.bands == 1 ? map.height : cut.band_rows + 2 * kReach);
+  const int most = std::max(1, runs_per_block / cut.runs);
+  cut.rows = divide_up(scanned, divide_up(scanned, most));
+  cut.ring = std::min(scanned, cut.rows + 2 * kReach);
+  return cut;
+}
+
+inline dim3 grid_of(const Map& map, const Cut& cut) {
+  const int64_t blocks = map.batch * cut.bands * cut.strips.count * divide_up(map.dim, kChannels);
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+// Whole warps.
+template <class V>
+dim3 threads_of(const Cut& cut) {
+  constexpr int kRunsOfWarp = kWarp / kLanes<V>;
+  return dim3(kLanes<V>, divide_up(cut.rows * cut.runs, kRunsOfWarp) * kRunsOfWarp);
+}
+
+// Whether threads can load pairs of channels, and index an image and a run's projections in few bits.
+inline bool suits_chunks(const Recurrence& recurrence, Activations other) {
+  const Map& map = recurrence.map;
+  const auto aligned = [](Activations x) {
+    return reinterpret_cast<uintptr_t>(x.data) % (x.type == Scalar::float32 ? sizeof(float2) : sizeof(float)) == 0;
+  };
+  const int channels = std::max(map.dim, recurrence.rank + 2);
+  return map.dim % 2 == 0 && aligned(recurrence.u) && aligned(recurrence.projection) && aligned(other) &&
+         recurrence.rank <= 128 && static_cast<int64_t>(map.height) * map.width * channels < int64_t{1} << 31;
+}
+
+// Rows of a map in shared memory, (ring, columns, channels), each followed by C of its tokens. The columns start kReach
+// before the block's first one.
+class Ring {
+ public:
+  static size_t floats(const Cut& cut) { return table_size(cut) + static_cast<size_t>(cut.ring) * pitch_of(cut.runs); }
+
+  // For the rows that results from `first_row` to `last_row` - 1 depend on.
+  __device__ Ring(const Cut& cut, int first_row, int last_row, int height, float*& free_memory)
+      : columns_(cut.runs * kRun + 2 * kReach), size_(cut.ring * pitch_of(cut.runs)) {
+    memory_ = take(free_memory, size_);
+    table_ = reinterpret_cast<int*>(take(free_memory, table_size(cut))) + kReach - first_row;
+    const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+    for (int row = first_row - kReach + thread; row < last_row + kReach; row += threads) {
+      table_[row] = clamp(row, height) % cut.ring * pitch_of(cut.runs);
+    }
+    __syncthreads();
+  }
+
+  // Write zeros, for columns that are never written.
+  __device__ void clear() const {
+    const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+    for (int i = thread; i < size_; i += threads) memory_[i] = 0.0f;
+    __syncthreads();
+  }
+
+  // A row of the map; for rows beyond the image, the nearest one inside.
+  __device__ float* row(int index) const { return memory_ + table_[index]; }
+
+  // C of the tokens of a row.
+  __device__ float* C(int index) const { return row(index) + columns_ * kChannels; }
+
+ private:
+  static __host__ __device__ int pitch_of(int runs) {
+    // Runs in neighbouring rows use different banks.
+    return (runs * kRun + 2 * kReach) * kChannels + divide_up(runs * kRun, kWarp) * kWarp;
+  }
+  static __host__ __device__ int table_size(const Cut& cut) { return cut.band_rows + 2 * kReach; }
+
+  int columns_, size_;
+  float* memory_;
+  int* table_;
+};
+
+// The place of a block and of its threads, and the recurrence at the tokens of a run.
+template <class T, class V>
+class Walk {
+ public:
+  // Floats of shared memory, besides rings.
+  static size_t shared_floats(int rank, const Cut& cut) {
+    const int runs = threads_of<V>(cut).y, warps = runs * kLanes<V> / kWarp;
+    return padded(rank) * kChannels + runs * kRun * pitch_of(rank) + (2 * 2 * warps + 2) * kChannels;
+  }
+
+  __device__ Walk(const Recurrence& recurrence, const Cut& cut, float*& memory)
+      : recurrence(recurrence), map(recurrence.map), cut(cut) {
+    const int groups = divide_up(map.dim, kChannels), rank = recurrence.rank;
+    group = blockIdx.x % groups;
+    part = blockIdx.x / groups;
+    strip = part % cut.strips.count;
+    const int band = part / cut.strips.count % cut.bands;
+    image = part / cut.strips.count / cut.bands;
+    first_row = band * cut.band_rows;
+    last_row = min(first_row + cut.band_rows, map.height);
+    const bool whole = cut.strips.count == 1;
+    first_output = whole ? 0 : strip * cut.strips.columns;
+    last_output = whole ? map.width : min(first_output + cut.strips.columns, map.width);
+    first_column = cut.strips.start(strip);
+    last_column = whole ? map.width : min(last_output + kReach, map.width);
+    u = image_of(static_cast<const T*>(recurrence.u.data), map.dim);
+    projections_ = image_of(static_cast<const T*>(recurrence.projection.data), rank + 2);
+
+    const int own_channel = group * kChannels + threadIdx.x * kChannelsOf<V>;
+    has_channel = own_channel < map.dim;
+    channel = min(own_channel, map.dim - kChannelsOf<V>);
+    row_of_chunk = threadIdx.y / cut.runs;
+    run = threadIdx.y % cut.runs;
+    column = min(first_column + run * kRun, last_column - 1);
+    columns = row_of_chunk < cut.rows ? clamp(last_column - first_column - run * kRun, kRun + 1) : 0;
+    last_ = max(columns - 1, 0);
+
+    rate = each([](float A_log) { return -expf(A_log); }, weight(recurrence.A_log));
+    bias_ = V(kLog2E) * weight(recurrence.step_bias);
+    warps_ = blockDim.y * kLanes<V> / kWarp;
+    warp_ = threadIdx.y * kLanes<V> / kWarp;
+    weights_ = take(memory, padded(rank) * kChannels);
+    projection_ = take(memory, blockDim.y * kRun * pitch_of(rank)) + threadIdx.y * kRun * pitch_of(rank);
+    segments_ = take(memory, 2 * 2 * warps_ * kChannels);
+    carries_ = take(memory, 2 * kChannels);
+    const int thread = threadIdx.y * kLanes<V> + threadIdx.x, threads = blockDim.y * kLanes<V>;
+    for (int i = thread; i < padded(rank) * kChannels; i += threads) {
+      const int r = i / kChannels, own = min(group * kChannels + i % kChannels, map.dim - 1);
+      weights_[i] = r < rank ? kLog2E * recurrence.step_weight[static_cast<int64_t>(own) * rank + r] : 0.0f;
+    }
+    for (int i = thread; i < 2 * kChannels; i += threads) carries_[i] = 0.0f;
+    for (int i = threadIdx.x; i < kRun * pitch_of(rank); i += kLanes<V>) projection_[i] = 0.0f;  // also the padding
+    __syncthreads();
+  }
+
+  // Weights of this thread's channels.
+  __device__ V weight(const float* weights) const {
+    if constexpr (kChannelsOf<V> == 1) {
+      return weights[channel];
+    } else {
+      return {weights[channel], weights[channel + 1]};
+    }
+  }
+
+  __device__ void load_taps(V (&own)[kTaps], const float* taps) const {
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) own[t] = weight(taps + static_cast<int64_t>(t) * map.dim);
+  }
+
+  // The image of this block in maps with `channels` channels.
+  template <class X>
+  __device__ X* image_of(X* maps, int channels) const {
+    return maps + image * map.height * map.width * channels;
+  }
+
+  // A token of the image, and the thread's first channel there.
+  __device__ unsigned token(int row, int column) const { return row * map.width + column; }
+  __device__ unsigned element(int row, int column) const { return token(row, column) * map.dim + channel; }
+
+  // The k-th column of this run, or its last one.
+  __device__ int existing(int k) const { return min(k, last_); }
+
+  template <class X>
+  __device__ __forceinline__ void load_run(Raw<V, X> (&values)[kRun], const X* of_image, int row) const {
+    const unsigned first = element(row, column);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) values[k] = load_raw<V>(of_image + first + existing(k) * map.dim);
+  }
+
+  // Deltas before softplus, in units of ln 2, at the tokens of this run in a row. B and C are kept until the next call.
+  __device__ __forceinline__ void project(int row, V (&steps)[kRun]) const {
+    const int rank = recurrence.rank, pitch = pitch_of(rank);
+    const T* source = projections_ + token(row, column) * (rank + 2);
+    const int count = (last_ + 1) * (rank + 2);
+    __syncwarp();  // the previous values have been read
+    if (rank % 2 == 0) {
+      const int words = rank / 2 + 1, scale = 65536 / words + 1;  // i * scale >> 16 is i / words
+#pragma unroll 1
+      for (int i = threadIdx.x; 2 * i < count; i += kLanes<V>) {
+        const int k = i * scale >> 16;
+        const Raw<Pair, T> word = load_raw<Pair>(source + 2 * i);
+        *reinterpret_cast<Pair*>(projection_ + 2 * i + k * (pitch - rank - 2)) = word.value();
+      }
+    } else {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < count; i += kLanes<V>) {
+        projection_[i + i / (rank + 2) * (pitch - rank - 2)] = load(source + i);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) steps[k] = bias_;
+#pragma unroll 1
+    for (int r = 0; r < rank; r += kVector) {
+      V weights[kVector];
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        weights[j] = reinterpret_cast<const V*>(weights_ + (r + j) * kChannels)[threadIdx.x];
+      }
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) {
+        const float4 values = *reinterpret_cast<const float4*>(projection_ + k * pitch + r);
+        steps[k] += weights[0] * values.x;
+        steps[k] += weights[1] * values.y;
+        steps[k] += weights[2] * values.z;
+        steps[k] += weights[3] * values.w;
+      }
+    }
+  }
+
+  __device__ float B(int k) const { return projection_[k * pitch_of(recurrence.rank) + recurrence.rank]; }
+  __device__ float C(int k) const { return projection_[k * pitch_of(recurrence.rank) + recurrence.rank + 1]; }
+
+  // The state before this run, given the map of each run and the state before the first one; with kReverse, runs are in
+  // reverse order. Contains a barrier. The state after all runs goes to `next_carry`, if that is not null.
+  template <bool kReverse>
+  __device__ __forceinline__ V enter(AffineMap<V> own, const float* carry, float* next_carry) const {
+    constexpr int kRunsOfWarp = kWarp / kLanes<V>;
+    const int run_of_warp = threadIdx.y % kRunsOfWarp, rank = kReverse ? kRunsOfWarp - 1 - run_of_warp : run_of_warp;
+    constexpr int kDistance = kReverse ? -kLanes<V> : kLanes<V>;
+    AffineMap<V> upto = own;  // the run and those before it in the warp
+#pragma unroll
+    for (int runs = 1; runs < kRunsOfWarp; runs *= 2) {
+      const AffineMap<V> earlier = shift(upto, runs * kDistance);
+      if (rank >= runs) upto = earlier.then(upto);
+    }
+    const AffineMap<V> before = shift(upto, kDistance);
+    auto* segments = reinterpret_cast<AffineMap<V>*>(segments_) + (kReverse ? warps_ * kLanes<V> : 0) + threadIdx.x;
+    const int position = kReverse ? warps_ - 1 - warp_ : warp_;
+    if (rank == kRunsOfWarp - 1) segments[position * kLanes<V>] = upto;
+    __syncthreads();
+    V state = carry == nullptr ? V(0.0f) : reinterpret_cast<const V*>(carry)[threadIdx.x];
+#pragma unroll 2
+    for (int i = 0; i < position; ++i) state = segments[i * kLanes<V>](state);
+    if (next_carry != nullptr && rank == kRunsOfWarp - 1 && position == warps_ - 1) {
+      reinterpret_cast<V*>(next_carry)[threadIdx.x] = upto(state);
+    }
+    return rank == 0 ? state : before(state);
+  }
+
+  __device__ float* carry(int chunk) const { return carries_ + chunk % 2 * kChannels; }
+
+  const Recurrence& recurrence;
+  const Map& map;
+  const Cut& cut;
+  int64_t image;
+  const T* u;                      // of the image
+  int group, part;                 // of the channels; of everything else
+  int strip, first_row, last_row;  // rows of the results
+  int first_output, last_output;   // columns of the results
+  int first_column, last_column;   // columns of the states
+  int channel;                     // the first one; valid in every lane
+  bool has_channel;                // whether it belongs to this lane
+  int row_of_chunk, run;           // of this thread
+  int column, columns;             // the run's first column, and how many exist
+  V rate;                          // -exp(A_log)
+
+ private:
+  // Of a token in shared memory: r, B and C, padded to whole vectors.
+  static __host__ __device__ int pitch_of(int rank) { return padded(rank + 2); }
+
+  const T* projections_;
+  int last_, warp_, warps_;
+  V bias_;
+  float *weights_, *projection_, *segments_, *carries_;  // (padded rank, channels); (run, pitch); maps; states
+};
+
+// The sums of the values over all channels of a run; returns the one of column k to lane k, or 2 k and 2 k + 1.
+template <class V>
+__device__ __forceinline__ float sum_over_channels(const V (&values)[kRun]) {
+  static_assert(kRun == 7 && kLanes<V> >= 8);
+  const unsigned lane = threadIdx.x * 8 / kLanes<V>;
+  constexpr int kStep = kLanes<V> / 8;
+  float four[4], two[2];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float low = sum_of(values[k]), high = k == 3 ? 0.0f : sum_of(values[(k + 4) % kRun]);
+    four[k] = (lane & 4 ? high : low) + __shfl_xor_sync(kAllLanes, lane & 4 ? low : high, 4 * kStep);
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const float low = four[k], high = four[k + 2];
+    two[k] = (lane & 2 ? high : low) + __shfl_xor_sync(kAllLanes, lane & 2 ? low : high, 2 * kStep);
+  }
+  float sum = (lane & 1 ? two[1] : two[0]) + __shfl_xor_sync(kAllLanes, lane & 1 ? two[0] : two[1], kStep);
+#pragma unroll
+  for (int distance = kStep / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  return sum;
+}
+
+}  // namespace spatial_mamba
