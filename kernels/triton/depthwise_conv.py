@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import channel_block, load_float
-from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, kernel, multiprocessors, on_device_of_first
+from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, cdiv, kernel, multiprocessors, on_device_of_first
 
 MAX_ROWS, TILE_WIDTH, TILE_CHANNELS = 8, 8, 64  # 4 elements of a row per thread
 WARPS, ADJOINT_WARPS = 4, 8  # the adjoint keeps its sums in registers
@@ -38,9 +38,9 @@ def depthwise_conv_backward(
     if not x.numel():
         return torch.zeros_like(weight), torch.zeros_like(bias)
     (tiles, channel_blocks), blocks = _tiles(x)
-    programs = min(tiles, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device), channel_blocks))
+    programs = min(tiles, cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device), channel_blocks))
     grid = (programs, channel_blocks)
-    parts = weight.new_empty(programs, x.shape[3], 10)
+    parts = weight.new_empty(programs, 10 * x.shape[3])
     sizes, stride, grad_stride = x.shape[1:], x.stride(2), grad_x.stride(2)
     if epilogue == "silu":
         grad_convolved = torch.empty_like(grad_out)
@@ -51,17 +51,17 @@ def depthwise_conv_backward(
         tensors = (grad_out, x, weight, grad_x, parts)
     options = dict(RESIDUAL=epilogue == "residual", num_warps=ADJOINT_WARPS)
     _adjoint[grid](*tensors, tiles, *sizes, stride, grad_stride, **blocks, **options)
-    grad_weight, grad_bias = parts.sum(0).split([9, 1], dim=1)
-    return grad_weight.contiguous(), grad_bias.squeeze(1).contiguous()
+    sums = parts.sum(0)
+    return sums[: weight.numel()].view(weight.shape), sums[weight.numel() :].clone()  # results must share no memory
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     """The numbers of tiles and of blocks of channels, and the block sizes."""
     batch, height, width, dim = x.shape
     block_width, block_dim = block(width, TILE_WIDTH), block(dim, TILE_CHANNELS)
-    bands = triton.cdiv(height, MAX_ROWS)
-    blocks = dict(ROWS=triton.cdiv(height, bands), BLOCK_WIDTH=block_width, BLOCK_DIM=block_dim)
-    return (batch * bands * triton.cdiv(width, block_width), triton.cdiv(dim, block_dim)), blocks
+    bands = cdiv(height, MAX_ROWS)
+    blocks = dict(ROWS=cdiv(height, bands), BLOCK_WIDTH=block_width, BLOCK_DIM=block_dim)
+    return (batch * bands * cdiv(width, block_width), cdiv(dim, block_dim)), blocks
 
 
 # --- Device functions; blocks are (columns, channels) -----------------------------------------------------------------
@@ -102,10 +102,11 @@ def _taps(weight, channel, in_dim) -> tuple[tl.tensor, ...]:
 
 @triton.jit
 def _store_sums(parts, sums, dim, channel, in_dim) -> None:
-    """Sum over the columns and write to (programs, dim, 10): the taps in order, then the bias."""
-    place = (tl.program_id(0) * dim + channel) * 10
-    for k in tl.static_range(10):
-        tl.store(parts + place + k, tl.sum(sums[k], axis=0), mask=in_dim)
+    """Sum over the columns and write to (programs, 10 dim): the taps of all channels, (dim, 9), then the biases."""
+    parts += tl.program_id(0) * 10 * dim
+    for k in tl.static_range(9):
+        tl.store(parts + channel * 9 + k, tl.sum(sums[k], axis=0), mask=in_dim)
+    tl.store(parts + 9 * dim + channel, tl.sum(sums[9], axis=0), mask=in_dim)
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import load_float
-from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, kernel, multiprocessors, on_device_of_first
+from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, cdiv, kernel, multiprocessors, on_device_of_first
 
 BLOCK_ELEMENTS = 2048  # tokens x channels per block, at least: 16 per thread, 8 in the backward pass
 WARPS, BACKWARD_WARPS = 4, 8
@@ -71,7 +71,7 @@ def _blocks(y: Tensor) -> tuple[int, int, dict[str, Any]]:
     tokens = y.numel() // dim
     block_dim = block(dim, 1 << 30)
     block_tokens = block(tokens, max(BLOCK_ELEMENTS // block_dim, 1))
-    return triton.cdiv(tokens, block_tokens), tokens, dict(BLOCK_TOKENS=block_tokens, BLOCK_DIM=block_dim)
+    return cdiv(tokens, block_tokens), tokens, dict(BLOCK_TOKENS=block_tokens, BLOCK_DIM=block_dim)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import compose, compose_adjoint, load_float, softplus
-from .launch import block, kernel, on_device_of_first
+from .launch import block, cdiv, kernel, on_device_of_first
 
 BLOCK_ELEMENTS = 2048  # channels x states x tokens per block: 16 per thread
 MAX_TOKENS = 64
@@ -54,7 +54,7 @@ def selective_scan_backward(
     d_state = A.shape[1]
     groups = B.shape[1]
     grid, blocks = _blocks(u, A, groups)
-    carries = A.new_empty(batch, triton.cdiv(length, blocks["BLOCK_TOKENS"]), dim, d_state)
+    carries = A.new_empty(batch, cdiv(length, blocks["BLOCK_TOKENS"]), dim, d_state)
     _launch_scan(u, delta, A, B, C, None, None, delta_bias, delta_softplus, None, None, carries)
 
     def parts(weight: Tensor | None, count: int) -> Tensor | None:
@@ -63,7 +63,7 @@ def selective_scan_backward(
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     grad_z = None if z is None else torch.empty_like(z)
     weight_parts = [parts(weight, batch) for weight in (A, D, delta_bias)]
-    matrix_parts = [parts(matrix, triton.cdiv(dim // groups, blocks["BLOCK_DIM"])) for matrix in (B, C)]
+    matrix_parts = [parts(matrix, cdiv(dim // groups, blocks["BLOCK_DIM"])) for matrix in (B, C)]
     if u.numel():
         _scan_backward[grid](
             grad_out,
@@ -130,7 +130,7 @@ def _blocks(u: Tensor, A: Tensor, groups: int) -> tuple[tuple[int], dict[str, in
     block_tokens = block(length, max(min(MAX_TOKENS, BLOCK_ELEMENTS // block_states), 16))
     block_dim = block(dim // groups, max(BLOCK_ELEMENTS // (block_states * block_tokens), 1))
     blocks = dict(BLOCK_DIM=block_dim, BLOCK_STATES=block_states, BLOCK_TOKENS=block_tokens)
-    return (batch * groups * triton.cdiv(dim // groups, block_dim),), blocks
+    return (batch * groups * cdiv(dim // groups, block_dim),), blocks
 
 
 # --- Device functions; blocks are (channels, tokens), (states, tokens) or (channels, states, tokens) ------------------

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import channel_block, load_float
-from .launch import block, kernel, on_device_of_first
+from .launch import block, cdiv, kernel, on_device_of_first
 
 TILE_ELEMENTS = 4096  # per program that gathers: 8 per thread
 TILE_WARPS = 16
@@ -63,7 +63,7 @@ def launch_fuse_adjoint(
     batch, height, width, dim = grad_h.shape
     block_pixels, block_dim = block(max(height, width), 32), block(dim, 64)
     longest = max(height - 2, width - 2, 1)
-    grid = (batch * 8 * triton.cdiv(longest, block_pixels), triton.cdiv(dim, block_dim))
+    grid = (batch * 8 * cdiv(longest, block_pixels), cdiv(dim, block_dim))
     _fuse_adjoint_border[grid](
         *arguments,
         _as_tensor(tuple(offsets), grad_h.device),
@@ -88,10 +88,10 @@ def launch_tap_gradients(
     """
     batch, _, width, dim = h.shape
     block_width, block_dim = block(width, STRIP_WIDTH), block(dim, PART_CHANNELS)
-    strips = triton.cdiv(width, block_width)
+    strips = cdiv(width, block_width)
     parts = taps.new_empty(batch * strips, *taps.shape)
     if h.numel():
-        _tap_gradients[batch * strips, triton.cdiv(dim, block_dim)](
+        _tap_gradients[batch * strips, cdiv(dim, block_dim)](
             grad_out,
             h,
             taps,
@@ -129,9 +129,9 @@ def _tiles(h: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     block_height, block_width = (min((16, 8), key=lambda side: -(-size // side) * side) for size in (height, width))
     block_height, block_width = min(block_height, block(height, 16)), min(block_width, block(width, 16))
     block_dim = block(dim, TILE_ELEMENTS // (block_height * block_width))
-    tiles = triton.cdiv(height, block_height) * triton.cdiv(width, block_width)
+    tiles = cdiv(height, block_height) * cdiv(width, block_width)
     blocks = dict(BLOCK_HEIGHT=block_height, BLOCK_WIDTH=block_width, BLOCK_DIM=block_dim, num_warps=TILE_WARPS)
-    return (batch * tiles, triton.cdiv(dim, block_dim)), blocks
+    return (batch * tiles, cdiv(dim, block_dim)), blocks
 
 
 # --- Device functions -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import channel_block, compose, compose_adjoint, load_float, softplus
-from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, kernel, multiprocessors, on_device_of_first
+from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, cdiv, kernel, multiprocessors, on_device_of_first
 from .state_fusion import PART_CHANNELS, launch_fuse, launch_fuse_adjoint, launch_tap_gradients
 
 SCAN_TOKENS, ADJOINT_TOKENS, PRODUCT_TOKENS = 32, 16, 32  # per iteration of a program
@@ -32,14 +32,14 @@ class _Sizes(NamedTuple):
 
     @property
     def bands(self) -> int:
-        return triton.cdiv(self.height, self.rows)
+        return cdiv(self.height, self.rows)
 
 
 def _sizes_of(u: Tensor, step_weight: Tensor) -> _Sizes:
     batch, height, width, dim = u.shape
-    programs = batch * triton.cdiv(dim, PART_CHANNELS)
+    programs = batch * cdiv(dim, PART_CHANNELS)
     bands = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(u.device) // programs)
-    return _Sizes(batch, height, width, dim, step_weight.shape[1], rows=triton.cdiv(height, bands))
+    return _Sizes(batch, height, width, dim, step_weight.shape[1], rows=cdiv(height, bands))
 
 
 @on_device_of_first
@@ -90,7 +90,7 @@ def structure_aware_scan_backward(
     grad_h = torch.empty_like(h)
     launch_fuse_adjoint(grad_out, taps, offsets, grad_h, projection)
     # Three kernels write to it, each one sum per block of channels; the blocks are added at the end.
-    grad_projections = taps.new_empty(triton.cdiv(sizes.dim, PART_CHANNELS), *projection.shape)
+    grad_projections = taps.new_empty(cdiv(sizes.dim, PART_CHANNELS), *projection.shape)
     grad_taps = launch_tap_gradients(grad_out, h, taps, offsets, projection, grad_projections)
 
     carries = _carries(_summarise_bands_adjoint, sizes, (grad_h, *steps), reverse=True)
@@ -111,7 +111,7 @@ def _carries(summarise: triton.JITFunction, sizes: _Sizes, inputs: tuple[Tensor,
         decays, ends = torch.empty_like(carries), torch.empty_like(carries)
         _launch(summarise, sizes, SCAN_TOKENS, *inputs, decays, ends)
         block_dim = block(sizes.dim, 128)
-        _carry_over_bands[sizes.batch, triton.cdiv(sizes.dim, block_dim)](
+        _carry_over_bands[sizes.batch, cdiv(sizes.dim, block_dim)](
             decays, ends, carries, sizes.bands, sizes.dim, REVERSE=reverse, BLOCK_DIM=block_dim
         )
     return carries
@@ -119,7 +119,7 @@ def _carries(summarise: triton.JITFunction, sizes: _Sizes, inputs: tuple[Tensor,
 
 def _launch(kernel: triton.JITFunction, sizes: _Sizes, max_tokens: int, *tensors: Tensor | None) -> None:
     """One program per band and block of channels, which loops over blocks of tokens."""
-    kernel[sizes.batch * sizes.bands, triton.cdiv(sizes.dim, PART_CHANNELS)](
+    kernel[sizes.batch * sizes.bands, cdiv(sizes.dim, PART_CHANNELS)](
         *tensors,
         sizes.batch,
         sizes.height,
@@ -141,9 +141,9 @@ def _launch_step_products(
     cores add three TF32 products, as accurate as float32, in fewer registers than products without tensor cores.
     """
     tokens = sizes.batch * sizes.height * sizes.width
-    channel_blocks = triton.cdiv(sizes.dim, PART_CHANNELS)
+    channel_blocks = cdiv(sizes.dim, PART_CHANNELS)
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(projection.device)
-    splits = min(triton.cdiv(wanted, channel_blocks), triton.cdiv(tokens, PRODUCT_TOKENS))
+    splits = min(cdiv(wanted, channel_blocks), cdiv(tokens, PRODUCT_TOKENS))
     parts = step_weight.new_empty(splits, sizes.dim, sizes.rank + 1)
     _step_products[splits, channel_blocks](
         grad_step,
