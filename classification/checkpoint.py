@@ -42,7 +42,7 @@ PUBLISHED_LATEST = "latest_ckpt.pth"  # of the published trainer
 _FREE_SETTINGS = {
     "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ZIP_MODE", "MODEL.NAME",
     "MODEL.NUM_CLASSES", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "PRINT_FREQ", "SAVE_FREQ", "SAVE_MINUTES",
-    "KEEP_CHECKPOINTS", "TAG", "EVAL_MODE", "TRAIN.ACCUMULATION_STEPS",
+    "KEEP_CHECKPOINTS", "TIMEOUT_MINUTES", "TAG", "EVAL_MODE", "TRAIN.ACCUMULATION_STEPS",
 }  # fmt: skip
 
 # The fix if a run cannot be resumed, also if its checkpoint was found automatically.

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -57,11 +58,12 @@ class Process:
             dist.destroy_process_group()
 
 
-def start_process(device: str) -> Process:
+def start_process(device: str, timeout_minutes: float) -> Process:
     """Join the process group of the launcher, if there is one: NCCL on GPUs, gloo on CPUs.
 
     Args:
         device: ``auto`` (a GPU if there is one), ``cuda`` or ``cpu``.
+        timeout_minutes: longest time that a collective operation may take.
 
     Raises:
         UserError: if there is no such device.
@@ -84,5 +86,9 @@ def start_process(device: str) -> Process:
         this_device = torch.device("cpu")
     if world_size > 1:
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=this_device if device == "cuda" else None)
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=this_device if device == "cuda" else None,
+        )
     return Process(rank, world_size, this_device)

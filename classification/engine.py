@@ -23,6 +23,7 @@ from .distributed import Process
 from .preemption import PreemptedError, is_requested
 from .run_log import RunLog
 from .seeding import seed_everything
+from .stalls import note_progress
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def evaluate(model: nn.Module, loader: ImageLoader, process: Process, log: RunLo
     for batch, classes, _ in log.progress(loader, len(loader), title):
         if is_requested():
             raise PreemptedError
+        note_progress()
         classes = classes.to(process.device, non_blocking=True)
         logits = model(batch.to(process.device, non_blocking=True)).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]
@@ -125,6 +127,7 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
         seed_everything(config.SEED, epoch, process.rank, update)
         learning_rate = state.optimizer.param_groups[0]["lr"]
         loss, grad_norm, damaged = _update(run, batches, teacher)
+        note_progress()
         totals.add(images, loss, grad_norm, damaged, learning_rate)
 
         now = time.perf_counter()
@@ -190,6 +193,7 @@ def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> t
     damaged = 0
     for step in range(accumulation):
         images, classes, skipped_images = next(batches)
+        note_progress()
         damaged += int(skipped_images.sum())
         images, targets = images.to(device, non_blocking=True), classes.to(device, non_blocking=True)
         if run.mixup:

@@ -10,6 +10,7 @@ from typing import Any
 from spatial_mamba.classification.config import load_config
 from spatial_mamba.classification.preemption import PreemptedError
 from spatial_mamba.classification.settings import SETTINGS, Setting, settings_table
+from spatial_mamba.classification.stalls import stalls_watched
 from spatial_mamba.classification.trainer import prepare
 from spatial_mamba.kernels.command_line import Parser, run_command
 from spatial_mamba.kernels.errors import UserError
@@ -100,7 +101,8 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
     ignored = [option for option in IGNORED_OPTIONS if getattr(args, option.removeprefix("--")) is not None]
     job = prepare(config, [*notes, *(f"command line: {option} has no effect here" for option in ignored)])
     try:
-        job.run()
+        with stalls_watched(job.process, config.TIMEOUT_MINUTES):
+            job.run()
     except PreemptedError as stop:
         return stop.status
     except UserError as error:

@@ -173,6 +173,10 @@ SETTINGS = (
     ),
     Setting("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "auto: a GPU if there is one", "--device", "DEVICE"),
     Setting("DETERMINISTIC", False, ANY, "repeat to the same bits, with one thread; slower", "--deterministic"),
+    Setting(
+        "TIMEOUT_MINUTES", 10.0, Allowed(lambda value: value > 0, "above 0"),
+        "a run of several processes ends when none makes progress for so long", "--timeout-minutes", "M",
+    ),
     Setting("COMPILE", False, ANY, "torch.compile the model", "--compile"),
     Setting("OUTPUT", "output", ANY, "root of the results: OUTPUT/MODEL.NAME/TAG", "--output", "FOLDER"),
     Setting("TAG", "default", ANY, "name of this run", "--tag", "NAME"),

@@ -81,7 +81,7 @@ def prepare(config: CfgNode, notes: list[str]) -> Job:
         raise UserError("no checkpoint to evaluate: add --pretrained FILE")
     if config.DETERMINISTIC:
         make_deterministic()  # before CUDA starts
-    process = start_process(config.DEVICE)
+    process = start_process(config.DEVICE, 2 * config.TIMEOUT_MINUTES)  # stalls_watched reports earlier
     set_up_console(process.is_main)
     for note in notes:
         logger.warning(note)
