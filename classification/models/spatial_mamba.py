@@ -232,8 +232,10 @@ class ResidualSum(nn.Module):
         if self.drop_prob == 0.0 or not self.training:
             return x + branch
         keep_prob = 1.0 - self.drop_prob
-        kept = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep_prob)
-        return torch.addcmul(x, branch, kept, value=1.0 / keep_prob if keep_prob > 0.0 else 1.0)
+        scale = branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep_prob)
+        if keep_prob > 0.0:
+            scale.div_(keep_prob)
+        return torch.addcmul(x, branch, scale)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
