@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch._subclasses import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from spatial_mamba.kernels import state_fusion
 from spatial_mamba.kernels.state_fusion import merge_taps, split_taps, tap_offsets
@@ -108,12 +110,55 @@ def test_fusion_refuses_types_and_devices(name: str) -> None:
         fuse_with(lambda tensor: tensor.to("meta"))
 
 
-@pytest.mark.parametrize(
+branches = pytest.mark.parametrize(
     ("sizes", "dilations"), [((3, 3, 3), (1, 3, 5)), ((3,), (2,)), ((5, 3), (1, 2)), ((1, 1), (1, 4))]
 )
+
+
+@branches
 def test_split_taps_merge_again(sizes: tuple[int, ...], dilations: tuple[int, ...]) -> None:
     count = len(tap_offsets(sizes, dilations)) // 2
     taps = torch.randn(count, DIM, generator=generator())
     kernels = split_taps(taps, sizes, dilations)
     assert [kernel.shape for kernel in kernels] == [(DIM, 1, size, size) for size in sizes]
     assert torch.equal(merge_taps(kernels, torch.ones(len(dilations)), dilations), taps)
+
+
+@branches
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_taps_are_merged_alike_with_and_without_the_eager_shortcut(
+    sizes: tuple[int, ...], dilations: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    g = generator()
+    kernels = [torch.randn(DIM, 1, size, size, generator=g).to(dtype).requires_grad_() for size in sizes]
+    alpha = torch.randn(len(sizes), generator=g).requires_grad_()
+    leaves = [alpha, *kernels]
+    taps = merge_taps(kernels, alpha, dilations)
+    grads = torch.autograd.grad(taps.square().sum(), leaves)
+    assert type(taps.grad_fn).__name__ == "_MergeBackward"
+    with FlopCounterMode(display=False):  # a mode: merged operation by operation
+        expected = merge_taps(kernels, alpha, dilations)
+        wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    assert_near(taps, expected, 1e-6)
+    for grad, other in zip(grads, wanted, strict=True):
+        assert grad.dtype == other.dtype
+        assert grad.is_contiguous()
+        assert_near(grad, other, 1e-6 if grad.dtype == torch.float32 else 1e-2)
+
+
+@branches
+def test_merge_taps_gradcheck(sizes: tuple[int, ...], dilations: tuple[int, ...]) -> None:
+    g = generator()
+    kernels = [torch.randn(2, 1, size, size, generator=g).double().requires_grad_() for size in sizes]
+    leaves = [torch.randn(len(sizes), generator=g).double().requires_grad_(), *kernels]
+    assert gradcheck(lambda alpha, *kernels: merge_taps(kernels, alpha, dilations), leaves)
+    assert gradgradcheck(lambda alpha, *kernels: merge_taps(kernels, alpha, dilations), leaves)
+
+
+def test_fake_kernels_leave_nothing_behind() -> None:
+    _, kernels, alpha = fusion_inputs(1, 1)
+    with FakeTensorMode() as mode:
+        fake = merge_taps([mode.from_tensor(kernel) for kernel in kernels], mode.from_tensor(alpha), (2, 4, 6))
+    taps = merge_taps(kernels, alpha, (2, 4, 6))
+    assert type(taps) is Tensor
+    assert taps.shape == fake.shape
