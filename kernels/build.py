@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,8 +49,10 @@ SYSTEMS = {
     "manylinux_2_35": {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)},
     "manylinux_2_39": {"GLIBC": (2, 39), "GLIBCXX": (3, 4, 33), "CXXABI": (1, 3, 15)},
 }
-# Default on a machine without a GPU: Ampere, Ada, Hopper, Blackwell.
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
+# Default on a machine without a GPU: Ampere, Ada, Hopper, Blackwell for servers and workstations.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+TEMPORARY = ".build-"  # folders of running builds
+ABANDONED_SECONDS = 3600  # after which such a folder is that of a killed build
 # Headers that ATen includes and small toolkits lack; PyTorch's own dependencies contain them.
 MATH_HEADERS = ("cusparse.h", "cublas_v2.h", "cusolverDn.h")
 # Features that Linux and compilers spell differently, beyond underscores.
@@ -383,7 +386,8 @@ def build(
         The names of the libraries built.
 
     Raises:
-        BuildError: if a library in ``names`` (by default: cpu) cannot be built, or does not compile.
+        BuildError: if a library in ``names`` (by default: cpu) cannot be built, or, after all others have been built
+            and installed, if one does not compile.
     """
     start = time.monotonic()
     plans = [prepare(name, architectures, sources, portable) for name in (names or ("cpu",))]
@@ -394,14 +398,22 @@ def build(
             print(f"cuda: not built, {obstacle}", flush=True)
     out = (out or library_folder()).absolute()
     out = portable_folder(out) if portable else out
+    built, errors = [], []
     for plan in plans:
         with _folder_inside(out) as folder:
-            _compile(plan, Path(folder))
-            if portable:
-                plan.facts["system"] = _oldest_system(Path(folder, f"{plan.name}.so"))
-            _install(plan, Path(folder), out)
-    built = [plan.name for plan in plans]
-    print(f"built {' and '.join(built)} in {time.monotonic() - start:.0f} s: {out}", flush=True)
+            try:
+                _compile(plan, Path(folder))
+                if portable:
+                    plan.facts["system"] = _oldest_system(Path(folder, f"{plan.name}.so"))
+                _install(plan, Path(folder), out)
+            except BuildError as error:
+                errors.append(str(error))
+            else:
+                built.append(plan.name)
+    if built:
+        print(f"built {' and '.join(built)} in {time.monotonic() - start:.0f} s: {out}", flush=True)
+    if errors:
+        raise BuildError("; ".join(errors))
     return built
 
 
@@ -409,12 +421,20 @@ def _folder_inside(out: Path) -> TemporaryDirectory:
     """A temporary folder inside ``out``, so that moves to ``out`` stay on one file system and are atomic."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return TemporaryDirectory(prefix=".build-", dir=out, ignore_cleanup_errors=True)
+        _remove_abandoned_folders(out)
+        return TemporaryDirectory(prefix=TEMPORARY, dir=out, ignore_cleanup_errors=True)
     except OSError as error:
         raise BuildError(
             f"cannot write to {out} ({error.strerror}): set the environment variable {FOLDER_VARIABLE} to a writable "
             "folder, both to build and to run"
         ) from error
+
+
+def _remove_abandoned_folders(out: Path) -> None:
+    for folder in out.glob(f"{TEMPORARY}*"):
+        with suppress(FileNotFoundError):  # its build has just finished
+            if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compile(plan: Plan, folder: Path) -> None:

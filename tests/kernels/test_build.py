@@ -4,12 +4,15 @@ import ctypes
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +133,30 @@ def test_a_failed_build_leaves_the_old_library(
     assert "luck" in capfd.readouterr().err  # the compiler's own words
     assert (out / "cpu.so").read_bytes() == before
     assert sorted(path.name for path in out.iterdir()) == ["cpu.json", "cpu.so"]
+
+
+@needs_compiler
+def test_a_failed_build_does_not_lose_the_other_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = {"cpu": write_sources(tmp_path / "broken", "#error no luck"), "cuda": write_sources(tmp_path / "csrc")}
+    prepare = build.prepare
+    monkeypatch.setattr(build, "prepare", lambda name, *_: replace(prepare("cpu", (), sources[name]), name=name))
+    with pytest.raises(build.BuildError, match=r"tiny\.cpp could not be built"):
+        build.build(["cpu", "cuda"], out=tmp_path / "lib")
+    assert "built cuda in " in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "lib").iterdir()) == ["cuda.json", "cuda.so"]
+
+
+@needs_compiler
+def test_folders_of_killed_builds_are_removed(tmp_path: Path) -> None:
+    sources, running, killed = write_sources(tmp_path / "csrc"), tmp_path / ".build-running", tmp_path / ".build-killed"
+    for folder in (running, killed):
+        folder.mkdir()
+        (folder / "0.o").touch()
+    os.utime(killed, (0, time.time() - 2 * build.ABANDONED_SECONDS))
+    build.build(["cpu"], out=tmp_path, sources=sources)
+    assert running.exists() and not killed.exists()
 
 
 @needs_compiler
@@ -651,3 +678,22 @@ def test_the_build_command_names_its_folder_or_what_is_missing(
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert len(error.splitlines()) == 1
+
+
+def test_usable_libraries_are_kept_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = []
+    monkeypatch.setattr(build, "build", lambda names, *_: built.append(names))
+    gpus = [command.Device("cuda", "a GPU", (9, 0))]
+    monkeypatch.setattr(command, "_devices", lambda: gpus)
+    native._loaded["cuda"] = {"compute capabilities": "9.0"}
+    assert run(monkeypatch, "build", "cpu", "cuda", "--missing") == 0
+    assert built == [["cpu"]] and capsys.readouterr().out == "cuda: works here as it is\n"
+    assert run(monkeypatch, "build", "cuda", "--missing") == 0
+    assert built == [["cpu"]]
+    gpus.append(command.Device("cuda", "another", (12, 0)))
+    assert run(monkeypatch, "build", "cuda", "--missing") == 0
+    assert built == [["cpu"], ["cuda"]]
+    assert run(monkeypatch, "build", "--missing") == 2
+    assert "--missing: name the libraries, for instance: build cuda --missing" in capsys.readouterr().err
