@@ -31,7 +31,7 @@ COMMANDS = {
     "benchmark models": Command("time whole models", "classification.benchmark.__main__"),
     "benchmark loading": Command("time data loading", "classification.benchmark.loading"),
     "benchmark operators": Command("time single operators", "kernels.benchmark.__main__"),
-    "kernels": Command("report which backends are used; compile them", "kernels.__main__"),
+    "kernels": Command("report which backends are used; compile and check them", "kernels.__main__"),
 }
 
 

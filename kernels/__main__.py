@@ -24,14 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(_command, argv)
 
 
-def _command(argv: Sequence[str] | None) -> int | None:
+def _command(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.command == "build":
-        return _build(arguments)
     if arguments.command == "check":
         return int(not self_test.check(torch.device(arguments.device), arguments.backend, arguments.dtype))
-    print(report())
-    return None
+    if arguments.command == "build":
+        _build(arguments)
+    else:
+        print(report())
+    return 0
 
 
 def _build(arguments: argparse.Namespace) -> None:

@@ -71,9 +71,8 @@ def sanitize(tool: str, backend: str, dtype: str) -> Step:
 
 KERNELS = (PYTHON, "-m", "spatial_mamba.kernels")
 SELF_TEST = (*KERNELS, "check", "--device", "cuda", "--backend")
-PYTEST = (PYTHON, "-m", "pytest", "-m", "gpu", "--gpu-check", "-q", "--tb=short", "-p", "no:cacheprovider")
-if importlib.util.find_spec("xdist"):
-    PYTEST += ("-n", str(min(12, os.cpu_count() or 1)), "--dist", "load")
+PARALLEL = ("-n", str(min(12, os.cpu_count() or 1)), "--dist", "load") if importlib.util.find_spec("xdist") else ()
+PYTEST = (PYTHON, "-m", "pytest", "-m", "gpu", "--gpu-check", "-q", "--tb=short", "-p", "no:cacheprovider", *PARALLEL)
 OPERATORS = (
     PYTHON, "-m", "spatial_mamba.kernels.benchmark", "--device", "cuda", "--dtype", "float32", "bfloat16",
     "--seconds", "0.3", "--limit", "{seconds}", "--out",
@@ -127,7 +126,7 @@ def run(steps: Sequence[Step], out: Path, total_seconds: float = TOTAL_SECONDS) 
         For each step its name, command, result in words, seconds, whether it passed, and its last line of output.
     """
     out.mkdir(parents=True, exist_ok=True)
-    end, outcomes = time.monotonic() + total_seconds, []
+    end, outcomes = time.monotonic() + total_seconds, list[dict[str, Any]]()
     groups = [list(group) for _, group in itertools.groupby(steps, key=lambda step: step.together or step.name)]
     parts = [max(step.seconds for step in group) for group in groups]
     with tempfile.TemporaryDirectory() as folder, (out / "log.txt").open("w", encoding="utf-8", buffering=1) as log:
