@@ -15,7 +15,10 @@ from .tensors import without_autocast
 
 _LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
 _AUTOGRAD_KEYS = [getattr(torch._C.DispatchKey, f"Autograd{name}") for name in ("CPU", "CUDA", "MPS", "XPU", "Other")]
-_DEVICE_KEYS = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in ("CPU", "CUDA")]
+# The dispatch keys below autograd if only a backend is to see the call: no fake tensors, tracers or other modes.
+_BACKENDS_ONLY = {
+    torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+}
 
 
 @dataclass
@@ -62,8 +65,8 @@ class Operator:
         self.num_differentiable = returns.count("Tensor") - self.kept
 
         self.operator = _define(self.name, signature, self.run, self.fake)
-        self._node = type(self.name, (torch.autograd.Function,), {})
-        self._node.forward, self._node.backward = self._save, self._differentiate
+        methods = {"forward": staticmethod(self._save), "backward": staticmethod(self._differentiate)}
+        self._node = type(self.name, (torch.autograd.Function,), methods)
         _LIBRARY.impl(self.name, self._record, "Autograd", with_keyset=True)
         if self.differentiable:
             grads = [f"Tensor grad{i}" for i in range(self.num_differentiable)]
@@ -105,7 +108,7 @@ class Operator:
         return tuple(tensors[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
     def _record(self, keys: Any, *arguments: Any) -> Any:
-        """The kernel for PyTorch's autograd keys: add a node to the graph if any tensor requires gradients."""
+        """The kernel for autograd: add a node to the graph if a tensor needs gradients. ``keys`` are dispatch keys."""
         if torch.is_grad_enabled():
             for tensor in arguments[: self.num_tensors]:
                 if tensor is not None and tensor.requires_grad:
@@ -115,8 +118,8 @@ class Operator:
     def _run_below_autograd(self, keys: Any, *arguments: Any) -> Any:
         keys = keys & torch._C._after_autograd_keyset
         with torch._C._AutoDispatchBelowAutograd():
-            if keys in _DEVICE_KEYS:  # no fake tensors, tracers or other modes: save a dispatch
-                return self.run(*arguments)
+            if keys.raw_repr() in _BACKENDS_ONLY:
+                return self.run(*arguments)  # what redispatch would call
             return self.operator.redispatch(keys, *arguments)
 
     def _save(self, ctx: Any, keys: Any, *arguments: Any) -> Any:
@@ -159,7 +162,7 @@ class Operator:
 def _define(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
     """Define an operator with the same kernel on all devices.
 
-    ``torch.library.custom_op`` would also define its gradients, but it takes 50 us more per call with gradients.
+    ``torch.library.custom_op`` could also define its gradients, but then takes 50 us more per call.
     """
     _LIBRARY.define(f"{name}({signature}", tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
