@@ -27,6 +27,7 @@ CASES = [
     Case("one row", "conv", batch=1, height=1, width=3, dim=8),
     Case("residual", "position", batch=2, height=19, width=21, dim=35),
     Case("small", "norm", batch=2, height=7, width=31, dim=150),
+    Case("small", "layer", batch=2, height=7, width=31, dim=150),
 ]
 # Relative to the largest magnitude. Weights, and so their gradients, are in float32 at most.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3, "float64": 1e-7}

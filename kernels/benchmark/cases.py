@@ -20,8 +20,8 @@ class Case:
 
     The operators are ``core`` (``structure_aware_scan``), ``states`` (``selective_scan`` without C, as Spatial-Mamba
     uses it), ``scan`` (``selective_scan`` with C, D and z, as Mamba uses it), ``fusion`` (``state_fusion``), ``mixer``
-    (``spatial_mixer``), ``conv`` and ``position`` (``depthwise_conv`` with SiLU, and with the residual), and ``norm``
-    (``gated_norm``).
+    (``spatial_mixer``), ``conv`` and ``position`` (``depthwise_conv`` with SiLU, and with the residual), ``norm``
+    (``gated_norm``), and ``layer`` (``layer_norm``).
     """
 
     name: str
@@ -50,6 +50,7 @@ class Case:
             "conv": conv,
             "position": conv,
             "norm": {"y": tokens, "gate": tokens, "weight": dim, "bias": dim},
+            "layer": {"x": tokens, "weight": dim, "bias": dim},
             "fusion": {"h": (self.batch, self.dim, self.height, self.width), **fusion},
             "states": states,
             "scan": {**states, "C": shared, "z": channels, "D": dim},

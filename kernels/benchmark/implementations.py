@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..depthwise_conv import depthwise_conv
 from ..gated_norm import gated_norm
+from ..layer_norm import layer_norm
 from ..selective_scan import selective_scan
 from ..spatial_mixer import spatial_mixer
 from ..state_fusion import state_fusion
@@ -34,6 +35,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "conv": partial(depthwise_conv, epilogue="silu"),
     "position": partial(depthwise_conv, epilogue="residual"),
     "norm": gated_norm,
+    "layer": layer_norm,
     "states": partial(selective_scan, delta_softplus=True),
     "scan": partial(selective_scan, delta_softplus=True),
 }
@@ -91,7 +93,9 @@ def implementations(case: Case, device: torch.device, dtype: torch.dtype) -> lis
 
 
 def has_kernels(backend: str, case: Case) -> bool:
-    """Whether a backend serves the operator; Triton serves those that CUDA lacks."""
+    """Whether a backend serves the operator; Triton serves those that CUDA lacks, and PyTorch the norm on the CPU."""
+    if case.operator == "layer":
+        return backend == "triton"
     return backend != "cuda" or case.operator not in ("conv", "position", "norm")
 
 
