@@ -174,7 +174,7 @@ SETTINGS = (
     Setting("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "auto: a GPU if there is one", "--device", "DEVICE"),
     Setting("DETERMINISTIC", False, ANY, "repeat to the same bits, with one thread; slower", "--deterministic"),
     Setting(
-        "TIMEOUT_MINUTES", 10.0, Allowed(lambda value: value > 0, "above 0"),
+        "TIMEOUT_MINUTES", 10.0, Allowed(lambda value: 0 < value <= 10**5, "above 0, and at most 100,000"),
         "a run of several processes ends when none makes progress for so long", "--timeout-minutes", "M",
     ),
     Setting("COMPILE", False, ANY, "torch.compile the model", "--compile"),

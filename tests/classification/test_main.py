@@ -120,6 +120,7 @@ WRONG = {
     "epochs": (add("--epochs", "0"), "TRAIN.EPOCHS is 0"),
     "cache mode": (add("--cache-mode", "all"), "DATA.CACHE_MODE is 'all'; it must be one of no, full, part"),
     "accumulation": (add("--accumulation-steps", "0"), "TRAIN.ACCUMULATION_STEPS is 0"),
+    "timeout": (add("--timeout-minutes", "1e300"), "TIMEOUT_MINUTES is 1e+300; it must be above 0"),
     "ema decay": (add("--model_ema_decay", "1.5"), "TRAIN.MODEL_EMA_DECAY is 1.5"),
     "mesa without ema": (add("--model_ema", "false"), "AUG.MESA is 1.0; it must be 0 without TRAIN.MODEL_EMA"),
     "precision": (add("--amp-dtype", "float8"), "AMP_DTYPE is 'float8'"),
