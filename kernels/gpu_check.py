@@ -88,9 +88,9 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for many processes at the same time
 STEPS = [
     Step("build", (*KERNELS, "build", "cuda", "--missing"), 180),
     Step("self-test, report", KERNELS, 15),
-    Step("self-test", (*SELF_TEST, "cuda", "triton"), 45, ONE_THREAD),
+    Step("self-test", (*SELF_TEST, "cuda", "triton"), 90, ONE_THREAD),
     Step("model-tests", (*PYTEST, *gpu_tests("classification")), 60, ONE_THREAD),
-    Step("operator-tests", (*PYTEST, *gpu_tests("kernels")), 90, ONE_THREAD),
+    Step("operator-tests", (*PYTEST, *gpu_tests("kernels")), 120, ONE_THREAD),
     *(sanitize("memcheck", *each) for each in itertools.product(("cuda", "triton"), ("float32", "bfloat16"))),
     *(sanitize("racecheck", *each) for each in itertools.product(("cuda", "triton"), ("float32", "bfloat16"))),
     sanitize("synccheck", "cuda", "float32"),
