@@ -95,7 +95,9 @@ def test_recipe_is_that_of_swin_with_the_backbone_exchanged(name: str, tmp_path:
     expected["optim_wrapper"]["paramwise_cfg"] = {"custom_keys": {"norm": {"decay_mult": 0.0}}}
     expected["pretrained"] = weights
     expected["custom_imports"] = {"imports": ["spatial_mamba.detection"]}
-    expected["custom_hooks"] = [{"type": f"{hook}Hook"} for hook in ("ExactResume", "StrictLoad", "SameBuffers")]
+    expected["custom_hooks"] = [
+        {"type": f"{hook}Hook"} for hook in ("ExactResume", "StrictLoad", "SameBuffers", "Preemption")
+    ]
 
     config = Config.fromfile(CONFIGS / f"{name}.py")
     assert config.to_dict() == expected
