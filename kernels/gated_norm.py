@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import at_token_stride, check_tensors, layouts
+from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, layouts
 
 LAYOUTS = layouts(y="batch, H, W, dim", gate="batch, H, W, dim", weight="dim", bias="dim")
 
@@ -35,10 +34,9 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
         TypeError: if a tensor is not of a real floating-point type.
     """
     check_tensors(LAYOUTS, dict(y=y, gate=gate, weight=weight, bias=bias))
-    compute_dtype = torch.promote_types(gate.dtype, torch.float32)
-    weight, bias = weight.to(compute_dtype), bias.to(compute_dtype)
-    y = (y if y.dtype == gate.dtype else y.to(compute_dtype)).contiguous()
-    return GATED_NORM(y, gate, weight.contiguous(), bias.contiguous(), eps)
+    compute_dtype = compute_dtype_for(gate)
+    y = contiguous_as(y, gate.dtype if y.dtype == gate.dtype else compute_dtype)
+    return GATED_NORM(y, gate, contiguous_as(weight, compute_dtype), contiguous_as(bias, compute_dtype), eps)
 
 
 def reference(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
@@ -65,8 +66,9 @@ class Operator:
         self.num_differentiable = returns.count("Tensor") - self.kept
 
         self.operator = _define(self.name, signature, self.run, self.fake)
+        # Not autograd.Function, which first looks for transforms of torch.func: they never get here.
         methods = {"forward": staticmethod(self._save), "backward": staticmethod(self._differentiate)}
-        self._node = type(self.name, (torch.autograd.Function,), methods)
+        self._node = type(self.name, (_SingleLevelFunction,), methods)
         _LIBRARY.impl(self.name, self._record, "Autograd", with_keyset=True)
         if self.differentiable:
             grads = [f"Tensor grad{i}" for i in range(self.num_differentiable)]

@@ -172,9 +172,9 @@ def _backward(
     inputs = (u, projection, *core, row_states, sizes, dilations, y.dtype)
     grad_u, grad_projection, *core_grads = STRUCTURE_AWARE_SCAN.run_backward(grad_y, *inputs)
     del grad_y
-    flat = grad_projection.flatten(0, 2)
-    grad_u.flatten(0, 2).addmm_(flat, projection_weight)
-    grad_projection_weight = flat.t() @ u.flatten(0, 2)
+    flat = grad_projection.view(-1, grad_projection.shape[3])
+    grad_u.view(-1, u.shape[3]).addmm_(flat, projection_weight)
+    grad_projection_weight = flat.t() @ u.view(-1, u.shape[3])
     found, *conv_grads = DEPTHWISE_CONV.run_backward(grad_u, x, conv_weight, conv_bias, "silu", grad_x=grad_x)
     if found is not grad_x:
         grad_x.copy_(found)

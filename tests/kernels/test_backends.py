@@ -714,6 +714,13 @@ def test_operators_run_without_any_native_code(name: str) -> None:
         opcheck(getattr(torch.ops.spatial_mamba, name).default, operator_arguments(name, torch.device("cpu")))
 
 
+def test_an_operator_without_gradients_says_so() -> None:
+    x, packed = torch.ones(2, 8, requires_grad=True), torch.zeros(1, 8, 64)
+    out = torch.ops.spatial_mamba.packed_linear(x, packed, None, None, None, None, 64, 1e-5, False)
+    with pytest.raises(RuntimeError, match="packed_linear has no gradients"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("name", ["cpu", "torch"])
 def test_absent_tensors_and_single_tokens_share_no_memory(name: str, length: int) -> None:
