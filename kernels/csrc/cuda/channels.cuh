@@ -1,6 +1,8 @@
 // The channels of a thread: V is float for one channel, or Pair for two neighbouring ones.
 #pragma once
 
+#include <cstring>
+
 #include "stencil.cuh"
 
 namespace spatial_mamba {
@@ -32,7 +34,7 @@ __device__ inline Pair each(const Function& function, Pair value) {
 __device__ inline float sum_of(float value) { return value; }
 __device__ inline float sum_of(Pair value) { return value.x + value.y; }
 
-// Values as they are in memory. They are converted when they are used, so that loads need not be waited for earlier.
+// Values as they are in memory. After `settle`, the compiler does not convert them, and so wait for them, any earlier.
 template <class V, class X>
 struct alignas(kChannelsOf<V> * sizeof(X)) Raw {
   X channels[kChannelsOf<V>];
@@ -42,6 +44,16 @@ struct alignas(kChannelsOf<V> * sizeof(X)) Raw {
       return load(channels);
     } else {
       return {load(channels), load(channels + 1)};
+    }
+  }
+
+  __device__ void settle() {
+    if constexpr (sizeof(Raw) % sizeof(unsigned) == 0) {
+      unsigned words[sizeof(Raw) / sizeof(unsigned)];
+      memcpy(words, channels, sizeof(Raw));
+#pragma unroll
+      for (unsigned& word : words) spatial_mamba::settle(word);
+      memcpy(channels, words, sizeof(Raw));
     }
   }
 };
@@ -61,6 +73,11 @@ __device__ inline void store_value(X* target, Pair value) {
   store(raw.channels, value.x);
   store(raw.channels + 1, value.y);
   *reinterpret_cast<Raw<Pair, X>*>(target) = raw;
+}
+
+__device__ inline void settle(Pair& value) {
+  settle(value.x);
+  settle(value.y);
 }
 
 // The value of the lane that is `distance` lower, or higher if it is negative.

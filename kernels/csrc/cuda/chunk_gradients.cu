@@ -75,10 +75,7 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
   float* memory = shared_memory;
   const Map& map = recurrence.map;
   const Walk<T, V> walk(recurrence, cut, memory);
-  V* own_taps = reinterpret_cast<V*>(take(memory, kTaps * kChannels)) + threadIdx.x;
-  for (int t = threadIdx.y; t < kTaps; t += blockDim.y) {
-    own_taps[t * kLanes<V>] = walk.weight(taps + static_cast<int64_t>(t) * map.dim);
-  }
+  const V* own_taps = walk.load_taps(taps, memory);
   const Ring ring(cut, 0, map.height, map.height, memory);
   const int columns = walk.columns, window = walk.run * kRun * kChannels;
   const bool has_row = walk.row_of_chunk < cut.rows;
@@ -117,11 +114,11 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
     walk.load_run(u, walk.u, row);
     V steps[kRun], deltas[kRun], decays[kRun], before[kRun];
     walk.project(row, steps);
+    walk.discretise(steps, count, deltas, decays);
     AffineMap<V> own;
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
-      deltas[k] = k < count ? each(softplus_base2, steps[k]) : V(0.0f);
-      decays[k] = each(exp2_fast, deltas[k] * walk.rate);
+      u[k].settle();
       before[k] = deltas[k] * (kLn2 * walk.B(k)) * u[k].value();  // the input, until the state is known
       own = own.then({decays[k], before[k]});
     }
@@ -197,7 +194,7 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
 
 size_t shared_floats(const Recurrence& recurrence, const Cut& cut) {
   return std::max<size_t>(2 * threads_of<Pair>(cut).y * kChannels,
-                          Walk<float, Pair>::shared_floats(recurrence.rank, cut) + Ring::floats(cut) + kTaps * kChannels);
+                          Walk<float, Pair>::shared_floats(recurrence.rank, cut) + Ring::floats(cut));
 }
 
 }  // namespace

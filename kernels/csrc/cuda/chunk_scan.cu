@@ -19,10 +19,12 @@ class Scan : public Walk<T, V> {
   }
 
   // `states`: before each row and strip, or null if the image is not divided; then row_states are written.
-  __device__ Scan(const Recurrence& recurrence, const Cut& cut, const float* states, float* row_states, float*& memory)
+  __device__ Scan(const Recurrence& recurrence, const Cut& cut, const float* taps, const float* states,
+                  float* row_states, float*& memory)
       : Walk<T, V>(recurrence, cut, memory),
         states_(states),
         row_states_(row_states),
+        taps_(this->load_taps(taps, memory)),
         ring_(cut, this->first_row, this->last_row, recurrence.map.height, memory) {}
 
   // Calls visit(row, is_own) for all rows of results; rows beyond the last one are not the thread's own.
@@ -41,7 +43,7 @@ class Scan : public Walk<T, V> {
     }
   }
 
-  // Calls body(tap, column, state) for all taps and columns of this run, with the states around a row.
+  // Calls body(t, tap, column, state) for all taps and columns of this run, with the states around a row.
   template <class Body>
   __device__ __forceinline__ void over_stencil(int row, const Body& body) const {
     constexpr int kRows[] = {-5, -3, -1, 0, 1, 3, 5}, kFirst[] = {0, 3, 6, 9, 16, 19, 22};
@@ -57,9 +59,11 @@ class Scan : public Walk<T, V> {
 #pragma unroll
       for (int t = 0; t < (dilation == 0 ? 7 : 3); ++t) {
         const int offset = dilation == 0 ? kColumns[t] : (t - 1) * dilation;
+        const V tap = taps_[(kFirst[n] + t) * kLanes<V>];
 #pragma unroll
-        for (int k = 0; k < kRun; ++k) body(kFirst[n] + t, k, states[k + kReach + offset]);
+        for (int k = 0; k < kRun; ++k) body(kFirst[n] + t, tap, k, states[k + kReach + offset]);
       }
+      keep_order();
     }
   }
 
@@ -81,15 +85,15 @@ class Scan : public Walk<T, V> {
     const int row = min(start + this->row_of_chunk, end - 1), count = exists ? this->columns : 0;
     Raw<V, T> u[kRun];
     this->load_run(u, this->u, row);
-    V steps[kRun], inputs[kRun];
+    V steps[kRun], inputs[kRun], decays[kRun];
     this->project(row, steps);
+    this->discretise(steps, count, inputs, decays);
     AffineMap<V> own;
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
-      const V delta = k < count ? each(softplus_base2, steps[k]) : V(0.0f);
-      steps[k] = each(exp2_fast, delta * this->rate);  // the decay
-      inputs[k] = delta * (kLn2 * this->B(k)) * u[k].value();
-      own = own.then({steps[k], inputs[k]});
+      u[k].settle();
+      inputs[k] = inputs[k] * (kLn2 * this->B(k)) * u[k].value();
+      own = k == 0 ? AffineMap<V>{decays[k], inputs[k]} : own.then({decays[k], inputs[k]});
     }
     const bool starts = this->run == 0;
     V row_state = 0.0f;
@@ -100,20 +104,20 @@ class Scan : public Walk<T, V> {
     }
     V state = this->template enter<false>(own, this->carry(chunk), this->carry(chunk + 1));
     if (states_ != nullptr && starts) state = row_state;
-    if (exists) {
+    if (count > 0) {
       if (row_states_ != nullptr && starts && this->has_channel) {
         store_value(row_states_ + (this->image * map.height + row) * map.dim + this->channel, state);
       }
       if (static_cast<int>(threadIdx.x) < kRun) ring_.C(row)[this->run * kRun + threadIdx.x] = this->C(threadIdx.x);
       V* target = reinterpret_cast<V*>(ring_.row(row) + (this->run * kRun + kReach) * kChannels) + threadIdx.x;
-      const V first = steps[0] * state + inputs[0];
+      const V first = decays[0] * state + inputs[0];
 #pragma unroll
       for (int k = 0; k < kRun; ++k) {
-        state = steps[k] * state + inputs[k];
+        state = decays[k] * state + inputs[k];
         target[k * kLanes<V>] = state;  // columns after the last one repeat it
       }
       if (starts) repeat(target, -kLanes<V>, first);
-      if (count > 0 && this->column + count == this->last_column) {
+      if (this->column + count == this->last_column) {
         repeat(target + (count - 1) * kLanes<V>, kLanes<V>, state);
       }
     }
@@ -127,28 +131,28 @@ class Scan : public Walk<T, V> {
 
   const float* states_;
   float* row_states_;
+  const V* taps_;
   const Ring ring_;
 };
 
 template <class T, class Y, class V>
-__global__ void __launch_bounds__(kScanRuns* kLanes<V>, 2)
+__global__ void __launch_bounds__(kScanRuns* kLanes<V>, 3)
     chunk_scan_kernel(const __grid_constant__ Recurrence recurrence, const __grid_constant__ Cut cut,
                       const float* taps, const float* states, float* row_states, Y* y) {
   float* memory = shared_memory;
-  Scan<T, V> scan(recurrence, cut, states, row_states, memory);
-  V own_taps[kTaps];
-  scan.load_taps(own_taps, taps);
+  Scan<T, V> scan(recurrence, cut, taps, states, row_states, memory);
   const V skip = scan.weight(recurrence.D);
   y = scan.image_of(y, scan.map.dim);
   scan.visit_rows([&](int row, bool is_own) {
     Raw<V, T> u[kRun];
     scan.load_run(u, scan.u, row);
     V fused[kRun] = {};
-    scan.over_stencil(row, [&](int tap, int k, V state) { fused[k] += own_taps[tap] * state; });
+    scan.over_stencil(row, [&](int, V tap, int k, V state) { fused[k] += tap * state; });
     const float* C = scan.C_of_run(row);
     const unsigned first = scan.element(row, scan.column);
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
+      u[k].settle();
       const V value = V(C[k]) * fused[k] + skip * u[k].value();
       if (is_own && scan.has_channel && scan.has_output(k)) store_value(y + first + k * scan.map.dim, value);
     }
@@ -157,16 +161,15 @@ __global__ void __launch_bounds__(kScanRuns* kLanes<V>, 2)
 
 // Gradients: grad_C (groups of channels, batch, H, W), grad_taps (blocks, taps, dim).
 template <class T, class G, class V>
-__global__ void __launch_bounds__(kGradientRuns* kLanes<V>, 2)
+__global__ void __launch_bounds__(kGradientRuns* kLanes<V>, 3)
     read_out_gradients_kernel(const __grid_constant__ Recurrence recurrence, const __grid_constant__ Cut cut,
                               const G* grad_y, const float* taps, const float* states, float* grad_C,
                               float* grad_taps) {
   static_assert(kChannelsOf<V> == 1);
   float* memory = shared_memory;
-  Scan<T, V> scan(recurrence, cut, states, nullptr, memory);
+  Scan<T, V> scan(recurrence, cut, taps, states, nullptr, memory);
   scan.clear();
-  V own_taps[kTaps], sums[kTaps] = {};
-  scan.load_taps(own_taps, taps);
+  V sums[kTaps] = {};
   grad_y = scan.image_of(grad_y, scan.map.dim);
   grad_C = scan.image_of(grad_C, 1) + scan.group * scan.map.batch * scan.map.height * scan.map.width;
   scan.visit_rows([&](int row, bool is_own) {
@@ -179,9 +182,9 @@ __global__ void __launch_bounds__(kGradientRuns* kLanes<V>, 2)
       grad[k] = is_own && scan.has_channel && scan.has_output(k) ? loaded[k].value() : V(0.0f);
       grad_fused[k] = V(C[k]) * grad[k];
     }
-    scan.over_stencil(row, [&](int tap, int k, V state) {
-      fused[k] += own_taps[tap] * state;
-      sums[tap] += grad_fused[k] * state;
+    scan.over_stencil(row, [&](int t, V tap, int k, V state) {
+      fused[k] += tap * state;
+      sums[t] += grad_fused[k] * state;
     });
 #pragma unroll
     for (int k = 0; k < kRun; ++k) grad[k] = grad[k] * fused[k];

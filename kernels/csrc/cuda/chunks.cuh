@@ -109,10 +109,10 @@ class Ring {
 template <class T, class V>
 class Walk {
  public:
-  // Floats of shared memory, besides rings.
+  // Floats of shared memory, including taps, besides rings.
   static size_t shared_floats(int rank, const Cut& cut) {
     const int runs = threads_of<V>(cut).y, warps = runs * kLanes<V> / kWarp;
-    return padded(rank) * kChannels + runs * kRun * pitch_of(rank) + (2 * 2 * warps + 2) * kChannels;
+    return (padded(rank) + kTaps) * kChannels + runs * kRun * pitch_of(rank) + (2 * 2 * warps + 2) * kChannels;
   }
 
   __device__ Walk(const Recurrence& recurrence, const Cut& cut, float*& memory)
@@ -141,6 +141,7 @@ class Walk {
     column = min(first_column + run * kRun, last_column - 1);
     columns = row_of_chunk < cut.rows ? clamp(last_column - first_column - run * kRun, kRun + 1) : 0;
     last_ = max(columns - 1, 0);
+    inverse_words_ = 65536 / (rank / 2 + 1) + 1;
 
     rate = each([](float A_log) { return -expf(A_log); }, weight(recurrence.A_log));
     bias_ = V(kLog2E) * weight(recurrence.step_bias);
@@ -169,9 +170,14 @@ class Walk {
     }
   }
 
-  __device__ void load_taps(V (&own)[kTaps], const float* taps) const {
-#pragma unroll
-    for (int t = 0; t < kTaps; ++t) own[t] = weight(taps + static_cast<int64_t>(t) * map.dim);
+  // Copy the taps of the block's channels to shared memory, since registers are scarce: tap t of this thread is at
+  // t * kLanes<V>. A barrier must follow.
+  __device__ V* load_taps(const float* taps, float*& memory) const {
+    V* own = reinterpret_cast<V*>(take(memory, kTaps * kChannels)) + threadIdx.x;
+    for (int t = threadIdx.y; t < kTaps; t += blockDim.y) {
+      own[t * kLanes<V>] = weight(taps + static_cast<int64_t>(t) * map.dim);
+    }
+    return own;
   }
 
   // The image of this block in maps with `channels` channels.
@@ -201,10 +207,9 @@ class Walk {
     const int count = (last_ + 1) * (rank + 2);
     __syncwarp();  // the previous values have been read
     if (rank % 2 == 0) {
-      const int words = rank / 2 + 1, scale = 65536 / words + 1;  // i * scale >> 16 is i / words
 #pragma unroll 1
       for (int i = threadIdx.x; 2 * i < count; i += kLanes<V>) {
-        const int k = i * scale >> 16;
+        const int k = i * inverse_words_ >> 16;  // i / (rank / 2 + 1)
         const Raw<Pair, T> word = load_raw<Pair>(source + 2 * i);
         *reinterpret_cast<Pair*>(projection_ + 2 * i + k * (pitch - rank - 2)) = word.value();
       }
@@ -217,8 +222,9 @@ class Walk {
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < kRun; ++k) steps[k] = bias_;
+    int r = 0;
 #pragma unroll 1
-    for (int r = 0; r < rank; r += kVector) {
+    do {
       V weights[kVector];
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
@@ -232,6 +238,19 @@ class Walk {
         steps[k] += weights[2] * values.z;
         steps[k] += weights[3] * values.w;
       }
+      r += kVector;
+    } while (r < rank);
+  }
+
+  // Deltas in units of ln 2, and decays. Columns from `count` on keep the state.
+  __device__ __forceinline__ void discretise(const V (&steps)[kRun], int count, V (&deltas)[kRun],
+                                             V (&decays)[kRun]) const {
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) {
+      V delta = each(softplus_base2, steps[k]);
+      settle(delta);
+      deltas[k] = k < count ? delta : V(0.0f);
+      decays[k] = each(exp2_fast, deltas[k] * rate);
     }
   }
 
@@ -287,7 +306,7 @@ class Walk {
   static __host__ __device__ int pitch_of(int rank) { return padded(rank + 2); }
 
   const T* projections_;
-  int last_, warp_, warps_;
+  int last_, warp_, warps_, inverse_words_;
   V bias_;
   float *weights_, *projection_, *segments_, *carries_;  // (padded rank, channels); (run, pitch); maps; states
 };

@@ -66,9 +66,9 @@ __device__ inline float log1p_of_unit(float x) {
   constexpr float kScale = kBase == 2 ? kLog2E : 1.0f;
   constexpr float kCoefficients[] = {0.00512610190f, -0.0290740654f, 0.0775160864f, -0.136022478f, 0.190768808f,
                                      -0.248353988f,  0.333181202f,   -0.499994457f, 0.99999994f};
-  float sum = 0.0f;
+  float sum = kScale * kCoefficients[0];
 #pragma unroll
-  for (const float coefficient : kCoefficients) sum = sum * x + kScale * coefficient;
+  for (int i = 1; i < 9; ++i) sum = sum * x + kScale * kCoefficients[i];
   return sum * x;
 }
 
@@ -78,6 +78,21 @@ __device__ inline float sigmoid(float x) { return reciprocal(1.0f + fast_exp(-x)
 // softplus(x) / ln 2, from x / ln 2.
 __device__ inline float softplus_base2(float x) { return fmaxf(x, 0.0f) + log1p_of_unit<2>(exp2_fast(-fabsf(x))); }
 __device__ inline float sigmoid_base2(float x) { return reciprocal(1.0f + exp2_fast(-x)); }
+
+// The compiler moves no access to memory across this: loads made too early would take too many registers.
+__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
+
+// The compiler computes the value up to here without branches, and what follows from it not before.
+__device__ inline void settle(float& value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(value));
+#endif
+}
+__device__ inline void settle(unsigned& bits) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(bits));
+#endif
+}
 
 __device__ inline int clamp(int i, int size) { return min(max(i, 0), size - 1); }
 
