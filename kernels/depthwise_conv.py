@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, layouts
+from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, contiguous_like, layouts
 
 EPILOGUES = ("none", "silu", "residual")
 CONV_FLOPS = 2 * 9  # per element; the epilogue counts as zero, like all activations and sums
@@ -62,10 +62,10 @@ def _forward(backend: ModuleType, x: Tensor, weight: Tensor, *others: Any) -> Te
 def _backward(
     backend: ModuleType, grad_out: Tensor, x: Tensor, weight: Tensor, *others: Any, grad_x: Tensor | None = None
 ) -> Sequence[Tensor]:
-    grad_x = x.new_empty(x.shape) if grad_x is None else grad_x
+    grad_x = contiguous_like(x) if grad_x is None else grad_x
     inputs = (at_token_stride(x), weight.view(-1, 9), *others)
     grad_weight, grad_bias = backend.depthwise_conv_backward(grad_out, *inputs, grad_x)
-    return grad_x, grad_weight.view(weight.shape), grad_bias
+    return grad_x, grad_weight.view_as(weight), grad_bias
 
 
 DEPTHWISE_CONV = Operator(

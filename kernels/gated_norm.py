@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, layouts
+from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, contiguous_like, layouts
 
 LAYOUTS = layouts(y="batch, H, W, dim", gate="batch, H, W, dim", weight="dim", bias="dim")
 
@@ -52,7 +52,7 @@ def _forward(backend: ModuleType, y: Tensor, gate: Tensor, *others: Any) -> Tens
 def _backward(
     backend: ModuleType, grad_out: Tensor, y: Tensor, gate: Tensor, *others: Any, grad_gate: Tensor | None = None
 ) -> Sequence[Tensor]:
-    grad_gate = gate.new_empty(gate.shape) if grad_gate is None else grad_gate
+    grad_gate = contiguous_like(gate) if grad_gate is None else grad_gate
     grad_y, *grads = backend.gated_norm_backward(grad_out, y, at_token_stride(gate), *others, grad_gate)
     return grad_y, grad_gate, *grads
 

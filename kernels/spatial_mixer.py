@@ -16,7 +16,7 @@ from .registration import Operator
 from .state_fusion import check_branches, check_dilations, kernel_sizes_of, merge_taps, tap_offsets
 from .structure_aware_scan import CORE_TENSORS, STRUCTURE_AWARE_SCAN, flops_per_element
 from .structure_aware_scan import reference as core_reference
-from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, layouts
+from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, contiguous_like, layouts
 
 LAYOUTS = layouts(
     xz="batch, H, W, 2 dim",
@@ -162,7 +162,7 @@ def _backward(
     """Native backends write both halves of the gradient of ``xz`` in place."""
     projection_weight, *core, norm_weight, norm_bias, u, projection, y, row_states, sizes, dilations, eps = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
-    grad_xz = xz.new_empty(xz.shape)
+    grad_xz = contiguous_like(xz)
     grad_x, grad_gate = grad_xz.chunk(2, dim=-1)
 
     norm = (y, gate, norm_weight, norm_bias, eps)

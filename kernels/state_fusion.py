@@ -152,8 +152,8 @@ class _Merge(torch.autograd.Function):
         spread, alpha, *kernels = ctx.saved_tensors
         if torch.is_grad_enabled():
             spread = _Merge.spread(ctx.plan, kernels)
-        parts = grad.t().index_select(1, ctx.plan.targets).split(ctx.plan.counts, dim=1)
-        grads = ((part * weight).view(k.shape) for part, weight, k in zip(parts, alpha.unbind(), kernels, strict=True))
+        parts = grad.t().index_select(1, ctx.plan.targets).split_with_sizes(ctx.plan.counts, dim=1)
+        grads = ((part * weight).view_as(k) for part, weight, k in zip(parts, alpha.unbind(), kernels, strict=True))
         return None, (spread * grad).sum((1, 2)), *grads
 
     @staticmethod

@@ -101,6 +101,11 @@ def contiguous_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
+def contiguous_like(tensor: Tensor) -> Tensor:
+    """An empty contiguous tensor of the same shape and dtype; ``new_empty`` takes twice as long to read the shape."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Switch autocast off on the device of a tensor. The meta device has no autocast."""
     if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):

@@ -24,7 +24,7 @@ WARPS, ADJOINT_WARPS = 4, 8  # the adjoint keeps its sums in registers
 
 @on_device_of_first
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
         grid, blocks = _tiles(x)
         _convolve[grid](x, weight, bias, out, *x.shape[1:], x.stride(2), EPILOGUE=epilogue, **blocks, num_warps=WARPS)
@@ -52,7 +52,7 @@ def depthwise_conv_backward(
     options = dict(RESIDUAL=epilogue == "residual", num_warps=ADJOINT_WARPS)
     _adjoint[grid](*tensors, tiles, *sizes, stride, grad_stride, **blocks, **options)
     sums = parts.sum(0)
-    return sums[: weight.numel()].view(weight.shape), sums[weight.numel() :].clone()  # results must share no memory
+    return sums[: weight.numel()].view_as(weight), sums[weight.numel() :].clone()  # results must share no memory
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
