@@ -40,8 +40,9 @@ def check_tensors(expected: Mapping[str, Layout], tensors: Mapping[str, Tensor |
         TypeError: if a tensor is not of a real floating-point type.
     """
     for name, layout in expected.items():
-        if (tensor := tensors.get(name)) is not None:
-            _match(name, tensor.shape, layout, sizes)
+        tensor, known = tensors.get(name), len(sizes)
+        if tensor is not None and not _fits(tensor.shape, layout, sizes):
+            raise ValueError(_mismatch(name, tuple(tensor.shape), layout, dict(list(sizes.items())[:known])))
     first = device = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -55,24 +56,27 @@ def check_tensors(expected: Mapping[str, Layout], tensors: Mapping[str, Tensor |
     return sizes
 
 
-def _match(name: str, shape: Sequence[int], layout: Layout, sizes: dict[str, int]) -> None:
-    """Check a shape, and add the axes that it is the first to have to ``sizes``."""
-    known = len(sizes)
-    fits = len(shape) == len(layout)
-    for size, (_, factor, axis, offset) in zip(shape, layout, strict=False):
-        if axis and axis not in sizes:
+def _fits(shape: Sequence[int], layout: Layout, sizes: dict[str, int]) -> bool:
+    """Whether a shape has this layout. Axes that are new are added to ``sizes``."""
+    if len(shape) != len(layout):
+        return False
+    for size, (_, factor, axis, offset) in zip(shape, layout, strict=True):
+        if factor and axis not in sizes:
             sizes[axis] = (size - offset) // factor
-            fits = fits and (sizes[axis] >= 1 or axis == "batch")
-        fits = fits and size == factor * sizes.get(axis, 0) + offset
-    if fits:
-        return
+            if sizes[axis] < 1 and axis != "batch":
+                return False
+        if size != (factor * sizes[axis] + offset if factor else offset):
+            return False
+    return True
+
+
+def _mismatch(name: str, shape: tuple[int, ...], layout: Layout, known: Mapping[str, int]) -> str:
     names = dict.fromkeys(axis for _, _, axis, _ in layout if axis)
-    before = dict(list(sizes.items())[:known])
-    conditions = [f"{axis} = {before[axis]}" for axis in names if axis in before]
-    if free := [axis for axis in names if axis not in before and axis != "batch"]:
+    conditions = [f"{axis} = {known[axis]}" for axis in names if axis in known]
+    if free := [axis for axis in names if axis not in known and axis != "batch"]:
         conditions.append(f"{', '.join(free)} >= 1")
     axes = ", ".join(text for text, *_ in layout)
-    raise ValueError(f"{name} must have shape ({axes}) with {', '.join(conditions)}, got {tuple(shape)}")
+    return f"{name} must have shape ({axes}) with {', '.join(conditions)}, got {shape}"
 
 
 def at_token_stride(x: Tensor) -> Tensor:
