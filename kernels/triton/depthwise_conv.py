@@ -1,7 +1,6 @@
-"""Depthwise 3x3 convolution and its adjoint. A program moves down a tile of columns and reads each row once.
+"""Depthwise 3x3 convolution and its adjoint. A program moves down a block of tiles, two columns each.
 
-A row is read by three loads, each shifted by a column. The rows of a tile are unrolled, so that loads overlap with the
-sums of earlier rows.
+A thread has some channels of a tile. It keeps rows, or sums for the next rows, in registers, and reads each row once.
 
 The adjoint needs the gradient before the SiLU at all neighbours of a token. A separate kernel writes it to a temporary
 map of the I/O dtype. Recomputing it in the adjoint, also for the neighbouring columns, would take three times the
@@ -18,16 +17,18 @@ from torch import Tensor
 from .device_functions import channel_block, load_float
 from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, cdiv, kernel, multiprocessors, on_device_of_first
 
-MAX_ROWS, TILE_WIDTH, TILE_CHANNELS = 8, 8, 64  # 4 elements of a row per thread
-WARPS, ADJOINT_WARPS = 4, 8  # the adjoint keeps its sums in registers
+MAX_ROWS, COLUMNS = 14, 2  # of a tile
+BLOCK_CHANNELS, WARPS = 64, 4
+FORWARD_TILES, BACKWARD_TILES = 8, 4  # of a block: 4 and 2 channels per thread; the backward pass needs more registers
 
 
 @on_device_of_first
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        grid, blocks = _tiles(x)
-        _convolve[grid](x, weight, bias, out, *x.shape[1:], x.stride(2), EPILOGUE=epilogue, **blocks, num_warps=WARPS)
+        tiles, grid, blocks = _tiling(x, FORWARD_TILES)
+        sizes = (tiles, *x.shape[1:], x.stride(2))
+        _convolve[grid](x, weight, bias, out, *sizes, EPILOGUE=epilogue, **blocks, num_warps=WARPS)
     return out
 
 
@@ -37,8 +38,8 @@ def depthwise_conv_backward(
 ) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return torch.zeros_like(weight), torch.zeros_like(bias)
-    (tiles, channel_blocks), blocks = _tiles(x)
-    programs = min(tiles, cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device), channel_blocks))
+    tiles, (tile_blocks, channel_blocks), blocks = _tiling(x, BACKWARD_TILES)
+    programs = min(tile_blocks, cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device), channel_blocks))
     grid = (programs, channel_blocks)
     parts = weight.new_empty(programs, 10 * x.shape[3])
     sizes, stride, grad_stride = x.shape[1:], x.stride(2), grad_x.stride(2)
@@ -49,64 +50,112 @@ def depthwise_conv_backward(
         tensors = (grad_convolved, None, weight, grad_x, None)
     else:
         tensors = (grad_out, x, weight, grad_x, parts)
-    options = dict(RESIDUAL=epilogue == "residual", num_warps=ADJOINT_WARPS)
+    options = dict(RESIDUAL=epilogue == "residual", num_warps=WARPS)
     _adjoint[grid](*tensors, tiles, *sizes, stride, grad_stride, **blocks, **options)
     sums = parts.sum(0)
     return sums[: weight.numel()].view_as(weight), sums[weight.numel() :].clone()  # results must share no memory
 
 
-def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The numbers of tiles and of blocks of channels, and the block sizes."""
+def _tiling(x: Tensor, max_tiles: int) -> tuple[int, tuple[int, int], dict[str, Any]]:
+    """The number of tiles, the numbers of blocks of tiles and of channels, and the sizes of tiles and blocks."""
     batch, height, width, dim = x.shape
-    block_width, block_dim = block(width, TILE_WIDTH), block(dim, TILE_CHANNELS)
     bands = cdiv(height, MAX_ROWS)
-    blocks = dict(ROWS=cdiv(height, bands), BLOCK_WIDTH=block_width, BLOCK_DIM=block_dim)
-    return (batch * bands * cdiv(width, block_width), cdiv(dim, block_dim)), blocks
+    tiles = batch * bands * cdiv(width, COLUMNS)
+    block_tiles, block_dim = block(tiles, max_tiles), block(dim, BLOCK_CHANNELS)
+    sizes = dict(rows=cdiv(height, bands), COLUMNS=COLUMNS, BLOCK_TILES=block_tiles, BLOCK_DIM=block_dim)
+    return tiles, (cdiv(tiles, block_tiles), cdiv(dim, block_dim)), sizes
 
 
-# --- Device functions; blocks are (columns, channels) -----------------------------------------------------------------
-
-
-@triton.jit
-def _tile(index, height, width, ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr) -> tuple[tl.tensor, ...]:
-    """The first token of a tile's image, the tile's first row, and its columns."""
-    across = tl.cdiv(width, BLOCK_WIDTH)
-    tiles = across * tl.cdiv(height, ROWS)
-    image, tile = index // tiles, index % tiles
-    column = tile % across * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    return image.to(tl.int64) * height * width, tile // across * ROWS, column
+# --- Device functions; blocks are (tiles, channels) -------------------------------------------------------------------
 
 
 @triton.jit
-def _load(tokens, stride, first, row, column, height, width, channel, in_dim) -> tl.tensor:
-    """Some columns of a row; 0 outside the map."""
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    place = (first + row * width + column)[:, None] * stride + channel[None, :]
-    return load_float(tokens + place, inside[:, None] & in_dim[None, :])
+def _tiles(
+    index, tiles, height, width, rows, COLUMNS: tl.constexpr, BLOCK_TILES: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """Of each tile: its first token, that token's row and column, and the map's height, which is 0 beyond the tiles."""
+    tile = index * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
+    across, down = tl.cdiv(width, COLUMNS), tl.cdiv(height, rows)
+    row, column = tile // across % down * rows, tile % across * COLUMNS
+    first = ((tile // (across * down)).to(tl.int64) * height + row) * width + column
+    return first[:, None], row, column, tl.where(tile < tiles, height, 0)
 
 
 @triton.jit
-def _store(tokens, stride, first, row, column, height, width, channel, in_dim, values) -> None:
-    inside = (column < width) & (row < height)
-    place = (first + row * width + column)[:, None] * stride + channel[None, :]
-    tl.store(tokens + place, values, mask=inside[:, None] & in_dim[None, :])
+def _load_row(
+    tokens, stride, i, row, column, height, width, in_dim, MARGIN: tl.constexpr, COLUMNS: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """Row i of each tile, with MARGIN columns on both sides; 0 outside the map. ``tokens`` points to the first."""
+    in_row = ((row + i >= 0) & (row + i < height))[:, None] & in_dim[None, :]
+    loaded = ()
+    for k in tl.static_range(-MARGIN, COLUMNS + MARGIN):
+        inside = (column + k >= 0) if k < 0 else (column + k < width)
+        place = tokens + (i * width.to(tl.int64) * stride + k * stride)
+        loaded += (load_float(place, inside[:, None] & in_row),)
+    return loaded
 
 
 @triton.jit
-def _taps(weight, channel, in_dim) -> tuple[tl.tensor, ...]:
+def _store_row(tokens, stride, i, row, column, height, width, in_dim, values) -> None:
+    in_row = (row + i < height)[:, None] & in_dim[None, :]
+    for k in tl.static_range(len(values)):
+        place = tokens + (i * width.to(tl.int64) * stride + k * stride)
+        tl.store(place, values[k], mask=(column + k < width)[:, None] & in_row)
+
+
+@triton.jit
+def _taps(weight, channel, in_dim, RESIDUAL: tl.constexpr) -> tuple[tl.tensor, ...]:
     taps = ()
     for k in tl.static_range(9):
-        taps += (load_float(weight + channel * 9 + k, in_dim)[None, :],)
+        tap = load_float(weight + channel * 9 + k, in_dim)[None, :]
+        taps += (tap + 1.0 if RESIDUAL and k == 4 else tap,)
     return taps
 
 
 @triton.jit
+def _mirror(tokens) -> tuple[tl.tensor, ...]:
+    mirrored = ()
+    for k in tl.static_range(9):
+        mirrored += (tokens[8 - k],)
+    return mirrored
+
+
+@triton.jit
+def _add_row(sum_, taps, FIRST: tl.constexpr, tokens, k: tl.constexpr) -> tl.tensor:
+    """Add the products of three taps with the tokens around column k."""
+    return sum_ + taps[FIRST] * tokens[k] + taps[FIRST + 1] * tokens[k + 1] + taps[FIRST + 2] * tokens[k + 2]
+
+
+@triton.jit
+def _weighted_sum(start, taps, tokens) -> tl.tensor:
+    for k in tl.static_range(9):
+        start += taps[k] * tokens[k]
+    return start
+
+
+@triton.jit
+def _add_products(sums, tokens, factor, grad) -> tuple[tl.tensor, ...]:
+    """Add to the sums for the gradients of the taps, and the gradient of a convolved token to that of the bias."""
+    added = ()
+    for k in tl.static_range(9):
+        added += (sums[k] + tokens[k] * factor,)
+    added += (sums[9] + grad,)
+    return added
+
+
+@triton.jit
 def _store_sums(parts, sums, dim, channel, in_dim) -> None:
-    """Sum over the columns and write to (programs, 10 dim): the taps of all channels, (dim, 9), then the biases."""
+    """Sum over the tiles and write to (programs, 10 dim): the taps of all channels, (dim, 9), then the biases."""
     parts += tl.program_id(0) * 10 * dim
     for k in tl.static_range(9):
         tl.store(parts + channel * 9 + k, tl.sum(sums[k], axis=0), mask=in_dim)
     tl.store(parts + 9 * dim + channel, tl.sum(sums[9], axis=0), mask=in_dim)
+
+
+@triton.jit
+def _sigmoid(x) -> tl.tensor:
+    """Takes fewer instructions than ``tl.sigmoid``, whose ``tl.exp`` is exact for denormals."""
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
@@ -118,34 +167,41 @@ def _convolve(
     weight,
     bias,
     out,
+    tiles,
     height,
     width,
     dim,
     stride,
+    rows,
     EPILOGUE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
     channel, in_dim = channel_block(dim, BLOCK_DIM)
-    first, first_row, column = _tile(tl.program_id(0), height, width, ROWS, BLOCK_WIDTH)
-    taps = _taps(weight, channel, in_dim)
-    start = load_float(bias + channel, in_dim)[None, :] + tl.zeros((BLOCK_WIDTH, BLOCK_DIM), tl.float32)
-    before, here = start, start  # sums of the previous row and of the current one
-    for i in tl.static_range(ROWS + 2):
-        row = first_row + i - 1
-        left = _load(x, stride, first, row, column - 1, height, width, channel, in_dim)
-        centre = _load(x, stride, first, row, column, height, width, channel, in_dim)
-        right = _load(x, stride, first, row, column + 1, height, width, channel, in_dim)
-        if i >= 2:
-            result = before + taps[6] * left + taps[7] * centre + taps[8] * right
+    taps = _taps(weight, channel, in_dim, EPILOGUE == "residual")
+    start = load_float(bias + channel, in_dim)[None, :] + tl.zeros((BLOCK_TILES, BLOCK_DIM), tl.float32)
+    first, row, column, height = _tiles(tl.program_id(0), tiles, height, width, rows, COLUMNS, BLOCK_TILES)
+    x += first * stride + channel[None, :]
+    out += first * dim + channel[None, :]
+    above = _load_row(x, stride, -1, row, column, height, width, in_dim, 1, COLUMNS)
+    level = _load_row(x, stride, 0, row, column, height, width, in_dim, 1, COLUMNS)
+    before, here = (), ()  # sums of a row and of the next one, so far
+    for k in tl.static_range(COLUMNS):
+        before += (_add_row(_add_row(start, taps, 0, above, k), taps, 3, level, k),)
+        here += (_add_row(start, taps, 0, level, k),)
+    for i in range(rows):
+        below = _load_row(x, stride, i + 1, row, column, height, width, in_dim, 1, COLUMNS)
+        results, next_before, next_here = (), (), ()
+        for k in tl.static_range(COLUMNS):
+            result = _add_row(before[k], taps, 6, below, k)
             if EPILOGUE == "silu":
-                result *= tl.sigmoid(result)
-            _store(out, dim, first, row - 1, column, height, width, channel, in_dim, result)
-        before = here + taps[3] * left + taps[4] * centre + taps[5] * right
-        if EPILOGUE == "residual":
-            before += centre
-        here = start + taps[0] * left + taps[1] * centre + taps[2] * right
+                result *= _sigmoid(result)
+            results += (result,)
+            next_before += (_add_row(here[k], taps, 3, below, k),)
+            next_here += (_add_row(start, taps, 0, below, k),)
+        _store_row(out, dim, i, row, column, height, width, in_dim, results)
+        before, here = next_before, next_here
 
 
 @kernel
@@ -161,42 +217,34 @@ def _before_silu(
     width,
     dim,
     stride,
-    ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    rows,
+    COLUMNS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
     """The gradient before the SiLU in some tiles, and their contribution to the gradients of weight and bias."""
     channel, in_dim = channel_block(dim, BLOCK_DIM)
-    taps = _taps(weight, channel, in_dim)
-    start = load_float(bias + channel, in_dim)[None, :]
-    zeros = tl.zeros((BLOCK_WIDTH, BLOCK_DIM), tl.float32)
-    sums = ()
-    for _ in tl.static_range(10):
-        sums += (zeros,)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first, first_row, column = _tile(tile, height, width, ROWS, BLOCK_WIDTH)
-        above, here = (zeros, zeros, zeros), (zeros, zeros, zeros)  # rows, shifted left, unshifted, and shifted right
-        for i in tl.static_range(ROWS + 2):
-            row = first_row + i - 1
-            below = (
-                _load(x, stride, first, row, column - 1, height, width, channel, in_dim),
-                _load(x, stride, first, row, column, height, width, channel, in_dim),
-                _load(x, stride, first, row, column + 1, height, width, channel, in_dim),
-            )
-            if i >= 2:
-                neighbours = above + here + below
-                convolved = start + zeros
-                for k in tl.static_range(9):
-                    convolved += taps[k] * neighbours[k]
-                sigmoid = tl.sigmoid(convolved)
-                grad = _load(grad_out, dim, first, row - 1, column, height, width, channel, in_dim)
-                grad *= sigmoid * (1.0 + convolved * (1.0 - sigmoid))
-                _store(grad_convolved, dim, first, row - 1, column, height, width, channel, in_dim, grad)
-                new_sums = ()
-                for k in tl.static_range(9):
-                    new_sums += (sums[k] + grad * neighbours[k],)
-                new_sums += (sums[9] + grad,)
-                sums = new_sums
+    taps = _taps(weight, channel, in_dim, False)
+    zeros = tl.zeros((BLOCK_TILES, BLOCK_DIM), tl.float32)
+    start = load_float(bias + channel, in_dim)[None, :] + zeros
+    sums = (zeros,) * 10
+    for index in range(tl.program_id(0), tl.cdiv(tiles, BLOCK_TILES), tl.num_programs(0)):
+        first, row, column, end = _tiles(index, tiles, height, width, rows, COLUMNS, BLOCK_TILES)
+        token, place = x + first * stride + channel[None, :], first * dim + channel[None, :]
+        above = _load_row(token, stride, -1, row, column, end, width, in_dim, 1, COLUMNS)
+        here = _load_row(token, stride, 0, row, column, end, width, in_dim, 1, COLUMNS)
+        for i in range(rows):
+            below = _load_row(token, stride, i + 1, row, column, end, width, in_dim, 1, COLUMNS)
+            grads = _load_row(grad_out + place, dim, i, row, column, end, width, in_dim, 0, COLUMNS)
+            grads_before = ()
+            for k in tl.static_range(COLUMNS):
+                tokens = above[k : k + 3] + here[k : k + 3] + below[k : k + 3]
+                convolved = _weighted_sum(start, taps, tokens)
+                sigmoid = _sigmoid(convolved)
+                grad = grads[k] * sigmoid * (1.0 + convolved * (1.0 - sigmoid))
+                sums = _add_products(sums, tokens, grad, grad)
+                grads_before += (grad,)
+            _store_row(grad_convolved + place, dim, i, row, column, end, width, in_dim, grads_before)
             above, here = here, below
     _store_sums(parts, sums, dim, channel, in_dim)
 
@@ -214,9 +262,10 @@ def _adjoint(
     dim,
     stride,
     grad_stride,
+    rows,
     RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
     """The gradient of the tokens of some tiles; with ``parts`` also their contribution to those of weight and bias.
@@ -224,47 +273,27 @@ def _adjoint(
     All are products with the gradients around a token, so only the gradients are read with their neighbours.
     """
     channel, in_dim = channel_block(dim, BLOCK_DIM)
-    taps = _taps(weight, channel, in_dim)
-    zeros = tl.zeros((BLOCK_WIDTH, BLOCK_DIM), tl.float32)
-    sums = ()
-    for _ in tl.static_range(10):
-        sums += (zeros,)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first, first_row, column = _tile(tile, height, width, ROWS, BLOCK_WIDTH)
-        before, here = zeros, zeros  # sums of the previous row and of the current one
-        token_above, token_here = zeros, zeros  # 0 outside the tile
-        for i in tl.static_range(ROWS + 2):
-            row = first_row + i - 1
-            left = _load(grad_convolved, dim, first, row, column - 1, height, width, channel, in_dim)
-            centre = _load(grad_convolved, dim, first, row, column, height, width, channel, in_dim)
-            right = _load(grad_convolved, dim, first, row, column + 1, height, width, channel, in_dim)
-            if i >= 2:
-                result = before + taps[0] * right + taps[1] * centre + taps[2] * left
-                _store(grad_x, grad_stride, first, row - 1, column, height, width, channel, in_dim, result)
-            before = here + taps[3] * right + taps[4] * centre + taps[5] * left
-            if RESIDUAL:
-                before += centre
-            here = taps[6] * right + taps[7] * centre + taps[8] * left
-
+    taps = _taps(weight, channel, in_dim, RESIDUAL)
+    zeros = tl.zeros((BLOCK_TILES, BLOCK_DIM), tl.float32)
+    sums = (zeros,) * 10
+    for index in range(tl.program_id(0), tl.cdiv(tiles, BLOCK_TILES), tl.num_programs(0)):
+        first, row, column, end = _tiles(index, tiles, height, width, rows, COLUMNS, BLOCK_TILES)
+        grad = grad_convolved + first * dim + channel[None, :]
+        grad_token = grad_x + first * grad_stride + channel[None, :]
+        above = _load_row(grad, dim, -1, row, column, end, width, in_dim, 1, COLUMNS)
+        here = _load_row(grad, dim, 0, row, column, end, width, in_dim, 1, COLUMNS)
+        for i in range(rows):
+            below = _load_row(grad, dim, i + 1, row, column, end, width, in_dim, 1, COLUMNS)
             if parts is not None:
-                token_below = zeros
-                if i < ROWS:
-                    token_below = _load(x, stride, first, row + 1, column, height, width, channel, in_dim)
-                bias_sum = sums[9]
-                if i >= 1 and i <= ROWS:
-                    bias_sum += centre
-                sums = (
-                    sums[0] + token_above * right,
-                    sums[1] + token_above * centre,
-                    sums[2] + token_above * left,
-                    sums[3] + token_here * right,
-                    sums[4] + token_here * centre,
-                    sums[5] + token_here * left,
-                    sums[6] + token_below * right,
-                    sums[7] + token_below * centre,
-                    sums[8] + token_below * left,
-                    bias_sum,
-                )
-                token_above, token_here = token_here, token_below
+                token = x + first * stride + channel[None, :]
+                tokens = _load_row(token, stride, i, row, column, end, width, in_dim, 0, COLUMNS)
+            results = ()
+            for k in tl.static_range(COLUMNS):
+                grads = _mirror(above[k : k + 3] + here[k : k + 3] + below[k : k + 3])
+                if parts is not None:
+                    sums = _add_products(sums, grads, tokens[k], here[k + 1])
+                results += (_weighted_sum(zeros, taps, grads),)
+            _store_row(grad_token, grad_stride, i, row, column, end, width, in_dim, results)
+            above, here = here, below
     if parts is not None:
         _store_sums(parts, sums, dim, channel, in_dim)
