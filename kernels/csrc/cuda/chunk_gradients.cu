@@ -153,26 +153,28 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
       if (k >= count) grad_h[k] = V(0.0f);
       reverse = reverse.then({decays[k], decays[k] * grad_h[k]});
     }
-    V carry = walk.template enter<true>(reverse, walk.carry(chunk), walk.carry(chunk + 1));
-
     Raw<V, G> grad[kRun];
     walk.load_run(grad, grad_y, row);
+    V carry = walk.template enter<true>(reverse, walk.carry(chunk), walk.carry(chunk + 1));
+
     const unsigned first = walk.element(row, walk.column);
 #pragma unroll
     for (int k = kRun - 1; k >= 0; --k) {
       const V grad_state = grad_h[k] + carry;
       carry = decays[k] * grad_state;
       const V grad_rate = carry * before[k];  // of delta * rate
-      const V own_u = u[k].value(), own_grad = grad[k].value(), grad_of_B = grad_state * deltas[k] * own_u;
+      const V own_u = u[k].value(), own_grad = grad[k].value(), through_delta = grad_state * deltas[k];
       const float B = walk.B(k);
-      if (k < count && walk.has_channel) {
-        store_value(grad_u + first + k * map.dim, grad_state * deltas[k] * (kLn2 * B) + skip * own_grad);
-        store_value(grad_step + first + k * map.dim,
-                    (grad_state * own_u * B + grad_rate * walk.rate) * each(sigmoid_base2, steps[k]));
-        sum_D += own_grad * own_u;
+      const V grad_of_u = through_delta * (kLn2 * B) + skip * own_grad;
+      const V grad_of_step = (grad_state * own_u * B + grad_rate * walk.rate) * each(sigmoid_base2, steps[k]);
+      const bool exists = k < count && walk.has_channel;
+      if (exists) {
+        store_value(grad_u + first + k * map.dim, grad_of_u);
+        store_value(grad_step + first + k * map.dim, grad_of_step);
       }
-      grad_h[k] = k < count && walk.has_channel ? grad_of_B : V(0.0f);
       sum_A_log += grad_rate * deltas[k];
+      sum_D += own_grad * (k < count ? own_u : V(0.0f));
+      grad_h[k] = through_delta * (exists ? own_u : V(0.0f));  // the gradient of B
     }
     const float sum = sum_over_channels(grad_h);
     const int k = threadIdx.x * 8 / kLanes<V>;
