@@ -138,7 +138,7 @@ def _merging(
 
 
 class _Merge(torch.autograd.Function):
-    """`merge_taps` in few operations, since each takes a GPU less time than its launch takes the CPU."""
+    """`merge_taps` in few operations: for tensors this small, a launch takes longer than the operation."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Merging, alpha: Tensor, *kernels: Tensor) -> Tensor:
