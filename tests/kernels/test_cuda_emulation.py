@@ -33,7 +33,7 @@ NAMESPACE = "spatial_mamba_cuda_emulated"
 TORCH = Path(torch.__file__).parent
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-ROUNDING = {F32: 3e-6, BF16: 2**-8, F16: 2**-11}  # of the result's dtype, relative to its largest magnitude
+ROUNDING = {F32: 8e-6, BF16: 2**-8, F16: 2**-11}  # of the result's dtype, relative to its largest magnitude
 Branches = tuple[Sequence[int], Sequence[int]]  # sizes and dilations of the fusion kernels
 PUBLISHED: Branches = ((3, 3, 3), (1, 3, 5))
 OTHER_KERNELS: Branches = ((5, 3), (2, 7))
@@ -150,12 +150,15 @@ def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, branches
     [
         pytest.param((2, 7, 9, 40), 3, F32, F32, PUBLISHED, id="small"),
         pytest.param((1, 13, 14, 32), 4, BF16, F32, PUBLISHED, id="as in the model"),
-        pytest.param((1, 1, 1, 5), 1, F16, F16, PUBLISHED, id="one token"),
+        pytest.param((1, 1, 1, 6), 1, F16, F16, PUBLISHED, id="one token"),
         pytest.param((2, 2, 1, 6), 2, BF16, F16, PUBLISHED, id="a pair of types that no kernel has"),
         pytest.param((0, 4, 4, 8), 2, F32, F32, PUBLISHED, id="no image"),
         pytest.param((65, 18, 1, 128), 1, F32, F32, PUBLISHED, id="images enough to split none"),
         pytest.param((1, 70, 3, 16), 1, F16, F32, PUBLISHED, id="bands of rows"),
-        pytest.param((1, 3, 70, 33), 2, BF16, BF16, PUBLISHED, id="strips of columns"),
+        pytest.param((1, 3, 130, 34), 2, BF16, BF16, PUBLISHED, id="strips of columns"),
+        pytest.param((1, 7, 70, 33), 2, BF16, BF16, PUBLISHED, id="channels that do not pair up"),
+        pytest.param((2, 29, 28, 16), 8, BF16, F32, PUBLISHED, id="chunks of rows"),
+        pytest.param((1, 6, 8, 6), 130, F32, F32, PUBLISHED, id="a step of very high rank"),
         pytest.param((1, 18, 130, 8), 5, F32, F32, PUBLISHED, id="bands and strips"),
         pytest.param((1, 2, 3, 8), 40, BF16, F32, PUBLISHED, id="a step of high rank"),
         pytest.param((1, 6, 5, 8), 2, F32, F32, OTHER_KERNELS, id="other kernels"),
@@ -176,6 +179,25 @@ def test_structure_aware_scan(
     grad_y = random_normal(*shape, dtype=out_dtype)
     backward = (grad_y, *tensors, row_states, *branches, out_dtype)
     assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, backward, backward=True)
+
+
+def test_autocast_and_unaligned_tokens_change_nothing(operators: Any) -> None:
+    torch.manual_seed(0)
+    *tensors, _, _ = arguments = core_arguments((1, 6, 7, 8), 4, BF16, PUBLISHED)
+    grad_y = random_normal(1, 6, 7, 8)
+    y, row_states = STRUCTURE_AWARE_SCAN._forward(operators, *arguments, F32)
+    expected = STRUCTURE_AWARE_SCAN._backward(operators, grad_y, *tensors, row_states, *PUBLISHED, F32)
+    with torch.autocast("cpu", BF16):
+        found = STRUCTURE_AWARE_SCAN._backward(operators, grad_y, *tensors, row_states, *PUBLISHED, F32)
+    assert all(torch.equal(x, wanted) for x, wanted in zip(found, expected, strict=True))
+
+    shifted = torch.cat([tensors[0].flatten()[:1], tensors[0].flatten()])[1:].view_as(tensors[0])
+    assert shifted.data_ptr() % 4 == 2
+    y_shifted, _ = STRUCTURE_AWARE_SCAN._forward(operators, shifted, *arguments[1:], F32)
+    torch.testing.assert_close(y_shifted, y, rtol=1e-5, atol=1e-5)
+    found = STRUCTURE_AWARE_SCAN._backward(operators, grad_y, shifted, *tensors[1:], row_states, *PUBLISHED, F32)
+    for x, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_extreme_delta(operators: Any) -> None:
@@ -230,7 +252,7 @@ def test_selective_scan_of_many_sequences(operators: Any) -> None:
 
 def test_order_of_threads_does_not_matter(operators: Any) -> None:
     torch.manual_seed(0)
-    *tensors, _, _ = arguments = core_arguments((2, 9, 11, 40), 2, F32, PUBLISHED)
+    *tensors, _, _ = arguments = core_arguments((1, 9, 121, 24), 2, F32, PUBLISHED)
     results = []
     for _ in range(3):  # each in another order
         y, row_states = STRUCTURE_AWARE_SCAN.forward(operators, *arguments, F32)

@@ -50,7 +50,7 @@ void fuse_and_read_out(const Map& map, const float* h, const float* taps, const 
                        Activations u, const float* D, Activations y, cudaStream_t stream);
 
 // grad_C (read_out_partial_sums, batch, H, W), to be summed over its first dimension: grad_y times the fused states.
-int read_out_partial_sums(const Map& map, const Offsets& offsets);
+int read_out_partial_sums(const Map& map);
 void read_out_gradient(const Map& map, Activations grad_y, const float* h, const float* taps, const Offsets& offsets,
                        float* grad_C, cudaStream_t stream);
 
@@ -67,9 +67,6 @@ void tap_gradients(const Map& map, Activations grad, const float* C, Activations
 // above call these.
 bool streaming_serves(const Offsets& offsets);
 void stream_fuse(const Map& map, Activations h, const float* taps, Activations fused, cudaStream_t stream);
-int stream_read_out_gradient_partial_sums(const Map& map);
-void stream_read_out_gradient(const Map& map, Activations grad_y, const float* h, const float* taps, float* grad_C,
-                              cudaStream_t stream);
 void stream_adjoint(const Map& map, Activations grad, const float* C, const float* taps, Activations grad_h,
                     cudaStream_t stream);
 int stream_tap_gradients_partial_sums(const Map& map);

@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -34,6 +35,14 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kLanes = 32, kHalfWarp = 16;  // channels per partial sum over channels
 
 int64_t blocks_of(int64_t dim, int64_t channels) { return (dim + channels - 1) / channels; }
+
+// Operators compute in the precision of their arguments, on the device of the first one.
+struct Guard {
+  explicit Guard(const Tensor& first) : device(first.device()) {}
+
+  const c10::cuda::CUDAGuard device;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
 
 cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream(); }
 
@@ -86,7 +95,7 @@ bool pairs_with(at::ScalarType type, const Tensor& u) { return type == u.scalar_
 // --- State fusion ----------------------------------------------------------------------------------------------------
 
 Tensor state_fusion(const Tensor& h, const Tensor& taps, IntArrayRef offsets) {
-  const c10::cuda::CUDAGuard guard(h.device());
+  const Guard guard(h);
   Tensor fused = at::empty_like(h);
   spatial_mamba::fuse(map_of(h), activations(h), floats(taps), offsets_of(offsets), activations(fused),
                       current_stream());
@@ -102,7 +111,7 @@ Tensor gradient_of_taps(const Tensor& grad, const float* C, const Tensor& h, con
 
 std::tuple<Tensor, Tensor> state_fusion_backward(const Tensor& grad_out, const Tensor& h, const Tensor& taps,
                                                  IntArrayRef pairs) {
-  const c10::cuda::CUDAGuard guard(h.device());
+  const Guard guard(h);
   const Offsets offsets = offsets_of(pairs);
   Tensor grad_h = at::empty_like(h);
   spatial_mamba::fuse_adjoint(map_of(h), activations(grad_out), nullptr, floats(taps), offsets, activations(grad_h),
@@ -140,7 +149,7 @@ Tensor states_before(const Recurrence& recurrence, const Tensor& u, const Strips
 std::tuple<Tensor, Tensor> structure_aware_scan(const Tensor& u, const Tensor& projection, const Tensor& step_weight,
                                                 const Tensor& step_bias, const Tensor& A_log, const Tensor& D,
                                                 const Tensor& taps, IntArrayRef pairs, at::ScalarType out_dtype) {
-  const c10::cuda::CUDAGuard guard(u.device());
+  const Guard guard(u);
   const cudaStream_t stream = current_stream();
   const Offsets offsets = offsets_of(pairs);
   const Recurrence recurrence = recurrence_of(u, projection, step_weight, step_bias, A_log, D);
@@ -169,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
     const Tensor& grad_out, const Tensor& u, const Tensor& projection, const Tensor& step_weight,
     const Tensor& step_bias, const Tensor& A_log, const Tensor& D, const Tensor& taps, const Tensor& row_states,
     IntArrayRef pairs) {
-  const c10::cuda::CUDAGuard guard(u.device());
+  const Guard guard(u);
   const cudaStream_t stream = current_stream();
   const Offsets offsets = offsets_of(pairs);
   const Recurrence recurrence = recurrence_of(u, projection, step_weight, step_bias, A_log, D);
@@ -197,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
                                       floats(grad_taps), stream);
     grad_taps = grad_taps.sum(0);
   } else {
-    grad_C = empty_floats(u, {spatial_mamba::read_out_partial_sums(map, offsets), tokens});
+    grad_C = empty_floats(u, {spatial_mamba::read_out_partial_sums(map), tokens});
     spatial_mamba::read_out_gradient(map, activations(grad_y), floats(h), floats(taps), offsets, floats(grad_C),
                                      stream);
     grad_taps = gradient_of_taps(grad_y, floats(C), h, offsets);
@@ -267,7 +276,7 @@ SelectiveScan scan_of(const Tensor& u, const Tensor& delta, const Tensor& A, con
 std::tuple<Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
                                           const OptionalTensor& C, const OptionalTensor& D, const OptionalTensor& z,
                                           const OptionalTensor& delta_bias, bool delta_softplus) {
-  const c10::cuda::CUDAGuard guard(u.device());
+  const Guard guard(u);
   const SelectiveScan scan = scan_of(u, delta, A, B, C, D, z, delta_bias, delta_softplus);
   Tensor out = C ? at::empty_like(u) : empty_floats(u, {scan.batch, scan.dim, scan.states, scan.length});
   Tensor last_state = empty_floats(u, {scan.batch, scan.dim, scan.states});
@@ -279,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
     const Tensor& grad_out, const Tensor& grad_last, const Tensor& u, const Tensor& delta, const Tensor& A,
     const Tensor& B, const OptionalTensor& C, const OptionalTensor& D, const OptionalTensor& z,
     const OptionalTensor& delta_bias, bool delta_softplus) {
-  const c10::cuda::CUDAGuard guard(u.device());
+  const Guard guard(u);
   const cudaStream_t stream = current_stream();
   const SelectiveScan scan = scan_of(u, delta, A, B, C, D, z, delta_bias, delta_softplus);
   const int64_t chunks = (scan.length + spatial_mamba::kScanChunk - 1) / spatial_mamba::kScanChunk;

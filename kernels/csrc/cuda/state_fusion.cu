@@ -219,13 +219,10 @@ void fuse_and_read_out(const Map& map, const float* h, const float* taps, const 
   });
 }
 
-int read_out_partial_sums(const Map& map, const Offsets& offsets) {
-  return streaming_serves(offsets) ? stream_read_out_gradient_partial_sums(map) : divide_up(map.dim, kWarp);
-}
+int read_out_partial_sums(const Map& map) { return divide_up(map.dim, kWarp); }
 
 void read_out_gradient(const Map& map, Activations grad_y, const float* h, const float* taps, const Offsets& offsets,
                        float* grad_C, cudaStream_t stream) {
-  if (streaming_serves(offsets)) return stream_read_out_gradient(map, grad_y, h, taps, grad_C, stream);
   with_type(grad_y, [&](auto* grad) {
     launch("read_out_gradient", read_out_gradient_kernel<Element<decltype(grad)>>, one_run_per_warp(map), block_shape(),
            0, stream, map, grad, h, taps, offsets, grad_C);

@@ -1,5 +1,5 @@
 // State fusion for 3x3 kernels with dilations 1, 3 and 5: blocks move down the rows of a map, so that each element is
-// read about once. The fused states, the gradient of C, the adjoint, and the gradients of the taps.
+// read about once. The fused states, the adjoint, and the gradients of the taps.
 #include <algorithm>
 
 #include "stencil.cuh"
@@ -172,45 +172,9 @@ class Rows {
 };
 
 template <class H>
-struct StoreFused {
-  H* fused;
-
-  __device__ void operator()(const Map& map, const Place& place, int row, int column,
-                             const float (&values)[kRunOfColumns]) const {
-    H* line = place.line(map, fused, row);
-#pragma unroll
-    for (int k = 0; k < kRunOfColumns; ++k) {
-      if (!place.has_channel || !place.has_column(column + k)) continue;
-      store(line + static_cast<int64_t>(column + k) * map.dim, values[k]);
-    }
-  }
-};
-
-template <class G>
-struct StoreReadOutGradient {
-  const G* grad_y;
-  float* grad_C;
-
-  __device__ void operator()(const Map& map, const Place& place, int row, int column,
-                             const float (&values)[kRunOfColumns]) const {
-    const G* line = place.line(map, grad_y, row);
-    float* sums = grad_C + blockIdx.y * map.batch * map.height * map.width + place.token(map, row);
-#pragma unroll
-    for (int k = 0; k < kRunOfColumns; ++k) {
-      const bool own = place.has_column(column + k);
-      float sum = own && place.has_channel ? values[k] * load(line + static_cast<int64_t>(column + k) * map.dim) : 0.0f;
-      for (int distance = kChannels / 2; distance > 0; distance /= 2) {
-        sum += __shfl_xor_sync(kAllLanes, sum, distance);
-      }
-      if (threadIdx.x == 0 && own) sums[column + k] = sum;
-    }
-  }
-};
-
-template <class H, class Store>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     stream_fuse_kernel(const __grid_constant__ Map map, const __grid_constant__ Tiling tiling, const H* h,
-                       const float* taps, const __grid_constant__ Store store_row) {
+                       const float* taps, H* out) {
   const Place place(map, tiling);
   const Stencil stencil(taps + place.channel, map.dim, false);
   const States<H> states{map, h};
@@ -225,7 +189,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
               } else {
                 stencil.contribute(i, [&](int row) { return place.has_row(row); }, window, opposite, same, fused);
               }
-              if (place.has_row(i - kReach)) store_row(map, place, i - kReach, column, fused);
+              if (!place.has_row(i - kReach) || !place.has_channel) return;
+              H* line = place.line(map, out, i - kReach);
+#pragma unroll
+              for (int k = 0; k < kRunOfColumns; ++k) {
+                if (place.has_column(column + k)) store(line + static_cast<int64_t>(column + k) * map.dim, fused[k]);
+              }
             });
 }
 
@@ -343,15 +312,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   }
 }
 
-template <class H, class Store>
-void launch_fuse(const char* name, const Map& map, const H* h, const float* taps, const Store& store_row,
-                 cudaStream_t stream) {
-  const Tiling tiling(map, kMaxColumns);
-  const int segments = segments_for(tiling.strip_columns);
-  launch(name, stream_fuse_kernel<H, Store>, tiling.grid(map), dim3(kChannels, segments),
-         Rows<States<H>>::shared_floats(segments), stream, map, tiling, h, taps, store_row);
-}
-
 }  // namespace
 
 bool streaming_serves(const Offsets& offsets) {
@@ -363,19 +323,12 @@ bool streaming_serves(const Offsets& offsets) {
 }
 
 void stream_fuse(const Map& map, Activations h, const float* taps, Activations fused, cudaStream_t stream) {
+  const Tiling tiling(map, kMaxColumns);
+  const int segments = segments_for(tiling.strip_columns);
   with_type(h, [&](auto* states) {
     using H = Element<decltype(states)>;
-    launch_fuse<H>("stream_fuse", map, states, taps, StoreFused<H>{static_cast<H*>(fused.data)}, stream);
-  });
-}
-
-int stream_read_out_gradient_partial_sums(const Map& map) { return divide_up(map.dim, kChannels); }
-
-void stream_read_out_gradient(const Map& map, Activations grad_y, const float* h, const float* taps, float* grad_C,
-                              cudaStream_t stream) {
-  with_type(grad_y, [&](auto* grad) {
-    using G = Element<decltype(grad)>;
-    launch_fuse("stream_read_out_gradient", map, h, taps, StoreReadOutGradient<G>{grad, grad_C}, stream);
+    launch("stream_fuse", stream_fuse_kernel<H>, tiling.grid(map), dim3(kChannels, segments),
+           Rows<States<H>>::shared_floats(segments), stream, map, tiling, states, taps, static_cast<H*>(fused.data));
   });
 }
 
