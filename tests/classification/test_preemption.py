@@ -29,7 +29,6 @@ def send(number: int) -> Callable[[], None]:
         ("_update", 2, signal.SIGTERM, 75),
         ("_update", 6, signal.SIGUSR1, 75),
         ("_update", 9, signal.SIGINT, 130),
-        ("_update", 12, signal.SIGTERM, 75),
         ("validation", 1, signal.SIGTERM, 75),
         ("validation", 2, signal.SIGTERM, 75),
     ],

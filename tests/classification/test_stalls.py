@@ -1,5 +1,6 @@
 """A process that stalls, but lives, is named by the others."""
 
+import itertools
 import os
 import signal
 import time
@@ -22,6 +23,13 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+CASES = [
+    (hang, "rank 1 waiting for data or a checkpoint, probably from a file system that does not answer"),
+    (stop, "rank 1 stopped, or on a machine that does not answer"),
+    (None, "ranks 0, 1, 2 waiting for each other or a GPU, probably because of the network or a driver"),
+]
+
+
 def run(rank: int, folder: Path, stall: Callable[[], None] | None) -> None:
     """One of three processes, of which the second stalls before it has loaded a batch, or all wait for each other."""
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=3)
@@ -37,23 +45,18 @@ def run(rank: int, folder: Path, stall: Callable[[], None] | None) -> None:
         hang()
 
 
-@pytest.mark.parametrize(
-    ("stall", "line"),
-    [
-        (hang, "rank 1 waiting for data or a checkpoint, probably from a file system that does not answer"),
-        (stop, "rank 1 stopped, or on a machine that does not answer"),
-        (None, "ranks 0, 1, 2 waiting for each other or a GPU, probably because of the network or a driver"),
-    ],
-)
-def test_the_stalled_process_is_named(
-    stall: Callable[[], None] | None, line: str, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    start = time.monotonic()
-    context = torch.multiprocessing.start_processes(run, (tmp_path, stall), nprocs=3, join=False, start_method="fork")
-    first, *others = context.processes
-    first.join(20)
-    assert first.exitcode == 2 and time.monotonic() - start > 2.4
-    for process in others:  # as a launcher would
+def test_the_stalled_process_is_named(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    start, runs = time.monotonic(), []
+    for stall, _ in CASES:  # at the same time, since they wait most of it
+        folder = tmp_path / str(len(runs))
+        folder.mkdir()
+        context = torch.multiprocessing.start_processes(run, (folder, stall), nprocs=3, join=False, start_method="fork")
+        runs.append(context.processes)
+    for first, *_ in runs:
+        first.join(20)
+    for process in itertools.chain(*runs):  # as a launcher would; also the stopped one
         process.kill()
         process.join()
-    assert capfd.readouterr().err == f"error: no progress in 0.04 minutes: {line}\n"
+    assert [first.exitcode for first, *_ in runs] == [2, 2, 2] and time.monotonic() - start > 2.4
+    expected = sorted(f"error: no progress in 0.04 minutes: {line}" for _, line in CASES)
+    assert sorted(capfd.readouterr().err.splitlines()) == expected
