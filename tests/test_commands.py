@@ -47,6 +47,23 @@ def test_every_command_gives_help_without_what_only_posix_has() -> None:
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+@pytest.mark.slow
+def test_help_and_the_package_load_nothing_heavy_that_timm_does_not() -> None:
+    script = """if True:
+        import contextlib, io, sys
+        import timm
+        with_timm = set(sys.modules)
+        from spatial_mamba.__main__ import COMMANDS, main
+        for name in ("", *COMMANDS):
+            with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+                main([*name.split(), "--help"])
+        heavy = {"fvcore", "huggingface_hub.hf_api", "matplotlib", "mmengine", "onnx", "onnxscript", "sklearn"}
+        heavy |= {"tensorboard", "torch._inductor.compile_fx", "torch.utils.tensorboard", "torchvision", "triton"}
+        print(*(heavy & set(sys.modules) - with_timm))
+    """
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "\n"
+
+
 def test_commands_are_listed(capsys: pytest.CaptureFixture) -> None:
     assert main([]) == 0
     listed = capsys.readouterr().out
