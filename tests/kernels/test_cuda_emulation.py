@@ -53,13 +53,21 @@ def compile_with(flags: Sequence[str | Path]) -> None:
 
 
 @pytest.fixture(scope="module")
-def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled emulator."""
+    compiled = tmp_path_factory.mktemp("emulator") / "emulator.o"
+    compile_with(["-O1", "-fPIC", "-c", EMULATOR / "emulator.cpp", "-o", compiled])
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def operators(emulator: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("cuda_emulated")
     includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     names = [f"-DSPATIAL_MAMBA_NAMESPACE={NAMESPACE}", "-DSPATIAL_MAMBA_DEVICE=CPU"]
-    objects = []
-    for source in [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp")), EMULATOR / "emulator.cpp"]:
+    objects = [emulator]
+    for source in [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp"))]:
         objects.append(folder / f"{source.stem}.o")
         level = "-O0" if source.name == "operators.cpp" else "-O1"  # the time goes into the headers of PyTorch
         compile_with([level, "-fPIC", *includes, abi, *names, "-x", "c++", "-c", source, "-o", objects[-1]])
@@ -274,7 +282,7 @@ def test_order_of_threads_does_not_matter(operators: Any) -> None:
         ("shared_memory[threadIdx.x] = 0.0f; __syncthreads(); __syncwarp();", ""),
     ],
 )
-def test_emulator_finds_faults(tmp_path: Path, kernel: str, message: str) -> None:
+def test_emulator_finds_faults(emulator: Path, tmp_path: Path, kernel: str, message: str) -> None:
     program, source = tmp_path / "program", tmp_path / "program.cpp"
     source.write_text(f"""
         #include "cuda_runtime.h"
@@ -284,7 +292,7 @@ def test_emulator_finds_faults(tmp_path: Path, kernel: str, message: str) -> Non
           cudaLaunchConfig_t config = {{dim3(1), dim3(64), 64 * sizeof(float), nullptr}};
           return cudaLaunchKernelEx(&config, kernel);
         }}""")
-    compile_with([source, EMULATOR / "emulator.cpp", "-o", program])
+    compile_with([source, emulator, "-o", program])
     result = subprocess.run([program], capture_output=True, text=True)
     assert (result.returncode != 0) == bool(message)
     assert message in result.stderr
