@@ -57,7 +57,7 @@ def spatial_mixer(
     With x and z the halves of ``xz``: ``u = silu(depthwise_conv(x))``, ``p = projection_weight u``,
     ``y = structure_aware_scan(u, p, ...)``, and the result is ``gated_norm(y, z)``. u and p are rounded to the dtype of
     ``xz``, as separate operators would do; y is not. Autocast has no effect. For the backward pass, native backends
-    keep ``xz``, u, p, y and one state per row of tokens.
+    keep ``xz``, y and one state per row of tokens, and compute u and p again.
     Source: Xiao et al., "Spatial-Mamba", arXiv 2410.15091, section 4.1, with one state per channel.
 
     Args:
@@ -129,7 +129,7 @@ def spatial_mixer(
 def reference(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    """The reference implementation: the outputs, then u, projection, y and the state before each row.
+    """The reference implementation: the outputs, then y and the state before each row.
 
     conv_weight has shape (dim, 1, 3, 3) or (dim, 9), taps (T, dim). projection_weight has the dtype of xz, all others
     the compute dtype.
@@ -142,7 +142,7 @@ def reference(
     y, row_states = core_reference(
         u, projection, step_weight, step_bias, A_log, D, taps, sizes, dilations, conv_weight.dtype
     )
-    return norm_reference(y, gate, norm_weight, norm_bias, eps), u, projection, y, row_states
+    return norm_reference(y, gate, norm_weight, norm_bias, eps), y, row_states
 
 
 def _forward(
@@ -153,14 +153,14 @@ def _forward(
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
     projection = F.linear(u, projection_weight)
     y, row_states = STRUCTURE_AWARE_SCAN.run(u, projection, *core, sizes, dilations, conv_weight.dtype)
-    return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), u, projection, y, row_states
+    return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), y, row_states
 
 
 def _backward(
     _: ModuleType, grad_out: Tensor, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    """Native backends write both halves of the gradient of ``xz`` in place."""
-    projection_weight, *core, norm_weight, norm_bias, u, projection, y, row_states, sizes, dilations, eps = others
+    """Compute u and p again, and let native backends write both halves of the gradient of ``xz`` in place."""
+    projection_weight, *core, norm_weight, norm_bias, y, row_states, sizes, dilations, eps = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
     grad_xz = contiguous_like(xz)
     grad_x, grad_gate = grad_xz.chunk(2, dim=-1)
@@ -169,6 +169,8 @@ def _backward(
     grad_y, found, *norm_grads = GATED_NORM.run_backward(grad_out, *norm, grad_gate=grad_gate)
     if found is not grad_gate:
         grad_gate.copy_(found)
+    u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
+    projection = F.linear(u, projection_weight)
     inputs = (u, projection, *core, row_states, sizes, dilations, y.dtype)
     grad_u, grad_projection, *core_grads = STRUCTURE_AWARE_SCAN.run_backward(grad_y, *inputs)
     del grad_y
@@ -181,12 +183,11 @@ def _backward(
     return grad_xz, *conv_grads, grad_projection_weight, *core_grads, *norm_grads
 
 
-def _fake(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake(xz: Tensor, conv_weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
     *image, channels = xz.shape
     dim, compute = channels // 2, conv_weight
-    out, u = xz.new_empty(*image, dim), xz.new_empty(*image, dim)
-    projection = xz.new_empty(*image, projection_weight.shape[0])
-    return out, u, projection, compute.new_empty(*image, dim), compute.new_empty(*image[:2], dim)
+    out = xz.new_empty(*image, dim)
+    return out, compute.new_empty(*image, dim), compute.new_empty(*image[:2], dim)
 
 
 def _flops(xz: Sequence[int], *weights: Any) -> int:
@@ -198,12 +199,12 @@ def _flops(xz: Sequence[int], *weights: Any) -> int:
 SPATIAL_MIXER = Operator(
     f"spatial_mixer(Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor projection_weight, {CORE_TENSORS}, "
     "Tensor norm_weight, Tensor norm_bias, int[] sizes, int[] dilations, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     reference,
     _fake,
     _forward,
     _backward,
-    kept=4,
+    kept=2,
     served_as="structure_aware_scan",
     flops=_flops,
 )

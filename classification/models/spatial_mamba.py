@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import Mlp as TimmMlp
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architectu
 from .fused import FusedBlock, FusedConv, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubModule
 from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
+from .recomputation import checkpointed, recomputed
 from .stand_ins import allow_permanently, config_types
 from .weights import encoder_weights, load_backbone_weights, plain_names, state_dict_of, under_own_names
 
@@ -175,12 +177,20 @@ class Stem(nn.Module):
         return self.conv3(x).permute(0, 2, 3, 1)
 
 
+class InvertedBottleneck(nn.Sequential):
+    """Three layers, of which the first expands the maps (B, C, H, W). The expanded maps are not stored for training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        expand, reduce, project = self
+        return project(checkpointed(lambda x: reduce(expand(x)), x))
+
+
 class Downsample(nn.Module):
     """Tokens (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C), through an inverted bottleneck."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
+        self.conv = InvertedBottleneck(
             ConvLayer(dim, 8 * dim, act=True),
             ConvLayer(8 * dim, 8 * dim, 3, stride=2, groups=8 * dim, act=True),
             ConvLayer(8 * dim, 2 * dim, norm=True),
@@ -394,6 +404,17 @@ def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is not kind and not is_parametrized(module)
 
 
+class Mlp(TimmMlp):
+    """timm's MLP with the exact GELU, whose output is not stored for training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        activated = self.act(x)
+        with recomputed(activated, self.act, x):
+            x = self.fc2(self.norm(self.drop1(activated)))
+        return self.drop2(x)
+
+
 class Block(nn.Module):
     """Position encoding, state-space mixer, position encoding, MLP; all residual, tokens (B, H, W, C)."""
 
@@ -416,9 +437,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = self.residual_sum(x, self.self_attention(self.ln_1(x)))
+        normed = self.ln_1(x)
+        with recomputed(normed, self.ln_1, x):
+            branch = self.self_attention(normed)
+        x = self.residual_sum(x, branch)
         x = self.cpe2(x)
-        return self.residual_sum(x, self.mlp(self.ln_2(x)))
+        normed = self.ln_2(x)
+        with recomputed(normed, self.ln_2, x):
+            branch = self.mlp(normed)
+        return self.residual_sum(x, branch)
 
 
 class Stage(nn.Module):

@@ -90,7 +90,7 @@ class RecordMixers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.spatial_mamba.spatial_mixer.default:
-            self.outputs.append(result[3])
+            self.outputs.append(result[1])
         return result
 
 
