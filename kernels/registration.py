@@ -68,7 +68,7 @@ class Operator:
         self.operator = _define(self.name, signature, self.run, self.fake)
         # Not autograd.Function, which first looks for transforms of torch.func: they never get here.
         methods = {"forward": staticmethod(self._save), "backward": staticmethod(self._differentiate)}
-        self._node = type(self.name, (_SingleLevelFunction,), methods)
+        self._node: Any = type(self.name, (_SingleLevelFunction,), methods)
         _LIBRARY.impl(self.name, self._record, "Autograd", with_keyset=True)
         if self.differentiable:
             grads = [f"Tensor grad{i}" for i in range(self.num_differentiable)]

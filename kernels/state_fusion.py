@@ -133,8 +133,8 @@ def _merging(
         sources += [sum(counts[:k]) + offsets.index(x) if x in offsets else sum(counts) for x in distinct]
     targets = [distinct.index(offset) for offsets in branches for offset in offsets]
     with torch.inference_mode(False):
-        indices = (torch.tensor(index, device=device) for index in (sources, targets))
-        return _Merging(*indices, counts, torch.zeros(dim, 1, dtype=dtype, device=device))
+        source, target = (torch.tensor(index, device=device) for index in (sources, targets))
+        return _Merging(source, target, counts, torch.zeros(dim, 1, dtype=dtype, device=device))
 
 
 class _Merge(torch.autograd.Function):
