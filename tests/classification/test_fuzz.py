@@ -21,7 +21,7 @@ def test_loaders_accept_or_refuse_every_input() -> None:
     from .. import fuzz
 
     # Targets of little weight build a model for each input.
-    counts = {name: 300 if target.weight > 1 else 100 for name, target in fuzz.TARGETS.items()}
+    counts = {name: 150 if target.weight > 1 else 30 for name, target in fuzz.TARGETS.items()}
     assert not [name for name, count in counts.items() if fuzz.fuzz(name, count, seed=1)]
 
 
