@@ -1,5 +1,6 @@
 """Intermediate results that are computed again for the backward pass rather than stored."""
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels.backends import plain_eager
@@ -15,49 +17,95 @@ from ...kernels.backends import plain_eager
 def recomputed(value: Tensor, module: nn.Module, argument: Tensor) -> AbstractContextManager[Any]:
     """Within this context, operations do not store ``value`` for their backward pass, but how to compute it.
 
-    The backward pass then computes ``value = module(argument)`` again, so the module must be cheap and deterministic,
-    and ``argument`` must not be modified in place. Other tensors are stored as usual. Has no effect if the module has
-    forward hooks, and where `_stores` says so.
+    The backward pass then computes ``value = module(argument)`` again, so the module must be cheap and deterministic.
+    Other tensors are stored as usual. As ever, the backward pass raises RuntimeError if a tensor that it needs has been
+    modified in place. Has no effect if the module has forward hooks, and where `_stores` says so.
     """
-    if _stores(value) or type(argument) is not Tensor or _has_forward_hooks(module):
+    if _stores(value, argument) or _has_forward_hooks(module) or _identity(value) is None:
         return nullcontext()
     return _Recomputed(value, module, argument)
 
 
-def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, without storing the results between its operations; it must be cheap and have no side effects.
+def checkpointed(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """``second(first(x))``, without storing the results in between; the modules must be cheap and deterministic.
 
-    The backward pass calls it again, except where `_stores` says so.
+    The backward pass calls the modules again, unless they have forward hooks, and except where `_stores` says so.
     """
-    return function(x) if _stores(x) else checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    if _stores(x) or _has_forward_hooks(first) or _has_forward_hooks(second):
+        return second(first(x))
+    version, call_first, call_second = x._version, _with_present_weights(first), _with_present_weights(second)
+
+    def compute(x: Tensor) -> Tensor:
+        return call_second(call_first(_unmodified(x, version)))
+
+    return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
 
 
-def _stores(x: Tensor) -> bool:
-    """Whether results are stored: where there are no gradients; under compilers, which decide themselves what to
-    recompute; and within hooks for saved tensors, such as those of activation checkpointing.
+def _stores(*tensors: Tensor) -> bool:
+    """Whether results are stored: where there are no gradients, as in inference mode; under compilers, which decide
+    themselves what to recompute; and within hooks for saved tensors, such as those of activation checkpointing.
     """
-    return not torch.is_grad_enabled() or not plain_eager(x) or _within_other_hooks()
+    if not torch.is_grad_enabled() or not plain_eager(*tensors) or _within_other_hooks():
+        return True
+    return any(x.is_inference() for x in tensors)
 
 
 class _Recomputed(saved_tensors_hooks):
     def __init__(self, value: Tensor, module: nn.Module, argument: Tensor) -> None:
-        place = value.data_ptr()  # identifies the value and views of it, and does not keep it alive
+        self.value = value  # kept alive within the context, else another tensor could get its address
+        identity, version, compute = _identity(value), argument._version, _with_present_weights(module)
 
-        def pack(saved: Tensor) -> Tensor | torch.Size:
-            return saved.shape if saved.data_ptr() == place and saved.is_contiguous() else saved
+        def pack(saved: Tensor) -> tuple[Tensor, int, torch.Size | None]:
+            return (argument, version, saved.shape) if _identity(saved) == identity else (saved, saved._version, None)
 
-        def unpack(stored: Tensor | torch.Size) -> Tensor:
-            return module(argument).view(stored) if isinstance(stored, torch.Size) else stored
+        def unpack(stored: tuple[Tensor, int, torch.Size | None]) -> Tensor:
+            tensor, version, shape = stored
+            tensor = _unmodified(tensor, version)
+            return tensor if shape is None else compute(tensor).view(shape)
 
         pack.recomputes = True  # type: ignore[attr-defined]
         super().__init__(pack, unpack)
 
 
+def _unmodified(tensor: Tensor, version: int) -> Tensor:
+    """The tensor, if it still has this version. PyTorch checks that itself only for tensors saved without hooks."""
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs was modified in place after the "
+            "forward pass: modify a clone, or call backward() first"
+        )
+    return tensor
+
+
+def _identity(x: Tensor) -> tuple[Any, ...] | None:
+    """Distinguishes a tensor from all others and from itself once modified, but not from views of the same elements.
+
+    None if it is not contiguous or has no memory, like tensors on the meta device.
+    """
+    if type(x) is not Tensor or not torch._C._has_storage(x) or not x.is_contiguous() or not x.data_ptr():
+        return None
+    return x.data_ptr(), x.numel(), x.dtype, x._version
+
+
+def _with_present_weights(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module with the weights it has now, since ``torch.func.functional_call`` replaces them only temporarily."""
+    weights = dict(module.named_parameters())
+    versions = [weight._version for weight in weights.values()]
+
+    def call(x: Tensor) -> Tensor:
+        present = list(map(_unmodified, weights.values(), versions))
+        if all(map(operator.is_, module.parameters(), present)):
+            return module(x)
+        return functional_call(module, weights, (x,))
+
+    return call
+
+
 def _has_forward_hooks(module: nn.Module) -> bool:
     every = nn.modules.module
-    return any(
-        (module._forward_hooks, module._forward_pre_hooks, every._global_forward_hooks, every._global_forward_pre_hooks)
-    )
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return True
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _within_other_hooks() -> bool:

@@ -182,7 +182,7 @@ class InvertedBottleneck(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         expand, reduce, project = self
-        return project(checkpointed(lambda x: reduce(expand(x)), x))
+        return project(checkpointed(expand, reduce, x))
 
 
 class Downsample(nn.Module):

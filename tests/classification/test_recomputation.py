@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -68,14 +69,82 @@ def test_second_derivatives() -> None:
     torch.autograd.gradgradcheck(function, (x, linear.weight.detach().requires_grad_()))
 
 
+class Expansion(nn.Linear):
+    """Remembers its results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.results = [*getattr(self, "results", []), super().forward(x)]
+        return self.results[-1]
+
+
 @can_recompute
-def test_results_inside_a_checkpointed_module_are_not_stored() -> None:
-    module, x = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4)), torch.randn(2, 4)
-    expected = torch.autograd.grad(module(x).sum(), list(module.parameters()))
-    inner: list[Tensor] = []
-    module[1].register_forward_hook(lambda _, __, out: inner.append(out.detach()))
-    out = checkpointed(module, x)
-    inner[0].zero_()
-    found = torch.autograd.grad(out.sum(), list(module.parameters()))
-    assert all(torch.equal(x, wanted) for x, wanted in zip(found, expected, strict=True))
-    assert len(inner) == 2
+@pytest.mark.parametrize("hooked", [False, True])
+def test_results_between_checkpointed_modules_are_not_stored_unless_these_have_hooks(hooked: bool) -> None:
+    first, second, x = Expansion(4, 64), nn.Linear(64, 4), torch.randn(2, 4)
+    if hooked:
+        first.register_forward_hook(lambda *_: None)
+    out = checkpointed(first, second, x)
+    first.results[0].data.zero_()  # the backward pass would see zeros if they were stored
+    (found,) = torch.autograd.grad(out.sum(), second.weight)
+    assert (found.abs().sum() == 0) == hooked
+    assert len(first.results) == (1 if hooked else 2)
+
+
+def test_weights_of_a_functional_call_are_used_again() -> None:
+    model, images = micro_classifier().eval(), torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
+    weights = {name: weight.detach().mul(1.5).requires_grad_() for name, weight in model.named_parameters()}
+    results = []
+    for context in (nullcontext(), storing()):
+        with context:
+            logits = torch.func.functional_call(model, weights, (images,))
+        results.append(torch.autograd.grad(logits.square().sum(), list(weights.values())))
+    assert all(torch.equal(x, wanted) for x, wanted in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("modified", ["argument", "weight", "checkpointed argument", "checkpointed weight"])
+def test_changes_in_place_are_errors(modified: str) -> None:
+    norm, linear, x = nn.LayerNorm(8).requires_grad_(False), nn.Linear(8, 8), torch.randn(4, 8)
+    if modified.startswith("checkpointed"):
+        out = checkpointed(linear, nn.GELU(), x)
+    else:
+        value = norm(x)
+        with recomputed(value, norm, x):
+            out = linear(linear(value))
+    with torch.no_grad():
+        (x if modified.endswith("argument") else linear.weight).mul_(2)
+    if modified.endswith("argument") and not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        return  # stored
+    with pytest.raises(RuntimeError, match=r"modified (in place|by an inplace)"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda value, linear: linear(value[:1]),
+        lambda value, linear: linear(value.permute(0, 2, 1)),
+        lambda value, linear: linear(F.dropout(value, inplace=True)),
+        lambda value, linear: torch.sparse.mm(torch.eye(4).to_sparse(), value[0]) + linear.weight.sum(),
+    ],
+    ids=["a part", "transposed", "modified in place", "next to a sparse tensor"],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_other_tensors_in_the_memory_of_the_value(use: Callable[[Tensor, nn.Module], Tensor], transposed: bool) -> None:
+    act, linear, x = nn.GELU(), nn.Linear(4, 4), torch.randn(3, 4, 4)
+    x = (x.mT if transposed else x).requires_grad_()
+    results = []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        value = act(x)
+        with recomputed(value, act, x) if recompute else nullcontext():
+            out = use(value, linear)
+        results.append(torch.autograd.grad(out.square().sum(), [x, linear.weight]))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(*results, strict=True))
+
+
+def test_tensors_without_memory() -> None:
+    model = micro_classifier().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.empty(0, 3, 64, 64))
+    logits.sum().backward()
+    model.to("meta")(torch.empty(2, 3, 64, 64, device="meta")).sum().backward()
