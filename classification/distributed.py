@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -53,9 +54,14 @@ class Process:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave the process group together: a process that leaves early can break the last operation of the others."""
+        if not dist.is_initialized():
+            return
+        store = dist.PrefixStore("leaving", dist.distributed_c10d._get_default_store())
+        with suppress(RuntimeError):  # another process is gone, or does not come
+            store.set(str(self.rank), "")
+            store.wait([str(rank) for rank in range(self.world_size)], timedelta(seconds=10))
+        dist.destroy_process_group()
 
 
 def start_process(device: str, timeout_minutes: float) -> Process:

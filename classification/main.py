@@ -104,6 +104,7 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
         with stalls_watched(job.process, config.TIMEOUT_MINUTES):
             job.run()
     except PreemptedError as stop:
+        job.process.close()
         return stop.status
     except UserError as error:
         # An error from a loader process starts with that process's traceback.
