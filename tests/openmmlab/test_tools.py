@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -142,6 +143,7 @@ def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         data = dict(kind="Det", annotations=", with_bbox=True, with_mask=True")
         more = "train_cfg = dict(max_epochs=3, val_interval=3)\ntest_evaluator = val_evaluator = "
         more += 'dict(ann_file="data/annotations/instances_val.json")'
+        more += "\ndefault_hooks = dict(checkpoint=dict(max_keep_ckpts=-1))"
     else:
         write_ade_digits(folder / "data", counts)
         base, task = "upernet_spatialmamba_digits.py", Task(folder, "segmentation", "mmseg", "iter_9.pth", "mIoU:")
@@ -166,10 +168,15 @@ def tensors(part: object, name: str = "") -> dict[str, Tensor]:
 
 def test_a_killed_and_a_preempted_run_resume_to_the_same_state(task: Task) -> None:
     train = "bash", task.tools / "dist_train.sh", "small.py", 2, "--work-dir", "killed"
-    # Between two checkpoints, so that some updates are lost. Without loader processes, which would outlive their
-    # parent; their number does not change the augmentation.
-    workers = "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"
-    task.run(*train, "--cfg-options", *workers, fails=True, CRASH_AFTER="5")
+    if task.name == "segmentation":
+        # Between two checkpoints, so that some updates are lost. Without loader processes, which would outlive their
+        # parent; their number does not change the augmentation.
+        workers = "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"
+        task.run(*train, "--cfg-options", *workers, fails=True, CRASH_AFTER="5")
+    else:  # what is left after such a kill
+        (task.folder / "killed").mkdir()
+        shutil.copy(task.folder / "undisturbed/epoch_1.pth", task.folder / "killed")
+        (task.folder / "killed/last_checkpoint").write_text(str(task.folder / "killed/epoch_1.pth"))
     assert not (task.folder / "killed" / task.last).exists()
     # Within the last epoch, one process gets a signal.
     output = task.run(*train, "--resume", fails=True, CRASH_AFTER="7", SIGNAL="SIGUSR1")
@@ -205,9 +212,12 @@ def test_the_packages_own_tools_run_the_config(task: Task) -> None:
     short = "train_cfg.max_epochs=1" if task.name == "detection" else "train_cfg.max_iters=3"
     val = "train_cfg.val_interval=1" if task.name == "detection" else "train_cfg.val_interval=3"
     first = "epoch_1.pth" if task.name == "detection" else "iter_3.pth"
-    stock = sys.executable, task.stock / "train.py", "small.py", "--work-dir", "stock", "--cfg-options", short, val
-    trained = task.run(*stock)
-    tested = task.run(sys.executable, task.stock / "test.py", "small.py", f"stock/{first}", "--work-dir", "stock")
+    train = [f"{task.stock}/train.py", "small.py", "--work-dir", "stock", "--cfg-options", short, val]
+    test = [f"{task.stock}/test.py", "small.py", f"stock/{first}", "--work-dir", "stock"]
+    # In one process, since importing the packages takes seconds.
+    run = "print('started', flush=True); runpy.run_path(sys.argv[0], run_name='__main__')"
+    output = task.run(sys.executable, "-c", f"import runpy, sys\nfor sys.argv in {[train, test]}: {run}")
+    _, trained, tested = output.split("started\n")
     assert task.scores(tested) == task.scores(trained)
 
 
@@ -245,27 +255,29 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
     data = "train_dataloader.dataset.data_root=absent"
     cases = [
         ("train", ["absent.py"], r"absent\.py: no such config; give a path, or one of .*_digits"),
-        ("train", ["broken.py"], r"broken\.py: cannot be read as a config \("),
-        ("train", ["program.py"], r"program\.py: cannot be read as a config \(NameError: "),
-        ("train", ["small.py", "--fast"], r"unrecognized arguments: --fast"),
-        ("train", ["small.py", "--cfg-options", "model"], r"--cfg-options takes KEY=VALUE"),
-        ("train", ["small.py", "--cfg-options", "model.backbone.frozen_stages=9"], r"frozen_stages must be -1"),
-        ("train", ["small.py", "--launcher", "slurm"], r"--launcher slurm: start the processes with"),
-        ("train", ["small.py", "--launcher", "pytorch"], r"--launcher pytorch: start the processes with"),
-        ("train", ["small.py", "--resume", "absent.pth"], r"absent\.pth: no such checkpoint file"),
-        ("train", ["small.py", "--cfg-options", "model.backbone.pretrained=absent.pth"], r"absent\.pth: no such"),
         ("train", ["small.py", "--cfg-options", data], r"No such file or directory: '.*absent"),
-        ("train", ["small.py", "--data-path", "absent"], r"No such file or directory: '.*absent"),
-        ("train", ["small.py", "--amp"], r"--amp: .* GPU"),
-        ("test", ["small.py", "empty.pth"], r"empty\.pth: the file is empty"),
         ("test", ["small.py", "misfit.pth"], r"misfit\.pth: does not fit this model in \d+ entries: "),
-        ("test", ["small.py", checkpoint, "--launcher", "boat"], r"argument --launcher: invalid choice: 'boat'"),
     ]
-    if task.name == "detection":
-        cases.append(("test", ["small.py", checkpoint, "--out", "a.json"], r"--out: a\.json must end in \.pkl"))
-        cases.append(("test", ["small.py", checkpoint, "--tta"], r"--tta: small\.py has no tta_model"))
+    if task.name == "detection":  # both tasks share the code of these checks
         pool = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
-        cases.append(("train", ["small.py", "--cfg-options", pool], r"pool_mode='max' needs mmcv's compiled operators"))
+        cases += [
+            ("train", ["broken.py"], r"broken\.py: cannot be read as a config \("),
+            ("train", ["program.py"], r"program\.py: cannot be read as a config \(NameError: "),
+            ("train", ["small.py", "--fast"], r"unrecognized arguments: --fast"),
+            ("train", ["small.py", "--cfg-options", "model"], r"--cfg-options takes KEY=VALUE"),
+            ("train", ["small.py", "--cfg-options", "model.backbone.frozen_stages=9"], r"frozen_stages must be -1"),
+            ("train", ["small.py", "--launcher", "slurm"], r"--launcher slurm: start the processes with"),
+            ("train", ["small.py", "--launcher", "pytorch"], r"--launcher pytorch: start the processes with"),
+            ("train", ["small.py", "--resume", "absent.pth"], r"absent\.pth: no such checkpoint file"),
+            ("train", ["small.py", "--cfg-options", "model.backbone.pretrained=absent.pth"], r"absent\.pth: no such"),
+            ("train", ["small.py", "--data-path", "absent"], r"No such file or directory: '.*absent"),
+            ("train", ["small.py", "--amp"], r"--amp: .* GPU"),
+            ("test", ["small.py", "empty.pth"], r"empty\.pth: the file is empty"),
+            ("test", ["small.py", checkpoint, "--launcher", "boat"], r"argument --launcher: invalid choice: 'boat'"),
+            ("test", ["small.py", checkpoint, "--out", "a.json"], r"--out: a\.json must end in \.pkl"),
+            ("test", ["small.py", checkpoint, "--tta"], r"--tta: small\.py has no tta_model"),
+            ("train", ["small.py", "--cfg-options", pool], r"pool_mode='max' needs mmcv's compiled operators"),
+        ]
     # In one process, since importing the packages takes seconds.
     calls = [(tool, [*arguments, "--work-dir", "wrong"]) for tool, arguments, _ in cases]
     code = "from spatial_mamba.detection.openmmlab.commands import run_command as run\n"
