@@ -20,6 +20,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(GPUCheck(config))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the slow tests first, so that no long one is left for a single worker at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 class GPUCheck:
     """For `make gpu`: on a GPU, nothing may be skipped, and a stopped run shows the failures so far."""
 
