@@ -218,6 +218,29 @@ def test_extreme_delta(operators: Any) -> None:
     assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, backward, backward=True)
 
 
+@pytest.mark.parametrize("dim", [8, 5])
+@pytest.mark.parametrize("argument", ["u", "C", "A_log"])
+def test_infinite_values_do_not_spread(operators: Any, argument: str, dim: int) -> None:
+    """Outputs and row states are as in the reference implementation; the next image has finite gradients."""
+    torch.manual_seed(0)
+    arguments = core_arguments((2, 9, 9, dim), 4, F32, PUBLISHED)
+    if argument == "A_log":
+        arguments[4][1] = 100.0  # the rate overflows, and the state is forgotten at each token
+    else:
+        arguments[0 if argument == "u" else 1][0, 6, 3, -1] = float("inf")
+    y, row_states = STRUCTURE_AWARE_SCAN._forward(operators, *arguments, F32)
+    with use_backend("torch"):
+        expected = STRUCTURE_AWARE_SCAN.run(*arguments, F32)
+    for found, wanted in zip((y, row_states), expected, strict=True):
+        finite = wanted.isfinite()
+        assert torch.equal(found.isfinite(), finite)
+        torch.testing.assert_close(found[finite], wanted[finite], rtol=1e-4, atol=1e-5)
+    backward = (torch.ones_like(y), *arguments[:-2], row_states, *PUBLISHED, F32)
+    grad_u, grad_projection, *_ = STRUCTURE_AWARE_SCAN._backward(operators, *backward)
+    assert grad_u[1].isfinite().all()
+    assert grad_projection[1].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("batch", "dim", "length", "states", "groups", "dtype"),
     [

@@ -143,7 +143,7 @@ class Walk {
     last_ = max(columns - 1, 0);
     inverse_words_ = 65536 / (rank / 2 + 1) + 1;
 
-    rate = each([](float A_log) { return -expf(A_log); }, weight(recurrence.A_log));
+    rate = each(rate_of, weight(recurrence.A_log));
     bias_ = V(kLog2E) * weight(recurrence.step_bias);
     warps_ = blockDim.y * kLanes<V> / kWarp;
     warp_ = threadIdx.y * kLanes<V> / kWarp;

@@ -1,6 +1,7 @@
 // Helpers for all kernels: conversions, softplus, sums over a warp, launches with error checks.
 #pragma once
 
+#include <cfloat>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -78,6 +79,12 @@ __device__ inline float sigmoid(float x) { return reciprocal(1.0f + fast_exp(-x)
 // softplus(x) / ln 2, from x / ln 2.
 __device__ inline float softplus_base2(float x) { return fmaxf(x, 0.0f) + log1p_of_unit<2>(exp2_fast(-fabsf(x))); }
 __device__ inline float sigmoid_base2(float x) { return reciprocal(1.0f + exp2_fast(-x)); }
+
+// -exp(A_log), at most FLT_MAX in size: its product with a delta of zero must not be NaN.
+__device__ inline float rate_of(float A_log) {
+  const float rate = -expf(A_log);
+  return rate < -FLT_MAX ? -FLT_MAX : rate;
+}
 
 // The compiler moves no access to memory across this: loads made too early would take too many registers.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }

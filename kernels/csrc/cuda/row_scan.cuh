@@ -35,7 +35,7 @@ class RowWalk {
     const int own = blockIdx.y * kWarp + threadIdx.x;
     has_channel = own < recurrence.map.dim;
     channel = min(own, recurrence.map.dim - 1);
-    rate = -expf(recurrence.A_log[channel]);
+    rate = rate_of(recurrence.A_log[channel]);
     bias_ = recurrence.step_bias[channel];
     for (int r = threadIdx.y; r < recurrence.rank; r += blockDim.y) {
       weights_[r * kWarp + threadIdx.x] = recurrence.step_weight[static_cast<int64_t>(channel) * recurrence.rank + r];
