@@ -176,6 +176,13 @@ def _band(height, rows) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def _rate(A_log, channel, in_dim) -> tl.tensor:
+    """``exp(A_log)``, but finite: its product with a delta of zero must not be NaN."""
+    exponent = load_float(A_log + channel, in_dim)
+    return tl.exp(tl.where(exponent > 88.0, 88.0, exponent))
+
+
+@triton.jit
 def _biased_step(
     projection, step_weight, step_bias, token, inside, channel, in_dim, dim, RANK: tl.constexpr
 ) -> tl.tensor:
@@ -196,7 +203,7 @@ def _decays_and_inputs(
     """Decays and inputs of a block of tokens; tokens beyond the end (not ``inside``) keep the state."""
     step = _biased_step(projection, step_weight, step_bias, token, inside, channel, in_dim, dim, RANK)
     delta = tl.where(inside[:, None], softplus(step), 0.0)
-    rate = tl.exp(load_float(A_log + channel, in_dim))
+    rate = _rate(A_log, channel, in_dim)
     B = load_float(projection + token * (RANK + 2) + RANK, inside)
     tokens = load_float(u + token[:, None] * dim + channel[None, :], inside[:, None] & in_dim[None, :])
     return tl.exp(-delta * rate[None, :]), delta * B[:, None] * tokens
@@ -323,7 +330,7 @@ def _summarise_bands_adjoint(
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     image, first_row, band_rows = _band(height, rows)
     first = (image * height + first_row) * width
-    rate = tl.exp(load_float(A_log + channel, in_dim))
+    rate = _rate(A_log, channel, in_dim)
     decay, end = tl.full((BLOCK_DIM,), 1.0, tl.float32), tl.zeros((BLOCK_DIM,), tl.float32)
     blocks = tl.cdiv(band_rows * width, BLOCK_TOKENS)
     for k in range(blocks):
@@ -372,7 +379,7 @@ def _scan_bands_adjoint(
     channel, in_dim = channel_block(dim, BLOCK_DIM)
     image, first_row, band_rows = _band(height, rows)
     first = (image * height + first_row) * width
-    A = -tl.exp(load_float(A_log + channel, in_dim))[None, :]
+    A = -_rate(A_log, channel, in_dim)[None, :]
     skip = load_float(D + channel, in_dim)[None, :]
     band_place = tl.program_id(0).to(tl.int64) * dim + channel
     entering = load_float(carries + band_place, in_dim)

@@ -562,6 +562,17 @@ def test_one_underflowing_decay_forgets_the_past(backend: torch.device) -> None:
     assert not torch.equal(states[..., :17], changed_states[..., :17])
 
 
+@all_backends
+def test_an_overflowing_rate_forgets_the_past(backend: torch.device) -> None:
+    function, tensors = core_case(batch=1, height=2, width=2)
+    tensors = {name: t.float() for name, t in tensors.items()}
+    tensors["A_log"][1] = 100.0
+    with use_backend("torch"):
+        (expected,) = function(**tensors)
+    (found,) = function(**{name: t.to(backend) for name, t in tensors.items()})
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
 @compiled_backends
 def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
     for function, tensors in (make() for make in OPERATORS.values()):
