@@ -44,6 +44,7 @@ _FIXED_KEYS = {
     "MODEL.SPATIAL_MAMBA.POSEMBED": (False,),
     "MODEL.SPATIAL_MAMBA.GMLP": (False,),
 }
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", list: "a list", tuple: "a list", str: "text"}
 RATES = ("TRAIN.BASE_LR", "TRAIN.WARMUP_LR", "TRAIN.MIN_LR")
 _RENAMED_KEYS = {
     "MODEL.SPATIAL_MAMBA.SSM_D_STATE": "MODEL.SPATIAL_MAMBA.D_STATE",
@@ -245,13 +246,13 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
         value = CfgNode._decode_cfg_value(value)
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    kind = type(current).__name__
+    kind = _KINDS.get(type(current))
     if current is not None and (value is None or isinstance(current, bool) != isinstance(value, bool)):
-        raise UserError(f"{source}: {key} takes a {kind}, got {value!r}")
+        raise UserError(f"{source}: {key} takes {kind}, got {value!r}")
     try:
         config.merge_from_list([key, value])
     except ValueError as error:
-        raise UserError(f"{source}: {key} takes a {kind}, got {value!r}") from error
+        raise UserError(f"{source}: {key} takes {kind}, got {value!r}") from error
 
 
 def _meaning_of(name: str, value: Any) -> tuple[str, Any]:

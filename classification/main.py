@@ -1,10 +1,12 @@
 """Command line of the ImageNet trainer: train, evaluate or time a Spatial-Mamba classifier."""
 
 import argparse
+import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from spatial_mamba.classification.config import load_config
@@ -12,7 +14,7 @@ from spatial_mamba.classification.preemption import PreemptedError
 from spatial_mamba.classification.settings import SETTINGS, Setting, settings_table
 from spatial_mamba.classification.stalls import stalls_watched
 from spatial_mamba.classification.trainer import prepare
-from spatial_mamba.kernels.command_line import Parser, run_command
+from spatial_mamba.kernels.command_line import Parser, launched_rank, run_command
 from spatial_mamba.kernels.errors import UserError
 
 GROUPS = {"DATA": "data", "MODEL": "model", "TRAIN": "training"}  # of options, by the section of their keys
@@ -99,19 +101,30 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     config, notes = load_config(args.cfg, _overrides(args))
     ignored = [option for option in IGNORED_OPTIONS if getattr(args, option.removeprefix("--")) is not None]
-    job = prepare(config, [*notes, *(f"command line: {option} has no effect here" for option in ignored)])
-    try:
-        with stalls_watched(job.process, config.TIMEOUT_MINUTES):
-            job.run()
-    except PreemptedError as stop:
+    with _lost_processes_reported():
+        job = prepare(config, [*notes, *(f"command line: {option} has no effect here" for option in ignored)])
+        try:
+            with stalls_watched(job.process, config.TIMEOUT_MINUTES):
+                job.run()
+        except PreemptedError as stop:
+            job.process.close()
+            return stop.status
+        except UserError as error:
+            # An error from a loader process starts with that process's traceback.
+            line = str(error).strip().splitlines()[-1]
+            raise UserError(line.split(f"{UserError.__module__}.{UserError.__qualname__}: ")[-1]) from error
         job.process.close()
-        return stop.status
-    except UserError as error:
-        # An error from a loader process starts with that process's traceback.
-        line = str(error).strip().splitlines()[-1]
-        raise UserError(line.split(f"{UserError.__module__}.{UserError.__qualname__}: ")[-1]) from error
+    return 0
+
+
+@contextmanager
+def _lost_processes_reported() -> Iterator[None]:
+    """Turn the error that follows the loss of a loader process or another training process into UserError."""
+    try:
+        yield
     except RuntimeError as error:
-        rank = f"process {job.process.rank}: " if job.process.world_size > 1 else ""
+        is_one_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        rank = f"process {launched_rank()}: " if is_one_of_several else ""
         if re.search("DataLoader worker .*(killed by signal|exited unexpectedly)", str(error)):
             raise UserError(
                 f"{rank}a loader process was killed, probably because memory ran out; lower --workers or --batch-size, "
@@ -119,13 +132,14 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
             ) from error
         # When one process fails, the others lose their connection. The launcher gets time to stop them before their
         # errors bury that one.
-        if job.process.world_size > 1:
+        if is_one_of_several:
             time.sleep(5)
-        if re.search("Connection (closed|reset)|Broken pipe|Timed out", str(error)):
-            raise UserError(f"{rank}lost the connection to another process, which failed or was killed") from error
+        if re.search("Connection (closed|reset)|Broken pipe|[Tt]imed? ?out", str(error)):
+            raise UserError(
+                f"{rank}another process failed, was killed or does not answer; see its output, or raise "
+                "--timeout-minutes if it is only slow"
+            ) from error
         raise
-    job.process.close()
-    return 0
 
 
 def _boolean(text: str) -> bool:

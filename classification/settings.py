@@ -186,7 +186,7 @@ SETTINGS = (
         "--keep-checkpoints", "K",
     ),
     Setting("SAVE_MINUTES", 0.0, at_least(0), "minutes between saves within an epoch; 0: none", "--save-minutes", "M"),
-    Setting("PRINT_FREQ", 50, at_least(1), "steps between log lines if there is no progress bar"),
+    Setting("PRINT_FREQ", 50, at_least(1), "updates between log lines if there is no progress bar"),
     Setting("SEED", 0, within(0, 2**63), "of weights, order and augmentation", "--seed", "N"),
     Setting("EVAL_MODE", False, ANY, "evaluate the weights of --pretrained or --resume and stop", "--eval"),
     Setting("THROUGHPUT_MODE", False, ANY, "time inference and stop"),

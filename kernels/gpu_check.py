@@ -208,11 +208,23 @@ def _gpu() -> str:
         return "none found by nvidia-smi"
 
 
+def _gpu_problem() -> str:
+    """Why no step can run here; empty if they can."""
+    code = "import torch; print(torch.cuda.is_available())"
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        return f"{PYTHON} cannot import PyTorch ({reason}); choose another interpreter: make gpu PYTHON=..."
+    if done.stdout.strip() != "True":
+        return f"PyTorch finds no usable GPU; `{shlex.join((*KERNELS, 'check', '--device', 'cpu'))}` needs none"
+    return ""
+
+
 def main() -> int:
     """Run the chosen steps.
 
     Returns:
-        The exit status: 0 if all passed, else 1.
+        The exit status: 0 if all passed, 1 if one failed, 2 if none can run here.
     """
     choices = list(dict.fromkeys(step.choice for step in STEPS))
     parser = argparse.ArgumentParser(description=__doc__)
@@ -221,6 +233,9 @@ def main() -> int:
     add("--steps", nargs="+", choices=choices, metavar="STEP", default=choices, help=f"of {', '.join(choices)}")
     add("--seconds", type=float, default=TOTAL_SECONDS, help="for all steps together (default: %(default)g)")
     arguments = parser.parse_args()
+    if problem := _gpu_problem():
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     out = arguments.out.expanduser()
     outcomes = run([step for step in STEPS if step.choice in arguments.steps], out, arguments.seconds)
     print((out / "summary.md").read_text())

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,8 @@ WRONG = {
     ),
     "unknown opts key": (add("--opts", "TRAIN.EPOCH", "3"), "unknown config key TRAIN.EPOCH; did you mean"),
     "section as opts key": (add("--opts", "TRAIN", "3"), "TRAIN is a section"),
-    "wrong opts type": (add("--opts", "TRAIN.EPOCHS", "few"), "TRAIN.EPOCHS takes a int, got 'few'"),
-    "bool for a number": (add("--opts", "TRAIN.EPOCHS", "True"), "TRAIN.EPOCHS takes a int, got True"),
+    "wrong opts type": (add("--opts", "TRAIN.EPOCHS", "few"), "TRAIN.EPOCHS takes a whole number, got 'few'"),
+    "bool for a number": (add("--opts", "TRAIN.EPOCHS", "True"), "TRAIN.EPOCHS takes a whole number, got True"),
     "model_ema": (add("--model_ema", "maybe"), "expected true or false, got 'maybe'"),
     "batch size": (add("--batch-size", "0"), "DATA.BATCH_SIZE is 0; it must be 1 to 1,000,000"),
     "odd batch for mixup": (add("--batch-size", "3"), "DATA.BATCH_SIZE is 3; it must be even"),
@@ -155,7 +156,7 @@ WRONG = {
     "another model": (damage_config("MODEL: {TYPE: swin}"), "MODEL.TYPE is 'swin'"),
     "another architecture": (damage_config("MODEL: {VSSM: {SSM_RATIO: 1.0}}"), "only this is supported: 2.0"),
     "another norm": (damage_config("MODEL: {VSSM: {NORM_LAYER: bn}}"), "SPATIAL_MAMBA.NORM_LAYER is 'bn'"),
-    "blank value": (damage_config("TRAIN: {EPOCHS: }"), "TRAIN.EPOCHS takes a int, got None"),
+    "blank value": (damage_config("TRAIN: {EPOCHS: }"), "TRAIN.EPOCHS takes a whole number, got None"),
     "rate that is none": (damage_config("TRAIN: {BASE_LR: .nan}"), "TRAIN.BASE_LR is nan; it must be a finite number"),
     "infinite rate": (damage_config("TRAIN: {BASE_LR: 1e999}"), "TRAIN.BASE_LR is inf; it must be a finite number"),
     "depths": (damage_config("MODEL: {VSSM: {DEPTHS: [a]}}"), "SPATIAL_MAMBA.DEPTHS is ['a']"),
@@ -249,3 +250,17 @@ def test_an_error_in_a_loader_process_is_one_line(
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {broken / 'val' / '2'}") and "unreadable image" in line
     assert line.endswith("; replace or remove it"), "--skip-unreadable is for training"
+
+
+def test_a_process_that_never_starts_is_one_error(
+    micro: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert main(options(micro, photos, tmp_path, "--timeout-minutes", "0.01")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: process 0: another process failed, was killed or does not answer; see its output")

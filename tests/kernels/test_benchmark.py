@@ -276,10 +276,30 @@ def test_gpu_check_selects_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return []
 
     monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check, "_gpu_problem", lambda: "")
     options = [str(tmp_path), "--steps", "operator-tests", "self-test", "--seconds", "250"]
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *options])
     assert gpu_check.main() == 0
     assert ran == [(["self-test, report", "self-test", "operator-tests"], 250.0)]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("print(False)", "error: PyTorch finds no usable GPU; "),
+        ("raise ImportError('no torch')", "cannot import PyTorch (ImportError: no torch); choose another interpreter"),
+    ],
+)
+def test_gpu_check_needs_a_gpu(
+    code: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\n{code}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "PYTHON", str(python))
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out")])
+    assert gpu_check.main() == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_gpu_check_calls_commands_as_they_are() -> None:
