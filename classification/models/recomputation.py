@@ -89,7 +89,7 @@ def _identity(x: Tensor) -> tuple[Any, ...] | None:
 
 def _with_present_weights(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The module with the weights it has now, since ``torch.func.functional_call`` replaces them only temporarily."""
-    weights = dict(module.named_parameters())
+    weights: dict[str, Tensor] = dict(module.named_parameters())
     versions = [weight._version for weight in weights.values()]
 
     def call(x: Tensor) -> Tensor:
