@@ -71,7 +71,7 @@ docs: .venv/docs
 figure: .venv/ready
 	$(BIN)/python tests/overview.py
 
-# Build the release wheel, with a CPU library for each PyTorch release. This downloads all these releases, unless
+# Build the release wheel, with CPU libraries for each PyTorch release. This downloads all these releases, unless
 # WHEEL_PYTHONS lists the interpreters of environments that have them.
 wheel:
 	$(PYTHON) kernels/wheel.py --out dist $(WHEEL_PYTHONS)

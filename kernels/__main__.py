@@ -50,7 +50,7 @@ def _build(arguments: argparse.Namespace) -> None:
         if not names:
             return
     try:
-        build.build(names, arguments.arch, arguments.out)
+        build.build(names, arguments.arch, arguments.out, portable=arguments.portable)
     except build.BuildError as error:
         raise UserError(str(error)) from error
     if arguments.out and arguments.out.absolute() != build.library_folder().absolute():
@@ -72,6 +72,8 @@ def _parser() -> Parser:
     )
     builder.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {build.library_folder()}")
     builder.add_argument("--missing", action="store_true", help="skip named libraries that work here as they are")
+    levels = ", ".join(build.levels()) or "none for this architecture"
+    builder.add_argument("--portable", action="store_true", help=f"compile cpu for other processors too: {levels}")
     checker = commands.add_parser("check", help="compare the backends with float64", example="--device cuda")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checker.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
@@ -168,19 +170,19 @@ def _obstacle(library: str) -> str | None:
 
 
 def _libraries() -> list[str]:
-    """The facts recorded for each library, except those that equal this environment's."""
+    """The libraries, and the facts of the native ones and of those in use that differ from this environment's."""
     lines = [f"libraries, in {build.library_folder()}"]
     for name in build.LIBRARIES:
-        folders = native.folders(name)
-        lines += [] if folders else [f"  {name}.so: none"]
-        for folder in folders:
-            facts = native.read_facts(name, folder)
-            kind = f"portable, {folder}" if "portable" in facts else "native"
-            lines.append(f"  {name}.so, {kind}" + (", in use" if facts and facts == native.loaded(name) else ""))
-            here = build.environment("portable" in facts)
-            lines += (_shortened(f"    {key}: {value}") for key, value in facts.items() if here.get(key) != value)
-    if "portable" in native.loaded("cpu") and "avx512f" in build.cpu_features():
-        lines.append(f"  a build for this processor, with longer vectors, may be faster: {native.BUILD_COMMAND} cpu")
+        libraries = native.libraries(name)
+        lines += [] if libraries else [f"  {name}.so: none"]
+        for library in libraries:
+            facts = native.read_facts(library)
+            is_portable, is_used = "level" in facts, bool(facts) and facts == native.loaded(name)
+            kind = f"portable, {library.parent}" if is_portable else "native"
+            lines.append(f"  {library.name}, {kind}" + ", in use" * is_used)
+            if is_used or not is_portable:
+                here = build.environment(is_portable)
+                lines += (_shortened(f"    {key}: {value}") for key, value in facts.items() if here.get(key) != value)
     return lines
 
 
@@ -189,7 +191,8 @@ def _found() -> list[str]:
     triton = "none"
     if importlib.util.find_spec("triton"):
         triton = importlib.import_module("triton").__version__
-    variables = (backends.FORCE_VARIABLE, backends.REQUIRE_VARIABLE, build.FOLDER_VARIABLE, "TRITON_INTERPRET")
+    of_package = (backends.FORCE_VARIABLE, backends.REQUIRE_VARIABLE, build.FOLDER_VARIABLE, native.LEVEL_VARIABLE)
+    variables = (*of_package, "TRITON_INTERPRET")
     forced = [f"{variable}={os.environ[variable]}" for variable in variables if os.environ.get(variable)]
     return [
         f"PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Triton {triton}, "

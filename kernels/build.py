@@ -1,7 +1,9 @@
 """Compile the libraries ``cpu.so`` and ``cuda.so`` from ``csrc/`` against the installed PyTorch.
 
-They are plain shared objects for ``torch.ops.load_library``, independent of the Python version. A JSON file of the same
-name records what each was built for; `native` compares it with the running environment before it loads the library.
+``cpu.so`` is for this machine's processor; portable libraries such as ``cpu-x86-64-v3.so`` are for all processors of a
+level. All are plain shared objects for ``torch.ops.load_library``, independent of the Python version. A JSON file of
+the same name records what each was built for; `native` compares it with the running environment before it loads the
+library.
 
 ``setup.py`` uses this module too, so it imports nothing from its package, and PyTorch only inside functions.
 """
@@ -36,10 +38,18 @@ FLAGS = {
     ("cuda", ".cpp"): ("-O3", "-fPIC"),
     ("cuda", ".cu"): ("-O3", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"),
 }
-# Processors that portable libraries need: a name for -march, and its features, as Linux names them.
-BASELINES = {
-    "x86_64": ("x86-64-v3", "abm avx avx2 bmi1 bmi2 f16c fma movbe"),
-    "aarch64": ("armv8-a", "asimd fp"),
+# Levels of the portable libraries, highest first: compiler flags, and features of the processor, as Linux names them.
+_V2 = "cx16 lahf_lm pni popcnt sse4_1 sse4_2 ssse3"
+_V3 = f"{_V2} abm avx avx2 bmi1 bmi2 f16c fma movbe"
+_V4 = f"{_V3} avx512bw avx512cd avx512dq avx512f avx512vl"
+LEVELS = {
+    "x86_64": {
+        "x86-64-v4-bf16": (["-march=x86-64-v4", "-mavx512bf16"], f"{_V4} avx512_bf16"),
+        "x86-64-v4": (["-march=x86-64-v4"], _V4),
+        "x86-64-v3": (["-march=x86-64-v3"], _V3),
+        "x86-64-v2": (["-march=x86-64-v2"], _V2),
+    },
+    "aarch64": {"armv8-a": (["-march=armv8-a"], "asimd fp")},
 }
 # Wheel tags, oldest first, each with the newest symbol versions of its systems (auditwheel's policies).
 SYSTEMS = {
@@ -102,7 +112,7 @@ def library_folder() -> Path:
 
 
 def portable_folder(folder: Path) -> Path:
-    """The subfolder of ``folder`` for the portable library of the installed PyTorch."""
+    """The subfolder of ``folder`` for the portable libraries of the installed PyTorch."""
     return folder / f"torch-{_minor_release()}"
 
 
@@ -127,6 +137,11 @@ def _minor_release() -> str:
 
     final = re.match(r"(\d+\.\d+)\.\d+(\+|$)", torch.__version__)
     return final[1] if final else str(torch.__version__)
+
+
+def levels() -> dict[str, tuple[list[str], str]]:
+    """The levels of this architecture, see ``LEVELS``; empty if it has no portable libraries."""
+    return LEVELS.get(platform.machine(), {})
 
 
 def cpu_features() -> set[str]:
@@ -253,7 +268,7 @@ def _output(command: Sequence[str]) -> str:
 # --- what to run ------------------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCES, portable: bool = False) -> Plan:
+def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCES, level: str = "") -> Plan:
     """Find out how to build a library here, without building it.
 
     Args:
@@ -261,7 +276,7 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
         architectures: compute capabilities to compile for, such as ``"9.0"``; by default those in
             ``TORCH_CUDA_ARCH_LIST``, otherwise those of the GPUs present, otherwise ``ARCHITECTURES``.
         sources: the folder with one folder of sources per library.
-        portable: build the cpu library for all machines with the processors of ``BASELINES``.
+        level: one of `levels`, for a portable cpu library; without it, the library is for this processor.
 
     Raises:
         BuildError: if it cannot be built here: system, sources, compiler, toolkit, architecture.
@@ -273,7 +288,7 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
         raise BuildError(f"there are no sources in {sources / name}")
     compiler = find_compiler()
     facts = {
-        **environment(portable),
+        **environment(portable=bool(level)),
         "compilers": _output([*compiler, "--version"]).partition("\n")[0],
         "sources": source_hash(name, sources),
     }
@@ -283,14 +298,13 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
     shared += _system_includes([torch_folder / "include", torch_folder / "include/torch/csrc/api/include"])
     link_flags = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
     compilers = {".cpp": [*compiler, *FLAGS[name, ".cpp"], *shared]}
-    if portable:
-        if platform.machine() not in BASELINES:
-            raise BuildError(f"portable libraries need {' or '.join(BASELINES)}, but this is {platform.machine()}")
-        level, features = BASELINES[platform.machine()]
-        facts |= {"portable": level, "CPU features": features}
+    if level:
+        march, features = levels()[level]
+        name = f"{name}-{level}"
+        facts |= {"level": level, "CPU features": features}
         # Messages must not name the folders of the machine that built the library.
         prefixes = [f"-ffile-prefix-map={sources}=csrc", f"-ffile-prefix-map={torch_folder}=torch"]
-        compilers[".cpp"] += [f"-march={level}", *prefixes]
+        compilers[".cpp"] += [*march, *prefixes]
         link_flags.insert(0, "-lstdc++")  # before PyTorch's libraries, which export parts of it without versions
     elif name == "cpu":
         facts |= {"CPU features": " ".join(_used_features(compiler))}
@@ -307,7 +321,7 @@ def prepare(name: str, architectures: Sequence[str] = (), sources: Path = SOURCE
         compilers[".cpp"] += headers
         compilers[".cu"] = [toolkit.nvcc, *FLAGS[name, ".cu"], *code, *shared, *headers]
         link_flags += _cuda_link_flags(toolkit)
-    if not portable:  # a portable library uses PyTorch's own OpenMP, whose file name depends on the release
+    if not level:  # a portable library uses PyTorch's own OpenMP, whose file name depends on the release
         link_flags += ["-Wl,-z,defs"]  # undefined symbols are errors now, not when the library is loaded
     return Plan(name, files, compilers, [*compiler, "-shared"], link_flags, facts)
 
@@ -380,7 +394,7 @@ def build(
         names: ``"cpu"``, ``"cuda"``; by default cpu, and cuda if it can be built.
         architectures, sources: see `prepare`.
         out: default `library_folder`.
-        portable: see `prepare`; the library is written to `portable_folder` of ``out``.
+        portable: build the cpu library at each level of this architecture, in `portable_folder` of ``out``.
 
     Returns:
         The names of the libraries built.
@@ -390,8 +404,15 @@ def build(
             and installed, if one does not compile.
     """
     start = time.monotonic()
-    plans = [prepare(name, architectures, sources, portable) for name in (names or ("cpu",))]
-    if not names:
+    if portable:
+        if "cuda" in names or architectures:
+            raise BuildError("only the cpu library can be portable")
+        if not levels():
+            raise BuildError(f"portable libraries need {' or '.join(LEVELS)}, but this is {platform.machine()}")
+        plans = [prepare("cpu", sources=sources, level=level) for level in levels()]
+    else:
+        plans = [prepare(name, architectures, sources) for name in (names or ("cpu",))]
+    if not names and not portable:
         try:
             plans.append(prepare("cuda", architectures, sources))
         except BuildError as obstacle:
@@ -411,7 +432,7 @@ def build(
             else:
                 built.append(plan.name)
     if built:
-        print(f"built {' and '.join(built)} in {time.monotonic() - start:.0f} s: {out}", flush=True)
+        print(f"built {', '.join(built)} in {time.monotonic() - start:.0f} s: {out}", flush=True)
     if errors:
         raise BuildError("; ".join(errors))
     return built

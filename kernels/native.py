@@ -1,6 +1,7 @@
 """Find, check and load the compiled libraries of this package."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,45 +10,65 @@ import torch
 from . import build
 
 BUILD_COMMAND = "python -m spatial_mamba.kernels build"
+LEVEL_VARIABLE = "SPATIAL_MAMBA_CPU_LEVEL"
 
 _loaded: dict[str, dict[str, Any]] = {}  # the facts of each library in use
 
 
 def load(name: str, folder: Path | None = None, sources: Path = build.SOURCES) -> str | None:
-    """Load the library ``"cpu"`` or ``"cuda"``: the one built on this machine, or the portable one from a wheel.
+    """Load the library ``"cpu"`` or ``"cuda"``: the one built for this machine, or the portable one of the highest level.
 
     A library is loaded unless it was built for a different environment (PyTorch, CUDA, CPU), which could crash the
     process, or from different sources.
 
     Args:
         name: ``"cpu"`` or ``"cuda"``.
-        folder: where to look. The default is `build.library_folder`, then the package, for a portable library.
+        folder: where to look. The default is `build.library_folder`, then the package, for portable libraries.
         sources: the folder of the sources that it must have been built from.
 
     Returns:
         None, or one line that says why the library is not loaded and how to fix it.
+
+    Raises:
+        ImportError: if ``SPATIAL_MAMBA_CPU_LEVEL`` names a level that does not exist or cannot be loaded.
     """
     if name == "cuda" and torch.version.cuda is None:
         return "PyTorch is built without CUDA here (builds with CUDA: https://pytorch.org/get-started)"
-    reasons = []
-    for where in folders(name, folder):
-        facts = read_facts(name, where)
+    level = _forced_level() if name == "cpu" else None
+    reason = "not built"
+    for library in libraries(name, folder):
+        if level and library.stem != f"{name}-{level}":
+            continue
+        facts = read_facts(library)
         try:
-            reason = _mismatch(name, where / f"{name}.so", facts, sources)
-            if reason is None:
-                torch.ops.load_library(where / f"{name}.so")
+            mismatch = _mismatch(name, library, facts, sources)
+            if mismatch is None:
+                torch.ops.load_library(library)
                 _loaded[name] = facts
                 return None
+            reason = mismatch
         except Exception as error:  # whatever is wrong with the library, the package works without it
             reason = f"cannot be loaded ({' '.join(str(error).split())})"
-        reasons.append(reason)
-    return f"{reasons[0] if reasons else 'not built'}: {BUILD_COMMAND} {name}"
+    if level:
+        raise ImportError(
+            f"{LEVEL_VARIABLE}={level} cannot be used: {reason}. Unset it; {BUILD_COMMAND} --portable builds all levels"
+        )
+    return f"{reason}: {BUILD_COMMAND} {name}"
 
 
-def folders(name: str, folder: Path | None = None) -> list[Path]:
-    """Folders that contain a library of this name for the installed PyTorch, the preferred one first."""
-    native, packaged = folder or build.library_folder(), folder or build.PACKAGE / "lib"
-    return [where for where in (native, build.portable_folder(packaged)) if (where / f"{name}.so").exists()]
+def _forced_level() -> str | None:
+    level = os.environ.get(LEVEL_VARIABLE) or None
+    if level is not None and level not in build.levels():
+        raise ImportError(f"{LEVEL_VARIABLE} must be one of {', '.join(build.levels()) or 'none here'}, got {level!r}")
+    return level
+
+
+def libraries(name: str, folder: Path | None = None) -> list[Path]:
+    """The existing libraries of this name for the installed PyTorch, the preferred one first."""
+    folders = [folder] if folder else list(dict.fromkeys([build.library_folder(), build.PACKAGE / "lib"]))
+    files = [folders[0] / f"{name}.so"]
+    files += [build.portable_folder(where) / f"{name}-{level}.so" for where in folders for level in build.levels()]
+    return [file for file in files if file.exists()]
 
 
 def loaded(name: str) -> dict[str, Any]:
@@ -55,10 +76,10 @@ def loaded(name: str) -> dict[str, Any]:
     return _loaded.get(name, {})
 
 
-def read_facts(name: str, folder: Path | None = None) -> dict[str, Any]:
+def read_facts(library: Path) -> dict[str, Any]:
     """The facts of a library, how it was built, from its JSON file; empty if the file is missing or broken."""
     try:
-        facts = json.loads(((folder or build.library_folder()) / f"{name}.json").read_text())
+        facts = json.loads(library.with_suffix(".json").read_text())
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -78,8 +99,8 @@ def kernels_for(capability: tuple[int, int]) -> bool:
 
 def _mismatch(name: str, library: Path, facts: dict[str, Any], sources: Path) -> str | None:
     if not facts:
-        return f"{name}.json, which records what {library} was built for, is missing or broken"
-    for key, here in build.environment(portable="portable" in facts).items():
+        return f"{library.stem}.json, which records what {library} was built for, is missing or broken"
+    for key, here in build.environment(portable="level" in facts).items():
         if facts.get(key) != here:
             return f"built for {key} {facts.get(key) or 'unknown'}, but this is {here}"
     if lacking := set(facts.get("CPU features", "").split()) - build.cpu_features():

@@ -1,6 +1,6 @@
-"""Build the wheel of a release, with a portable CPU library for every PyTorch release: ``make wheel``.
+"""Build the wheel of a release, with portable CPU libraries for every PyTorch release: ``make wheel``.
 
-Each library is compiled and loaded by a Python interpreter whose environment has one PyTorch release. Without
+They are compiled and loaded by a Python interpreter whose environment has one PyTorch release. Without
 interpreters on the command line, temporary environments are created one after the other.
 """
 
@@ -24,7 +24,8 @@ try:
     build["build"](["cpu"], out=out, portable=True)
 except build["BuildError"] as error:
     sys.exit(f"error: {error}")
-torch.ops.load_library(build["portable_folder"](out) / "cpu.so")
+*_, lowest = build["levels"]()
+torch.ops.load_library(build["portable_folder"](out) / f"cpu-{lowest}.so")
 """
 
 

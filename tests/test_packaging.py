@@ -14,7 +14,7 @@ import pytest
 
 from spatial_mamba.kernels import build
 
-from .kernels.test_build import needs_baseline, needs_compiler, write_sources
+from .kernels.test_build import SUPPORTED, needs_compiler, needs_level, write_sources
 
 setuptools = pytest.importorskip("setuptools", minversion="77")
 read_configuration = pytest.importorskip("setuptools.config.pyprojecttoml").read_configuration
@@ -117,8 +117,8 @@ def test_every_package_of_the_tree_is_listed() -> None:
 
 
 @needs_compiler
-@needs_baseline
-def test_a_releases_wheel_brings_a_library_for_each_pytorch(tmp_path: Path) -> None:
+@needs_level
+def test_a_releases_wheel_brings_libraries_for_each_pytorch(tmp_path: Path) -> None:
     """With one interpreter and tiny sources."""
     tree = copy_tree(tmp_path)
     shutil.rmtree(tree / "kernels/csrc")
@@ -132,11 +132,12 @@ def test_a_releases_wheel_brings_a_library_for_each_pytorch(tmp_path: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         libraries = [name for name in archive.namelist() if "/lib/" in name]
         metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/WHEEL"))).decode()
-    assert sorted(libraries) == [f"{folder}/cpu.json", f"{folder}/cpu.so"]
+    expected = {f"{folder}/cpu-{level}.{suffix}" for level in build.levels() for suffix in ("json", "so")}
+    assert set(libraries) == expected
     assert "Root-Is-Purelib: false" in metadata
     install(wheel, tmp_path / "installed")
-    script = "from spatial_mamba.kernels import native; print(native.loaded('cpu')['portable'])"
-    assert run(tmp_path / "installed", script) == [build.BASELINES[build.platform.machine()][0]]
+    script = "from spatial_mamba.kernels import native; print(native.loaded('cpu')['level'])"
+    assert run(tmp_path / "installed", script) == [SUPPORTED[0]]
 
 
 @packs

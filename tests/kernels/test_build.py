@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,10 +22,9 @@ from spatial_mamba.kernels import __main__ as command
 from spatial_mamba.kernels import backends, build, native, selective_scan, use_backend
 
 no_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
-needs_baseline = pytest.mark.skipif(
-    not set(build.BASELINES.get(build.platform.machine(), ("", "none"))[1].split()) <= build.cpu_features(),
-    reason="the processor is below the baseline of portable libraries",
-)
+# The levels of portable libraries that this processor supports, fastest first.
+SUPPORTED = [level for level, (_, used) in build.levels().items() if set(used.split()) <= build.cpu_features()]
+needs_level = pytest.mark.skipif(not SUPPORTED, reason="the processor is below all levels of portable libraries")
 TINY = 'extern "C" int twice(int x) { return 2 * x; }\n'
 TINY_KERNEL = "__global__ void twice(int* x) { *x *= 2; }\nvoid launch(int* x) { twice<<<1, 1>>>(x); }\n"
 
@@ -44,7 +42,8 @@ def write_sources(folder: Path, text: str = TINY, name: str = "cpu/tiny.cpp") ->
 @pytest.fixture(autouse=True)
 def clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the user's environment variables, and whatever another test has loaded, forced or printed."""
-    for variable in ("CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", build.FOLDER_VARIABLE):
+    of_package = (build.FOLDER_VARIABLE, native.LEVEL_VARIABLE)
+    for variable in ("CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", *of_package):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(native, "_loaded", {})
     monkeypatch.setattr(backends, "_missing", dict(backends._missing))
@@ -76,7 +75,7 @@ def test_a_built_library_loads_and_its_folder_holds_nothing_else(tiny: tuple[Pat
     assert native.load("cpu", out, sources) is None
     assert ctypes.CDLL(str(out / "cpu.so")).twice(21) == 42
     assert sorted(path.name for path in out.iterdir()) == ["cpu.json", "cpu.so"]
-    facts = native.read_facts("cpu", out)
+    facts = native.read_facts(out / "cpu.so")
     assert facts["PyTorch"] == torch.__version__
     assert set(facts["CPU features"].split()) <= build.cpu_features()
     assert facts["compilers"]
@@ -205,10 +204,10 @@ def test_the_file_needs_no_other_module() -> None:
 
 @pytest.fixture(scope="module")
 def both(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of a native and a portable library, and of their sources."""
+    """Folders of a native and of portable libraries, and of their sources."""
     out = tmp_path_factory.mktemp("both")
     shutil.copytree(tiny[0], out, dirs_exist_ok=True)
-    build.build(["cpu"], out=out, sources=tiny[1], portable=True)
+    build.build(out=out, sources=tiny[1], portable=True)
     return out, tiny[1]
 
 
@@ -218,47 +217,86 @@ def copied_both(both: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 
 @needs_compiler
-@needs_baseline
-def test_a_portable_library_is_for_one_minor_release_and_a_baseline_of_processors(both: tuple[Path, Path]) -> None:
-    facts = native.read_facts("cpu", build.portable_folder(both[0]))
-    assert facts["PyTorch"] == ".".join(torch.__version__.split(".")[:2])
-    assert (facts["portable"], facts["CPU features"]) == build.BASELINES[build.platform.machine()]
-    assert "PyTorch's CUDA" not in facts
-    assert build.environment(portable=True).items() <= facts.items()
+@needs_level
+def test_a_portable_library_is_for_one_minor_release_and_a_level_of_processors(both: tuple[Path, Path]) -> None:
+    folder = build.portable_folder(both[0])
+    assert sorted(path.stem for path in folder.glob("*.so")) == sorted(f"cpu-{level}" for level in build.levels())
+    for level, (_, features) in build.levels().items():
+        facts = native.read_facts(folder / f"cpu-{level}.so")
+        assert facts["PyTorch"] == ".".join(torch.__version__.split(".")[:2])
+        assert (facts["level"], facts["CPU features"]) == (level, features)
+        assert "PyTorch's CUDA" not in facts
+        assert build.environment(portable=True).items() <= facts.items()
 
 
 @needs_compiler
-@needs_baseline
-def test_the_native_library_is_preferred_and_the_portable_one_is_the_fallback(
+@needs_level
+def test_the_native_library_is_preferred_and_a_portable_one_is_the_fallback(
     copied_both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, sources = copied_both
-    assert native.folders("cpu", out) == [out, build.portable_folder(out)]
+    assert native.libraries("cpu", out)[0] == out / "cpu.so"
     assert native.load("cpu", out, sources) is None
-    assert "portable" not in native.loaded("cpu")
+    assert "level" not in native.loaded("cpu")
     facts = json.loads((out / "cpu.json").read_text())
     (out / "cpu.json").write_text(json.dumps({**facts, "PyTorch": "2.0.0"}))  # PyTorch was replaced since
     assert native.load("cpu", out, sources) is None
-    assert "portable" in native.loaded("cpu")
+    assert native.loaded("cpu")["level"] == SUPPORTED[0]
     (out / "cpu.so").unlink()
     monkeypatch.setattr(torch, "__version__", f"{build._minor_release()}.7+another")
     monkeypatch.setattr(torch.version, "cuda", "99.0")
     native._loaded.clear()
     assert native.load("cpu", out, sources) is None
-    assert "portable" in native.loaded("cpu")
+    assert native.loaded("cpu")["level"] == SUPPORTED[0]
 
 
 @needs_compiler
-@needs_baseline
-def test_a_portable_library_is_refused_for_other_releases_abis_and_older_processors(
+@needs_level
+def test_the_fastest_level_of_the_processor_is_chosen_and_a_variable_forces_another(
+    copied_both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sources = copied_both
+    (out / "cpu.so").unlink()
+    monkeypatch.setattr(torch.ops, "load_library", lambda library: None)
+    for level, (_, features) in build.levels().items():
+        monkeypatch.setattr(build, "cpu_features", lambda features=features: {*features.split(), "hypervisor"})
+        assert native.load("cpu", out, sources) is None
+        assert native.loaded("cpu")["level"] == level
+    slowest = level
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.ops, "load_library", lambda library: None)
+    for level in SUPPORTED:
+        monkeypatch.setenv(native.LEVEL_VARIABLE, level)
+        assert native.load("cpu", out, sources) is None
+        assert native.loaded("cpu")["level"] == level
+
+    monkeypatch.setenv(native.LEVEL_VARIABLE, slowest)
+    with pytest.raises(
+        ImportError, match=rf"^SPATIAL_MAMBA_CPU_LEVEL={slowest} cannot be used: not built\. Unset it; "
+    ):
+        native.load("cpu", out / "nowhere", sources)
+    monkeypatch.setattr(build, "cpu_features", lambda: set())
+    with pytest.raises(ImportError, match=rf"LEVEL={slowest} cannot be used: built for a processor with .*--portable"):
+        native.load("cpu", out, sources)
+    monkeypatch.setenv(native.LEVEL_VARIABLE, "x86-64")
+    with pytest.raises(ImportError, match=rf"^SPATIAL_MAMBA_CPU_LEVEL must be one of .*{slowest}, got 'x86-64'$"):
+        native.load("cpu", out, sources)
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    assert native.load("cuda", out, sources) == f"not built: {native.BUILD_COMMAND} cuda"  # it has no levels
+
+
+@needs_compiler
+@needs_level
+def test_portable_libraries_are_refused_for_other_releases_abis_and_older_processors(
     copied_both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, sources = copied_both
     folder = build.portable_folder(out)
     (out / "cpu.so").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(build, "cpu_features", lambda: {"sse2", "avx"})
-        assert re.match(r"built for a processor with .*, which this one lacks: ", refusal(out, sources, patch))
+        patch.setattr(build, "cpu_features", lambda: {"sse2"})
+        least = sorted(list(build.levels().values())[-1][1].split())
+        assert f"built for a processor with {', '.join(least[:6])}, which this" in refusal(out, sources, patch)
     with monkeypatch.context() as patch:
         abi = torch.compiled_with_cxx11_abi()
         patch.setattr(torch, "compiled_with_cxx11_abi", lambda: not abi)
@@ -272,7 +310,7 @@ def test_a_portable_library_is_refused_for_other_releases_abis_and_older_process
 
 
 @needs_compiler
-@needs_baseline
+@needs_level
 def test_a_portable_library_shares_pytorchs_openmp_and_states_the_oldest_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,25 +325,31 @@ def test_a_portable_library_shares_pytorchs_openmp_and_states_the_oldest_system(
     )
     sources = write_sources(tmp_path / "csrc", text)
     build.build(["cpu"], out=tmp_path, sources=sources, portable=True)
-    library = build.portable_folder(tmp_path) / "cpu.so"
+    library = build.portable_folder(tmp_path) / f"cpu-{SUPPORTED[0]}.so"
     assert "gomp" not in build._output(["readelf", "--dynamic", str(library)])
     assert str(tmp_path).encode() not in library.read_bytes()
     torch.ops.load_library(library)
     total = ctypes.CDLL(str(library)).total
     total.argtypes, total.restype = [ctypes.c_double], ctypes.c_double
     assert total(1.0) == pytest.approx(8 * math.e)
-    assert native.read_facts("cpu", library.parent)["system"] in build.SYSTEMS
+    assert native.read_facts(library)["system"] in build.SYSTEMS
 
     needs = "Name: GLIBC_2.2.5  Name: GCC_3.0  Name: GLIBC_2.14  Name: GLIBCXX_3.4.21  Name: CXXABI_1.3.{}"
     for newest, system in ((9, "manylinux_2_28"), (11, "manylinux_2_28"), (13, "manylinux_2_34")):
         monkeypatch.setattr(build, "_output", lambda command, newest=newest: needs.format(newest))
         assert build._oldest_system(library) == system
     monkeypatch.setattr(build, "_output", lambda command: "Name: GLIBC_2.99")
-    with pytest.raises(build.BuildError, match=r"cpu\.so runs on none of manylinux_2_28, .*: build it on an older"):
+    with pytest.raises(build.BuildError, match=r"cpu-.*\.so runs on none of manylinux_2_28, .*: build it on an older"):
         build._oldest_system(library)
+
+
+def test_portable_libraries_are_for_the_cpu_and_for_known_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ({"names": ["cpu", "cuda"]}, {"architectures": ["9.0"]}):
+        with pytest.raises(build.BuildError, match="only the cpu library can be portable"):
+            build.build(**options, portable=True)
     monkeypatch.setattr(build.platform, "machine", lambda: "sparc64")
     with pytest.raises(build.BuildError, match="portable libraries need x86_64 or aarch64, but this is sparc64"):
-        build.prepare("cpu", sources=sources, portable=True)
+        build.build(portable=True)
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
@@ -470,7 +514,7 @@ def test_changed_sources_and_missing_libraries_are_named(
     header.write_text("// new")
     assert "built from different sources" in refusal(out, sources, monkeypatch)
     header.rename(sources / "notes.txt")  # no part of the library
-    assert native._mismatch("cpu", out / "cpu.so", native.read_facts("cpu", out), sources) is None
+    assert native._mismatch("cpu", out / "cpu.so", native.read_facts(out / "cpu.so"), sources) is None
     monkeypatch.setitem(build.FLAGS, ("cpu", ".cpp"), ("-O0",))
     assert "built from different sources" in refusal(out, sources, monkeypatch)
     assert refusal(tmp_path / "nowhere", sources, monkeypatch) == f"not built: {native.BUILD_COMMAND} cpu"
@@ -642,24 +686,26 @@ def test_the_report_shows_a_librarys_facts_and_a_forced_backend(
         text = command.report()
     assert text.splitlines()[1].split()[:5] == ["cpu", "error", "error", "error", "error"]
     assert "error: the backend 'cuda' is forced, but cannot be used" in text
-    assert f"compilers: {native.read_facts('cpu')['compilers']}" in text
+    assert f"compilers: {native.read_facts(tiny[0] / 'cpu.so')['compilers']}" in text
     assert "forced by the environment: SPATIAL_MAMBA_BACKEND=cuda" in text
 
 
 @needs_compiler
-@needs_baseline
-def test_the_report_shows_a_portable_library_and_what_is_faster(
+@needs_level
+def test_the_report_shows_the_portable_library_in_use(
     copied_both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, sources = copied_both
     monkeypatch.setenv(build.FOLDER_VARIABLE, str(out / "mine"))
     monkeypatch.setattr(build, "PACKAGE", out.parent)
     assert native.load("cpu", sources=sources) is None
-    for features, faster in ((set(), False), ({"avx512f"}, True)):
-        monkeypatch.setattr(build, "cpu_features", lambda features=features: features)
-        lines = command.report().splitlines()
-        assert f"  cpu.so, portable, {build.portable_folder(out)}, in use" in lines
-        assert any(line.endswith(f"may be faster: {native.BUILD_COMMAND} cpu") for line in lines) == faster
+    monkeypatch.setenv(native.LEVEL_VARIABLE, SUPPORTED[0])
+    lines = command.report().splitlines()
+    for level in build.levels():
+        used = ", in use" * (level == SUPPORTED[0])
+        assert f"  cpu-{level}.so, portable, {build.portable_folder(out)}{used}" in lines
+    assert lines.count(f"    level: {SUPPORTED[0]}") == sum(line.startswith("    level: ") for line in lines) == 1
+    assert any(line.startswith("forced by ") and f"_CPU_LEVEL={SUPPORTED[0]}" in line for line in lines)
 
 
 @needs_compiler
@@ -669,6 +715,14 @@ def test_the_build_command_names_its_folder_or_what_is_missing(
     monkeypatch.setattr(build, "build", functools.partial(build.build, sources=tiny[1]))
     assert run(monkeypatch, "build", "cpu", "--out", str(tmp_path / "lib")) == 0
     assert f"export SPATIAL_MAMBA_LIB={tmp_path / 'lib'}" in capsys.readouterr().out
+    if build.levels():
+        assert run(monkeypatch, "build", "--portable", "--out", str(tmp_path / "lib")) == 0
+        assert f"cpu-{list(build.levels())[-1]} in " in capsys.readouterr().out
+        assert sorted(path.name for path in (tmp_path / "lib").iterdir()) == [
+            "cpu.json",
+            "cpu.so",
+            build.portable_folder(Path()).name,
+        ]
     assert run(monkeypatch, "build", "tpu") == 2
     assert "there is no library 'tpu': choose from cpu, cuda" in capsys.readouterr().err
 
@@ -684,7 +738,7 @@ def test_usable_libraries_are_kept_on_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built = []
-    monkeypatch.setattr(build, "build", lambda names, *_: built.append(names))
+    monkeypatch.setattr(build, "build", lambda names, *_, **__: built.append(names))
     gpus = [command.Device("cuda", "a GPU", (9, 0))]
     monkeypatch.setattr(command, "_devices", lambda: gpus)
     native._loaded["cuda"] = {"compute capabilities": "9.0"}
