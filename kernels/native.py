@@ -16,7 +16,7 @@ _loaded: dict[str, dict[str, Any]] = {}  # the facts of each library in use
 
 
 def load(name: str, folder: Path | None = None, sources: Path = build.SOURCES) -> str | None:
-    """Load the library ``"cpu"`` or ``"cuda"``: the one built for this machine, or the portable one of the highest level.
+    """Load the library ``"cpu"`` or ``"cuda"``: the one built for this machine, else the highest usable portable level.
 
     A library is loaded unless it was built for a different environment (PyTorch, CUDA, CPU), which could crash the
     process, or from different sources.
