@@ -57,11 +57,16 @@ class Process:
         """Leave the process group together: a process that leaves early can break the last operation of the others."""
         if not dist.is_initialized():
             return
-        store = dist.PrefixStore("leaving", dist.distributed_c10d._get_default_store())
+        store = shared_store("leaving")
         with suppress(RuntimeError):  # another process is gone, or does not come
             store.set(str(self.rank), "")
             store.wait([str(rank) for rank in range(self.world_size)], timedelta(seconds=10))
         dist.destroy_process_group()
+
+
+def shared_store(name: str) -> dist.Store:
+    """Keys and values that the processes of the group share, apart from those under other names."""
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
 
 
 def start_process(device: str, timeout_minutes: float) -> Process:

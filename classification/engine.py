@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from ..kernels.errors import UserError
+from ..kernels.tensors import compute_dtype_for
 from .checkpoint import TrainingState
 from .config import images_per_update
 from .data import ImageLoader
@@ -246,7 +247,7 @@ def _self_distillation(logits: Tensor, images: Tensor, teacher: nn.Module, dtype
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(compute_dtype_for(tensor))
 
 
 @torch.no_grad()

@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
-
-from .distributed import Process
+from .distributed import Process, shared_store
 
 _progress = 0  # of this process
 
@@ -39,7 +37,7 @@ def stalls_watched(process: Process, minutes: float) -> Iterator[None]:
 
 
 def _watch(process: Process, seconds: float, finished: threading.Event) -> None:
-    store = dist.PrefixStore("progress", dist.distributed_c10d._get_default_store())
+    store = shared_store("progress")
     looks, since = 0, time.monotonic()
     start: list[list[int]] = []  # looks and progress of each process at that time
     while not finished.wait(seconds / 10):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import check_tensors, layouts, without_autocast
+from .tensors import check_tensors, compute_dtype_for, layouts, without_autocast
 
 LAYOUTS = layouts(weight="dim", bias="dim")
 
@@ -43,7 +43,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The reference implementation."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype_for(x)
     return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 

@@ -16,6 +16,7 @@ from ...kernels import spatial_mixer
 from ...kernels.backends import custom_operators_fail
 from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
 from ...kernels.state_fusion import merge_taps
+from ...kernels.tensors import compute_dtype_for
 
 if TYPE_CHECKING:
     from timm.layers import Mlp
@@ -190,7 +191,7 @@ class FusedMixer(nn.Module):
         super().__init__()
         self.eps = ssm.out_norm.eps
         # Stored in the dtype that the kernels compute in, which saves conversions in half-precision models.
-        compute_dtype = torch.promote_types(ssm.conv2d.weight.dtype, torch.float32)
+        compute_dtype = compute_dtype_for(ssm.conv2d.weight)
         weights = {
             "conv_weight": ssm.conv2d.weight,
             "conv_bias": ssm.conv2d.bias,
@@ -227,7 +228,7 @@ class FusedBlock(nn.Module):
     def __init__(self, block: "Block") -> None:
         super().__init__()
         # In the dtype that the kernels compute in, as in `FusedMixer`.
-        compute_dtype = torch.promote_types(block.cpe1.weight.dtype, torch.float32)
+        compute_dtype = compute_dtype_for(block.cpe1.weight)
         self.cpe1, self.cpe2 = (deepcopy(layer).to(compute_dtype) for layer in (block.cpe1, block.cpe2))
         self.ln_1 = block.ln_1
         self.in_proj = PackedLinear(block.self_attention.in_proj.weight, None)

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import depthwise_conv, layer_norm, selective_scan, spatial_mixer, state_fusion
-from ...kernels.tensors import without_autocast
+from ...kernels.tensors import compute_dtype_for, without_autocast
 from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
 from .fused import FusedBlock, FusedConv, FusedDownsample, refuse_gradients, refuse_to_load
 from .hub import HubModule
@@ -106,8 +106,7 @@ class ConvLayer(nn.Module):
             return self.conv
         if not isinstance(self.norm, nn.modules.batchnorm._BatchNorm):  # includes SyncBatchNorm
             raise RuntimeError(f"only BatchNorms can be folded into convolutions, not {type(self.norm).__name__}")
-        dtype = self.conv.weight.dtype
-        compute_dtype = torch.promote_types(dtype, torch.float32)
+        dtype, compute_dtype = self.conv.weight.dtype, compute_dtype_for(self.conv.weight)
         conv, norm = deepcopy(self.conv).to(compute_dtype), deepcopy(self.norm).to(compute_dtype)
         return fuse_conv_bn_eval(conv, norm).to(dtype)
 
@@ -367,7 +366,7 @@ class StructureAwareSSM(nn.Module):
         x, gate = xz.chunk(2, dim=-1)
         u = self.conv2d(x)  # (B, H, W, D)
         projection = F.linear(u, self.x_proj_weight)
-        compute_dtype = torch.promote_types(xz.dtype, torch.float32)
+        compute_dtype = compute_dtype_for(xz)
         with without_autocast(xz):
             r, B, C = projection.to(compute_dtype).split([self.dt_rank, 1, 1], dim=-1)
             dt = F.linear(r, self.dt_projs_weight.to(compute_dtype))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tensors import contiguous_like
 from .device_functions import channel_block, load_float
 from .launch import PROGRAMS_PER_MULTIPROCESSOR, block, cdiv, kernel, multiprocessors, on_device_of_first
 
@@ -24,7 +25,7 @@ FORWARD_TILES, BACKWARD_TILES = 8, 4  # of a block: 4 and 2 channels per thread;
 
 @on_device_of_first
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = contiguous_like(x)
     if x.numel():
         tiles, grid, blocks = _tiling(x, FORWARD_TILES)
         sizes = (tiles, *x.shape[1:], x.stride(2))
