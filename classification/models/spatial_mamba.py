@@ -893,8 +893,9 @@ def _create_model(
     **kwargs: Any,
 ) -> SpatialMamba:
     """Build a classifier, or with ``features_only`` a module of its feature maps, on a device and in a dtype."""
-    # timm's create_model(checkpoint_path=...) calls torch.load after this function has returned, without a hook, so
-    # the types of published checkpoints cannot be allowed for that call alone.
+    # timm's create_model(checkpoint_path=FILE) keeps the path from this function, and calls torch.load after it has
+    # returned; only .npz files go to the model's own load_pretrained. So the types of published checkpoints cannot be
+    # allowed for that call alone.
     allow_permanently(config_types())
     dims, depths = VARIANTS[variant]
     options: dict[str, Any] = {"dims": dims, "depths": depths, **kwargs}
