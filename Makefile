@@ -60,7 +60,7 @@ lint: .venv/ready .venv/typing
 # make gpu OUT=folder [GPU="--steps self-test operator-tests --seconds 250"]. This uses PYTHON with the packages it has.
 # It creates no environment and downloads nothing.
 gpu:
-	$(PYTHON) kernels/gpu_check.py $(OUT) $(GPU)
+	$(PYTHON) tests/gpu_check.py $(OUT) $(GPU)
 
 # Build the API site from the docstrings, into output/site.
 docs: .venv/docs
@@ -74,7 +74,7 @@ figure: .venv/ready
 # Build the release wheel, with CPU libraries for each PyTorch release. This downloads all these releases, unless
 # WHEEL_PYTHONS lists the interpreters of environments that have them.
 wheel:
-	$(PYTHON) kernels/wheel.py --out dist $(WHEEL_PYTHONS)
+	$(PYTHON) tests/wheel.py --out dist $(WHEEL_PYTHONS)
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/lib $(DIGITS) $(RUN) output/site output/api

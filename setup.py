@@ -2,7 +2,7 @@
 
 pip builds in an isolated environment without PyTorch. The wheel is then pure Python, and
 ``python -m spatial_mamba.kernels build`` adds the libraries later. With ``pip install --no-build-isolation``, libraries
-for the installed PyTorch are built and included. ``kernels/wheel.py`` sets the environment variable
+for the installed PyTorch are built and included. ``tests/wheel.py`` sets the environment variable
 ``SPATIAL_MAMBA_PORTABLE`` to a folder of portable libraries, which are then included instead.
 """
 

@@ -11,7 +11,6 @@ library.
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -50,14 +49,6 @@ LEVELS = {
         "x86-64-v2": (["-march=x86-64-v2"], _V2),
     },
     "aarch64": {"armv8-a": (["-march=armv8-a"], "asimd fp")},
-}
-# Wheel tags, oldest first, each with the newest symbol versions of its systems (auditwheel's policies).
-SYSTEMS = {
-    "manylinux_2_28": {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)},
-    "manylinux_2_31": {"GLIBC": (2, 31), "GLIBCXX": (3, 4, 28), "CXXABI": (1, 3, 12)},
-    "manylinux_2_34": {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)},
-    "manylinux_2_35": {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)},
-    "manylinux_2_39": {"GLIBC": (2, 39), "GLIBCXX": (3, 4, 33), "CXXABI": (1, 3, 15)},
 }
 # Default on a machine without a GPU: Ampere, Ada, Hopper, Blackwell for servers and workstations.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -424,8 +415,6 @@ def build(
         with _folder_inside(out) as folder:
             try:
                 _compile(plan, Path(folder))
-                if portable:
-                    plan.facts["system"] = _oldest_system(Path(folder, f"{plan.name}.so"))
                 _install(plan, Path(folder), out)
             except BuildError as error:
                 errors.append(str(error))
@@ -477,15 +466,6 @@ def _compile(plan: Plan, folder: Path) -> None:
         list(pool.map(compile_one, plan.sources, objects))  # an error cancels what has not started
     library = f"{plan.name}.so"
     _run(library, [*plan.linker, *objects, *plan.link_flags, "-o", str(folder / library)])
-
-
-def _oldest_system(library: Path) -> str:
-    """The first tag of ``SYSTEMS`` whose C and C++ libraries have all symbols that this library needs."""
-    needed = re.findall(r"\b([A-Z]+)_(\d+(?:\.\d+)*)\b", _output(["readelf", "--version-info", str(library)]))
-    for tag, newest in SYSTEMS.items():
-        if all(tuple(map(int, version.split("."))) <= newest.get(name, (math.inf,)) for name, version in needed):
-            return tag
-    raise BuildError(f"{library.name} runs on none of {', '.join(SYSTEMS)}: build it on an older system")
 
 
 def _run(name: str, command: Sequence[str]) -> float:

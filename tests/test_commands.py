@@ -25,7 +25,7 @@ def test_every_command_gives_help_without_what_only_posix_has() -> None:
 
         from spatial_mamba.__main__ import COMMANDS
         commands = [["spatial_mamba", *name.split()] for name in ("", *COMMANDS)]
-        modules = "kernels kernels.benchmark kernels.gpu_check classification.main"
+        modules = "kernels kernels.benchmark tests.gpu_check classification.main"
         modules += " classification.demo_data classification.benchmark classification.benchmark.loading"
         if openmmlab:
             for task in (" detection", " segmentation"):

@@ -14,6 +14,7 @@ import pytest
 
 from spatial_mamba.kernels import build
 
+from . import wheel as releases
 from .kernels.test_build import SUPPORTED, needs_compiler, needs_level, write_sources
 
 setuptools = pytest.importorskip("setuptools", minversion="77")
@@ -123,7 +124,7 @@ def test_a_releases_wheel_brings_libraries_for_each_pytorch(tmp_path: Path) -> N
     tree = copy_tree(tmp_path)
     shutil.rmtree(tree / "kernels/csrc")
     write_sources(tree / "kernels/csrc")
-    command = [sys.executable, tree / "kernels/wheel.py", "--out", tmp_path / "dist", sys.executable]
+    command = [sys.executable, tree / "tests/wheel.py", "--out", tmp_path / "dist", sys.executable]
     variables = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}  # pip reads 0 as no isolation
     subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, check=True)
     (wheel,) = (tmp_path / "dist").iterdir()
@@ -138,6 +139,19 @@ def test_a_releases_wheel_brings_libraries_for_each_pytorch(tmp_path: Path) -> N
     install(wheel, tmp_path / "installed")
     script = "from spatial_mamba.kernels import native; print(native.loaded('cpu')['level'])"
     assert run(tmp_path / "installed", script) == [SUPPORTED[0]]
+
+
+def test_the_tag_of_a_wheel_is_that_of_the_oldest_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = "Name: GLIBC_2.2.5  Name: GCC_3.0  Name: GLIBC_2.14  Name: GLIBCXX_3.4.21  Name: CXXABI_1.3.{}"
+
+    def tag(shown: str) -> str:
+        monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, shown))
+        return releases.oldest_system(Path("cpu-x86-64-v3.so"))
+
+    for newest, system in ((9, "manylinux_2_28"), (11, "manylinux_2_28"), (13, "manylinux_2_34")):
+        assert tag(needs.format(newest)) == system
+    with pytest.raises(SystemExit, match=r"cpu-x86-64-v3\.so runs on none of manylinux_2_28, .*: build it on an older"):
+        tag("Name: GLIBC_2.99")
 
 
 @packs

@@ -14,11 +14,12 @@ import torch
 
 from spatial_mamba.classification.benchmark import __main__ as models
 from spatial_mamba.classification.benchmark import loading
-from spatial_mamba.kernels import gpu_check
 from spatial_mamba.kernels.__main__ import _parser as kernels_parser
 from spatial_mamba.kernels.benchmark import __main__ as operators
 from spatial_mamba.kernels.benchmark import implementations, measure, report
 from spatial_mamba.kernels.benchmark.cases import Case, all_cases
+
+from .. import gpu_check
 
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--seconds", "0.001"]
