@@ -1,12 +1,7 @@
 """Spatial-Mamba: a vision backbone with one selective scan and structure-aware state fusion."""
 
-from .classification.models import (
-    SpatialMamba,
-    SpatialMambaBackbone,
-    spatial_mamba_base,
-    spatial_mamba_small,
-    spatial_mamba_tiny,
-)
+import sys
+from pathlib import PurePath
 
 __version__ = "0.1.0"
 
@@ -17,3 +12,22 @@ __all__ = [
     "spatial_mamba_small",
     "spatial_mamba_tiny",
 ]
+
+
+def _is_command() -> bool:
+    """Whether this process is ``spatial-mamba`` or ``python -m spatial_mamba``.
+
+    They list the commands without PyTorch, whose import takes seconds. Each command imports what it needs.
+    """
+    program = "".join(sys.argv[:1])  # "-m" while Python looks for the module to run
+    return PurePath(program).stem == "spatial-mamba" or (program == "-m" and "spatial_mamba" in sys.orig_argv)
+
+
+if not _is_command():
+    from .classification.models import (
+        SpatialMamba,
+        SpatialMambaBackbone,
+        spatial_mamba_base,
+        spatial_mamba_small,
+        spatial_mamba_tiny,
+    )

@@ -1,15 +1,12 @@
 """The command ``spatial-mamba``, also available as ``python -m spatial_mamba``."""
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
 from . import __doc__ as purpose
 from . import __version__
-from .kernels.command_line import Parser, run_command
-from .kernels.errors import UserError
 
 
 class Command(NamedTuple):
@@ -35,36 +32,39 @@ COMMANDS = {
 }
 
 
+HELP = """usage: spatial-mamba COMMAND ...
+
+{purpose}
+
+commands:
+{commands}
+
+options:
+  -h, --help  show this text
+  --version   show the version
+
+example: spatial-mamba predict photo.jpg --checkpoint spatialmamba_tiny.pth (--help after a command lists its options)
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command, or list the commands without importing PyTorch; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     for count in (2, 1):
         if command := COMMANDS.get(" ".join(words[:count])):
             function = getattr(import_module(f"spatial_mamba.{command.module}"), command.function)
             return function(words[count:])
-    return run_command(_introduce, words)
-
-
-def _introduce(words: Sequence[str]) -> None:
-    """Handle ``--help``, ``--version`` and an empty command line.
-
-    Raises:
-        UserError: for anything else.
-    """
-    width = max(map(len, COMMANDS))
-    parser = Parser(
-        "spatial-mamba",
-        purpose + "\n\ncommands:\n" + "\n".join(f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items()),
-        "predict photo.jpg --checkpoint spatialmamba_tiny.pth (--help after a command lists its options)",
-        usage="spatial-mamba COMMAND ...",
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"spatial-mamba {__version__}")
-    _, others = parser.parse_known_args(words)
-    if others:
-        known = ", ".join(COMMANDS)
-        raise UserError(f"{' '.join(others[:2])}: no such command; choose from {known}. Images go after predict")
-    parser.print_help()
+    if not words or not {"-h", "--help"}.isdisjoint(words):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+        print(HELP.format(purpose=purpose, commands="\n".join(lines)), end="")
+    elif words == ["--version"]:
+        print(f"spatial-mamba {__version__}")
+    else:
+        wrong, known = " ".join(words[:2]), ", ".join(COMMANDS)
+        print(f"error: {wrong!r}: no such command; choose from {known}. Images go after predict", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

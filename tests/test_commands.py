@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,12 +65,31 @@ def test_help_and_the_package_load_nothing_heavy_that_timm_does_not() -> None:
     assert subprocess.check_output([sys.executable, "-c", script], text=True) == "\n"
 
 
+@pytest.mark.parametrize("start", ([], ["-m", "spatial_mamba"]))
+@pytest.mark.parametrize("words", ([], ["--help"], ["benchmark", "--help"], ["--version"], ["predcit"]))
+def test_commands_are_listed_without_pytorch(start: list[str], words: list[str], tmp_path: Path) -> None:
+    if not start:
+        start = [str(tmp_path / "spatial-mamba")]
+        Path(start[0]).write_text("import sys\nfrom spatial_mamba.__main__ import main\nsys.exit(main())\n")
+    command = [sys.executable, "-X", "importtime", *start, *words]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == (2 if words == ["predcit"] else 0)
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "spatial_mamba" in imported and imported.isdisjoint({"torch", "timm", "numpy"})
+
+
+@pytest.mark.slow
+def test_other_programs_get_the_models_with_the_package() -> None:
+    script = "import spatial_mamba, timm; print(*timm.list_models('spatial_mamba_*'))"
+    shown = subprocess.check_output([sys.executable, "-c", script, "-m", "spatial_mamba"], text=True)
+    assert shown.split() == ["spatial_mamba_base", "spatial_mamba_small", "spatial_mamba_tiny"]
+
+
 def test_commands_are_listed(capsys: pytest.CaptureFixture) -> None:
     assert main([]) == 0
     listed = capsys.readouterr().out
     assert all(f"\n  {name} " in listed for name in COMMANDS)
-    with pytest.raises(SystemExit):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"spatial-mamba {__version__}\n"
 
 
@@ -77,7 +97,7 @@ def test_commands_are_listed(capsys: pytest.CaptureFixture) -> None:
 def test_unknown_commands_are_one_line(words: list[str], capsys: pytest.CaptureFixture) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {words[0]}") and error.count("\n") == 1
+    assert error.startswith(f"error: '{words[0]}") and error.count("\n") == 1
     assert "choose from predict, train" in error and "Images go after predict" in error
 
 
