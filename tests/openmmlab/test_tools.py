@@ -1,12 +1,14 @@
 """The tools: train, test and resume with the scripts of this project and of the packages; wrong inputs."""
 
+import json
 import os
 import pickle
 import re
-import shutil
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,8 +62,11 @@ def test_all_processes_evaluate_with_the_buffers_of_the_first(tmp_path: Path) ->
 
 CRASH = """
 import os, signal
+from mmengine.config import config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+
+config.FormatCode = lambda text, **options: (text, None)  # takes seconds, at the start and in every checkpoint
 
 
 @HOOKS.register_module()
@@ -79,7 +84,7 @@ custom_imports = dict(imports=["spatial_mamba.{task}", "crash"])
 custom_hooks = [
     dict(type=name) for name in ("ExactResumeHook", "StrictLoadHook", "SameBuffersHook", "PreemptionHook", "CrashHook")
 ]
-model = dict(backbone=dict(dims=8, depths=(1, 1, 1, 1), drop_path_rate=0.3), {necks})
+model = dict(backbone=dict(dims=8, depths=(1, 1, 1, 1), drop_path_rate=0.3), {heads})
 pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"{annotations})]
 pipeline += [dict(type="PhotoMetricDistortion"), dict(type="RandomFlip", prob=0.5), dict(type="Pack{kind}Inputs")]
 train_dataloader = dict(batch_size=2, num_workers=1, dataset=dict(data_root="data", pipeline=pipeline))
@@ -89,6 +94,10 @@ test_dataloader = val_dataloader
 """
 
 
+# Of mmdet and mmseg.
+PARTS = "apis", "datasets", "engine", "evaluation", "models", "visualization"
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -96,31 +105,67 @@ def free_port() -> str:
 
 
 class Task:
-    """A folder with a small data set and config, and the output of an uninterrupted run of two processes."""
+    """A folder with a small data set and config, and the output of an uninterrupted run of two processes.
+
+    A program in a new Python takes seconds to import the packages, so most are forked from one that has done so.
+    """
 
     def __init__(self, folder: Path, name: str, package: str, last: str, metric: str) -> None:
         self.folder, self.name, self.package, self.last, self.metric = folder, name, package, last, metric
         self.tools = ROOT / name / "tools"
         self.stock = Path(sys.modules[package].__file__).parent / ".mim/tools"
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(folder),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.forking = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forking.py"), "timm", *(f"{package}.{part}" for part in PARTS)],
+            cwd=folder, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
     def run(self, *command: object, fails: bool = False, **environment: str) -> str:
         """Run a command in the folder, on the CPU; returns its output."""
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(self.folder),
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PORT": free_port(),
-            **environment,
-        }
         result = subprocess.run(
             [str(part) for part in command],
-            cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300,
+            cwd=self.folder, env={**self.environment, "PORT": free_port(), **environment},
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         output = result.stdout + result.stderr
         assert (result.returncode != 0) == fails, output[-3000:]
         return output
+
+    def fork(self, *program: object, processes: int = 1, status: int = 0, **environment: str) -> str:
+        """The same for a Python program, in processes that know each other and must all end with ``status``."""
+        output = self.folder / "output.txt"
+        output.unlink(missing_ok=True)
+        programs = [([str(part) for part in program], environment)]
+        if processes > 1:
+            environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+            programs = [(programs[0][0], environment | rank) for rank in ranks]
+        print(json.dumps([programs, str(output)]), file=self.forking.stdin, flush=True)
+        statuses = json.loads(self.forking.stdout.readline())
+        assert statuses == [status] * processes, output.read_text()[-3000:]
+        return output.read_text()
+
+    def distribute(self, script: str, *arguments: object, status: int = 0, **environment: str) -> str:
+        """Run the tool that a script gives to PyTorch's launcher, in two processes."""
+        path = self.script("stub/python", 'printf "%s\\n" "$@"')
+        words = self.run("bash", self.tools / script, *arguments, PATH=path, PORT="29511").splitlines()
+        place = "--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1", "--master_port=29511"
+        assert words[:7] == ["-m", "torch.distributed.run", *place, "--nproc_per_node=2"]
+        return self.fork(*words[7:], processes=2, status=status, **environment)
+
+    def script(self, name: str, body: str) -> str:
+        """Write a script that stands in for a command; returns the PATH to find it."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+        return f"{path.parent}:{self.environment['PATH']}"
 
     def scores(self, output: str) -> str:
         """The metrics of the last evaluation in an output, as printed."""
@@ -132,14 +177,14 @@ class Task:
     scope="module",
     params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("detection", "segmentation")],
 )
-def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Task:
+def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "crash.py").write_text(CRASH)
     counts = {"train": 12, "val": 5}
     if request.param == "detection":
         write_coco_digits(folder / "data", counts)
         base, task = "mask_rcnn_spatialmamba_fpn_digits.py", Task(folder, "detection", "mmdet", "epoch_3.pth", "mAP:")
-        necks = "neck=dict(in_channels=[8, 16, 32, 64])"
+        heads = "neck=dict(in_channels=[8, 16, 32, 64]), roi_head=dict(bbox_head=dict(fc_out_channels=16))"
         data = dict(kind="Det", annotations=", with_bbox=True, with_mask=True")
         more = "train_cfg = dict(max_epochs=3, val_interval=3)\ntest_evaluator = val_evaluator = "
         more += 'dict(ann_file="data/annotations/instances_val.json")'
@@ -148,14 +193,16 @@ def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         write_ade_digits(folder / "data", counts)
         base, task = "upernet_spatialmamba_digits.py", Task(folder, "segmentation", "mmseg", "iter_9.pth", "mIoU:")
         norm = "norm_cfg=dict(type='SyncBN')"
-        necks = f"decode_head=dict(in_channels=[8, 16, 32, 64], {norm}), auxiliary_head=dict(in_channels=32, {norm})"
+        heads = f"decode_head=dict(in_channels=[8, 16, 32, 64], channels=8, {norm})"
+        heads += f", auxiliary_head=dict(in_channels=32, channels=8, {norm})"
         data = dict(kind="Seg", annotations="")
         more = "train_cfg = dict(max_iters=9, val_interval=9)\ndefault_hooks = dict(checkpoint=dict(interval=3))"
     base = ROOT / "configs" / request.param / base
-    config = SMALLER.format(base=base, task=request.param, necks=necks, more=more, **data)
+    config = SMALLER.format(base=base, task=request.param, heads=heads, more=more, **data)
     (folder / "small.py").write_text(config)
-    task.trained = task.run("bash", task.tools / "dist_train.sh", "small.py", 2, "--work-dir", "undisturbed")
-    return task
+    with task.forking:
+        task.trained = task.distribute("dist_train.sh", "small.py", 2, "--work-dir", "undisturbed")
+        yield task
 
 
 def tensors(part: object, name: str = "") -> dict[str, Tensor]:
@@ -167,23 +214,23 @@ def tensors(part: object, name: str = "") -> dict[str, Tensor]:
 
 
 def test_a_killed_and_a_preempted_run_resume_to_the_same_state(task: Task) -> None:
-    train = "bash", task.tools / "dist_train.sh", "small.py", 2, "--work-dir", "killed"
-    if task.name == "segmentation":
-        # Between two checkpoints, so that some updates are lost. Without loader processes, which would outlive their
-        # parent; their number does not change the augmentation.
-        workers = "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"
-        task.run(*train, "--cfg-options", *workers, fails=True, CRASH_AFTER="5")
-    else:  # what is left after such a kill
-        (task.folder / "killed").mkdir()
-        shutil.copy(task.folder / "undisturbed/epoch_1.pth", task.folder / "killed")
-        (task.folder / "killed/last_checkpoint").write_text(str(task.folder / "killed/epoch_1.pth"))
+    train = "dist_train.sh", "small.py", 2, "--work-dir", "killed"
+    # Between two checkpoints, so that some updates are lost. Without loader processes, which would outlive their
+    # parent; their number does not change the augmentation.
+    workers = "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"
+    task.distribute(*train, "--cfg-options", *workers, status=-signal.SIGKILL, CRASH_AFTER="5")
     assert not (task.folder / "killed" / task.last).exists()
     # Within the last epoch, one process gets a signal.
-    output = task.run(*train, "--resume", fails=True, CRASH_AFTER="7", SIGNAL="SIGUSR1")
+    preempt = dict(CRASH_AFTER="7", SIGNAL="SIGUSR1")
+    if task.name == "detection":
+        output = task.run("bash", task.tools / train[0], *train[1:], "--resume", fails=True, **preempt)
+        assert re.search(r"exitcode\s+: 75 ", output)
+    else:  # without the launcher, which both tasks share
+        output = task.distribute(*train, "--resume", status=75, **preempt)
     assert re.search(r"resumed epoch: \d, iter: 3", output)
     assert re.search(r"stopped by a signal; --resume continues this run from \S+/killed/preempted_iter_7\.pth", output)
-    assert re.search(r"exitcode\s+: 75 ", output) and not (task.folder / "killed" / task.last).exists()
-    output = task.run(*train, "--resume")
+    assert not (task.folder / "killed" / task.last).exists()
+    output = task.distribute(*train, "--resume")
     assert re.search(r"resumed epoch: \d, iter: 7", output)
     expected, got = (read_checkpoint(task.folder / work / task.last) for work in ("undisturbed", "killed"))
     for part in ("state_dict", "optimizer"):
@@ -197,8 +244,8 @@ def test_a_killed_and_a_preempted_run_resume_to_the_same_state(task: Task) -> No
 
 def test_the_distributed_test_repeats_the_score(task: Task) -> None:
     out = "out.pkl" if task.name == "detection" else "out"
-    test = "small.py", f"undisturbed/{task.last}"
-    output = task.run("bash", task.tools / "dist_test.sh", *test, 2, "--work-dir", "tested", "--out", out)
+    test = "small.py", f"undisturbed/{task.last}", 2, "--work-dir", "tested", "--out", out
+    output = task.distribute("dist_test.sh", *test)
     assert task.scores(output) == task.scores(task.trained)
     assert ("2 layers of type SyncBN become BN" in task.trained) == (task.name == "segmentation")  # no GPU
     if task.name == "detection":
@@ -214,27 +261,18 @@ def test_the_packages_own_tools_run_the_config(task: Task) -> None:
     first = "epoch_1.pth" if task.name == "detection" else "iter_3.pth"
     train = [f"{task.stock}/train.py", "small.py", "--work-dir", "stock", "--cfg-options", short, val]
     test = [f"{task.stock}/test.py", "small.py", f"stock/{first}", "--work-dir", "stock"]
-    # In one process, since importing the packages takes seconds.
-    run = "print('started', flush=True); runpy.run_path(sys.argv[0], run_name='__main__')"
-    output = task.run(sys.executable, "-c", f"import runpy, sys\nfor sys.argv in {[train, test]}: {run}")
-    _, trained, tested = output.split("started\n")
+    trained, tested = task.fork(*train), task.fork(*test)
     assert task.scores(tested) == task.scores(trained)
 
 
 def test_slurm_scripts_pass_on_their_arguments_and_pictures_are_drawn(task: Task) -> None:
-    (task.folder / "bin").mkdir(exist_ok=True)
-    for name, body in (
-        ("srun", 'echo "srun $*" >&2; while [[ $1 != python ]]; do shift; done; exec "$@"'),
-        ("scontrol", "echo 127.0.0.1"),
-    ):
-        path = task.folder / "bin" / name
-        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
-        path.chmod(0o755)
+    task.script("bin/srun", 'echo "srun $*" >&2; while [[ $1 != python ]]; do shift; done; exec "$@"')
+    path = task.script("bin/scontrol", "echo 127.0.0.1")
     more = ["--tta"] if task.name == "segmentation" else []
     output = task.run(
         "bash", task.tools / "slurm_test.sh", "part", "job", "small.py", f"undisturbed/{task.last}", "--work-dir", "s",
         "--ddp", "--show-dir", "shown", *more,
-        PATH=f"{task.folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        PATH=path,
         MASTER_PORT=free_port(),
         GPUS="1", SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_NODELIST="n[1]", SLURM_LOCALID="0",
         SRUN_ARGS="--time=10 --mem=4G",
@@ -278,12 +316,12 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
             ("test", ["small.py", checkpoint, "--tta"], r"--tta: small\.py has no tta_model"),
             ("train", ["small.py", "--cfg-options", pool], r"pool_mode='max' needs mmcv's compiled operators"),
         ]
-    # In one process, since importing the packages takes seconds.
     calls = [(tool, [*arguments, "--work-dir", "wrong"]) for tool, arguments, _ in cases]
     code = "from spatial_mamba.detection.openmmlab.commands import run_command as run\n"
     call = f"run({task.package!r}, 'detection.openmmlab.tools', tool, {task.package!r}, arguments)"
     code += f"for tool, arguments in {calls}: print('status', {call})"
-    output = task.run(sys.executable, "-u", "-W", "ignore", "-c", f"import sys; sys.stderr = sys.stdout\n{code}")
+    (task.folder / "calls.py").write_text(code)
+    output = task.fork("calls.py")
     *parts, rest = output.split("status 2\n")
     assert rest == "", output[-2000:]
     for (_, _, message), part in zip(cases, parts, strict=True):
