@@ -3,19 +3,19 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from spatial_mamba.classification.checkpoint import BEST, LATEST
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
 
+from ..forking import Forking
 from .runs import accuracy_lines, assert_same, options
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
@@ -34,19 +34,11 @@ def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.
     )
 
 
-def train(rank: int, arguments: list[str], port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    sys.exit(main(arguments))
-
-
-def train_in_two(arguments: list[str]) -> None:
-    """Train in two processes that are forked from this one, which has imported everything."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    torch.multiprocessing.start_processes(train, (arguments, port), nprocs=2, start_method="fork")
+@pytest.fixture(scope="module")
+def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with Forking(["spatial_mamba.classification.main"], tmp_path_factory.mktemp("forking"), environment) as process:
+        yield process
 
 
 def kill_all(process: subprocess.Popen) -> None:
@@ -65,10 +57,10 @@ MORE = ("--workers", "1", "--batch-size", "2")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(micro: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(forking: Forking, micro: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of two processes with loader workers."""
     output = tmp_path_factory.mktemp("undisturbed")
-    train_in_two(options(micro, photos, output, *MORE))
+    forking.run(MAIN, *options(micro, photos, output, *MORE), processes=2)
     return output / "micro" / "default"
 
 
@@ -104,7 +96,7 @@ def test_evaluation_agrees_whatever_processes_and_batch_size(
 
 
 def test_preempted_and_killed_training_resumes_to_the_same_bits(
-    undisturbed: Path, micro: Path, photos: Path, tmp_path: Path
+    undisturbed: Path, forking: Forking, micro: Path, photos: Path, tmp_path: Path
 ) -> None:
     """The launcher gets SIGTERM in the first epoch; all processes get SIGKILL in the second one.
 
@@ -134,8 +126,7 @@ def test_preempted_and_killed_training_resumes_to_the_same_bits(
     assert "resumed from" in printed and " in epoch 1, after " in printed, printed
     content = read_checkpoint(stopped / LATEST)
     assert content["epoch"] == 0 and content["progress"] is None
-    train_in_two(arguments)
-    assert (stopped / "log.txt").read_text().count("resumed from") == 2
+    assert "resumed from" in forking.run(MAIN, *arguments, processes=2)
     assert_same_runs(undisturbed, stopped)
 
 

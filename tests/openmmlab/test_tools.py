@@ -1,11 +1,9 @@
 """The tools: train, test and resume with the scripts of this project and of the packages; wrong inputs."""
 
-import json
 import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ from spatial_mamba.detection.demo_data import write_digits as write_coco_digits
 from spatial_mamba.detection.openmmlab import tools
 from spatial_mamba.segmentation.demo_data import write_digits as write_ade_digits
 
+from ..forking import Forking, free_port
 from .test_checkpoints import mmengine_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -98,12 +97,6 @@ test_dataloader = val_dataloader
 PARTS = "apis", "datasets", "engine", "evaluation", "models", "visualization"
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 class Task:
     """A folder with a small data set and config, and the output of an uninterrupted run of two processes.
 
@@ -121,10 +114,8 @@ class Task:
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
         }
-        self.forking = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("forking.py"), "timm", *(f"{package}.{part}" for part in PARTS)],
-            cwd=folder, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        self.forking = Forking(["timm", *(f"{package}.{part}" for part in PARTS)], folder, self.environment)
+        self.fork = self.forking.run
 
     def run(self, *command: object, fails: bool = False, **environment: str) -> str:
         """Run a command in the folder, on the CPU; returns its output."""
@@ -136,20 +127,6 @@ class Task:
         output = result.stdout + result.stderr
         assert (result.returncode != 0) == fails, output[-3000:]
         return output
-
-    def fork(self, *program: object, processes: int = 1, status: int = 0, **environment: str) -> str:
-        """The same for a Python program, in processes that know each other and must all end with ``status``."""
-        output = self.folder / "output.txt"
-        output.unlink(missing_ok=True)
-        programs = [([str(part) for part in program], environment)]
-        if processes > 1:
-            environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-            ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-            programs = [(programs[0][0], environment | rank) for rank in ranks]
-        print(json.dumps([programs, str(output)]), file=self.forking.stdin, flush=True)
-        statuses = json.loads(self.forking.stdout.readline())
-        assert statuses == [status] * processes, output.read_text()[-3000:]
-        return output.read_text()
 
     def distribute(self, script: str, *arguments: object, status: int = 0, **environment: str) -> str:
         """Run the tool that a script gives to PyTorch's launcher, in two processes."""
