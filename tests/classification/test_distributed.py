@@ -1,11 +1,10 @@
-"""Runs of two processes, started with torchrun, or forked where the start does not matter."""
+"""Runs of two processes, started with torchrun."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from spatial_mamba.classification.checkpoint import BEST, LATEST
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
 
-from ..forking import Forking
 from .runs import accuracy_lines, assert_same, options
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
@@ -34,13 +32,6 @@ def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.
     )
 
 
-@pytest.fixture(scope="module")
-def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with Forking(["spatial_mamba.classification.main"], tmp_path_factory.mktemp("forking"), environment) as process:
-        yield process
-
-
 def kill_all(process: subprocess.Popen) -> None:
     """Kill a process and all its descendants, which would otherwise outlive it."""
     table = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
@@ -57,10 +48,12 @@ MORE = ("--workers", "1", "--batch-size", "2")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(forking: Forking, micro: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(micro: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of two processes with loader workers."""
     output = tmp_path_factory.mktemp("undisturbed")
-    forking.run(MAIN, *options(micro, photos, output, *MORE), processes=2)
+    with torchrun(2, *options(micro, photos, output, *MORE)) as process:
+        printed = process.communicate()[0]
+        assert process.returncode == 0, printed
     return output / "micro" / "default"
 
 
@@ -96,7 +89,7 @@ def test_evaluation_agrees_whatever_processes_and_batch_size(
 
 
 def test_preempted_and_killed_training_resumes_to_the_same_bits(
-    undisturbed: Path, forking: Forking, micro: Path, photos: Path, tmp_path: Path
+    undisturbed: Path, micro: Path, photos: Path, tmp_path: Path
 ) -> None:
     """The launcher gets SIGTERM in the first epoch; all processes get SIGKILL in the second one.
 
@@ -126,7 +119,10 @@ def test_preempted_and_killed_training_resumes_to_the_same_bits(
     assert "resumed from" in printed and " in epoch 1, after " in printed, printed
     content = read_checkpoint(stopped / LATEST)
     assert content["epoch"] == 0 and content["progress"] is None
-    assert "resumed from" in forking.run(MAIN, *arguments, processes=2)
+    with torchrun(2, *arguments) as process:
+        printed = process.communicate()[0]
+        assert process.returncode == 0 and "resumed from" in printed, printed
+
     assert_same_runs(undisturbed, stopped)
 
 
