@@ -194,6 +194,11 @@ def reference_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> 
     return custom_operators_fail() or _serving(tensor, operator) == "torch"
 
 
+def has_kernels(operator: str, *tensors: Tensor) -> bool:
+    """Whether PyTorch does nothing but compute with these tensors, and a native backend serves the operator on them."""
+    return plain_eager(*tensors) and not reference_serves(tensors[0], operator)
+
+
 @contextmanager
 def custom_operators_only() -> Iterator[None]:
     """Use custom operators within the ``with`` block, even for the reference implementation, to count their FLOPs."""

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import spatial_mixer
-from ...kernels.backends import custom_operators_fail
+from ...kernels import downsampling_conv, spatial_mixer
+from ...kernels.backends import custom_operators_fail, has_kernels
 from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
 from ...kernels.state_fusion import merge_taps
 from ...kernels.tensors import compute_dtype_for
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 HIDDEN_BYTES = {"cpu": 2**23, "cuda": 2**28}
 
 
-def _items_in_budget(x: Tensor, width: int) -> int:
+def items_in_budget(x: Tensor, width: int) -> int:
     """Number of items of ``width`` values in the dtype of ``x`` that fit the budget; no limit under a compiler."""
     if torch.compiler.is_compiling():
         return x.numel()
@@ -140,7 +140,7 @@ class FusedMlp(nn.Module):
             norm, fc1, fc2 = self.norm, self.fc1, self.fc2
             return packed_mlp(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         tokens = x.flatten(0, 2)
-        size = _items_in_budget(x, self.fc1.outputs)
+        size = items_in_budget(x, self.fc1.outputs)
         if size >= len(tokens):
             return self._compute(x)
         return torch.cat([self._compute(part) for part in tokens.split(size)]).view(x.shape)
@@ -163,7 +163,7 @@ class FusedDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        rows = _items_in_budget(x, width * self.expand.outputs)
+        rows = items_in_budget(x, width * self.expand.outputs)
         if rows >= height or batch == 0:
             images = rows // height
             if not 0 < images < batch:
@@ -180,8 +180,10 @@ class FusedDownsample(nn.Module):
         return torch.cat(bands, dim=1)
 
     def _compute(self, x: Tensor) -> Tensor:
-        hidden = self.expand(x, relu=True).permute(0, 3, 1, 2)
-        return self.project(F.relu_(self.depthwise(hidden)).permute(0, 2, 3, 1))
+        hidden = self.expand(x, relu=True)
+        if has_kernels("downsampling_conv", hidden):
+            return self.project(downsampling_conv(hidden, self.depthwise.weight, self.depthwise.bias))
+        return self.project(F.relu_(self.depthwise(hidden.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
 
 
 class FusedMixer(nn.Module):

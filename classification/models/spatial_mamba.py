@@ -23,10 +23,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels import depthwise_conv, layer_norm, selective_scan, spatial_mixer, state_fusion
+from ...kernels import depthwise_conv, downsampling_conv, layer_norm, mlp, selective_scan, spatial_mixer, state_fusion
+from ...kernels.backends import has_kernels, plain_eager
 from ...kernels.tensors import compute_dtype_for, without_autocast
 from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
-from .fused import FusedBlock, FusedConv, FusedDownsample, refuse_gradients, refuse_to_load
+from .fused import FusedBlock, FusedConv, FusedDownsample, items_in_budget, refuse_gradients, refuse_to_load
 from .hub import HubModule
 from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
 from .recomputation import checkpointed, recomputed
@@ -52,28 +53,6 @@ torch.fx.wrap("layer_norm")
 torch.fx.wrap("selective_scan")
 torch.fx.wrap("spatial_mixer")
 torch.fx.wrap("state_fusion")
-torch.fx.wrap("_strided_depthwise_conv")
-
-
-class StridedDepthwiseConv(nn.Conv2d):
-    """Depthwise convolution (B, C, H, W). On CPUs it trains in float32, whatever the dtype of its input.
-
-    PyTorch's backward pass in half precision takes several times as long there.
-    """
-
-    bias: nn.Parameter
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _strided_depthwise_conv(x, self.weight, self.bias, self.stride, self.padding, self.groups)
-
-
-def _strided_depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...], padding: str | tuple[int, ...], groups: int
-) -> Tensor:
-    if x.device.type != "cpu" or x.dtype.itemsize > 2 or not torch.is_grad_enabled():
-        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
-    with torch.autocast("cpu", enabled=False):
-        return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, groups=groups).to(x.dtype)
 
 
 class ConvLayer(nn.Module):
@@ -91,8 +70,7 @@ class ConvLayer(nn.Module):
         act: bool = False,
     ) -> None:
         super().__init__()
-        conv_class = nn.Conv2d if groups == 1 else StridedDepthwiseConv
-        self.conv = conv_class(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
@@ -176,12 +154,31 @@ class Stem(nn.Module):
         return self.conv3(x).permute(0, 2, 3, 1)
 
 
+class Reduction(ConvLayer):
+    """ReLU, depthwise 3x3 convolution of stride 2, ReLU: (B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2)).
+
+    On a CPU one operator computes it, unless a part has hooks, or is wrapped, sharded or replaced.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, stride=2, groups=dim, act=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.conv.weight, self.conv.bias
+        modified = _has_global_hooks() or _is_modified(self.conv, nn.Conv2d) or _is_modified(self.act, nn.ReLU)
+        if modified or bias is None or not has_kernels("downsampling_conv", x, weight, bias):
+            return super().forward(self.act(x))
+        return downsampling_conv(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
 class InvertedBottleneck(nn.Sequential):
     """Three layers, of which the first expands the maps (B, C, H, W). The expanded maps are not stored for training."""
 
     def forward(self, x: Tensor) -> Tensor:
         expand, reduce, project = self
-        return project(checkpointed(expand, reduce, x))
+        in_parts = plain_eager(x) and x.device.type == "cpu"
+        items = items_in_budget(x, 8 * math.prod(x.shape[1:])) if in_parts else None
+        return project(checkpointed(expand, reduce, x, items))
 
 
 class Downsample(nn.Module):
@@ -190,8 +187,8 @@ class Downsample(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv = InvertedBottleneck(
-            ConvLayer(dim, 8 * dim, act=True),
-            ConvLayer(8 * dim, 8 * dim, 3, stride=2, groups=8 * dim, act=True),
+            ConvLayer(dim, 8 * dim),
+            Reduction(8 * dim),
             ConvLayer(8 * dim, 2 * dim, norm=True),
         )
 
@@ -404,14 +401,39 @@ def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class Mlp(TimmMlp):
-    """timm's MLP with the exact GELU, whose output is not stored for training."""
+    """timm's MLP with the exact GELU, whose output is not stored for training.
+
+    On a CPU one operator computes it, unless a part has hooks, or is wrapped, sharded or replaced.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_plain(x):
+            if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         x = self.fc1(x)
         activated = self.act(x)
         with recomputed(activated, self.act, x):
             x = self.fc2(self.norm(self.drop1(activated)))
         return self.drop2(x)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether `mlp` has kernels for these tokens, and does what the modules would do."""
+        if _has_global_hooks() or any(_is_modified(getattr(self, name), kind) for name, kind in MLP_PARTS.items()):
+            return False
+        drops = self.training and (self.drop1.p > 0.0 or self.drop2.p > 0.0)
+        weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return self.act.approximate == "none" and not drops and has_kernels("mlp", x, *weights)
+
+
+MLP_PARTS: dict[str, type[nn.Module]] = {
+    "fc1": nn.Linear,
+    "act": nn.GELU,
+    "drop1": nn.Dropout,
+    "norm": nn.Identity,
+    "fc2": nn.Linear,
+    "drop2": nn.Dropout,
+}
 
 
 class Block(nn.Module):

@@ -18,6 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from spatial_mamba import SpatialMamba
 from spatial_mamba.classification.export.form import export_form
+from spatial_mamba.kernels import use_backend
 
 from .micro_models import assert_near, assert_same_step, filled_classifier, images, micro_classifier, train_step
 
@@ -53,7 +54,7 @@ def test_traces_for_any_size() -> None:
     with torch.no_grad():
         for shape in ((1, 3, 64, 64), (2, 3, 96, 64), (1, 3, 64, 33)):
             images = torch.randn(shape)
-            assert torch.equal(traced(images), model(images))
+            torch.testing.assert_close(traced(images), model(images), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -65,8 +66,8 @@ def test_torch_fx_traces_for_any_size(training: bool) -> None:
     for shape in ((1, 3, 64, 64), (2, 3, 96, 33)):
         x = images(*shape)
         logits, features = model(x), extractor(x)
-        assert torch.equal(traced(x), logits)
-        assert torch.equal(features["head"], logits)
+        torch.testing.assert_close(traced(x), logits, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(features["head"], logits, rtol=1e-6, atol=1e-6)
         assert features[node].shape == (shape[0], math.ceil(shape[2] / 8), math.ceil(shape[3] / 8), 16)
 
 
@@ -188,6 +189,40 @@ def test_a_replaced_forward_is_called(name: str) -> None:
     assert not torch.allclose(model(images()), expected)
     with pytest.raises(RuntimeError, match=f"self_attention.{name} has hooks or is wrapped"):
         model.eval().fuse()
+
+
+def other_gelu(model: nn.Module) -> None:
+    model.layers[0].blocks[0].mlp.act = nn.GELU("tanh")
+
+
+def adapter(model: nn.Module) -> None:
+    """A layer that adds to another one, like LoRA's."""
+    for parent, name in ((model.layers[0].blocks[0].mlp, "fc2"), (model.layers[0].downsample.conv[1], "conv")):
+        setattr(parent, name, nn.Sequential(getattr(parent, name), nn.Tanh()))
+
+
+def doubling_hooks(model: nn.Module) -> None:
+    for name in ("blocks.0.mlp.fc1", "downsample.conv.1.conv"):
+        model.layers[0].get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [other_gelu, adapter, doubling_hooks])
+def test_changed_parts_of_one_operator_are_called(change: Callable[[nn.Module], None]) -> None:
+    """One operator computes an MLP, and one the reduction of a downsampling, but not if a part was changed."""
+    model = filled_classifier(depths=(1, 1)).double().eval()
+    change(model)
+    with use_backend("torch"):
+        expected = model(images().double())
+    assert not torch.allclose(filled_classifier(depths=(1, 1)).double().eval()(images().double()), expected)
+    torch.testing.assert_close(model(images().double()), expected)
+
+
+def test_dropout_in_mlps_is_applied() -> None:
+    mlp = filled_classifier(depths=(1,)).layers[0].blocks[0].mlp
+    mlp.drop1.p = 0.5
+    x = torch.ones(2, 3, 3, mlp.fc1.in_features)
+    assert not torch.equal(mlp.train()(x), mlp(x))
+    assert torch.equal(mlp.eval()(x), mlp(x))
 
 
 def test_pruned_and_parametrised_weights_are_used() -> None:

@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from spatial_mamba.kernels import (
     backends,
     depthwise_conv,
+    downsampling_conv,
     gated_norm,
     layer_norm,
+    mlp,
     selective_scan,
     spatial_mixer,
     state_fusion,
@@ -203,6 +205,30 @@ def layer_norm_case(
     return function, {name: tensors[name] for name in ("x", "weight", "bias")}
 
 
+def downsampling_case(
+    batch: int = 2, height: int = 6, width: int = 7, dim: int = 5
+) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """The convolution of stride 2 between two ReLUs."""
+    _, tensors = conv_case(batch, height, width, dim)
+    return lambda x, weight, bias: (downsampling_conv(x, weight, bias),), tensors
+
+
+def mlp_case(
+    tokens: int = 9, dim: int = 5, hidden: int = 7, outputs: int = 6
+) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """Two linear layers with the GELU between them."""
+    g = generator()
+    shapes = {
+        "expand": (hidden, dim),
+        "expand_bias": (hidden,),
+        "project": (outputs, hidden),
+        "project_bias": (outputs,),
+    }
+    tensors = {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+    tensors = {"x": torch.randn(tokens, dim, generator=g, dtype=torch.float64)} | tensors
+    return lambda **kw: (mlp(**kw),), tensors
+
+
 def mixer_case(
     batch: int = 2,
     height: int = 6,
@@ -366,6 +392,21 @@ LAYER_NORMS: dict[str, dict[str, Any]] = {
     "larger than a block": {"height": 13, "width": 31, "dim": 150},
     "many channels": {"batch": 1, "height": 3, "width": 3, "dim": 4096},
 }
+DOWNSAMPLINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"batch": 1, "dim": 1, "height": 1, "width": 1},
+    "one row": {"height": 1, "width": 19},
+    "one column": {"height": 12, "width": 1},
+    "odd sizes": {"height": 5, "width": 9, "dim": 32},
+    "channels beyond a vector": {"height": 3, "width": 4, "dim": 37},
+    "larger than a tile": {"batch": 1, "height": 19, "width": 22, "dim": 150},
+}
+MLPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"tokens": 1, "dim": 1, "hidden": 1, "outputs": 1},
+    "channels beyond a vector": {"dim": 33, "hidden": 70, "outputs": 37},
+    "larger than a tile": {"tokens": 2600, "dim": 8, "hidden": 16},
+}
 MIXERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one token": {"batch": 1, "dim": 3, "height": 1, "width": 1},
@@ -446,6 +487,18 @@ def test_layer_norm(backend: torch.device, case: dict[str, Any]) -> None:
     assert_matches_reference(*layer_norm_case(**case), backend)
 
 
+@compiled_backends
+@cases(DOWNSAMPLINGS)
+def test_downsampling_conv(backend: torch.device, case: dict[str, Any]) -> None:
+    assert_matches_reference(*downsampling_case(**case), backend)
+
+
+@compiled_backends
+@cases(MLPS)
+def test_mlp(backend: torch.device, case: dict[str, Any]) -> None:
+    assert_matches_reference(*mlp_case(**case), backend)
+
+
 @all_backends
 @cases(MIXERS)
 def test_mixer(backend: torch.device, case: dict[str, Any]) -> None:
@@ -473,7 +526,9 @@ def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pyte
         assert_matches_reference(*norm_case(**part, y=y), backend, dtype)
     assert_matches_reference(*layer_norm_case(**image, dim=8), backend, dtype)
     if not interpreted(request):  # it truncates where GPUs round: too coarse for several operators in sequence
-        assert_matches_reference(*mixer_case(), backend, dtype, rounds_within=True)
+        assert_matches_reference(*downsampling_case(dim=8), backend, dtype)
+        for operator in (mixer_case(), mlp_case(tokens=2600)):
+            assert_matches_reference(*operator, backend, dtype, rounds_within=True)
 
 
 @compiled_backends
@@ -594,6 +649,8 @@ def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
         conv_case(1, 2, 3, 2, epilogue="residual"),
         norm_case(1, 2, 3, 3, margins=(3, 0)),
         layer_norm_case(1, 2, 3, 3),
+        downsampling_case(1, 3, 4, 3),
+        mlp_case(3),
         mixer_case(1, 2, 3, 3, 2),
         mixer_case(1, 2, 3, 3, 2, merged=True),
     ],
@@ -676,6 +733,8 @@ OPERATORS = {
     "depthwise_conv": conv_case,
     "gated_norm": norm_case,
     "layer_norm": layer_norm_case,
+    "downsampling_conv": downsampling_case,
+    "mlp": mlp_case,
     "spatial_mixer": mixer_case,
 }
 
@@ -689,6 +748,10 @@ def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
         arguments = (tensors["x"], tensors["weight"].flatten(1), tensors["bias"], "silu")
     elif name in ("gated_norm", "layer_norm"):
         arguments = (*tensors.values(), 1e-5)
+    elif name == "downsampling_conv":
+        arguments = tuple(tensors.values())
+    elif name == "mlp":
+        arguments = (*tensors.values(), True)
     elif name == "selective_scan":
         arguments = (*(tensors[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")), True)
     else:
@@ -723,6 +786,9 @@ def test_backward_operators_pass_opcheck(backend: torch.device, name: str) -> No
     elif name == "spatial_mixer":
         out, *intermediates = outputs
         arguments = [out, *arguments[:11], *intermediates, *arguments[11:]]
+    elif name == "mlp":
+        out, hidden = outputs
+        arguments = [out, *arguments[:5], hidden, *arguments[5:]]
     elif name != "structure_aware_scan":
         arguments = [outputs, *arguments]
     else:
@@ -783,6 +849,8 @@ WRAPPED = {
     "norm": (norm_case(), ("y", "gate")),
     "layer norm": (layer_norm_case(), ("x",)),
     "norm by a half": (norm_case(margins=(5, 0)), ("y", "gate")),
+    "downsampling": (downsampling_case(), ("x",)),
+    "mlp": (mlp_case(), ("x",)),
     "mixer": (mixer_case(), ("xz",)),
     "mixer, merged": (mixer_case(merged=True), ("xz",)),
 }
@@ -825,6 +893,8 @@ def test_flops_are_counted(backend: torch.device) -> None:
         ("depthwise_conv", elements * 2 * 9),
         ("gated_norm", 0),
         ("layer_norm", 0),
+        ("downsampling_conv", 2 * 9 * batch * 3 * 4 * dim),
+        ("mlp", 2 * 9 * (5 * 7 + 7 * 6)),
         ("spatial_mixer", elements * (2 * 9 + 2 * (rank + 2) + 2 * rank + 7 + 2 * taps)),
     ):
         arguments = operator_arguments(name, backend)

@@ -6,15 +6,13 @@
 
 #include <vector>
 
-#include "tokens.h"
-#include "vec.h"
+#include "convolution.h"
 
 namespace spatial_mamba {
 namespace {
 
 using at::Tensor;
 
-constexpr int kTaps = 9;
 constexpr int kBlock = 4;  // tokens of a row that are computed together, since their neighbours overlap
 
 enum class Epilogue { kNone, kSilu, kResidual };
@@ -26,63 +24,38 @@ Epilogue parse_epilogue(c10::string_view name) {
   return Epilogue::kResidual;
 }
 
-Shape shape_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
-
-// Weights by vector of channels: the nine taps, row by row, and the bias.
-template <typename T>
-class Weights {
- public:
-  Weights(const Shape& shape, const T* weight, const T* bias) : vectors_(shape.chunks<T>() * (kTaps + 1)) {
-    for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
-      Vec<T>* out = vectors_.data() + chunk * (kTaps + 1);
-      std::fill_n(out, kTaps + 1, Vec<T>{});
-      for (int lane = 0; lane < shape.lanes<T>(chunk * kLanes<T>); ++lane) {
-        const int64_t channel = chunk * kLanes<T> + lane;
-        for (int t = 0; t < kTaps; ++t) out[t][lane] = weight[channel * kTaps + t];
-        out[kTaps][lane] = bias[channel];
-      }
-    }
-  }
-  const Vec<T>* operator[](int64_t chunk) const { return vectors_.data() + chunk * (kTaps + 1); }
-
- private:
-  Vectors<T> vectors_;
-};
-
-// The neighbours of n tokens of a row, as pointers to their channels, or to zeros outside the map.
-template <typename io, int n>
-struct Neighbours {
-  template <typename At>
-  Neighbours(const Shape& shape, int64_t i, int64_t j, const io* zeros, At&& at) {
-    for (int row = 0; row < 3; ++row) {
-      const bool inside = i + row >= 1 && i + row <= shape.height;
-      for (int column = 0; column < n + 2; ++column) {
-        const bool here = inside && j + column >= 1 && j + column <= shape.width;
-        tokens[row][column] = here ? at(i + row - 1, j + column - 1) : zeros;
-      }
-    }
-  }
-  void load_at(int64_t channel, int lanes, Vec<Compute<io>> (&x)[3][n + 2]) const {
-#pragma GCC unroll 3
-    for (int row = 0; row < 3; ++row) {
-#pragma GCC unroll 8
-      for (int column = 0; column < n + 2; ++column) x[row][column] = load(tokens[row][column] + channel, lanes);
-    }
-  }
-
-  const io* tokens[3][n + 2];
-};
-
-// sums += taps times neighbours; `tap(row, column)` is the weight of a neighbour.
-template <typename T, int n, typename Tap>
-inline __attribute__((always_inline)) void convolve(const Vec<T> (&x)[3][n + 2], Tap&& tap, Vec<T> (&sums)[n]) {
+// sums[j] += tap(row, k) * x(row, j + k). Each neighbour is loaded once and used at once: few registers suffice.
+template <typename T, int n, typename Load, typename Tap>
+inline __attribute__((always_inline)) void convolve(Load&& x, Tap&& tap, Vec<T> (&sums)[n]) {
 #pragma GCC unroll 3
   for (int row = 0; row < 3; ++row) {
+    const Vec<T> weights[3] = {tap(row, 0), tap(row, 1), tap(row, 2)};
+#pragma GCC unroll 8
+    for (int column = 0; column < n + 2; ++column) {
+      const Vec<T> value = x(row, column);
 #pragma GCC unroll 3
-    for (int column = 0; column < 3; ++column) {
-      const Vec<T> weight = tap(row, column);
-      each<n>([&](int k) { sums[k] += weight * x[row][k + column]; });
+      for (int k = 0; k < 3; ++k) {
+        if (column >= k && column - k < n) sums[column - k] += weights[k] * value;
+      }
     }
+  }
+}
+
+// The gradients of the taps, row by row: sums[3 row + k] += grad[j] * x(row, j + k).
+template <typename T, int n, typename Load>
+inline __attribute__((always_inline)) void correlate(Load&& x, const Vec<T> (&grad)[n], Vec<T>* sums) {
+#pragma GCC unroll 3
+  for (int row = 0; row < 3; ++row) {
+    Vec<T> found[3] = {sums[3 * row], sums[3 * row + 1], sums[3 * row + 2]};
+#pragma GCC unroll 8
+    for (int column = 0; column < n + 2; ++column) {
+      const Vec<T> value = x(row, column);
+#pragma GCC unroll 3
+      for (int k = 0; k < 3; ++k) {
+        if (column >= k && column - k < n) found[k] += grad[column - k] * value;
+      }
+    }
+    each<3>([&](int k) { sums[3 * row + k] = found[k]; });
   }
 }
 
@@ -109,10 +82,10 @@ void forward(const Shape& shape, const Tokens<const io>& x, const Weights<Comput
         for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
           const int lanes = shape.lanes<T>(chunk * kLanes<T>);
           const Vec<T>* taps = weights[chunk];
-          Vec<T> near[3][n + 2], sums[n];
-          around.load_at(chunk * kLanes<T>, lanes, near);
+          const auto near = around.at(chunk * kLanes<T>, lanes);
+          Vec<T> sums[n];
           each<n>([&](int k) { sums[k] = taps[kTaps]; });
-          if constexpr (epilogue == Epilogue::kResidual) each<n>([&](int k) { sums[k] += near[1][k + 1]; });
+          if constexpr (epilogue == Epilogue::kResidual) each<n>([&](int k) { sums[k] += near(1, k + 1); });
           convolve<T, n>(near, [&](int row, int column) { return taps[3 * row + column]; }, sums);
           if constexpr (epilogue == Epilogue::kSilu) {
             Vec<T> gate[n];
@@ -163,12 +136,7 @@ class BackwardTile {
   // grad_weight: (dim, 9), grad_bias: (dim,), of this image.
   void write_sums(T* grad_weight, T* grad_bias) const {
     for (int64_t c = 0; c < count_; ++c) {
-      const Vec<T>* sums = sums_.data() + c * (kTaps + 1);
-      for (int lane = 0; lane < shape_.lanes<T>((first_ + c) * kLanes<T>); ++lane) {
-        const int64_t channel = (first_ + c) * kLanes<T> + lane;
-        for (int t = 0; t < kTaps; ++t) grad_weight[channel * kTaps + t] = sums[t][lane];
-        grad_bias[channel] = sums[kTaps][lane];
-      }
+      write_weight_gradients<T>(shape_, first_ + c, sums_.data() + c * (kTaps + 1), grad_weight, grad_bias);
     }
   }
 
@@ -184,8 +152,8 @@ class BackwardTile {
       const int64_t channel = (first_ + c) * kLanes<T>;
       const int lanes = shape_.lanes<T>((first_ + c) * kLanes<T>);
       const Vec<T>* taps = weights_[first_ + c];
-      Vec<T> near[3][n + 2], grad[n];
-      around.load_at(channel, lanes, near);
+      const auto near = around.at(channel, lanes);
+      Vec<T> grad[n];
       const io* out = grad_out_ + (shape_.token(b_, i) + j) * shape_.dim + channel;
       each<n>([&](int k) { grad[k] = load(out + k * shape_.dim, lanes); });
       if constexpr (epilogue == Epilogue::kSilu) {
@@ -196,22 +164,10 @@ class BackwardTile {
         each<n>([&](int k) { grad[k] *= gate[k] * (T(1) + value[k] * (T(1) - gate[k])); });
       }
       each<n>([&](int k) { grads(i, j + k)[c] = grad[k]; });
-      accumulate<n>(near, grad, sums_.data() + c * (kTaps + 1));
+      Vec<T>* sums = sums_.data() + c * (kTaps + 1);
+      correlate<T, n>(near, grad, sums);
+      each<n>([&](int k) { sums[kTaps] += grad[k]; });
     }
-  }
-
-  template <int n>
-  static void accumulate(const Vec<T> (&near)[3][n + 2], const Vec<T> (&grad)[n], Vec<T>* sums) {
-#pragma GCC unroll 3
-    for (int row = 0; row < 3; ++row) {
-#pragma GCC unroll 3
-      for (int column = 0; column < 3; ++column) {
-        Vec<T> sum = sums[3 * row + column];
-        each<n>([&](int k) { sum += grad[k] * near[row][k + column]; });
-        sums[3 * row + column] = sum;
-      }
-    }
-    each<n>([&](int k) { sums[kTaps] += grad[k]; });
   }
 
   template <int n>
@@ -228,13 +184,9 @@ class BackwardTile {
       const int64_t channel = (first_ + c) * kLanes<T>;
       const int lanes = shape_.lanes<T>((first_ + c) * kLanes<T>);
       const Vec<T>* taps = weights_[first_ + c];
-      Vec<T> near[3][n + 2], sums[n];
-#pragma GCC unroll 3
-      for (int row = 0; row < 3; ++row) {
-#pragma GCC unroll 8
-        for (int column = 0; column < n + 2; ++column) near[row][column] = near_tokens[row][column][c];
-      }
-      each<n>([&](int k) { sums[k] = epilogue == Epilogue::kResidual ? near[1][k + 1] : Vec<T>{}; });
+      const auto near = [&](int row, int column) { return near_tokens[row][column][c]; };
+      Vec<T> sums[n];
+      each<n>([&](int k) { sums[k] = epilogue == Epilogue::kResidual ? near(1, k + 1) : Vec<T>{}; });
       convolve<T, n>(near, [&](int row, int column) { return taps[kTaps - 1 - 3 * row - column]; }, sums);
       each<n>([&](int k) { store(grad_x[shape_.token(b_, i) + j + k] + channel, sums[k], lanes); });
     }
@@ -249,27 +201,14 @@ class BackwardTile {
   Vectors<T> none_, ring_, sums_;
 };
 
-// Vectors of channels per tile: enough to read memory in long runs, few enough to keep all threads busy.
-template <typename T>
-int64_t tile_size(const Shape& shape) {
-  const int64_t tiles = (2 * at::get_num_threads() + shape.batch - 1) / std::max<int64_t>(shape.batch, 1);
-  return std::clamp<int64_t>(shape.chunks<T>() / std::max<int64_t>(tiles, 1), 1, 8);
-}
-
 template <typename io, Epilogue epilogue>
 void backward(const Shape& shape, const io* grad_out, const Tokens<const io>& x, const Weights<Compute<io>>& weights,
               const Tokens<io>& grad_x, Compute<io>* grad_weight, Compute<io>* grad_bias) {
-  using T = Compute<io>;
   const std::vector<io> zeros(shape.dim, io(0));
-  const int64_t size = tile_size<T>(shape), tiles = (shape.chunks<T>() + size - 1) / size;
-  at::parallel_for(0, shape.batch * tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / tiles, first = item % tiles * size;
-      BackwardTile<io, epilogue> tile(shape, b, first, std::min(first + size, shape.chunks<T>()), grad_out, x, weights,
-                                      zeros);
-      tile.run(grad_x);
-      tile.write_sums(grad_weight + b * shape.dim * kTaps, grad_bias + b * shape.dim);
-    }
+  for_channel_tiles<Compute<io>>(shape, [&](int64_t b, int64_t first, int64_t last) {
+    BackwardTile<io, epilogue> tile(shape, b, first, last, grad_out, x, weights, zeros);
+    tile.run(grad_x);
+    tile.write_sums(grad_weight + b * shape.dim * kTaps, grad_bias + b * shape.dim);
   });
 }
 

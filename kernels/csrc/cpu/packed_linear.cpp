@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "gelu.h"
 #include "moments.h"
 #include "vec.h"
 
@@ -123,23 +124,6 @@ void normalise(const Norm<io>& norm, const io* x, int64_t tokens, int64_t dim, i
   }
 }
 
-// x times the cumulative normal distribution at x, whose absolute error is 8e-8 (Abramowitz and Stegun, Handbook of
-// Mathematical Functions, 7.1.26).
-template <int n>
-inline __attribute__((always_inline)) void gelu(Vec<float> (&x)[n]) {
-  Vec<float> t[n], tail[n], p[n];
-  each<n>([&](int k) { t[k] = x[k] < 0 ? -x[k] : x[k]; });
-  each<n>([&](int k) { tail[k] = t[k] * t[k] * float(-0.5 * M_LOG2E); });
-  exp2_nonpositive(tail);
-  each<n>([&](int k) { t[k] = 1.0f / (1.0f + t[k] * float(0.3275911 * M_SQRT1_2)); });
-  each<n>([&](int k) { p[k] = t[k] * 0.5307027145f - 0.7265760135f; });
-  each<n>([&](int k) { p[k] = p[k] * t[k] + 0.7107068705f; });
-  each<n>([&](int k) { p[k] = p[k] * t[k] - 0.142248368f; });
-  each<n>([&](int k) { p[k] = p[k] * t[k] + 0.127414796f; });
-  each<n>([&](int k) { tail[k] *= p[k] * t[k]; });
-  each<n>([&](int k) { x[k] *= x[k] < 0 ? tail[k] : 1.0f - tail[k]; });
-}
-
 // One block of 64 outputs of all tokens, which are `stride` apart.
 template <typename io>
 void multiply(const Layer<io>& layer, int64_t first, const io* x, int64_t tokens, float* out, int64_t stride) {
@@ -228,7 +212,7 @@ void mlp(const Norm<io>& norm, const Layer<io>& expand, const Layer<io>& project
             sums = Vectors<float>(tiling.size * kColumns / kLanes<float>)](int64_t token, int64_t count) mutable {
       auto* scratch = reinterpret_cast<float*>(sums.data());
       normalise(norm, x + token * dim, count, dim, normal.get());
-      apply(expand, normal.get(), count, scratch, hidden.get(), [](auto n, auto& y, int64_t, int) { gelu<n>(y); });
+      apply(expand, normal.get(), count, scratch, hidden.get(), [](auto n, auto& y, int64_t, int) { gelu<float, n>(y); });
       apply(project, hidden.get(), count, scratch, out + token * dim, adding(x + token * dim));
     };
   });

@@ -1,0 +1,85 @@
+// What the depthwise 3x3 convolutions share: weights by vector of channels, neighbours of tokens, tiles of channels.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "tokens.h"
+#include "vec.h"
+
+namespace spatial_mamba {
+
+constexpr int kTaps = 9;
+
+inline Shape shape_of(const at::Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+
+// Weights by vector of channels: the nine taps, row by row, and the bias.
+template <typename T>
+class Weights {
+ public:
+  Weights(const Shape& shape, const T* weight, const T* bias) : vectors_(shape.chunks<T>() * (kTaps + 1)) {
+    for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
+      Vec<T>* out = vectors_.data() + chunk * (kTaps + 1);
+      std::fill_n(out, kTaps + 1, Vec<T>{});
+      for (int lane = 0; lane < shape.lanes<T>(chunk * kLanes<T>); ++lane) {
+        const int64_t channel = chunk * kLanes<T> + lane;
+        for (int t = 0; t < kTaps; ++t) out[t][lane] = weight[channel * kTaps + t];
+        out[kTaps][lane] = bias[channel];
+      }
+    }
+  }
+  const Vec<T>* operator[](int64_t chunk) const { return vectors_.data() + chunk * (kTaps + 1); }
+
+ private:
+  Vectors<T> vectors_;
+};
+
+// The neighbours of n tokens of a row, as pointers to their channels, or to zeros outside the map.
+template <typename io, int n>
+struct Neighbours {
+  template <typename At>
+  Neighbours(const Shape& shape, int64_t i, int64_t j, const io* zeros, At&& at) {
+    for (int row = 0; row < 3; ++row) {
+      const bool inside = i + row >= 1 && i + row <= shape.height;
+      for (int column = 0; column < n + 2; ++column) {
+        const bool here = inside && j + column >= 1 && j + column <= shape.width;
+        tokens[row][column] = here ? at(i + row - 1, j + column - 1) : zeros;
+      }
+    }
+  }
+  // (row, column) -> the vector of channels of that neighbour.
+  auto at(int64_t channel, int lanes) const {
+    return [this, channel, lanes](int row, int column) { return load(tokens[row][column] + channel, lanes); };
+  }
+
+  const io* tokens[3][n + 2];
+};
+
+// Calls run(b, first, last) for every image and tile of vectors of channels: large enough to read memory in long runs,
+// small enough to keep all threads busy.
+template <typename T, typename Run>
+void for_channel_tiles(const Shape& shape, Run&& run) {
+  const int64_t wanted = (2 * at::get_num_threads() + shape.batch - 1) / std::max<int64_t>(shape.batch, 1);
+  const int64_t size = std::clamp<int64_t>(shape.chunks<T>() / std::max<int64_t>(wanted, 1), 1, 8);
+  const int64_t tiles = (shape.chunks<T>() + size - 1) / size;
+  at::parallel_for(0, shape.batch * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item % tiles * size;
+      run(item / tiles, first, std::min(first + size, shape.chunks<T>()));
+    }
+  });
+}
+
+// Writes the gradients of the taps and the bias, as in Weights, to (dim, 9) and (dim,).
+template <typename T>
+void write_weight_gradients(const Shape& shape, int64_t chunk, const Vec<T>* sums, T* grad_weight, T* grad_bias) {
+  for (int lane = 0; lane < shape.lanes<T>(chunk * kLanes<T>); ++lane) {
+    const int64_t channel = chunk * kLanes<T> + lane;
+    for (int t = 0; t < kTaps; ++t) grad_weight[channel * kTaps + t] = sums[t][lane];
+    grad_bias[channel] = sums[kTaps][lane];
+  }
+}
+
+}  // namespace spatial_mamba

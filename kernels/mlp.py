@@ -1,0 +1,71 @@
+"""Two linear layers with the exact GELU between them, as in a transformer's MLP."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .registration import Operator
+from .tensors import check_tensors, layouts
+
+LAYOUTS = layouts(expand="hidden, dim", expand_bias="hidden", project="outputs, hidden", project_bias="outputs")
+
+
+def mlp(x: Tensor, expand: Tensor, expand_bias: Tensor, project: Tensor, project_bias: Tensor) -> Tensor:
+    """``F.linear(F.gelu(F.linear(x, expand, expand_bias)), project, project_bias)``.
+
+    Tokens are processed in tiles, so that activations stay in the cache. The backward pass keeps the inputs and the
+    hidden layer before bias and GELU, and computes the activations again.
+
+    Args:
+        x: (..., dim).
+        expand: (hidden, dim).
+        expand_bias: (hidden,).
+        project: (outputs, hidden).
+        project_bias: (outputs,).
+
+    Returns:
+        The result, (..., outputs), contiguous and in the dtype of ``x``.
+
+    Raises:
+        ValueError: if shapes or devices do not match.
+        TypeError: if a tensor is not of a real floating-point type.
+    """
+    weights = dict(expand=expand, expand_bias=expand_bias, project=project, project_bias=project_bias)
+    check_tensors(LAYOUTS, dict(x=x, **weights), dim=x.shape[-1])
+    converted = [weight.to(x.dtype).contiguous() for weight in weights.values()]
+    keep_hidden = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *converted))
+    out = MLP(x.reshape(-1, x.shape[-1]).contiguous(), *converted, keep_hidden)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def reference(
+    x: Tensor, expand: Tensor, expand_bias: Tensor, project: Tensor, project_bias: Tensor, keep_hidden: bool
+) -> tuple[Tensor, Tensor]:
+    """The reference implementation for x (tokens, dim): the outputs, then the hidden layer without its bias."""
+    hidden = F.linear(x, expand)
+    out = F.linear(F.gelu(hidden + expand_bias), project, project_bias)
+    return out, hidden if keep_hidden else hidden[:0]
+
+
+def _fake(x: Tensor, expand: Tensor, _: Tensor, project: Tensor, __: Tensor, keep_hidden: bool) -> tuple[Tensor, ...]:
+    tokens = x.shape[0]
+    return x.new_empty(tokens, project.shape[0]), x.new_empty(tokens if keep_hidden else 0, expand.shape[0])
+
+
+def _backward(backend: ModuleType, grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    x, expand, expand_bias, project, _, hidden, _ = inputs
+    return backend.mlp_backward(grad_out, x, expand, expand_bias, project, hidden)
+
+
+MLP = Operator(
+    "mlp(Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, bool keep_hidden) "
+    "-> (Tensor, Tensor)",
+    reference,
+    _fake,
+    backward=_backward,
+    kept=1,
+    flops=lambda x, expand, _, project, *__: 2 * x[0] * expand[0] * (expand[1] + project[0]),
+)
