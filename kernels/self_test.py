@@ -26,12 +26,16 @@ CASES = [
     Case("silu", "conv", batch=2, height=13, width=10, dim=70),
     Case("one row", "conv", batch=1, height=1, width=3, dim=8),
     Case("residual", "position", batch=2, height=19, width=21, dim=35),
+    Case("odd sizes", "downsampling", batch=2, height=7, width=6, dim=70),
+    Case("one row", "downsampling", batch=1, height=1, width=3, dim=8),
+    Case("small", "mlp", batch=2, height=5, width=7, dim=36),
     Case("small", "norm", batch=2, height=7, width=31, dim=150),
     Case("small", "layer", batch=2, height=7, width=31, dim=150),
 ]
 # Relative to the largest magnitude. Weights, and so their gradients, are in float32 at most.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3, "float64": 1e-7}
-MIXER_FACTOR = 4  # times the tolerance, since the mixer rounds tokens between its parts
+ROUNDING_WITHIN = ("mixer", "mlp")  # operators that round tokens between their parts
+ROUNDING_FACTOR = 4  # times the tolerance for these
 
 
 def check(device: torch.device, names: Sequence[str] = (), dtypes: Sequence[str] = ()) -> bool:
@@ -98,7 +102,7 @@ def _check_operators(device: torch.device, backend: str, dtype: str) -> bool:
     for operator, several in cases.items():
         errors, wrong = [], []
         for case in several:
-            tolerance = TOLERANCES[dtype] * (MIXER_FACTOR if case.operator == "mixer" else 1)
+            tolerance = TOLERANCES[dtype] * (ROUNDING_FACTOR if case.operator in ROUNDING_WITHIN else 1)
             try:
                 error, where = _worst_error(case, device, backend, dtype)
             except Exception as failure:  # the others are still checked

@@ -9,6 +9,7 @@ from torch import Tensor
 DILATIONS = (1, 3, 5)
 WIDTHS = {"tiny": 64, "base": 96}  # of the first stage; small has the shapes of tiny
 MAMBA_STATES, MAMBA_BATCH = 16, 16  # N of Mamba's own scan, and the largest batch size that it is timed with
+SMALL = ("conv", "position", "downsampling", "mlp", "norm")
 LARGEST_CHECK = 2**23  # largest number of states to compare with float64, which takes seconds
 # Inputs with a batch dimension, which have the dtype of the activations; weights are float32.
 ACTIVATIONS = {"u", "projection", "xz", "x", "y", "gate", "h", "delta", "B", "C", "z"}
@@ -20,8 +21,8 @@ class Case:
 
     The operators are ``core`` (``structure_aware_scan``), ``states`` (``selective_scan`` without C, as Spatial-Mamba
     uses it), ``scan`` (``selective_scan`` with C, D and z, as Mamba uses it), ``fusion`` (``state_fusion``), ``mixer``
-    (``spatial_mixer``), ``conv`` and ``position`` (``depthwise_conv`` with SiLU, and with the residual), ``norm``
-    (``gated_norm``), and ``layer`` (``layer_norm``).
+    (``spatial_mixer``), ``conv`` and ``position`` (``depthwise_conv`` with SiLU, and with the residual),
+    ``downsampling`` (``downsampling_conv``), ``mlp``, ``norm`` (``gated_norm``), and ``layer`` (``layer_norm``).
     """
 
     name: str
@@ -49,6 +50,14 @@ class Case:
             "mixer": {"xz": (*image, 2 * self.dim), **mixer},
             "conv": conv,
             "position": conv,
+            "downsampling": conv,
+            "mlp": {
+                "x": tokens,
+                "expand": (4 * self.dim, self.dim),
+                "expand_bias": (4 * self.dim,),
+                "project": (self.dim, 4 * self.dim),
+                "project_bias": dim,
+            },
             "norm": {"y": tokens, "gate": tokens, "weight": dim, "bias": dim},
             "layer": {"x": tokens, "weight": dim, "bias": dim},
             "fusion": {"h": (self.batch, self.dim, self.height, self.width), **fusion},
@@ -88,14 +97,14 @@ def all_cases(batch: int) -> list[Case]:
         cases += [_case("core", model, 1, (800, 1280), 2), _case("core", model, 1, (2048, 2048), 1)]
     cases += [_case(operator, "tiny", 1, square, batch) for operator in ("states", "fusion")]
     cases += [_case("mixer", "tiny", stage, square, batch) for stage in stages]
-    cases += [_case(name, "tiny", stage, square, batch) for name in ("conv", "position", "norm") for stage in (1, 3)]
+    cases += [_case(name, "tiny", stage, square, batch) for name in SMALL for stage in (1, 3)]
     return [*cases, replace(_case("scan", "tiny", 1, square, min(batch, MAMBA_BATCH)), d_state=MAMBA_STATES)]
 
 
 def _case(operator: str, model: str, stage: int, image: tuple[int, int], batch: int) -> Case:
     width, stride = WIDTHS[model] * 2 ** (stage - 1), 4 * 2 ** (stage - 1)
     name = f"{operator}/{model}/stage{stage}/{image[0]}x{image[1]}"
-    dim = width if operator == "position" else 2 * width
+    dim = {"position": 1, "mlp": 1, "downsampling": 8}.get(operator, 2) * width
     return Case(name, operator, batch, image[0] // stride, image[1] // stride, dim, rank=math.ceil(width / 16))
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from .. import backends
 from ..depthwise_conv import depthwise_conv
+from ..downsampling_conv import downsampling_conv
 from ..gated_norm import gated_norm
 from ..layer_norm import layer_norm
+from ..mlp import mlp
 from ..selective_scan import selective_scan
 from ..spatial_mixer import spatial_mixer
 from ..state_fusion import state_fusion
@@ -34,6 +36,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "mixer": spatial_mixer,
     "conv": partial(depthwise_conv, epilogue="silu"),
     "position": partial(depthwise_conv, epilogue="residual"),
+    "downsampling": downsampling_conv,
+    "mlp": mlp,
     "norm": gated_norm,
     "layer": layer_norm,
     "states": partial(selective_scan, delta_softplus=True),
@@ -93,9 +97,14 @@ def implementations(case: Case, device: torch.device, dtype: torch.dtype) -> lis
 
 
 def has_kernels(backend: str, case: Case) -> bool:
-    """Whether a backend serves the operator; Triton serves those that CUDA lacks, and PyTorch the norm on the CPU."""
+    """Whether a backend serves the operator.
+
+    Triton serves those that CUDA lacks. PyTorch serves the norm on CPUs, and on GPUs what has kernels only for CPUs.
+    """
     if case.operator == "layer":
         return backend == "triton"
+    if case.operator in ("downsampling", "mlp"):
+        return backend in ("cpu", "torch")
     return backend != "cuda" or case.operator not in ("conv", "position", "norm")
 
 
