@@ -20,7 +20,9 @@ def _is_command() -> bool:
     They list the commands without PyTorch, whose import takes seconds. Each command imports what it needs.
     """
     program = "".join(sys.argv[:1])  # "-m" while Python looks for the module to run
-    return PurePath(program).name in ("spatial-mamba", "spatial-mamba.exe") or (program == "-m" and "spatial_mamba" in sys.orig_argv)
+    if program == "-m":
+        return "spatial_mamba" in sys.orig_argv
+    return PurePath(program).name in ("spatial-mamba", "spatial-mamba.exe")
 
 
 if not _is_command():
