@@ -181,8 +181,9 @@ class FusedDownsample(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         hidden = self.expand(x, relu=True)
-        if has_kernels("downsampling_conv", hidden):
-            return self.project(downsampling_conv(hidden, self.depthwise.weight, self.depthwise.bias))
+        weights: tuple[Any, Any] = (self.depthwise.weight, self.depthwise.bias)
+        if has_kernels("downsampling_conv", hidden, *weights):
+            return self.project(downsampling_conv(hidden, *weights))
         return self.project(F.relu_(self.depthwise(hidden.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
 
 

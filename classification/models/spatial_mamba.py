@@ -164,11 +164,11 @@ class Reduction(ConvLayer):
         super().__init__(dim, dim, 3, stride=2, groups=dim, act=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.conv.weight, self.conv.bias
-        modified = _has_global_hooks() or _is_modified(self.conv, nn.Conv2d) or _is_modified(self.act, nn.ReLU)
-        if modified or bias is None or not has_kernels("downsampling_conv", x, weight, bias):
-            return super().forward(self.act(x))
-        return downsampling_conv(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        if not (_has_global_hooks() or _is_modified(self.conv, nn.Conv2d) or _is_modified(self.act, nn.ReLU)):
+            weights: tuple[Any, Any] = (self.conv.weight, self.conv.bias)
+            if has_kernels("downsampling_conv", x, *weights):
+                return downsampling_conv(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
+        return super().forward(self.act(x))
 
 
 class InvertedBottleneck(nn.Sequential):
@@ -407,23 +407,23 @@ class Mlp(TimmMlp):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_plain(x):
-            if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-                x = x.to(torch.get_autocast_dtype(x.device.type))
-            return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        if self._is_plain():
+            weights: list[Any] = [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias]
+            if has_kernels("mlp", x, *weights):
+                if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+                    x = x.to(torch.get_autocast_dtype(x.device.type))
+                return mlp(x, *weights)
         x = self.fc1(x)
         activated = self.act(x)
         with recomputed(activated, self.act, x):
             x = self.fc2(self.norm(self.drop1(activated)))
         return self.drop2(x)
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether `mlp` has kernels for these tokens, and does what the modules would do."""
+    def _is_plain(self) -> bool:
+        """Whether the modules compute what `mlp` does, and nothing else."""
         if _has_global_hooks() or any(_is_modified(getattr(self, name), kind) for name, kind in MLP_PARTS.items()):
             return False
-        drops = self.training and (self.drop1.p > 0.0 or self.drop2.p > 0.0)
-        weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return self.act.approximate == "none" and not drops and has_kernels("mlp", x, *weights)
+        return self.act.approximate == "none" and not (self.training and (self.drop1.p > 0.0 or self.drop2.p > 0.0))
 
 
 MLP_PARTS: dict[str, type[nn.Module]] = {

@@ -214,9 +214,9 @@ def downsampling_case(
 
 
 def mlp_case(
-    tokens: int = 9, dim: int = 5, hidden: int = 7, outputs: int = 6
+    batch: int = 9, dim: int = 5, hidden: int = 7, outputs: int = 6
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """Two linear layers with the GELU between them."""
+    """Two linear layers with the GELU between them, for ``batch`` tokens."""
     g = generator()
     shapes = {
         "expand": (hidden, dim),
@@ -225,7 +225,7 @@ def mlp_case(
         "project_bias": (outputs,),
     }
     tensors = {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
-    tensors = {"x": torch.randn(tokens, dim, generator=g, dtype=torch.float64)} | tensors
+    tensors = {"x": torch.randn(batch, dim, generator=g, dtype=torch.float64)} | tensors
     return lambda **kw: (mlp(**kw),), tensors
 
 
@@ -403,9 +403,9 @@ DOWNSAMPLINGS: dict[str, dict[str, Any]] = {
 }
 MLPS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "one token": {"tokens": 1, "dim": 1, "hidden": 1, "outputs": 1},
+    "one token": {"batch": 1, "dim": 1, "hidden": 1, "outputs": 1},
     "channels beyond a vector": {"dim": 33, "hidden": 70, "outputs": 37},
-    "larger than a tile": {"tokens": 2600, "dim": 8, "hidden": 16},
+    "larger than a tile": {"batch": 2600, "dim": 8, "hidden": 16},
 }
 MIXERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -527,7 +527,7 @@ def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pyte
     assert_matches_reference(*layer_norm_case(**image, dim=8), backend, dtype)
     if not interpreted(request):  # it truncates where GPUs round: too coarse for several operators in sequence
         assert_matches_reference(*downsampling_case(dim=8), backend, dtype)
-        for operator in (mixer_case(), mlp_case(tokens=2600)):
+        for operator in (mixer_case(), mlp_case(2600)):
             assert_matches_reference(*operator, backend, dtype, rounds_within=True)
 
 
