@@ -177,14 +177,17 @@ def custom_operators_fail() -> bool:
     return transformed or torch.onnx.is_in_onnx_export()
 
 
-def plain_eager(*tensors: Tensor) -> bool:
-    """Whether PyTorch computes with these tensors and does nothing else: no compiler, tracer, mode or transform."""
+def plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether PyTorch computes with these tensors and does nothing else: no compiler, tracer, mode or transform.
+
+    False for None, subclasses of tensors and sparse tensors.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
         or custom_operators_fail()
-    ) and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    ) and all(x is not None and type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided for x in tensors)
 
 
 def reference_serves(tensor: Tensor, operator: str = "structure_aware_scan") -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import downsampling_conv, spatial_mixer
-from ...kernels.backends import custom_operators_fail, has_kernels
+from ...kernels.backends import custom_operators_fail, has_kernels, plain_eager
 from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
 from ...kernels.state_fusion import merge_taps
 from ...kernels.tensors import compute_dtype_for
@@ -149,6 +149,13 @@ class FusedMlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x, self.norm)), residual=x)
 
 
+def is_downsampling(conv: nn.Conv2d) -> bool:
+    """Whether this is the convolution in `downsampling_conv`: depthwise 3x3 of stride 2 with zero padding and bias."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), "zeros") and depthwise and plain_eager(conv.weight, conv.bias)
+
+
 class FusedDownsample(nn.Module):
     """Inverted bottleneck of stride 2: tokens (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C).
 
@@ -181,9 +188,9 @@ class FusedDownsample(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         hidden = self.expand(x, relu=True)
-        weights: tuple[Any, Any] = (self.depthwise.weight, self.depthwise.bias)
-        if has_kernels("downsampling_conv", hidden, *weights):
-            return self.project(downsampling_conv(hidden, *weights))
+        conv: Any = self.depthwise
+        if has_kernels("downsampling_conv", hidden, conv.weight) and is_downsampling(conv):
+            return self.project(downsampling_conv(hidden, conv.weight, conv.bias))
         return self.project(F.relu_(self.depthwise(hidden.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
 
 

@@ -26,24 +26,25 @@ def recomputed(value: Tensor, module: nn.Module, argument: Tensor) -> AbstractCo
     return _Recomputed(value, module, argument)
 
 
-def checkpointed(first: nn.Module, second: nn.Module, x: Tensor, items: int | None = None) -> Tensor:
-    """``second(first(x))``, without storing the results in between; the modules must be cheap and deterministic.
+def checkpointed(first: nn.Module, second: nn.Module, x: Tensor, *options: Any, items: int | None = None) -> Tensor:
+    """``second(first(x), *options)``, without storing the results in between.
 
-    The backward pass calls the modules again, unless they have forward hooks, and except where `_stores` says so.
-    If they treat the items of a batch independently, ``items`` limits how many they are given at a time, so that the
-    results in between stay in the cache. Without effect on modules with forward hooks, and under compilers.
+    The modules must be cheap and deterministic: the backward pass calls them again, unless they have forward hooks, and
+    except where `_stores` says so. If they treat the items of a batch independently, ``items`` limits how many they are
+    given at a time, so that the results in between stay in the cache. Without effect on modules with forward hooks, and
+    under compilers.
     """
     if not plain_eager(x) or _has_forward_hooks(first) or _has_forward_hooks(second):
-        return second(first(x))
+        return second(first(x), *options)
     if _stores(x):
 
         def run(x: Tensor) -> Tensor:
-            return second(first(x))
+            return second(first(x), *options)
     else:
         version, call_first, call_second = x._version, _with_present_weights(first), _with_present_weights(second)
 
         def compute(x: Tensor) -> Tensor:
-            return call_second(call_first(_unmodified(x, version)))
+            return call_second(call_first(_unmodified(x, version)), *options)
 
         def run(x: Tensor) -> Tensor:
             return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
@@ -97,16 +98,16 @@ def _identity(x: Tensor) -> tuple[Any, ...] | None:
     return x.data_ptr(), x.numel(), x.dtype, x._version
 
 
-def _with_present_weights(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _with_present_weights(module: nn.Module) -> Callable[..., Tensor]:
     """The module with the weights it has now, since ``torch.func.functional_call`` replaces them only temporarily."""
     weights: dict[str, Tensor] = dict(module.named_parameters())
     versions = [weight._version for weight in weights.values()]
 
-    def call(x: Tensor) -> Tensor:
+    def call(*arguments: Any) -> Tensor:
         present = list(map(_unmodified, weights.values(), versions))
         if all(map(operator.is_, module.parameters(), present)):
-            return module(x)
-        return functional_call(module, weights, (x,))
+            return module(*arguments)
+        return functional_call(module, weights, arguments)
 
     return call
 

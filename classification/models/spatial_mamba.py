@@ -27,7 +27,15 @@ from ...kernels import depthwise_conv, downsampling_conv, layer_norm, mlp, selec
 from ...kernels.backends import has_kernels, plain_eager
 from ...kernels.tensors import compute_dtype_for, without_autocast
 from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
-from .fused import FusedBlock, FusedConv, FusedDownsample, items_in_budget, refuse_gradients, refuse_to_load
+from .fused import (
+    FusedBlock,
+    FusedConv,
+    FusedDownsample,
+    is_downsampling,
+    items_in_budget,
+    refuse_gradients,
+    refuse_to_load,
+)
 from .hub import HubModule
 from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
 from .recomputation import checkpointed, recomputed
@@ -155,30 +163,46 @@ class Stem(nn.Module):
 
 
 class Reduction(ConvLayer):
-    """ReLU, depthwise 3x3 convolution of stride 2, ReLU: (B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2)).
-
-    On a CPU one operator computes it, unless a part has hooks, or is wrapped, sharded or replaced.
-    """
+    """ReLU, depthwise 3x3 convolution of stride 2, ReLU: (B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 3, stride=2, groups=dim, act=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not (_has_global_hooks() or _is_modified(self.conv, nn.Conv2d) or _is_modified(self.act, nn.ReLU)):
-            weights: tuple[Any, Any] = (self.conv.weight, self.conv.bias)
-            if has_kernels("downsampling_conv", x, *weights):
-                return downsampling_conv(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
-        return super().forward(self.act(x))
+    def forward(self, x: Tensor, as_operator: bool = False) -> Tensor:
+        """``as_operator``: compute all with `downsampling_conv`, from the weights of the convolution alone."""
+        if not as_operator:
+            return super().forward(self.act(x))
+        weight, bias = self.conv.weight, self.conv.bias
+        assert bias is not None
+        return downsampling_conv(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 class InvertedBottleneck(nn.Sequential):
-    """Three layers, of which the first expands the maps (B, C, H, W). The expanded maps are not stored for training."""
+    """Three layers, of which the first expands the maps (B, C, H, W). The expanded maps are not stored for training.
+
+    On a CPU, a few images at a time are expanded and reduced, the latter by one operator. If one of these layers has
+    hooks, or is wrapped, sharded or replaced in part, the layers are simply called.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        expand, reduce, project = self
+        layers: Any = self
+        expand, reduce, project = layers
+        if not _are_plain(expand, reduce):
+            return project(reduce(expand(x)))
         in_parts = plain_eager(x) and x.device.type == "cpu"
         items = items_in_budget(x, 8 * math.prod(x.shape[1:])) if in_parts else None
-        return project(checkpointed(expand, reduce, x, items))
+        # Decided here, since the backward pass must compute the same again.
+        as_operator = has_kernels("downsampling_conv", x) and is_downsampling(reduce.conv)
+        return project(checkpointed(expand, reduce, x, as_operator, items=items))
+
+
+def _are_plain(expand: Any, reduce: Any) -> bool:
+    """Whether the layers are convolutions with weights of their own, and ReLU."""
+    if _has_global_hooks() or _is_modified(expand, ConvLayer) or _is_modified(reduce, Reduction):
+        return False
+    parts = {expand.conv: nn.Conv2d, expand.norm: nn.Identity, expand.act: nn.Identity}
+    parts |= {reduce.conv: nn.Conv2d, reduce.norm: nn.Identity, reduce.act: nn.ReLU}
+    return not any(_is_modified(part, kind) or is_parametrized(part) for part, kind in parts.items())
 
 
 class Downsample(nn.Module):
@@ -407,9 +431,9 @@ class Mlp(TimmMlp):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_plain():
+        if has_kernels("mlp", x) and self._is_plain():
             weights: list[Any] = [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias]
-            if has_kernels("mlp", x, *weights):
+            if plain_eager(*weights):
                 if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
                     x = x.to(torch.get_autocast_dtype(x.device.type))
                 return mlp(x, *weights)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from spatial_mamba import SpatialMamba
@@ -206,7 +209,19 @@ def doubling_hooks(model: nn.Module) -> None:
         model.layers[0].get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
 
 
-@pytest.mark.parametrize("change", [other_gelu, adapter, doubling_hooks])
+def other_geometry(model: nn.Module) -> None:
+    """As for dense predictions."""
+    conv = model.layers[0].downsample.conv[1].conv
+    conv.stride, conv.padding, conv.dilation = (1, 1), (2, 2), (2, 2)
+
+
+def other_norm(model: nn.Module) -> None:
+    model.layers[0].downsample.conv[1].norm = nn.BatchNorm2d(len(model.layers[0].downsample.conv[1].conv.weight))
+    model.layers[0].downsample.conv[1].norm.running_mean.fill_(-3.0)
+    model.double().eval()
+
+
+@pytest.mark.parametrize("change", [other_gelu, adapter, doubling_hooks, other_geometry, other_norm])
 def test_changed_parts_of_one_operator_are_called(change: Callable[[nn.Module], None]) -> None:
     """One operator computes an MLP, and one the reduction of a downsampling, but not if a part was changed."""
     model = filled_classifier(depths=(1, 1)).double().eval()
@@ -215,6 +230,36 @@ def test_changed_parts_of_one_operator_are_called(change: Callable[[nn.Module], 
         expected = model(images().double())
     assert not torch.allclose(filled_classifier(depths=(1, 1)).double().eval()(images().double()), expected)
     torch.testing.assert_close(model(images().double()), expected)
+
+
+def test_the_backward_pass_may_count_flops_or_find_new_hooks() -> None:
+    """It computes the expanded maps again as the forward pass did."""
+    model = filled_classifier(depths=(1, 1))
+    loss = model(images()).sum()
+    with FlopCounterMode(display=False):
+        expected = torch.autograd.grad(loss, list(model.parameters()))
+    loss = model(images()).sum()
+    model.layers[0].downsample.conv[1].conv.register_forward_hook(lambda *_: None)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_parametrised_weights_are_computed_once() -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.calls += 1
+            return weight
+
+    model, counting = filled_classifier(depths=(1, 1)), Counting()
+    register_parametrization(model.layers[0].blocks[0].mlp.fc1, "weight", counting)
+    register_parametrization(model.layers[0].downsample.conv[1].conv, "weight", counting)
+    for backend in (nullcontext(), use_backend("torch")):
+        counting.calls = 0
+        with backend:
+            model(images())
+        assert counting.calls == 2
 
 
 def test_dropout_in_mlps_is_applied() -> None:
