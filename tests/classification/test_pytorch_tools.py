@@ -262,6 +262,24 @@ def test_parametrised_weights_are_computed_once() -> None:
         assert counting.calls == 2
 
 
+def test_replaced_layers_of_a_downsampling_are_called_once() -> None:
+    """They may be random, as an adapter with dropout is."""
+    model, dropout = filled_classifier(depths=(1, 1)), nn.Dropout()
+    expand, calls = model.layers[0].downsample.conv[0], []
+    expand.conv = nn.Sequential(expand.conv, dropout)
+    dropout.forward = lambda x: calls.append(x.shape) or x
+    model(images()).sum().backward()
+    assert len(calls) == 1
+
+
+def test_sparse_weights_of_mlps_are_used() -> None:
+    mlp = filled_classifier(depths=(1,)).layers[0].blocks[0].mlp.requires_grad_(False)
+    x = torch.randn(2, 3, 3, mlp.fc1.in_features)
+    expected = mlp(x)
+    mlp.fc1.weight = nn.Parameter(mlp.fc1.weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(mlp(x), expected)
+
+
 def test_dropout_in_mlps_is_applied() -> None:
     mlp = filled_classifier(depths=(1,)).layers[0].blocks[0].mlp
     mlp.drop1.p = 0.5
