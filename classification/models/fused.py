@@ -189,7 +189,7 @@ class FusedDownsample(nn.Module):
     def _compute(self, x: Tensor) -> Tensor:
         hidden = self.expand(x, relu=True)
         conv: Any = self.depthwise
-        if has_kernels("downsampling_conv", hidden, conv.weight) and is_downsampling(conv):
+        if has_kernels("downsampling_conv", hidden) and is_downsampling(conv):
             return self.project(downsampling_conv(hidden, conv.weight, conv.bias))
         return self.project(F.relu_(self.depthwise(hidden.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
 

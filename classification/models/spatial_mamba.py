@@ -198,11 +198,12 @@ class InvertedBottleneck(nn.Sequential):
 
 def _are_plain(expand: Any, reduce: Any) -> bool:
     """Whether the layers are convolutions with weights of their own, and ReLU."""
-    if _has_global_hooks() or _is_modified(expand, ConvLayer) or _is_modified(reduce, Reduction):
+    if _is_modified(expand, ConvLayer) or _is_modified(reduce, Reduction):
         return False
-    parts = {expand.conv: nn.Conv2d, expand.norm: nn.Identity, expand.act: nn.Identity}
-    parts |= {reduce.conv: nn.Conv2d, reduce.norm: nn.Identity, reduce.act: nn.ReLU}
-    return not any(_is_modified(part, kind) or is_parametrized(part) for part, kind in parts.items())
+    for layer, act in ((expand, nn.Identity), (reduce, nn.ReLU)):
+        if _has_modified_parts(layer, {"conv": nn.Conv2d, "norm": nn.Identity, "act": act}):
+            return False
+    return not (is_parametrized(expand.conv) or is_parametrized(reduce.conv))
 
 
 class Downsample(nn.Module):
@@ -359,10 +360,7 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         xz = self.in_proj(x)  # (B, H, W, 2 D): tokens and gate
-        modified = _has_global_hooks() or any(
-            _is_modified(getattr(self, name), kind) for name, kind in MIXER_PARTS.items()
-        )
-        return self.out_proj(self._mix_by_module(xz) if modified else self._mix(xz))
+        return self.out_proj(self._mix_by_module(xz) if _has_modified_parts(self, MIXER_PARTS) else self._mix(xz))
 
     def _mix(self, xz: Tensor) -> Tensor:
         kernels, alpha, dilations = self.state_fusion.branches(self.Ds)
@@ -413,6 +411,11 @@ def _has_global_hooks() -> bool:
     return any(getattr(hooks_of_all_modules, f"_global_{kind}_hooks") for kind in kinds)
 
 
+def _has_modified_parts(module: nn.Module, parts: Mapping[str, type[nn.Module]]) -> bool:
+    """Whether hooks apply to every module, or a part is modified; ``parts`` gives the type of each by its name."""
+    return _has_global_hooks() or any(_is_modified(getattr(module, name), kind) for name, kind in parts.items())
+
+
 def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module has hooks, has another ``forward``, or is no longer of type ``kind``: wrapped or sharded.
 
@@ -445,7 +448,7 @@ class Mlp(TimmMlp):
 
     def _is_plain(self) -> bool:
         """Whether the modules compute what `mlp` does, and nothing else."""
-        if _has_global_hooks() or any(_is_modified(getattr(self, name), kind) for name, kind in MLP_PARTS.items()):
+        if _has_modified_parts(self, MLP_PARTS):
             return False
         return self.act.approximate == "none" and not (self.training and (self.drop1.p > 0.0 or self.drop2.p > 0.0))
 

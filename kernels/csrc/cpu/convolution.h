@@ -72,13 +72,16 @@ void for_channel_tiles(const Shape& shape, Run&& run) {
   });
 }
 
-// Writes the gradients of the taps and the bias, as in Weights, to (dim, 9) and (dim,).
+// Writes the gradients of `count` vectors of channels, laid out as in Weights, to (dim, 9) and (dim,).
 template <typename T>
-void write_weight_gradients(const Shape& shape, int64_t chunk, const Vec<T>* sums, T* grad_weight, T* grad_bias) {
-  for (int lane = 0; lane < shape.lanes<T>(chunk * kLanes<T>); ++lane) {
-    const int64_t channel = chunk * kLanes<T> + lane;
-    for (int t = 0; t < kTaps; ++t) grad_weight[channel * kTaps + t] = sums[t][lane];
-    grad_bias[channel] = sums[kTaps][lane];
+void write_weight_gradients(const Shape& shape, int64_t first, int64_t count, const Vec<T>* sums, T* grad_weight,
+                            T* grad_bias) {
+  for (int64_t chunk = first; chunk < first + count; ++chunk, sums += kTaps + 1) {
+    for (int lane = 0; lane < shape.lanes<T>(chunk * kLanes<T>); ++lane) {
+      const int64_t channel = chunk * kLanes<T> + lane;
+      for (int t = 0; t < kTaps; ++t) grad_weight[channel * kTaps + t] = sums[t][lane];
+      grad_bias[channel] = sums[kTaps][lane];
+    }
   }
 }
 

@@ -135,9 +135,7 @@ class BackwardTile {
 
   // grad_weight: (dim, 9), grad_bias: (dim,), of this image.
   void write_sums(T* grad_weight, T* grad_bias) const {
-    for (int64_t c = 0; c < count_; ++c) {
-      write_weight_gradients<T>(shape_, first_ + c, sums_.data() + c * (kTaps + 1), grad_weight, grad_bias);
-    }
+    write_weight_gradients<T>(shape_, first_, count_, sums_.data(), grad_weight, grad_bias);
   }
 
  private:
