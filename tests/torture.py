@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils.tensorboard import SummaryWriter
 
 from spatial_mamba.classification import run_log
@@ -84,12 +84,6 @@ class Place:
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{name}.*.log")))
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
-
-
 def wait_for(pids: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
@@ -98,7 +92,7 @@ def kill_at_random(place: Place, processes: int, kills: int, rng: random.Random)
     """Kill runs, by SIGKILL or SIGTERM, until there have been ``kills``; each run continues until it is finished."""
     start = time.perf_counter()
     reference = f"reference{processes}"
-    port = free_port()
+    port = get_free_port()
     assert wait_for([place.start(reference, rank, processes, port) for rank in range(processes)]) == [0] * processes
     length, expected = time.perf_counter() - start, place.weights(reference)
     done, runs, finished = 0, 0, 0
@@ -106,7 +100,7 @@ def kill_at_random(place: Place, processes: int, kills: int, rng: random.Random)
         name = f"killed{processes}-{runs}"
         runs += 1
         while True:
-            port = free_port()
+            port = get_free_port()
             pids = [place.start(name, rank, processes, port) for rank in range(processes)]
             time.sleep(rng.uniform(0.0, length))
             number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
@@ -153,7 +147,7 @@ def fail_writes_in_turn(place: Place, every: int) -> str:
         name, number = f"full{index}", (errno.ENOSPC, errno.EIO)[index % 2]
 
         prepare = functools.partial(fail_writes, index, number)
-        (status,) = wait_for([place.start(name, 0, 1, free_port(), prepare)])
+        (status,) = wait_for([place.start(name, 0, 1, get_free_port(), prepare)])
         errors = [line for line in place.log(name).splitlines() if line.startswith("error:")]
         if status == 0 and not errors and "cannot be written" not in place.log(name):
             return (
@@ -164,7 +158,7 @@ def fail_writes_in_turn(place: Place, every: int) -> str:
         elif status != 2 or len(errors) != 1 or os.strerror(number) not in errors[0]:
             raise AssertionError(f"write {index}: status {status}\n{place.log(name)}")
         failed += status == 2
-        if wait_for([place.start(name, 0, 1, free_port())]) != [0]:
+        if wait_for([place.start(name, 0, 1, get_free_port())]) != [0]:
             raise AssertionError(f"write {index}: the run does not resume\n{place.log(name)}")
         assert_same(place.weights(name), expected, f"write {index}, compared with the undisturbed run")
         shutil.rmtree(place.folder / "runs/micro" / name, ignore_errors=True)

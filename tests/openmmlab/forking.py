@@ -8,12 +8,12 @@ import importlib
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing import get_context
 
 
@@ -44,7 +44,7 @@ class Forking:
         words, ranks = [str(part) for part in program], [{}]
         if processes > 1:
             environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
             ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         request = [[(words, environment | rank) for rank in ranks], str(output)]
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -52,12 +52,6 @@ class Forking:
         printed = output.read_text()
         assert statuses == [status] * processes, printed[-3000:]
         return printed
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def _run(program: list[str], environment: dict[str, str], output: str) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 pytest.importorskip("mmdet", reason="OpenMMLab's packages are not installed", exc_type=ImportError)
 pytest.importorskip("mmseg", exc_type=ImportError)
@@ -24,7 +25,7 @@ from spatial_mamba.detection.demo_data import write_digits as write_coco_digits
 from spatial_mamba.detection.openmmlab import tools
 from spatial_mamba.segmentation.demo_data import write_digits as write_ade_digits
 
-from .forking import Forking, free_port
+from .forking import Forking
 from .test_checkpoints import mmengine_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +122,7 @@ class Task:
         """Run a command in the folder, on the CPU; returns its output."""
         result = subprocess.run(
             [str(part) for part in command],
-            cwd=self.folder, env={**self.environment, "PORT": free_port(), **environment},
+            cwd=self.folder, env={**self.environment, "PORT": str(get_free_port()), **environment},
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         output = result.stdout + result.stderr
@@ -251,7 +252,7 @@ def test_slurm_scripts_pass_on_their_arguments_and_pictures_are_drawn(task: Task
         "bash", task.tools / "slurm_test.sh", "part", "job", "small.py", f"undisturbed/{task.last}", "--work-dir", "s",
         "--ddp", "--show-dir", "shown", *more,
         PATH=path,
-        MASTER_PORT=free_port(),
+        MASTER_PORT=str(get_free_port()),
         GPUS="1", SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_NODELIST="n[1]", SLURM_LOCALID="0",
         SRUN_ARGS="--time=10 --mem=4G",
     )  # fmt: skip
