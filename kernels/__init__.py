@@ -6,6 +6,7 @@ from .depthwise_conv import depthwise_conv
 from .downsampling_conv import downsampling_conv
 from .gated_norm import gated_norm
 from .layer_norm import layer_norm
+from .linear import linear
 from .mlp import mlp
 from .selective_scan import selective_scan
 from .spatial_mixer import spatial_mixer
@@ -17,6 +18,7 @@ __all__ = [
     "downsampling_conv",
     "gated_norm",
     "layer_norm",
+    "linear",
     "mlp",
     "selective_scan",
     "spatial_mixer",

@@ -23,7 +23,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels import depthwise_conv, downsampling_conv, layer_norm, mlp, selective_scan, spatial_mixer, state_fusion
+from ...kernels import (
+    depthwise_conv,
+    downsampling_conv,
+    layer_norm,
+    linear,
+    mlp,
+    selective_scan,
+    spatial_mixer,
+    state_fusion,
+)
 from ...kernels.backends import has_kernels, plain_eager
 from ...kernels.tensors import compute_dtype_for, without_autocast
 from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
@@ -359,8 +368,9 @@ class StructureAwareSSM(nn.Module):
             self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        xz = self.in_proj(x)  # (B, H, W, 2 D): tokens and gate
-        return self.out_proj(self._mix_by_module(xz) if _has_modified_parts(self, MIXER_PARTS) else self._mix(xz))
+        xz = _project(self.in_proj, x)  # (B, H, W, 2 D): tokens and gate
+        y = self._mix_by_module(xz) if _has_modified_parts(self, MIXER_PARTS) else self._mix(xz)
+        return _project(self.out_proj, y)
 
     def _mix(self, xz: Tensor) -> Tensor:
         kernels, alpha, dilations = self.state_fusion.branches(self.Ds)
@@ -395,6 +405,16 @@ class StructureAwareSSM(nn.Module):
             h = self.state_fusion(h.squeeze(2).unflatten(2, u.shape[1:3])).permute(0, 2, 3, 1)
             y = self.out_norm((C * h + self.Ds * u).to(self.out_norm.weight.dtype))
             return (y * F.silu(gate.to(compute_dtype))).to(xz.dtype)
+
+
+def _project(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer without bias; on CPUs an operator computes it in float32, unless the layer is modified."""
+    if has_kernels("linear", x) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        if not (_has_global_hooks() or _is_modified(layer, nn.Linear)):
+            weight: Any = layer.weight
+            if plain_eager(weight) and layer.bias is None:
+                return linear(x, weight)
+    return layer(x)
 
 
 # Modules that are not called: an operator reads their weights.

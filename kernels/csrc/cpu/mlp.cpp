@@ -2,33 +2,22 @@
 // activations stay in the cache; only the hidden layer before the GELU is kept for the gradients.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "gelu.h"
 #include "moments.h"
+#include "product.h"
 
 namespace spatial_mamba {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTileTokens = 512;  // per thread
 constexpr int64_t kPartTokens = 64;   // with separate sums for the gradient of the bias, whatever the number of threads
-
-int64_t tile_size(int64_t tokens) { return std::min(tokens, kTileTokens * at::get_num_threads()); }
-
-// Calls visit(first token, number of tokens) for every tile.
-template <typename Visit>
-void for_tiles(int64_t tokens, int64_t size, Visit&& visit) {
-  for (int64_t first = 0; first < tokens; first += size) visit(first, std::min(size, tokens - first));
-}
 
 // activated = gelu(hidden + bias); hidden: (tokens, dim).
 template <typename io>
@@ -92,13 +81,13 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& expand, const Tens
   Tensor out = at::empty({tokens, project.size(0)}, x.options());
   Tensor hidden = at::empty({keep_hidden ? tokens : size, expand.size(0)}, x.options());
   Tensor scratch = at::empty({size, expand.size(0)}, x.options());
+  const Tensor to_hidden = transposed(expand), to_out = transposed(project);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "mlp", [&] {
     for_tiles(tokens, size, [&](int64_t first, int64_t count) {
       Tensor before = hidden.narrow(0, keep_hidden ? first : 0, count), activated = scratch.narrow(0, 0, count);
-      Tensor result = out.narrow(0, first, count);
-      at::mm_out(before, x.narrow(0, first, count), expand.t());
+      product(x.narrow(0, first, count), to_hidden, before);
       activate<scalar_t>(before, expand_bias, activated);
-      at::addmm_out(result, project_bias, activated, project.t());
+      product(activated, to_out, out.narrow(0, first, count), project_bias);
     });
   });
   return {out, keep_hidden ? hidden : at::empty({0, expand.size(0)}, x.options())};
@@ -108,9 +97,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
                                                                 const Tensor& expand, const Tensor& expand_bias,
                                                                 const Tensor& project, const Tensor& hidden) {
   const int64_t tokens = x.size(0), dim = expand.size(0), parts = (tokens + kPartTokens - 1) / kPartTokens;
-  // In half precision there is one tile, because sums over tiles would be rounded after each.
-  const int64_t size = x.element_size() == 2 ? tokens : tile_size(tokens);
-  Tensor grad_x = at::empty_like(x), grad_expand = at::zeros_like(expand), grad_project = at::zeros_like(project);
+  const int64_t size = WeightGradient::tile_size(x);
+  Tensor grad_x = at::empty_like(x);
+  WeightGradient grad_expand(dim, expand.size(1), x.options()), grad_project(project.size(0), dim, x.options());
   Tensor activations = at::empty({size, dim}, x.options()), gradients = at::empty_like(activations);
   const auto compute_dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor grad_bias = at::empty({parts, dim}, x.options().dtype(compute_dtype));
@@ -118,16 +107,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
     for_tiles(tokens, size, [&](int64_t first, int64_t count) {
       const Tensor inputs = x.narrow(0, first, count), grad = grad_out.narrow(0, first, count);
       Tensor activated = activations.narrow(0, 0, count), grad_hidden = gradients.narrow(0, 0, count);
-      at::mm_out(grad_hidden, grad, project);
+      product(grad, project, grad_hidden);
       activate_backward<scalar_t>(hidden.narrow(0, first, count), expand_bias, activated, grad_hidden,
                                   grad_bias.mutable_data_ptr<Compute<scalar_t>>() + first / kPartTokens * dim);
-      grad_project.addmm_(grad.t(), activated);
-      grad_expand.addmm_(grad_hidden.t(), inputs);
-      Tensor result = grad_x.narrow(0, first, count);
-      at::mm_out(result, grad_hidden, expand);
+      grad_project.add(grad, activated);
+      grad_expand.add(grad_hidden, inputs);
+      product(grad_hidden, expand, grad_x.narrow(0, first, count));
     });
   });
-  return {grad_x, grad_expand, grad_bias.sum(0).to(expand_bias.scalar_type()), grad_project, grad_out.sum(0)};
+  return {grad_x, grad_expand.result(), grad_bias.sum(0).to(expand_bias.scalar_type()), grad_project.result(),
+          grad_out.sum(0)};
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 // the layer. Tokens are processed in tiles, so that intermediate results stay in the cache.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -12,12 +11,8 @@
 
 #include "gelu.h"
 #include "moments.h"
+#include "product.h"
 #include "vec.h"
-
-// Matrix products of tiles use oneDNN's microkernels; PyTorch defines this macro if it exports them.
-#if defined(CPUBLAS_BRGEMM_F32F32F32)
-#define SPATIAL_MAMBA_TILE_PRODUCTS 1
-#endif
 
 namespace spatial_mamba {
 namespace {

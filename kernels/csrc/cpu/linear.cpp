@@ -1,0 +1,42 @@
+// A linear layer without bias, and its gradients.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "product.h"
+
+namespace spatial_mamba {
+namespace {
+
+using at::Tensor;
+
+Tensor linear(const Tensor& x, const Tensor& weight) {
+  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  product(x, transposed(weight), out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight) {
+  const int64_t tokens = x.size(0);
+  Tensor grad_x = at::empty_like(x);
+  product(grad_out, weight, grad_x);
+  WeightGradient grad_weight(weight.size(0), weight.size(1), x.options());
+  for_tiles(tokens, WeightGradient::tile_size(x), [&](int64_t first, int64_t count) {
+    grad_weight.add(grad_out.narrow(0, first, count), x.narrow(0, first, count));
+  });
+  return {grad_x, grad_weight.result()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
+  m.def("linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("linear_backward(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
+  m.impl("linear", &linear);
+  m.impl("linear_backward", &linear_backward);
+}
+
+}  // namespace spatial_mamba

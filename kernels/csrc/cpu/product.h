@@ -1,0 +1,128 @@
+// Matrix products on all threads. Those in float32 use oneDNN's microkernels if PyTorch exports them.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+// PyTorch defines this macro if it exports the microkernels.
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+#define SPATIAL_MAMBA_TILE_PRODUCTS 1
+#endif
+
+namespace spatial_mamba {
+
+constexpr int64_t kBlock = 64;   // rows and columns of a block of the result
+constexpr int64_t kDepth = 512;  // a block's factors are so long, so that they fit into the cache
+
+inline bool has_tile_products(at::ScalarType dtype) {
+#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
+  return dtype == at::kFloat;
+#else
+  return false;
+#endif
+}
+
+// Number of tokens to process at a time, so that their activations stay in the cache.
+inline int64_t tile_size(int64_t tokens) { return std::min(tokens, int64_t{512} * at::get_num_threads()); }
+
+// Calls visit(first, count) for consecutive ranges of at most `size` of `total` elements.
+template <typename Visit>
+void for_tiles(int64_t total, int64_t size, Visit&& visit) {
+  for (int64_t first = 0; first < total; first += size) visit(first, std::min(size, total - first));
+}
+
+// x (rows, columns) transposed, for use as a factor of `product`.
+inline at::Tensor transposed(const at::Tensor& x) {
+  if (!has_tile_products(x.scalar_type())) return x.t();
+  const int64_t rows = x.size(0), columns = x.size(1), stride = x.stride(0);
+  constexpr int64_t kLine = 16;  // rows whose elements fill a cache line of the result
+  const int64_t padded = rows + kLine;  // for the same reason as `tile`
+  const at::Tensor out = at::empty({columns, padded}, x.options());
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, (rows + kLine - 1) / kLine, 1, [&](int64_t begin, int64_t end) {
+    float tile[kLine][kBlock];  // a copy, because rows at a stride of a power of two share the same cache lines
+    for_tiles(columns, kBlock, [&](int64_t column, int64_t width) {
+      for (int64_t line = begin; line < end; ++line) {
+        const int64_t row = line * kLine, height = std::min(kLine, rows - row);
+        for (int64_t i = 0; i < height; ++i) std::copy_n(from + (row + i) * stride + column, width, tile[i]);
+        for (int64_t j = 0; j < width; ++j) {
+          for (int64_t i = 0; i < height; ++i) to[(column + j) * padded + row + i] = tile[i][j];
+        }
+      }
+    });
+  });
+  return out.narrow(1, 0, rows);
+}
+
+// out = a @ b + start, where start is empty (none), a row, or `out` itself. All are matrices with contiguous rows; in
+// other types than float32, with any strides.
+inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const at::Tensor& start = {}) {
+#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
+  if (has_tile_products(a.scalar_type())) {
+    const int64_t rows = out.size(0), columns = out.size(1), depth = a.size(1);
+    // Blocks of equal size, for the same work on every thread; a multiple of 8, since each size needs code of its own.
+    const int64_t fewest = std::max<int64_t>((rows + kBlock - 1) / kBlock, 1), unit = 8 * fewest;
+    const int64_t height = std::max<int64_t>((rows + unit - 1) / unit, 1) * 8, row_blocks = (rows + height - 1) / height;
+    const int64_t column_blocks = (columns + kBlock - 1) / kBlock;
+    const float *left = a.const_data_ptr<float>(), *right = b.const_data_ptr<float>();
+    const float* bias = start.defined() && start.dim() == 1 ? start.const_data_ptr<float>() : nullptr;
+    float* result = out.mutable_data_ptr<float>();
+    const int64_t left_stride = a.stride(0), right_stride = b.stride(0), stride = out.stride(0);
+    at::parallel_for(0, row_blocks * column_blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t row = block / column_blocks * height, column = block % column_blocks * kBlock;
+        const int64_t block_rows = std::min(height, rows - row), block_columns = std::min(kBlock, columns - column);
+        float* to = result + row * stride + column;
+        if (bias) {
+          for (int64_t i = 0; i < block_rows; ++i) std::copy_n(bias + column, block_columns, to + i * stride);
+        }
+        for_tiles(depth, kDepth, [&](int64_t first, int64_t count) {
+          at::native::cpublas::brgemm(block_rows, block_columns, count, left_stride, right_stride, stride,
+                                      start.defined() || first > 0, left + row * left_stride + first,
+                                      right + first * right_stride + column, to, false);
+        });
+      }
+      at::native::cpublas::brgemm_release();
+    });
+    return;
+  }
+#endif
+  at::Tensor result = out;
+  if (start.defined()) {
+    at::addmm_out(result, start, a, b);
+  } else {
+    at::mm_out(result, a, b);
+  }
+}
+
+// The gradient of a linear layer's weight (outputs, inputs), summed over tiles of tokens.
+class WeightGradient {
+ public:
+  WeightGradient(int64_t outputs, int64_t inputs, const at::TensorOptions& options)
+      : flipped_(inputs < outputs),  // so that the narrower factor is transposed
+        sum_(at::zeros(flipped_ ? at::IntArrayRef{inputs, outputs} : at::IntArrayRef{outputs, inputs}, options)) {}
+
+  // Like tile_size, but in half precision there is one tile, because sums over tiles would be rounded after each.
+  static int64_t tile_size(const at::Tensor& x) {
+    return x.element_size() == 2 ? x.size(0) : spatial_mamba::tile_size(x.size(0));
+  }
+
+  // grad_out: (tokens, outputs); x: (tokens, inputs).
+  void add(const at::Tensor& grad_out, const at::Tensor& x) {
+    product(transposed(flipped_ ? x : grad_out), flipped_ ? grad_out : x, sum_, sum_);
+  }
+  at::Tensor result() const { return flipped_ ? transposed(sum_).contiguous() : sum_; }
+
+ private:
+  bool flipped_;
+  at::Tensor sum_;
+};
+
+}  // namespace spatial_mamba
