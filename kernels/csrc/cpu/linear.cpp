@@ -12,7 +12,7 @@ using at::Tensor;
 
 Tensor linear(const Tensor& x, const Tensor& weight) {
   Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
-  product(x, transposed(weight), out);
+  product(x, transposed_weight(weight, x.size(0)), out);
   return out;
 }
 
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_out, const Tensor&
   const int64_t tokens = x.size(0);
   Tensor grad_x = at::empty_like(x);
   product(grad_out, weight, grad_x);
-  WeightGradient grad_weight(weight.size(0), weight.size(1), x.options());
+  WeightGradient grad_weight(weight.size(0), weight.size(1), tokens, x.options());
   for_tiles(tokens, WeightGradient::tile_size(x), [&](int64_t first, int64_t count) {
     grad_weight.add(grad_out.narrow(0, first, count), x.narrow(0, first, count));
   });

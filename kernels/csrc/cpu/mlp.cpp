@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& expand, const Tens
   Tensor out = at::empty({tokens, project.size(0)}, x.options());
   Tensor hidden = at::empty({keep_hidden ? tokens : size, expand.size(0)}, x.options());
   Tensor scratch = at::empty({size, expand.size(0)}, x.options());
-  const Tensor to_hidden = transposed(expand), to_out = transposed(project);
+  const Tensor to_hidden = transposed_weight(expand, tokens), to_out = transposed_weight(project, tokens);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "mlp", [&] {
     for_tiles(tokens, size, [&](int64_t first, int64_t count) {
       Tensor before = hidden.narrow(0, keep_hidden ? first : 0, count), activated = scratch.narrow(0, 0, count);
@@ -99,7 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
   const int64_t tokens = x.size(0), dim = expand.size(0), parts = (tokens + kPartTokens - 1) / kPartTokens;
   const int64_t size = WeightGradient::tile_size(x);
   Tensor grad_x = at::empty_like(x);
-  WeightGradient grad_expand(dim, expand.size(1), x.options()), grad_project(project.size(0), dim, x.options());
+  WeightGradient grad_expand(dim, expand.size(1), tokens, x.options());
+  WeightGradient grad_project(project.size(0), dim, tokens, x.options());
   Tensor activations = at::empty({size, dim}, x.options()), gradients = at::empty_like(activations);
   const auto compute_dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor grad_bias = at::empty({parts, dim}, x.options().dtype(compute_dtype));

@@ -6,9 +6,9 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 // PyTorch defines this macro if it exports the microkernels.
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
@@ -20,9 +20,11 @@ namespace spatial_mamba {
 constexpr int64_t kBlock = 64;   // rows and columns of a block of the result
 constexpr int64_t kDepth = 512;  // a block's factors are so long, so that they fit into the cache
 
-inline bool has_tile_products(at::ScalarType dtype) {
+// Whether microkernels can multiply matrices like these: in float32, with contiguous rows.
+inline bool has_microkernels(std::initializer_list<at::Tensor> matrices) {
 #if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-  return dtype == at::kFloat;
+  return std::all_of(matrices.begin(), matrices.end(),
+                     [](const at::Tensor& x) { return x.scalar_type() == at::kFloat && x.stride(1) == 1; });
 #else
   return false;
 #endif
@@ -37,9 +39,9 @@ void for_tiles(int64_t total, int64_t size, Visit&& visit) {
   for (int64_t first = 0; first < total; first += size) visit(first, std::min(size, total - first));
 }
 
-// x (rows, columns) transposed, for use as a factor of `product`.
+// x (rows, columns) transposed, copied if that lets microkernels multiply it.
 inline at::Tensor transposed(const at::Tensor& x) {
-  if (!has_tile_products(x.scalar_type())) return x.t();
+  if (!has_microkernels({x})) return x.t();
   const int64_t rows = x.size(0), columns = x.size(1), stride = x.stride(0);
   constexpr int64_t kLine = 16;  // rows whose elements fill a cache line of the result
   const int64_t padded = rows + kLine;  // for the same reason as `tile`
@@ -61,11 +63,15 @@ inline at::Tensor transposed(const at::Tensor& x) {
   return out.narrow(1, 0, rows);
 }
 
-// out = a @ b + start, where start is empty (none), a row, or `out` itself. All are matrices with contiguous rows; in
-// other types than float32, with any strides.
+// The weight (outputs, inputs) of a linear layer transposed; a copy of it must pay off for this number of tokens.
+inline at::Tensor transposed_weight(const at::Tensor& weight, int64_t tokens) {
+  return tokens < 256 ? weight.t() : transposed(weight);
+}
+
+// out = a @ b + start, where start is undefined (0), a row, or `out` itself.
 inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const at::Tensor& start = {}) {
 #if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-  if (has_tile_products(a.scalar_type())) {
+  if (has_microkernels({a, b, out})) {
     const int64_t rows = out.size(0), columns = out.size(1), depth = a.size(1);
     // Blocks of equal size, for the same work on every thread; a multiple of 8, since each size needs code of its own.
     const int64_t fewest = std::max<int64_t>((rows + kBlock - 1) / kBlock, 1), unit = 8 * fewest;
@@ -74,7 +80,9 @@ inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
     const float *left = a.const_data_ptr<float>(), *right = b.const_data_ptr<float>();
     const float* bias = start.defined() && start.dim() == 1 ? start.const_data_ptr<float>() : nullptr;
     float* result = out.mutable_data_ptr<float>();
-    const int64_t left_stride = a.stride(0), right_stride = b.stride(0), stride = out.stride(0);
+    // Strides of a single row are arbitrary.
+    const int64_t left_stride = std::max(a.stride(0), depth), right_stride = std::max(b.stride(0), columns);
+    const int64_t stride = std::max(out.stride(0), columns);
     at::parallel_for(0, row_blocks * column_blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t row = block / column_blocks * height, column = block % column_blocks * kBlock;
@@ -105,9 +113,12 @@ inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
 // The gradient of a linear layer's weight (outputs, inputs), summed over tiles of tokens.
 class WeightGradient {
  public:
-  WeightGradient(int64_t outputs, int64_t inputs, const at::TensorOptions& options)
-      : flipped_(inputs < outputs),  // so that the narrower factor is transposed
-        sum_(at::zeros(flipped_ ? at::IntArrayRef{inputs, outputs} : at::IntArrayRef{outputs, inputs}, options)) {}
+  WeightGradient(int64_t outputs, int64_t inputs, int64_t tokens, const at::TensorOptions& options)
+      // Transposes what is smaller: the output gradients, or the inputs and the result.
+      : flipped_(tokens * outputs > tokens * inputs + outputs * inputs),
+        sum_(at::empty(flipped_ ? at::IntArrayRef{inputs, outputs} : at::IntArrayRef{outputs, inputs}, options)) {
+    if (tokens == 0) sum_.zero_();
+  }
 
   // Like tile_size, but in half precision there is one tile, because sums over tiles would be rounded after each.
   static int64_t tile_size(const at::Tensor& x) {
@@ -116,12 +127,13 @@ class WeightGradient {
 
   // grad_out: (tokens, outputs); x: (tokens, inputs).
   void add(const at::Tensor& grad_out, const at::Tensor& x) {
-    product(transposed(flipped_ ? x : grad_out), flipped_ ? grad_out : x, sum_, sum_);
+    product(transposed(flipped_ ? x : grad_out), flipped_ ? grad_out : x, sum_, started_ ? sum_ : at::Tensor());
+    started_ = true;
   }
   at::Tensor result() const { return flipped_ ? transposed(sum_).contiguous() : sum_; }
 
  private:
-  bool flipped_;
+  bool flipped_, started_ = false;
   at::Tensor sum_;
 };
 
