@@ -10,7 +10,7 @@ LAYOUTS = layouts(weight="outputs, inputs")
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.linear(x, weight)``; faster in float32, see `product.h`.
+    """``F.linear(x, weight)``. In float32 on CPUs, it and its gradients use oneDNN's kernels instead of PyTorch's BLAS.
 
     Args:
         x: (..., inputs).

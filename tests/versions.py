@@ -21,8 +21,8 @@ COMBINATIONS = {  # name: (Python, calls of pip install)
     "newest": ("3.13", [["torch", "torchvision"], EXTRAS]),
 }
 OPERATORS = (
-    "depthwise_conv downsampling_conv gated_norm layer_norm mlp recurrence selective_scan spatial_mixer state_fusion "
-    "structure_aware_scan"
+    "depthwise_conv downsampling_conv gated_norm layer_norm linear mlp recurrence selective_scan spatial_mixer "
+    "state_fusion structure_aware_scan"
 )
 TESTS = {  # folder: tests
     "kernels": f"build {OPERATORS}",

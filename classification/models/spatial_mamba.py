@@ -408,13 +408,13 @@ class StructureAwareSSM(nn.Module):
 
 
 def _project(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer without bias; on CPUs an operator computes it in float32, unless the layer is modified."""
-    if has_kernels("linear", x) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        if not (_has_global_hooks() or _is_modified(layer, nn.Linear)):
-            weight: Any = layer.weight
-            if plain_eager(weight) and layer.bias is None:
-                return linear(x, weight)
-    return layer(x)
+    """A linear layer without bias. On CPUs one operator computes it, unless it is modified or in half precision."""
+    if not has_kernels("linear", x) or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+        return layer(x)
+    if _has_global_hooks() or _is_modified(layer, nn.Linear) or layer.bias is not None:
+        return layer(x)
+    weight: Any = layer.weight
+    return linear(x, weight) if plain_eager(weight) else F.linear(x, weight)
 
 
 # Modules that are not called: an operator reads their weights.

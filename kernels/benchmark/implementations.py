@@ -20,6 +20,7 @@ from ..depthwise_conv import depthwise_conv
 from ..downsampling_conv import downsampling_conv
 from ..gated_norm import gated_norm
 from ..layer_norm import layer_norm
+from ..linear import linear
 from ..mlp import mlp
 from ..selective_scan import selective_scan
 from ..spatial_mixer import spatial_mixer
@@ -37,6 +38,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "conv": partial(depthwise_conv, epilogue="silu"),
     "position": partial(depthwise_conv, epilogue="residual"),
     "downsampling": downsampling_conv,
+    "linear": linear,
     "mlp": mlp,
     "norm": gated_norm,
     "layer": layer_norm,
@@ -103,7 +105,7 @@ def has_kernels(backend: str, case: Case) -> bool:
     """
     if case.operator == "layer":
         return backend == "triton"
-    if case.operator in ("downsampling", "mlp"):
+    if case.operator in ("downsampling", "linear", "mlp"):
         return backend in ("cpu", "torch")
     return backend != "cuda" or case.operator not in ("conv", "position", "norm")
 

@@ -200,12 +200,14 @@ def other_gelu(model: nn.Module) -> None:
 
 def adapter(model: nn.Module) -> None:
     """A layer that adds to another one, like LoRA's."""
-    for parent, name in ((model.layers[0].blocks[0].mlp, "fc2"), (model.layers[0].downsample.conv[1], "conv")):
+    block = model.layers[0].blocks[0]
+    changed = ((block.mlp, "fc2"), (block.self_attention, "in_proj"), (model.layers[0].downsample.conv[1], "conv"))
+    for parent, name in changed:
         setattr(parent, name, nn.Sequential(getattr(parent, name), nn.Tanh()))
 
 
 def doubling_hooks(model: nn.Module) -> None:
-    for name in ("blocks.0.mlp.fc1", "downsample.conv.1.conv"):
+    for name in ("blocks.0.mlp.fc1", "blocks.0.self_attention.out_proj", "downsample.conv.1.conv"):
         model.layers[0].get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
 
 
@@ -254,12 +256,13 @@ def test_parametrised_weights_are_computed_once() -> None:
 
     model, counting = filled_classifier(depths=(1, 1)), Counting()
     register_parametrization(model.layers[0].blocks[0].mlp.fc1, "weight", counting)
+    register_parametrization(model.layers[0].blocks[0].self_attention.in_proj, "weight", counting)
     register_parametrization(model.layers[0].downsample.conv[1].conv, "weight", counting)
     for backend in (nullcontext(), use_backend("torch")):
         counting.calls = 0
         with backend:
             model(images())
-        assert counting.calls == 2
+        assert counting.calls == 3
 
 
 def test_replaced_layers_of_a_downsampling_are_called_once() -> None:
@@ -272,12 +275,13 @@ def test_replaced_layers_of_a_downsampling_are_called_once() -> None:
     assert len(calls) == 1
 
 
-def test_sparse_weights_of_mlps_are_used() -> None:
-    mlp = filled_classifier(depths=(1,)).layers[0].blocks[0].mlp.requires_grad_(False)
-    x = torch.randn(2, 3, 3, mlp.fc1.in_features)
-    expected = mlp(x)
-    mlp.fc1.weight = nn.Parameter(mlp.fc1.weight.to_sparse_csr(), requires_grad=False)
-    torch.testing.assert_close(mlp(x), expected)
+def test_sparse_weights_are_used() -> None:
+    block = filled_classifier(depths=(1,)).layers[0].blocks[0].requires_grad_(False)
+    x = torch.randn(2, 3, 3, block.mlp.fc1.in_features)
+    expected = block(x)
+    for layer in (block.mlp.fc1, block.self_attention.in_proj):
+        layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_dropout_in_mlps_is_applied() -> None:

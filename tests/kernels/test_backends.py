@@ -18,6 +18,7 @@ from spatial_mamba.kernels import (
     downsampling_conv,
     gated_norm,
     layer_norm,
+    linear,
     mlp,
     selective_scan,
     spatial_mixer,
@@ -213,6 +214,14 @@ def downsampling_case(
     return lambda x, weight, bias: (downsampling_conv(x, weight, bias),), tensors
 
 
+def linear_case(batch: int = 9, inputs: int = 5, outputs: int = 7) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """A linear layer of ``batch`` tokens."""
+    g = generator()
+    shapes = {"x": (batch, inputs), "weight": (outputs, inputs)}
+    tensors = {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+    return lambda **kw: (linear(**kw),), tensors
+
+
 def mlp_case(
     batch: int = 9, dim: int = 5, hidden: int = 7, outputs: int = 6
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
@@ -401,11 +410,19 @@ DOWNSAMPLINGS: dict[str, dict[str, Any]] = {
     "channels beyond a vector": {"height": 3, "width": 4, "dim": 37},
     "larger than a tile": {"batch": 1, "height": 19, "width": 22, "dim": 150},
 }
+LINEARS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"batch": 1, "inputs": 1, "outputs": 1},
+    "more than a block": {"batch": 75, "inputs": 70, "outputs": 530},
+    "more than a tile": {"batch": 2600, "inputs": 20, "outputs": 67},
+    "deep": {"batch": 300, "inputs": 530, "outputs": 9},
+}
 MLPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one token": {"batch": 1, "dim": 1, "hidden": 1, "outputs": 1},
     "channels beyond a vector": {"dim": 33, "hidden": 70, "outputs": 37},
     "larger than a tile": {"batch": 2600, "dim": 8, "hidden": 16},
+    "deep": {"batch": 300, "dim": 9, "hidden": 530},
 }
 MIXERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -494,6 +511,12 @@ def test_downsampling_conv(backend: torch.device, case: dict[str, Any]) -> None:
 
 
 @compiled_backends
+@cases(LINEARS)
+def test_linear(backend: torch.device, case: dict[str, Any]) -> None:
+    assert_matches_reference(*linear_case(**case), backend)
+
+
+@compiled_backends
 @cases(MLPS)
 def test_mlp(backend: torch.device, case: dict[str, Any]) -> None:
     assert_matches_reference(*mlp_case(**case), backend)
@@ -527,7 +550,7 @@ def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pyte
     assert_matches_reference(*layer_norm_case(**image, dim=8), backend, dtype)
     if not interpreted(request):  # it truncates where GPUs round: too coarse for several operators in sequence
         assert_matches_reference(*downsampling_case(dim=8), backend, dtype)
-        for operator in (mixer_case(), mlp_case(2600)):
+        for operator in (mixer_case(), linear_case(2600), mlp_case(2600)):
             assert_matches_reference(*operator, backend, dtype, rounds_within=True)
 
 
@@ -650,6 +673,7 @@ def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
         norm_case(1, 2, 3, 3, margins=(3, 0)),
         layer_norm_case(1, 2, 3, 3),
         downsampling_case(1, 3, 4, 3),
+        linear_case(3),
         mlp_case(3),
         mixer_case(1, 2, 3, 3, 2),
         mixer_case(1, 2, 3, 3, 2, merged=True),
@@ -734,6 +758,7 @@ OPERATORS = {
     "gated_norm": norm_case,
     "layer_norm": layer_norm_case,
     "downsampling_conv": downsampling_case,
+    "linear": linear_case,
     "mlp": mlp_case,
     "spatial_mixer": mixer_case,
 }
@@ -748,7 +773,7 @@ def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
         arguments = (tensors["x"], tensors["weight"].flatten(1), tensors["bias"], "silu")
     elif name in ("gated_norm", "layer_norm"):
         arguments = (*tensors.values(), 1e-5)
-    elif name == "downsampling_conv":
+    elif name in ("downsampling_conv", "linear"):
         arguments = tuple(tensors.values())
     elif name == "mlp":
         arguments = (*tensors.values(), True)
@@ -850,6 +875,7 @@ WRAPPED = {
     "layer norm": (layer_norm_case(), ("x",)),
     "norm by a half": (norm_case(margins=(5, 0)), ("y", "gate")),
     "downsampling": (downsampling_case(), ("x",)),
+    "linear": (linear_case(), ("x",)),
     "mlp": (mlp_case(), ("x",)),
     "mixer": (mixer_case(), ("xz",)),
     "mixer, merged": (mixer_case(merged=True), ("xz",)),
@@ -869,6 +895,7 @@ def test_compile_export_checkpoint_and_autocast(backend: torch.device, wrapped: 
         return y, *torch.autograd.grad(y.sum(), [*inputs, *module.parameters()])
 
     expected = run(module)
+    torch.compiler.reset()  # each case compiles the same function, and their number is limited
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     checkpointed = lambda *args: checkpoint(module, *args, use_reentrant=False)  # noqa: E731
     for variant in (compiled, checkpointed):
@@ -894,6 +921,7 @@ def test_flops_are_counted(backend: torch.device) -> None:
         ("gated_norm", 0),
         ("layer_norm", 0),
         ("downsampling_conv", 2 * 9 * batch * 3 * 4 * dim),
+        ("linear", 2 * 9 * 5 * 7),
         ("mlp", 2 * 9 * (5 * 7 + 7 * 6)),
         ("spatial_mixer", elements * (2 * 9 + 2 * (rank + 2) + 2 * rank + 7 + 2 * taps)),
     ):
