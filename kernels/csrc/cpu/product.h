@@ -10,6 +10,12 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "vec.h"
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 // PyTorch defines this macro if it exports the microkernels.
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
 #define SPATIAL_MAMBA_TILE_PRODUCTS 1
@@ -39,24 +45,48 @@ void for_tiles(int64_t total, int64_t size, Visit&& visit) {
   for (int64_t first = 0; first < total; first += size) visit(first, std::min(size, total - first));
 }
 
+// Transposes a block of at most 8x8 values.
+inline void transpose_block(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
+                            int64_t to_stride) {
+#if defined(__AVX__)
+  if (rows == 8 && columns == 8) {
+    __m256 x[8], y[8];
+    each<8>([&](int k) { x[k] = _mm256_loadu_ps(from + k * stride); });
+    each<4>([&](int k) {
+      y[2 * k] = _mm256_unpacklo_ps(x[2 * k], x[2 * k + 1]);
+      y[2 * k + 1] = _mm256_unpackhi_ps(x[2 * k], x[2 * k + 1]);
+    });
+    each<4>([&](int k) {
+      const int pair = k / 2 * 4 + k % 2;
+      x[k / 2 * 4 + k % 2 * 2] = _mm256_shuffle_ps(y[pair], y[pair + 2], 0x44);
+      x[k / 2 * 4 + k % 2 * 2 + 1] = _mm256_shuffle_ps(y[pair], y[pair + 2], 0xee);
+    });
+    each<4>([&](int k) {
+      _mm256_storeu_ps(to + k * to_stride, _mm256_permute2f128_ps(x[k], x[k + 4], 0x20));
+      _mm256_storeu_ps(to + (k + 4) * to_stride, _mm256_permute2f128_ps(x[k], x[k + 4], 0x31));
+    });
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * stride + j];
+  }
+}
+
 // x (rows, columns) transposed, copied if that lets microkernels multiply it.
 inline at::Tensor transposed(const at::Tensor& x) {
   if (!has_microkernels({x})) return x.t();
   const int64_t rows = x.size(0), columns = x.size(1), stride = x.stride(0);
-  constexpr int64_t kLine = 16;  // rows whose elements fill a cache line of the result
-  const int64_t padded = rows + kLine;  // for the same reason as `tile`
+  constexpr int64_t kLine = 16;         // rows whose elements fill a cache line of the result
+  const int64_t padded = rows + kLine;  // because rows at a stride of a power of two share the same cache lines
   const at::Tensor out = at::empty({columns, padded}, x.options());
   const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, (rows + kLine - 1) / kLine, 1, [&](int64_t begin, int64_t end) {
-    float tile[kLine][kBlock];  // a copy, because rows at a stride of a power of two share the same cache lines
-    for_tiles(columns, kBlock, [&](int64_t column, int64_t width) {
-      for (int64_t line = begin; line < end; ++line) {
-        const int64_t row = line * kLine, height = std::min(kLine, rows - row);
-        for (int64_t i = 0; i < height; ++i) std::copy_n(from + (row + i) * stride + column, width, tile[i]);
-        for (int64_t j = 0; j < width; ++j) {
-          for (int64_t i = 0; i < height; ++i) to[(column + j) * padded + row + i] = tile[i][j];
-        }
+    for_tiles(columns, 8, [&](int64_t column, int64_t width) {
+      for (int64_t row = begin * kLine; row < std::min(end * kLine, rows); row += 8) {
+        transpose_block(from + row * stride + column, stride, std::min<int64_t>(8, rows - row), width,
+                        to + column * padded + row, padded);
       }
     });
   });
