@@ -12,7 +12,7 @@ using at::Tensor;
 
 Tensor linear(const Tensor& x, const Tensor& weight) {
   Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
-  product(x, transposed_weight(weight, x.size(0)), out);
+  product(x, weight.t(), out);
   return out;
 }
 

@@ -81,13 +81,12 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& expand, const Tens
   Tensor out = at::empty({tokens, project.size(0)}, x.options());
   Tensor hidden = at::empty({keep_hidden ? tokens : size, expand.size(0)}, x.options());
   Tensor scratch = at::empty({size, expand.size(0)}, x.options());
-  const Tensor to_hidden = transposed_weight(expand, tokens), to_out = transposed_weight(project, tokens);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "mlp", [&] {
     for_tiles(tokens, size, [&](int64_t first, int64_t count) {
       Tensor before = hidden.narrow(0, keep_hidden ? first : 0, count), activated = scratch.narrow(0, 0, count);
-      product(x.narrow(0, first, count), to_hidden, before);
+      product(x.narrow(0, first, count), expand.t(), before);
       activate<scalar_t>(before, expand_bias, activated);
-      product(activated, to_out, out.narrow(0, first, count), project_bias);
+      product(activated, project.t(), out.narrow(0, first, count), project_bias);
     });
   });
   return {out, keep_hidden ? hidden : at::empty({0, expand.size(0)}, x.options())};

@@ -24,17 +24,7 @@
 namespace spatial_mamba {
 
 constexpr int64_t kBlock = 64;   // rows and columns of a block of the result
-constexpr int64_t kDepth = 512;  // a block's factors are so long, so that they fit into the cache
-
-// Whether microkernels can multiply matrices like these: in float32, with contiguous rows.
-inline bool has_microkernels(std::initializer_list<at::Tensor> matrices) {
-#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-  return std::all_of(matrices.begin(), matrices.end(),
-                     [](const at::Tensor& x) { return x.scalar_type() == at::kFloat && x.stride(1) == 1; });
-#else
-  return false;
-#endif
-}
+constexpr int64_t kDepth = 512;  // length of its factors, so that they stay in the cache
 
 // Number of tokens to process at a time, so that their activations stay in the cache.
 inline int64_t tile_size(int64_t tokens) { return std::min(tokens, int64_t{512} * at::get_num_threads()); }
@@ -73,71 +63,88 @@ inline void transpose_block(const float* from, int64_t stride, int64_t rows, int
   }
 }
 
-// x (rows, columns) transposed, copied if that lets microkernels multiply it.
-inline at::Tensor transposed(const at::Tensor& x) {
-  if (!has_microkernels({x})) return x.t();
-  const int64_t rows = x.size(0), columns = x.size(1), stride = x.stride(0);
-  constexpr int64_t kLine = 16;         // rows whose elements fill a cache line of the result
-  const int64_t padded = rows + kLine;  // because rows at a stride of a power of two share the same cache lines
-  const at::Tensor out = at::empty({columns, padded}, x.options());
-  const float* from = x.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, (rows + kLine - 1) / kLine, 1, [&](int64_t begin, int64_t end) {
-    for_tiles(columns, 8, [&](int64_t column, int64_t width) {
-      for (int64_t row = begin * kLine; row < std::min(end * kLine, rows); row += 8) {
-        transpose_block(from + row * stride + column, stride, std::min<int64_t>(8, rows - row), width,
-                        to + column * padded + row, padded);
-      }
+inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for_tiles(columns, 8, [&](int64_t column, int64_t width) {
+    for_tiles(rows, 8, [&](int64_t row, int64_t height) {
+      transpose_block(from + row * stride + column, stride, height, width, to + column * to_stride + row, to_stride);
     });
   });
-  return out.narrow(1, 0, rows);
 }
 
-// The weight (outputs, inputs) of a linear layer transposed; a copy of it must pay off for this number of tokens.
-inline at::Tensor transposed_weight(const at::Tensor& weight, int64_t tokens) {
-  return tokens < 256 ? weight.t() : transposed(weight);
+// A copy of x in float32 whose rows or columns are contiguous; rows of the copy are, `padding` apart.
+inline at::Tensor with_contiguous_rows(const at::Tensor& x, int64_t padding) {
+  const int64_t rows = x.size(0), columns = x.size(1), stride = columns + padding;
+  constexpr int64_t kLine = 16;  // elements of a cache line
+  const at::Tensor out = at::empty({rows, stride}, x.options());
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, (columns + kLine - 1) / kLine, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLine, count = std::min(end * kLine, columns) - first;
+    if (x.stride(1) == 1) {
+      for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * x.stride(0) + first, count, to + row * stride + first);
+    } else {
+      transpose(from + first * x.stride(1), x.stride(1), count, rows, to + first, stride);
+    }
+  });
+  return out.narrow(1, 0, columns);
 }
 
-// out = a @ b + start, where start is undefined (0), a row, or `out` itself.
-inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const at::Tensor& start = {}) {
+// x with contiguous rows, not at a stride of a multiple of 4096 bytes: such rows compete for a few lines of the cache.
+inline at::Tensor as_factor(const at::Tensor& x) {
+  const bool has_rows = x.stride(1) == 1 && x.stride(0) >= x.size(1);
+  return has_rows && x.stride(0) % 1024 != 0 ? x : with_contiguous_rows(x, /*padding=*/16);
+}
+
+// Whether microkernels multiply a and b: in float32, if rows or columns are contiguous, and not if there are so few rows
+// that transposing b does not pay off.
+inline bool use_microkernels(const at::Tensor& a, const at::Tensor& b) {
 #if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-  if (has_microkernels({a, b, out})) {
-    const int64_t rows = out.size(0), columns = out.size(1), depth = a.size(1);
-    // Blocks of equal size, for the same work on every thread; a multiple of 8, since each size needs code of its own.
-    const int64_t fewest = std::max<int64_t>((rows + kBlock - 1) / kBlock, 1), unit = 8 * fewest;
-    const int64_t height = std::max<int64_t>((rows + unit - 1) / unit, 1) * 8, row_blocks = (rows + height - 1) / height;
-    const int64_t column_blocks = (columns + kBlock - 1) / kBlock;
-    const float *left = a.const_data_ptr<float>(), *right = b.const_data_ptr<float>();
-    const float* bias = start.defined() && start.dim() == 1 ? start.const_data_ptr<float>() : nullptr;
-    float* result = out.mutable_data_ptr<float>();
-    // Strides of a single row are arbitrary.
-    const int64_t left_stride = std::max(a.stride(0), depth), right_stride = std::max(b.stride(0), columns);
-    const int64_t stride = std::max(out.stride(0), columns);
-    at::parallel_for(0, row_blocks * column_blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t row = block / column_blocks * height, column = block % column_blocks * kBlock;
-        const int64_t block_rows = std::min(height, rows - row), block_columns = std::min(kBlock, columns - column);
-        float* to = result + row * stride + column;
-        if (bias) {
-          for (int64_t i = 0; i < block_rows; ++i) std::copy_n(bias + column, block_columns, to + i * stride);
-        }
-        for_tiles(depth, kDepth, [&](int64_t first, int64_t count) {
-          at::native::cpublas::brgemm(block_rows, block_columns, count, left_stride, right_stride, stride,
-                                      start.defined() || first > 0, left + row * left_stride + first,
-                                      right + first * right_stride + column, to, false);
-        });
-      }
-      at::native::cpublas::brgemm_release();
-    });
+  const auto is_even = [](const at::Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; };
+  return a.scalar_type() == at::kFloat && a.size(0) >= (b.stride(1) == 1 ? 8 : 256) && is_even(a) && is_even(b);
+#else
+  return false;
+#endif
+}
+
+// out = a @ b + start, where start is undefined (0), a row, or `out` itself, whose rows are contiguous.
+inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const at::Tensor& start = {}) {
+  if (!use_microkernels(a, b)) {
+    at::Tensor result = out;
+    if (start.defined()) {
+      at::addmm_out(result, start, a, b);
+    } else {
+      at::mm_out(result, a, b);
+    }
     return;
   }
+#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
+  const int64_t rows = out.size(0), columns = out.size(1), depth = a.size(1);
+  const at::Tensor left = a.stride(1) == 1 && a.stride(0) >= depth ? a : with_contiguous_rows(a, /*padding=*/16);
+  const at::Tensor right = as_factor(b);
+  // Blocks of equal height, for the same work on every thread; a multiple of 8, since each size needs code of its own.
+  const int64_t fewest = (rows + kBlock - 1) / kBlock, unit = 8 * fewest, height = (rows + unit - 1) / unit * 8;
+  const int64_t row_blocks = (rows + height - 1) / height, column_blocks = (columns + kBlock - 1) / kBlock;
+  const float *from = left.const_data_ptr<float>(), *factor = right.const_data_ptr<float>();
+  const float* bias = start.defined() && start.dim() == 1 ? start.const_data_ptr<float>() : nullptr;
+  float* to = out.mutable_data_ptr<float>();
+  const int64_t left_stride = left.stride(0), right_stride = right.stride(0), stride = std::max(out.stride(0), columns);
+  at::parallel_for(0, row_blocks * column_blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block / column_blocks * height, column = block % column_blocks * kBlock;
+      const int64_t block_rows = std::min(height, rows - row), block_columns = std::min(kBlock, columns - column);
+      float* result = to + row * stride + column;
+      if (bias) {
+        for (int64_t i = 0; i < block_rows; ++i) std::copy_n(bias + column, block_columns, result + i * stride);
+      }
+      for_tiles(depth, kDepth, [&](int64_t first, int64_t count) {
+        at::native::cpublas::brgemm(block_rows, block_columns, count, left_stride, right_stride, stride,
+                                    start.defined() || first > 0, from + row * left_stride + first,
+                                    factor + first * right_stride + column, result, false);
+      });
+    }
+    at::native::cpublas::brgemm_release();
+  });
 #endif
-  at::Tensor result = out;
-  if (start.defined()) {
-    at::addmm_out(result, start, a, b);
-  } else {
-    at::mm_out(result, a, b);
-  }
 }
 
 // The gradient of a linear layer's weight (outputs, inputs), summed over tiles of tokens.
@@ -157,10 +164,13 @@ class WeightGradient {
 
   // grad_out: (tokens, outputs); x: (tokens, inputs).
   void add(const at::Tensor& grad_out, const at::Tensor& x) {
-    product(transposed(flipped_ ? x : grad_out), flipped_ ? grad_out : x, sum_, started_ ? sum_ : at::Tensor());
+    product(flipped_ ? x.t() : grad_out.t(), flipped_ ? grad_out : x, sum_, started_ ? sum_ : at::Tensor());
     started_ = true;
   }
-  at::Tensor result() const { return flipped_ ? transposed(sum_).contiguous() : sum_; }
+  at::Tensor result() const {
+    if (!flipped_) return sum_;
+    return sum_.scalar_type() == at::kFloat ? with_contiguous_rows(sum_.t(), /*padding=*/0) : sum_.t().contiguous();
+  }
 
  private:
   bool flipped_, started_ = false;
