@@ -4,13 +4,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import check_tensors, contiguous_as, layouts
+from .tensors import check_last_axis, check_tensors, contiguous_as, layouts
 
 LAYOUTS = layouts(weight="outputs, inputs")
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.linear(x, weight)``. In float32 on CPUs, it and its gradients use oneDNN's kernels instead of PyTorch's BLAS.
+    """``F.linear(x, weight.to(x.dtype))``.
+
+    Large products in float32, also those of the gradients, use oneDNN's microkernels where PyTorch exports them.
 
     Args:
         x: (..., inputs).
@@ -23,7 +25,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         ValueError: if shapes or devices do not match.
         TypeError: if a tensor is not of a real floating-point type.
     """
-    check_tensors(LAYOUTS, dict(x=x, weight=weight), inputs=x.shape[-1])
+    check_last_axis(x, check_tensors(LAYOUTS, dict(x=x, weight=weight))["inputs"])
     out = LINEAR(x.reshape(-1, x.shape[-1]).contiguous(), contiguous_as(weight, x.dtype))
     return out.view(*x.shape[:-1], out.shape[1])
 

@@ -56,6 +56,16 @@ def check_tensors(expected: Mapping[str, Layout], tensors: Mapping[str, Tensor |
     return sizes
 
 
+def check_last_axis(x: Tensor, size: int) -> None:
+    """Check the input of a linear layer.
+
+    Raises:
+        ValueError: if ``x`` does not have shape (..., size).
+    """
+    if x.shape[-1:] != (size,):
+        raise ValueError(f"x must have shape (..., {size}), got {tuple(x.shape)}")
+
+
 def _fits(shape: Sequence[int], layout: Layout, sizes: dict[str, int]) -> bool:
     """Whether a shape has this layout. Axes that are new are added to ``sizes``."""
     if len(shape) != len(layout):

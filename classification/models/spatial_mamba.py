@@ -20,7 +20,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import (
@@ -408,13 +408,18 @@ class StructureAwareSSM(nn.Module):
 
 
 def _project(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer without bias. On CPUs one operator computes it, unless it is modified or in half precision."""
+    """Call a linear layer. On CPUs `linear` computes it, unless the layer is modified, frozen or has a bias, and except
+    in half precision and under autocast.
+    """
     if not has_kernels("linear", x) or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
         return layer(x)
     if _has_global_hooks() or _is_modified(layer, nn.Linear) or layer.bias is not None:
         return layer(x)
     weight: Any = layer.weight
-    return linear(x, weight) if plain_eager(weight) else F.linear(x, weight)
+    frozen = torch.is_grad_enabled() and not weight.requires_grad  # the operator would compute its gradient
+    if frozen or weight.dtype != x.dtype or not plain_eager(weight):
+        return F.linear(x, weight)
+    return linear(x, weight)
 
 
 # Modules that are not called: an operator reads their weights.
@@ -444,7 +449,7 @@ def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     if any(hooks) or "forward" in module.__dict__:
         return True
-    return type(module) is not kind and not is_parametrized(module)
+    return type_before_parametrizations(module) is not kind
 
 
 class Mlp(TimmMlp):
@@ -456,10 +461,9 @@ class Mlp(TimmMlp):
     def forward(self, x: Tensor) -> Tensor:
         if has_kernels("mlp", x) and self._is_plain():
             weights: list[Any] = [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias]
-            if plain_eager(*weights):
-                if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-                    x = x.to(torch.get_autocast_dtype(x.device.type))
-                return mlp(x, *weights)
+            autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+            if plain_eager(*weights) and (autocast or all(weight.dtype == x.dtype for weight in weights)):
+                return mlp(x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x, *weights)
         x = self.fc1(x)
         activated = self.act(x)
         with recomputed(activated, self.act, x):

@@ -22,6 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from spatial_mamba import SpatialMamba
 from spatial_mamba.classification.export.form import export_form
 from spatial_mamba.kernels import use_backend
+from spatial_mamba.kernels.backends import reference_serves
 
 from .micro_models import assert_near, assert_same_step, filled_classifier, images, micro_classifier, train_step
 
@@ -282,6 +283,39 @@ def test_sparse_weights_are_used() -> None:
     for layer in (block.mlp.fc1, block.self_attention.in_proj):
         layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
     torch.testing.assert_close(block(x), expected)
+
+
+def test_parametrised_layers_of_another_class_are_called() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = filled_classifier(depths=(1,))
+    expected, mixer = model(images()), model.layers[0].blocks[0].self_attention
+    weight = mixer.in_proj.weight
+    mixer.in_proj = Doubled(*weight.shape[::-1], bias=False)
+    mixer.in_proj.weight = nn.Parameter(weight / 2)
+    register_parametrization(mixer.in_proj, "weight", nn.Identity())
+    torch.testing.assert_close(model(images()), expected)
+
+
+@pytest.mark.parametrize("name", ["self_attention.in_proj", "self_attention.out_proj", "mlp.fc2"])
+def test_layers_of_another_dtype_are_refused(name: str) -> None:
+    model = filled_classifier(depths=(1,))
+    model.layers[0].blocks[0].get_submodule(name).double()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(images())
+
+
+def test_frozen_projections_get_no_gradients() -> None:
+    mixer = filled_classifier(depths=(1,)).layers[0].blocks[0].self_attention
+    x = torch.ones(2, 3, 3, mixer.in_proj.in_features, requires_grad=True)
+    for frozen in (False, True):
+        mixer.requires_grad_(not frozen)
+        with torch.profiler.profile() as profile:
+            mixer(x).sum().backward()
+        names = {event.key for event in profile.key_averages()}
+        assert ("spatial_mamba::linear_backward" in names) == (not frozen and not reference_serves(x, "linear"))
 
 
 def test_dropout_in_mlps_is_applied() -> None:

@@ -1,5 +1,6 @@
 """The reference implementation of the linear layer compared with sums over channels, and what it refuses."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,16 +26,46 @@ def test_linear_matches_sums_over_channels() -> None:
 
 
 @pytest.mark.usefixtures("reference_backend")
-@pytest.mark.parametrize("shape", [(OUTPUTS, INPUTS + 1), (INPUTS,), (0, INPUTS)])
-def test_linear_refuses_other_weights(shape: tuple[int, ...]) -> None:
-    message = rf"^weight must have shape \(outputs, inputs\) with inputs = {INPUTS}, outputs >= 1, got"
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(0, INPUTS)}, r"^weight must have shape \(outputs, inputs\) with outputs, inputs >= 1"),
+        ({"weight": torch.ones(OUTPUTS, 0), "x": torch.ones(5, 0)}, "^weight must have shape"),
+        ({"weight": torch.ones(INPUTS)}, "^weight must have shape"),
+        ({"x": torch.ones(2, INPUTS + 1)}, rf"^x must have shape \(\.\.\., {INPUTS}\), got \(2, {INPUTS + 1}\)$"),
+        ({"x": torch.tensor(1.0)}, r"^x must have shape .*, got \(\)$"),
+    ],
+)
+def test_linear_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        linear(**linear_inputs() | {"weight": torch.ones(shape)})
+        linear(**linear_inputs() | change)
 
 
 @pytest.mark.usefixtures("reference_backend")
 def test_linear_refuses_types_and_devices() -> None:
     assert_types_and_devices_are_refused(linear, linear_inputs())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_new_numbers_of_tokens_need_no_new_machine_code() -> None:
+    """oneDNN generates code for each size of a product, and PyTorch keeps it."""
+    weight = torch.ones(64, 64, requires_grad=True)
+
+    def train(numbers: range) -> None:
+        for tokens in numbers:
+            linear(torch.ones(tokens, 64, requires_grad=True), weight).sum().backward()
+
+    train(range(256, 1300, 13))
+    before = executable_memory()
+    train(range(257, 1300, 13))
+    assert executable_memory() - before < 2**20
+
+
+def executable_memory() -> int:
+    """Bytes of machine code in this process."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [line[0].split("-") for line in lines if "x" in line[1]]
+    return sum(int(end, 16) - int(start, 16) for start, end in ranges)
 
 
 @pytest.mark.parametrize("shape", [(0, INPUTS), (2, 0, 3, INPUTS), (INPUTS,)])

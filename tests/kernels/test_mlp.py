@@ -40,7 +40,9 @@ def test_mlp_matches_sums_over_channels() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(2, DIM + 1)}, rf"^expand must have shape \(hidden, dim\) with dim = {DIM + 1}, hidden >= 1"),
+        ({"x": torch.ones(2, DIM + 1)}, rf"^x must have shape \(\.\.\., {DIM}\), got \(2, {DIM + 1}\)$"),
+        ({"x": torch.tensor(1.0)}, r"^x must have shape .*, got \(\)$"),
+        ({"expand": torch.ones(HIDDEN, 0)}, r"^expand must have shape \(hidden, dim\) with hidden, dim >= 1"),
         ({"expand_bias": torch.ones(HIDDEN + 1)}, "^expand_bias must have shape"),
         ({"project": torch.ones(OUTPUTS, DIM)}, "^project must have shape"),
         ({"project_bias": torch.ones(1)}, "^project_bias must have shape"),

@@ -17,7 +17,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPartTokens = 64;   // with separate sums for the gradient of the bias, whatever the number of threads
+constexpr int64_t kPartTokens = 64;  // have a sum of their own for the gradient of the bias, for any number of threads
 
 // activated = gelu(hidden + bias); hidden: (tokens, dim).
 template <typename io>

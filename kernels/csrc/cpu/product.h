@@ -1,6 +1,7 @@
 // Matrix products on all threads. Those in float32 use oneDNN's microkernels if PyTorch exports them.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/addmm.h>
@@ -24,7 +25,7 @@
 namespace spatial_mamba {
 
 constexpr int64_t kBlock = 64;   // rows and columns of a block of the result
-constexpr int64_t kDepth = 512;  // length of its factors, so that they stay in the cache
+constexpr int64_t kDepth = 512;  // products summed per call at most, so that both factors stay in the cache
 
 // Number of tokens to process at a time, so that their activations stay in the cache.
 inline int64_t tile_size(int64_t tokens) { return std::min(tokens, int64_t{512} * at::get_num_threads()); }
@@ -63,6 +64,7 @@ inline void transpose_block(const float* from, int64_t stride, int64_t rows, int
   }
 }
 
+// Writes the transpose of a matrix (rows, columns).
 inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   for_tiles(columns, 8, [&](int64_t column, int64_t width) {
     for_tiles(rows, 8, [&](int64_t row, int64_t height) {
@@ -71,42 +73,48 @@ inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t c
   });
 }
 
-// A copy of x in float32 whose rows or columns are contiguous; rows of the copy are, `padding` apart.
-inline at::Tensor with_contiguous_rows(const at::Tensor& x, int64_t padding) {
-  const int64_t rows = x.size(0), columns = x.size(1), stride = columns + padding;
-  constexpr int64_t kLine = 16;  // elements of a cache line
+// Copies x, in float32 with contiguous rows or columns, so that its rows are contiguous, at this stride.
+inline at::Tensor with_contiguous_rows(const at::Tensor& x, int64_t stride) {
+  const int64_t rows = x.size(0), columns = x.size(1);
   const at::Tensor out = at::empty({rows, stride}, x.options());
   const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, (columns + kLine - 1) / kLine, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kLine, count = std::min(end * kLine, columns) - first;
-    if (x.stride(1) == 1) {
-      for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * x.stride(0) + first, count, to + row * stride + first);
-    } else {
+  if (x.stride(1) == 1) {
+    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) std::copy_n(from + row * x.stride(0), columns, to + row * stride);
+    });
+  } else {
+    constexpr int64_t kLine = 16;  // elements of a cache line
+    at::parallel_for(0, (columns + kLine - 1) / kLine, 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kLine, count = std::min(end * kLine, columns) - first;
       transpose(from + first * x.stride(1), x.stride(1), count, rows, to + first, stride);
-    }
-  });
+    });
+  }
   return out.narrow(1, 0, columns);
 }
 
-// x with contiguous rows, not at a stride of a multiple of 4096 bytes: such rows compete for a few lines of the cache.
+// x with contiguous rows whose stride is not a multiple of 4096 bytes: such rows compete for a few lines of the cache.
+// The stride of a copy is one of a few, since each needs code of its own.
 inline at::Tensor as_factor(const at::Tensor& x) {
-  const bool has_rows = x.stride(1) == 1 && x.stride(0) >= x.size(1);
-  return has_rows && x.stride(0) % 1024 != 0 ? x : with_contiguous_rows(x, /*padding=*/16);
+  if (x.stride(1) == 1 && x.stride(0) >= x.size(1) && x.stride(0) % 1024 != 0) return x;
+  int64_t stride = kBlock;
+  while (stride < x.size(1)) stride *= 2;
+  return with_contiguous_rows(x, stride + 16);
 }
 
-// Whether microkernels multiply a and b: in float32, if rows or columns are contiguous, and not if there are so few rows
-// that transposing b does not pay off.
+// Whether microkernels multiply a and b: in float32 on processors for which oneDNN has them, if rows or columns are
+// contiguous. For few rows, transposing b would not pay off.
 inline bool use_microkernels(const at::Tensor& a, const at::Tensor& b) {
-#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-  const auto is_even = [](const at::Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; };
-  return a.scalar_type() == at::kFloat && a.size(0) >= (b.stride(1) == 1 ? 8 : 256) && is_even(a) && is_even(b);
+#if defined(SPATIAL_MAMBA_TILE_PRODUCTS) && defined(__AVX2__)
+  const auto has_unit_stride = [](const at::Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; };
+  return a.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && has_unit_stride(a) &&
+         has_unit_stride(b) && a.size(1) > 0 && a.size(0) >= (b.stride(1) == 1 ? 8 : 256);
 #else
   return false;
 #endif
 }
 
-// out = a @ b + start, where start is undefined (0), a row, or `out` itself, whose rows are contiguous.
+// out = a @ b + start, where start is undefined (0), a row, or `out` itself. Rows of `out` must be contiguous.
 inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const at::Tensor& start = {}) {
   if (!use_microkernels(a, b)) {
     at::Tensor result = out;
@@ -119,9 +127,8 @@ inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
   }
 #if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
   const int64_t rows = out.size(0), columns = out.size(1), depth = a.size(1);
-  const at::Tensor left = a.stride(1) == 1 && a.stride(0) >= depth ? a : with_contiguous_rows(a, /*padding=*/16);
-  const at::Tensor right = as_factor(b);
-  // Blocks of equal height, for the same work on every thread; a multiple of 8, since each size needs code of its own.
+  const at::Tensor left = a.stride(1) == 1 && a.stride(0) >= depth ? a : as_factor(a), right = as_factor(b);
+  // Blocks of equal height, for the same work on every thread.
   const int64_t fewest = (rows + kBlock - 1) / kBlock, unit = 8 * fewest, height = (rows + unit - 1) / unit * 8;
   const int64_t row_blocks = (rows + height - 1) / height, column_blocks = (columns + kBlock - 1) / kBlock;
   const float *from = left.const_data_ptr<float>(), *factor = right.const_data_ptr<float>();
@@ -136,11 +143,18 @@ inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
       if (bias) {
         for (int64_t i = 0; i < block_rows; ++i) std::copy_n(bias + column, block_columns, result + i * stride);
       }
-      for_tiles(depth, kDepth, [&](int64_t first, int64_t count) {
-        at::native::cpublas::brgemm(block_rows, block_columns, count, left_stride, right_stride, stride,
-                                    start.defined() || first > 0, from + row * left_stride + first,
-                                    factor + first * right_stride + column, result, false);
-      });
+      // Each size needs code of its own, so heights are multiples of 8, or less than 8, and depths powers of 2.
+      for (int64_t first = 0, count = kDepth; first < depth; first += count) {
+        while (count > depth - first) count /= 2;
+        const auto multiply = [&](int64_t i, int64_t height) {
+          at::native::cpublas::brgemm(height, block_columns, count, left_stride, right_stride, stride,
+                                      start.defined() || first > 0, from + (row + i) * left_stride + first,
+                                      factor + first * right_stride + column, result + i * stride, false);
+        };
+        const int64_t rest = block_rows % 8;
+        if (rest < block_rows) multiply(0, block_rows - rest);
+        if (rest > 0) multiply(block_rows - rest, rest);
+      }
     }
     at::native::cpublas::brgemm_release();
   });
@@ -151,7 +165,7 @@ inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
 class WeightGradient {
  public:
   WeightGradient(int64_t outputs, int64_t inputs, int64_t tokens, const at::TensorOptions& options)
-      // Transposes what is smaller: the output gradients, or the inputs and the result.
+      // Transposes whichever is smaller: the output gradients, or the inputs and the result.
       : flipped_(tokens * outputs > tokens * inputs + outputs * inputs),
         sum_(at::empty(flipped_ ? at::IntArrayRef{inputs, outputs} : at::IntArrayRef{outputs, inputs}, options)) {
     if (tokens == 0) sum_.zero_();
@@ -169,7 +183,8 @@ class WeightGradient {
   }
   at::Tensor result() const {
     if (!flipped_) return sum_;
-    return sum_.scalar_type() == at::kFloat ? with_contiguous_rows(sum_.t(), /*padding=*/0) : sum_.t().contiguous();
+    if (sum_.scalar_type() != at::kFloat) return sum_.t().contiguous();
+    return with_contiguous_rows(sum_.t(), sum_.size(0));  // faster
   }
 
  private:
