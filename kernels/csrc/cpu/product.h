@@ -9,7 +9,6 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "vec.h"
 
@@ -146,8 +145,8 @@ inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
       // Each size needs code of its own, so heights are multiples of 8, or less than 8, and depths powers of 2.
       for (int64_t first = 0, count = kDepth; first < depth; first += count) {
         while (count > depth - first) count /= 2;
-        const auto multiply = [&](int64_t i, int64_t height) {
-          at::native::cpublas::brgemm(height, block_columns, count, left_stride, right_stride, stride,
+        const auto multiply = [&](int64_t i, int64_t n) {
+          at::native::cpublas::brgemm(n, block_columns, count, left_stride, right_stride, stride,
                                       start.defined() || first > 0, from + (row + i) * left_stride + first,
                                       factor + first * right_stride + column, result + i * stride, false);
         };
