@@ -154,6 +154,8 @@ class BackwardTile {
       Vec<T> grad[n];
       const io* out = grad_out_ + (shape_.token(b_, i) + j) * shape_.dim + channel;
       each<n>([&](int k) { grad[k] = load(out + k * shape_.dim, lanes); });
+      each<n>([&](int k) { prefetch(out + (shape_.width + k) * shape_.dim); });
+      each<n>([&](int k) { prefetch(x_[shape_.token(b_, i + 2) + j + k] + channel); });
       if constexpr (epilogue == Epilogue::kSilu) {
         Vec<T> value[n], gate[n];
         each<n>([&](int k) { value[k] = taps[kTaps]; });
@@ -187,6 +189,7 @@ class BackwardTile {
       each<n>([&](int k) { sums[k] = epilogue == Epilogue::kResidual ? near(1, k + 1) : Vec<T>{}; });
       convolve<T, n>(near, [&](int row, int column) { return taps[kTaps - 1 - 3 * row - column]; }, sums);
       each<n>([&](int k) { store(grad_x[shape_.token(b_, i) + j + k] + channel, sums[k], lanes); });
+      each<n>([&](int k) { prefetch_to_write(grad_x[shape_.token(b_, i + 1) + j + k] + channel); });
     }
   }
 

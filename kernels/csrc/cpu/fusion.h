@@ -1,6 +1,8 @@
 // Fusion of a row of states with the rows around it, its adjoint and the gradients of its taps.
 #pragma once
 
+#include <c10/util/ArrayRef.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -17,11 +19,11 @@ struct Neighbourhood {
     int64_t row, column;
   };
 
-  Neighbourhood(const int64_t* flat, int64_t count) {
-    for (int64_t t = 0; t < count; ++t) {
-      offsets.push_back({flat[2 * t], flat[2 * t + 1]});
-      row_reach = std::max(row_reach, std::abs(offsets[t].row));
-      column_reach = std::max(column_reach, std::abs(offsets[t].column));
+  explicit Neighbourhood(at::IntArrayRef flat) {
+    for (size_t i = 0; i < flat.size(); i += 2) {
+      offsets.push_back({flat[i], flat[i + 1]});
+      row_reach = std::max(row_reach, std::abs(flat[i]));
+      column_reach = std::max(column_reach, std::abs(flat[i + 1]));
     }
   }
   int64_t size() const { return static_cast<int64_t>(offsets.size()); }
@@ -31,74 +33,70 @@ struct Neighbourhood {
   int64_t row_reach = 0, column_reach = 0;
 };
 
-// The last few rows of a map, one vector of channels per token. Each row has a margin on both sides: zeros, or copies
-// of its first and last token.
+// Where the rows of a map are in a ring that holds the last few of them, each with a margin on both sides.
+struct RingLayout {
+  int64_t rows, width, margin;
+
+  int64_t stride() const { return width + 2 * margin; }
+  int64_t start(int64_t i) const { return i % rows * stride() + margin; }  // the first token of row i
+};
+
+// The last few rows of a map, one vector of channels per token. Margins hold zeros, or copies of the nearest token.
 template <typename T>
 class RowRing {
  public:
-  RowRing(int64_t rows, int64_t width, int64_t margin)
-      : rows_(rows), width_(width), margin_(margin), stride_(width + 2 * margin), tokens_(rows * stride_) {
-    for (int64_t i = 0; i < rows; ++i) {
-      std::fill_n(row(i) - margin_, margin_, Vec<T>{});
-      std::fill_n(row(i) + width_, margin_, Vec<T>{});
+  explicit RowRing(const RingLayout& layout) : layout_(layout), tokens_(layout.rows * layout.stride()) {
+    for (int64_t i = 0; i < layout.rows; ++i) {
+      std::fill_n(row(i) - layout.margin, layout.margin, Vec<T>{});
+      std::fill_n(row(i) + layout.width, layout.margin, Vec<T>{});
     }
   }
 
-  Vec<T>* row(int64_t i) {
-    const uint32_t place = static_cast<uint32_t>(i) % static_cast<uint32_t>(rows_);  // faster than in 64 bits
-    return tokens_.data() + place * stride_ + margin_;
-  }
+  Vec<T>* row(int64_t i) { return tokens_.data() + layout_.start(i); }
+  const Vec<T>* data() const { return tokens_.data(); }
 
   // Fills the margins of row i with its first and last token: replicate padding.
   void repeat_edges(int64_t i) {
     Vec<T>* tokens = row(i);
-    std::fill_n(tokens - margin_, margin_, tokens[0]);
-    std::fill_n(tokens + width_, margin_, tokens[width_ - 1]);
+    std::fill_n(tokens - layout_.margin, layout_.margin, tokens[0]);
+    std::fill_n(tokens + layout_.width, layout_.margin, tokens[layout_.width - 1]);
   }
 
  private:
-  int64_t rows_, width_, margin_, stride_;
+  RingLayout layout_;
   Vectors<T> tokens_;
 };
 
-// A neighbour of every token of a row: tokens[j] is the neighbour of token j, t the index of its tap.
-template <typename T>
+// A neighbour of every token of a row: the place in a ring of that of the first token, and the index of its tap.
 struct Tap {
-  const Vec<T>* tokens;
-  int64_t t;
+  int64_t start, t;
 };
+using Taps = std::vector<Tap>;
 
-// The taps of row i of a map; rows outside the map repeat its first and last row.
-template <typename T>
-inline void find_taps(const Neighbourhood& around, RowRing<T>& states, int64_t i, int64_t height,
-                      std::vector<Tap<T>>& taps) {
-  taps.resize(around.size());
-  const Vec<T>* tokens = nullptr;
-  int64_t tokens_row = -1;
-  for (int64_t t = 0; t < around.size(); ++t) {
-    const auto [row, column] = around.offsets[t];
-    const int64_t neighbour = std::clamp<int64_t>(i + row, 0, height - 1);
-    if (neighbour != tokens_row) tokens = states.row(tokens_row = neighbour);  // offsets are sorted by row
-    taps[t] = {tokens + column, t};
-  }
-}
-
-// The taps whose weighted sum is the adjoint of fusion: the rows that read row i, each with the tap that reads it.
-template <typename T>
-inline void find_adjoint_taps(const Neighbourhood& around, RowRing<T>& grads, int64_t i, int64_t height,
-                              std::vector<Tap<T>>& taps) {
-  taps.clear();
-  const Vec<T>* tokens = nullptr;
-  int64_t tokens_row = -1;
-  for (int64_t t = 0; t < around.size(); ++t) {
-    const auto [row, column] = around.offsets[t];
-    const int64_t first = i == 0 ? 0 : std::max<int64_t>(i - row, 0);
-    const int64_t last = i == height - 1 ? height - 1 : std::min(i - row, height - 1);
-    for (int64_t reader = first; reader <= last; ++reader) {
-      if (reader != tokens_row) tokens = grads.row(tokens_row = reader);
-      taps.push_back({tokens - column, t});
+// The taps of each row of a map; rows outside the map repeat its first and last row.
+inline std::vector<Taps> find_taps(const Neighbourhood& around, const RingLayout& ring, int64_t height) {
+  std::vector<Taps> taps(height);
+  for (int64_t i = 0; i < height; ++i) {
+    for (int64_t t = 0; t < around.size(); ++t) {
+      const auto [row, column] = around.offsets[t];
+      const int64_t neighbour = std::clamp<int64_t>(i + row, 0, height - 1);
+      taps[i].push_back({ring.start(neighbour) + column, t});
     }
   }
+  return taps;
+}
+
+// The taps whose weighted sum is the adjoint of fusion: the rows that read each row, with the taps that read it.
+inline std::vector<Taps> find_adjoint_taps(const Neighbourhood& around, const RingLayout& ring, int64_t height) {
+  std::vector<Taps> taps(height);
+  for (int64_t t = 0; t < around.size(); ++t) {
+    const auto [row, column] = around.offsets[t];
+    for (int64_t reader = 0; reader < height; ++reader) {
+      const int64_t read = std::clamp<int64_t>(reader + row, 0, height - 1);
+      taps[read].push_back({ring.start(reader) - column, t});
+    }
+  }
+  return taps;
 }
 
 // Calls step(n, j) for blocks of n tokens that cover a row; the last block overlaps the one before. 14 accumulators and
@@ -117,13 +115,14 @@ inline void for_token_blocks(int64_t width, Step&& step) {
   }
 }
 
-// fused[k] = sum over taps of weight * neighbour, for the n tokens from j on.
+// fused[k] = sum over taps of weight * neighbour, for the n tokens from j on. `ring` holds the neighbours.
 template <int n, typename T>
-inline void fuse(const std::vector<Tap<T>>& taps, const Vectors<T>& weights, int64_t j, Vec<T> (&fused)[n]) {
+inline void fuse(const Vec<T>* ring, const Taps& taps, const Vectors<T>& weights, int64_t j,
+                 Vec<T> (&fused)[n]) {
   Vec<T> sums[n] = {};
   for (const auto& tap : taps) {
     const Vec<T> weight = weights[tap.t];
-    const Vec<T>* tokens = tap.tokens + j;
+    const Vec<T>* tokens = ring + tap.start + j;
     each<n>([&](int k) { sums[k] += weight * tokens[k]; });
   }
   each<n>([&](int k) { fused[k] = sums[k]; });
@@ -131,12 +130,12 @@ inline void fuse(const std::vector<Tap<T>>& taps, const Vectors<T>& weights, int
 
 // Like fuse, and adds grad[k] * neighbour to the gradients of the taps.
 template <int n, typename T>
-inline void fuse_and_correlate(const std::vector<Tap<T>>& taps, const Vectors<T>& weights, int64_t j,
+inline void fuse_and_correlate(const Vec<T>* ring, const Taps& taps, const Vectors<T>& weights, int64_t j,
                                const Vec<T> (&grad)[n], Vec<T> (&fused)[n], Vectors<T>& grad_weights) {
   Vec<T> sums[n] = {};
   for (const auto& tap : taps) {
     const Vec<T> weight = weights[tap.t];
-    const Vec<T>* tokens = tap.tokens + j;
+    const Vec<T>* tokens = ring + tap.start + j;
     Vec<T> correlation = {};
     each<n>([&](int k) {
       sums[k] += weight * tokens[k];
@@ -147,28 +146,31 @@ inline void fuse_and_correlate(const std::vector<Tap<T>>& taps, const Vectors<T>
   each<n>([&](int k) { fused[k] = sums[k]; });
 }
 
-// The adjoint of fusion for one row: the sum over the tokens that read each token. Their gradients are in rows with
+// The adjoint of fusion for one row: the sum over the tokens that read each token. Their gradients are in a ring with
 // margins of zeros. The first and last token are also read in place of neighbours outside the map.
 template <typename T>
-inline void fuse_adjoint(const Neighbourhood& around, const std::vector<Tap<T>>& adjoint_taps,
+inline void fuse_adjoint(const Neighbourhood& around, const Vec<T>* ring, const Taps& adjoint_taps,
                          const Vectors<T>& weights, int64_t width, Vec<T>* received) {
   for_token_blocks(width, [&](auto n, int64_t j) {
     Vec<T> sums[n];
-    fuse(adjoint_taps, weights, j, sums);
+    fuse(ring, adjoint_taps, weights, j, sums);
     each<n>([&](int k) { received[j + k] = sums[k]; });
   });
+  Vec<T> left = {}, right = {};
   for (const auto& tap : adjoint_taps) {
     const int64_t column = around.offsets[tap.t].column;
-    const Vec<T>* readers = tap.tokens + column;
+    const Vec<T>* readers = ring + tap.start + column;
     Vec<T> beyond = {};
     if (column < 0) {
       for (int64_t j = 0; j < std::min(-column, width); ++j) beyond += readers[j];
-      received[0] += weights[tap.t] * beyond;
+      left += weights[tap.t] * beyond;
     } else {
       for (int64_t j = std::max<int64_t>(width - column, 0); j < width; ++j) beyond += readers[j];
-      received[width - 1] += weights[tap.t] * beyond;
+      right += weights[tap.t] * beyond;
     }
   }
+  received[0] += left;
+  received[width - 1] += right;
 }
 
 }  // namespace spatial_mamba

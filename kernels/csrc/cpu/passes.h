@@ -12,9 +12,17 @@
 
 namespace spatial_mamba {
 
-// A batch of maps, and the neighbours that fusion reads in them.
+// A batch of maps, the neighbours that fusion reads in them, and a ring of the rows that are needed at a time.
 struct Map : Shape {
+  Map(const at::Tensor& x, at::IntArrayRef offsets)
+      : Shape{x.size(0), x.size(1), x.size(2), x.size(3)},
+        around(offsets),
+        ring{around.rows(), width, around.column_reach},
+        taps_of_rows(find_taps(around, ring, height)) {}
+
   Neighbourhood around;
+  RingLayout ring;
+  std::vector<Taps> taps_of_rows;
 };
 
 // The weights of the taps, (T, dim) in memory, for one vector of channels.
@@ -34,29 +42,17 @@ int64_t channel_groups(const Map& map) {
 }
 
 // Runs a pass over every vector of channels of every image; make(b, channel, group) starts one. A pass takes one step
-// per row, and some more until fusion has read all neighbours of the last row. Neighbouring vectors of channels step
-// together while their rows fit into the cache, so that memory is read in longer runs.
-template <typename Pass, typename Make>
+// per row, and some more until fusion has read all neighbours of the last row.
+template <typename T, typename Make>
 void run_passes(const Map& map, int64_t groups, Make&& make) {
-  using T = typename Pass::T;
-  constexpr int64_t kCacheBytes = 3 << 19;
-  const int64_t row_bytes = (map.width + 2 * map.around.column_reach) * kVectorBytes;
-  const int64_t together = std::clamp<int64_t>(kCacheBytes / (Pass::rows_held(map.around) * row_bytes), 1, 8);
-  const int64_t steps = map.height + map.around.row_reach;
   at::parallel_for(0, map.batch * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / groups, group = item % groups;
       const int64_t last = (group + 1) * map.chunks<T>() / groups;
-      for (int64_t chunk = group * map.chunks<T>() / groups; chunk < last; chunk += together) {
-        std::vector<Pass> passes;
-        passes.reserve(together);
-        for (int64_t c = chunk; c < std::min(chunk + together, last); ++c) {
-          passes.push_back(make(b, c * kLanes<T>, group));
-        }
-        for (int64_t step = 0; step < steps; ++step) {
-          for (auto& pass : passes) pass.advance(step);
-        }
-        for (auto& pass : passes) pass.finish();
+      for (int64_t chunk = group * map.chunks<T>() / groups; chunk < last; ++chunk) {
+        auto pass = make(b, chunk * kLanes<T>, group);
+        for (int64_t step = 0; step < map.height + map.around.row_reach; ++step) pass.advance(step);
+        pass.finish();
       }
     }
   });

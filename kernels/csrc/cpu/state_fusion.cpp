@@ -26,9 +26,7 @@ class FuseChannels {
         h_(h),
         fused_(fused),
         weights_(load_taps(map, taps, channel, lanes_)),
-        states_(map.around.rows(), map.width, map.around.column_reach) {}
-
-  static int64_t rows_held(const Neighbourhood& around) { return around.rows(); }
+        states_(map.ring) {}
 
   void advance(int64_t step) {
     if (step < map_.height) read(step);
@@ -47,10 +45,9 @@ class FuseChannels {
   }
 
   void fuse_row(int64_t i) {
-    find_taps(map_.around, states_, i, map_.height, taps_);
     for_token_blocks(map_.width, [&](auto n, int64_t j) {
       Vec<T> fused[n];
-      fuse(taps_, weights_, j, fused);
+      fuse(states_.data(), map_.taps_of_rows[i], weights_, j, fused);
       each<n>([&](int k) { store(fused_ + first(i) + (j + k) * map_.dim, fused[k], lanes_); });
     });
   }
@@ -62,7 +59,6 @@ class FuseChannels {
   io* fused_;
   Vectors<T> weights_;
   RowRing<T> states_;
-  std::vector<Tap<T>> taps_;
 };
 
 template <typename io>
@@ -71,9 +67,10 @@ class FuseChannelsBackward {
   using T = Compute<io>;
 
   // grad_taps: (batch, T, dim), to be summed over the batch afterwards.
-  FuseChannelsBackward(const Map& map, int64_t b, int64_t channel, const io* grad_out, const io* h, const T* taps,
-                       io* grad_h, T* grad_taps)
+  FuseChannelsBackward(const Map& map, const std::vector<Taps>& adjoint_taps, int64_t b, int64_t channel,
+                       const io* grad_out, const io* h, const T* taps, io* grad_h, T* grad_taps)
       : map_(map),
+        adjoint_taps_(adjoint_taps),
         b_(b),
         channel_(channel),
         lanes_(map.lanes<T>(channel)),
@@ -82,14 +79,12 @@ class FuseChannelsBackward {
         grad_h_(grad_h),
         grad_taps_(grad_taps),
         weights_(load_taps(map, taps, channel, lanes_)),
-        states_(map.around.rows(), map.width, map.around.column_reach),
-        grads_(map.around.rows(), map.width, map.around.column_reach),
+        states_(map.ring),
+        grads_(map.ring),
         grad_weights_(map.around.size()),
         grad_states_(map.width) {
     std::fill_n(grad_weights_.data(), map.around.size(), Vec<T>{});
   }
-
-  static int64_t rows_held(const Neighbourhood& around) { return 2 * around.rows(); }
 
   void advance(int64_t step) {
     if (step < map_.height) read(step);
@@ -117,20 +112,20 @@ class FuseChannelsBackward {
   }
 
   void taps_backward(int64_t i) {
-    find_taps(map_.around, states_, i, map_.height, taps_);
     const Vec<T>* grads = grads_.row(i);
-    for (const auto& tap : taps_) {
-      for (int64_t j = 0; j < map_.width; ++j) grad_weights_[tap.t] += grads[j] * tap.tokens[j];
+    for (const auto& tap : map_.taps_of_rows[i]) {
+      const Vec<T>* tokens = states_.data() + tap.start;
+      for (int64_t j = 0; j < map_.width; ++j) grad_weights_[tap.t] += grads[j] * tokens[j];
     }
   }
 
   void states_backward(int64_t i) {
-    find_adjoint_taps(map_.around, grads_, i, map_.height, taps_);
-    fuse_adjoint(map_.around, taps_, weights_, map_.width, grad_states_.data());
+    fuse_adjoint(map_.around, grads_.data(), adjoint_taps_[i], weights_, map_.width, grad_states_.data());
     for (int64_t j = 0; j < map_.width; ++j) store(grad_h_ + first(i) + j * map_.dim, grad_states_[j], lanes_);
   }
 
   const Map& map_;
+  const std::vector<Taps>& adjoint_taps_;
   int64_t b_, channel_;
   int lanes_;
   const io *grad_out_, *h_;
@@ -139,23 +134,18 @@ class FuseChannelsBackward {
   Vectors<T> weights_;
   RowRing<T> states_, grads_;
   Vectors<T> grad_weights_, grad_states_;
-  std::vector<Tap<T>> taps_;
 };
 
-Map make_map(const Tensor& h, const Tensor& taps, at::IntArrayRef offsets) {
-  return {h.size(0), h.size(1), h.size(2), h.size(3), Neighbourhood(offsets.data(), taps.size(0))};
-}
-
 Tensor state_fusion(const Tensor& h, const Tensor& taps, at::IntArrayRef offsets) {
-  const Map map = make_map(h, taps, offsets);
+  const Map map(h, offsets);
   Tensor fused = at::empty_like(h);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "state_fusion", [&] {
-    using Pass = FuseChannels<scalar_t>;
+    using T = Compute<scalar_t>;
     const auto* states = h.const_data_ptr<scalar_t>();
-    const auto* weights = taps.const_data_ptr<typename Pass::T>();
+    const auto* weights = taps.const_data_ptr<T>();
     auto* out = fused.mutable_data_ptr<scalar_t>();
-    run_passes<Pass>(map, channel_groups<typename Pass::T>(map), [&](int64_t b, int64_t channel, int64_t) {
-      return Pass(map, b, channel, states, weights, out);
+    run_passes<T>(map, channel_groups<T>(map), [&](int64_t b, int64_t channel, int64_t) {
+      return FuseChannels<scalar_t>(map, b, channel, states, weights, out);
     });
   });
   return fused;
@@ -163,17 +153,18 @@ Tensor state_fusion(const Tensor& h, const Tensor& taps, at::IntArrayRef offsets
 
 std::tuple<Tensor, Tensor> state_fusion_backward(const Tensor& grad_out, const Tensor& h, const Tensor& taps,
                                                  at::IntArrayRef offsets) {
-  const Map map = make_map(h, taps, offsets);
+  const Map map(h, offsets);
   Tensor grad_h = at::empty_like(h), grad_taps = at::empty({h.size(0), taps.size(0), taps.size(1)}, taps.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "state_fusion_backward", [&] {
-    using Pass = FuseChannelsBackward<scalar_t>;
-    using T = typename Pass::T;
+    using T = Compute<scalar_t>;
+    const auto adjoint_taps = find_adjoint_taps(map.around, map.ring, map.height);
     const auto *grad = grad_out.const_data_ptr<scalar_t>(), *states = h.const_data_ptr<scalar_t>();
     const auto* weights = taps.const_data_ptr<T>();
     auto* grad_states = grad_h.mutable_data_ptr<scalar_t>();
     auto* grad_weights = grad_taps.mutable_data_ptr<T>();
-    run_passes<Pass>(map, channel_groups<T>(map), [&](int64_t b, int64_t channel, int64_t) {
-      return Pass(map, b, channel, grad, states, weights, grad_states, grad_weights);
+    run_passes<T>(map, channel_groups<T>(map), [&](int64_t b, int64_t channel, int64_t) {
+      return FuseChannelsBackward<scalar_t>(map, adjoint_taps, b, channel, grad, states, weights, grad_states,
+                                            grad_weights);
     });
   });
   return {grad_h, grad_taps.sum(0)};

@@ -26,7 +26,7 @@ struct Core : Map {
 
   Core(const Tensor& u, const Tensor& projection, const Tensor& step_weight, const Tensor& step_bias,
        const Tensor& A_log, const Tensor& D, const Tensor& taps, at::IntArrayRef offsets)
-      : Map{u.size(0), u.size(1), u.size(2), u.size(3), Neighbourhood(offsets.data(), taps.size(0))},
+      : Map(u, offsets),
         rank(step_weight.size(1)),
         u(u.const_data_ptr<io>()),
         projection(projection.const_data_ptr<io>()),
@@ -121,10 +121,6 @@ struct ScanRecord {
   Vec<T>* slopes;  // derivative of delta with respect to its argument
 };
 
-// Vectors of neighbouring tokens are far apart in memory, which defeats hardware prefetching: they are prefetched this
-// many tokens ahead.
-constexpr int64_t kAhead = 16;
-
 template <int n, typename io, typename T>
 inline __attribute__((always_inline)) void scan_tokens(const Core<io>& core, const ChannelWeights<T>& weights,
                                                        const ProjectionRow<io>& projection, const io* u, int64_t j,
@@ -138,10 +134,11 @@ inline __attribute__((always_inline)) void scan_tokens(const Core<io>& core, con
   }
   softplus2<T>(x, e, s);
   each<n>([&](int k) { decay[k] = s[k] * weights.A; });
+  const int64_t next_row = record ? -core.width : core.width;  // the backward pass goes up the rows
   exp2_nonpositive(decay);
   each<n>([&](int k) {
     const Vec<T> tokens = load(u + (j + k) * core.dim, lanes);
-    __builtin_prefetch(u + (j + k + kAhead) * core.dim);
+    prefetch(u + (j + k + next_row) * core.dim);
     h = decay[k] * h + s[k] * (tokens * (projection.B(j + k) * T(M_LN2)));
     states[j + k] = h;
   });
@@ -194,7 +191,7 @@ class ForwardChannels {
         y_(y),
         row_states_(row_states),
         projection_(core),
-        states_(core.around.rows(), core.width, core.around.column_reach) {}
+        states_(core.ring) {}
 
   // Scans row i, if there is one, and finishes the row whose last neighbours are now known.
   void advance(int64_t step) {
@@ -202,7 +199,6 @@ class ForwardChannels {
     if (step >= core_.around.row_reach) read_out(step - core_.around.row_reach);
   }
 
-  static int64_t rows_held(const Neighbourhood& around) { return around.rows(); }
   void finish() {}
 
  private:
@@ -215,15 +211,14 @@ class ForwardChannels {
   }
 
   void read_out(int64_t i) {
-    find_taps(core_.around, states_, i, core_.height, taps_);
     projection_.read(b_, i);
     const int64_t first = core_.token(b_, i) * core_.dim + channel_;
     for_token_blocks(core_.width, [&](auto n, int64_t j) {
       Vec<T> fused[n];
-      fuse(taps_, weights_.taps, j, fused);
+      fuse(states_.data(), core_.taps_of_rows[i], weights_.taps, j, fused);
       each<n>([&](int k) {
         const int64_t token = first + (j + k) * core_.dim;
-        __builtin_prefetch(y_ + token + kAhead * core_.dim, 1);
+        prefetch_to_write(y_ + token + core_.width * core_.dim);
         store(y_ + token, fused[k] * projection_.C(j + k) + weights_.D * load(core_.u + token, lanes_), lanes_);
       });
     });
@@ -237,7 +232,6 @@ class ForwardChannels {
   T* row_states_;
   ProjectionRow<io> projection_;
   RowRing<T> states_;
-  std::vector<Tap<T>> taps_;
   Vec<T> h_ = {};
 };
 
@@ -263,9 +257,11 @@ class BackwardChannels {
  public:
   using T = Compute<io>;
 
-  BackwardChannels(const Core<io>& core, const ChannelWeights<T>& weights, int64_t b, int64_t channel,
-                   const out* grad_y, const T* row_states, const CoreGradients<io>& grads, T* grad_projection)
+  BackwardChannels(const Core<io>& core, const std::vector<Taps>& adjoint_taps, const ChannelWeights<T>& weights,
+                   int64_t b, int64_t channel, const out* grad_y, const T* row_states, const CoreGradients<io>& grads,
+                   T* grad_projection)
       : core_(core),
+        adjoint_taps_(adjoint_taps),
         weights_(weights),
         b_(b),
         channel_(channel),
@@ -275,11 +271,11 @@ class BackwardChannels {
         grads_(grads),
         grad_projection_(grad_projection),
         projection_(core),
-        states_(core.around.rows(), core.width, core.around.column_reach),
-        grad_fused_(core.around.rows(), core.width, core.around.column_reach),
-        decays_(core.around.row_reach + 1, core.width, 0),
-        steps_(core.around.row_reach + 1, core.width, 0),
-        slopes_(core.around.row_reach + 1, core.width, 0),
+        states_(core.ring),
+        grad_fused_(core.ring),
+        decays_({core.around.row_reach + 1, core.width, 0}),
+        steps_({core.around.row_reach + 1, core.width, 0}),
+        slopes_({core.around.row_reach + 1, core.width, 0}),
         grad_states_(core.width),
         grad_x_(core.width),
         grad_step_(core.rank),
@@ -299,8 +295,6 @@ class BackwardChannels {
     scan_backward(finished);
     step_backward(finished);
   }
-
-  static int64_t rows_held(const Neighbourhood& around) { return 2 * around.rows() + 3 * (around.row_reach + 1); }
 
   // Writes the gradients of the weights, after the last step.
   void finish() {
@@ -332,14 +326,13 @@ class BackwardChannels {
     Vec<T>* grad_fused = grad_fused_.row(i);
     for (int64_t j = 0; j < core_.width; ++j) {
       const out* grad_y = grad_y_ + first(i) + j * core_.dim;
-      __builtin_prefetch(grad_y + kAhead * core_.dim);
+      prefetch(grad_y - core_.width * core_.dim);
       grad_fused[j] = load(grad_y, lanes_) * projection_.C(j);
     }
   }
 
   // Gradients of C, D and the taps.
   void read_out_backward(int64_t i) {
-    find_taps(core_.around, states_, i, core_.height, taps_);
     const Vec<T>* grad_fused = grad_fused_.row(i);
     // Overlapping blocks would count tokens twice.
     int64_t j = 0;
@@ -351,7 +344,7 @@ class BackwardChannels {
   void read_out_tokens_backward(int64_t i, int64_t j, const Vec<T>* grad_fused) {
     Vec<T> grad[n], fused[n];
     each<n>([&](int k) { grad[k] = grad_fused[j + k]; });
-    fuse_and_correlate(taps_, weights_.taps, j, grad, fused, grad_taps_);
+    fuse_and_correlate(states_.data(), core_.taps_of_rows[i], weights_.taps, j, grad, fused, grad_taps_);
     each<n>([&](int k) {
       const int64_t token = first(i) + (j + k) * core_.dim;
       const Vec<T> grad_y = load(grad_y_ + token, lanes_);
@@ -362,8 +355,7 @@ class BackwardChannels {
 
   // Gradients of the states of row i through fusion.
   void fusion_backward(int64_t i) {
-    find_adjoint_taps(core_.around, grad_fused_, i, core_.height, taps_);
-    fuse_adjoint(core_.around, taps_, weights_.taps, core_.width, grad_states_.data());
+    fuse_adjoint(core_.around, grad_fused_.data(), adjoint_taps_[i], weights_.taps, core_.width, grad_states_.data());
   }
 
   // Runs the recurrence backwards over row i: gradients of u, B, A_log and of the argument x of the softplus.
@@ -389,7 +381,7 @@ class BackwardChannels {
       grad_A_log += grad_exponent * delta * A;
       grad_bias += grad_x;
       grad_x_[j] = grad_x;
-      __builtin_prefetch(row_grad_u + (j - kAhead) * dim, 1);
+      prefetch_to_write(row_grad_u + (j - core_.width) * dim);
       store(row_grad_u + j * dim, grad_input * B + grad_y * D, lanes_);
       grad_B[j * stride] += sum<T>(grad_input * u);
     }
@@ -411,10 +403,13 @@ class BackwardChannels {
           even += weights[c] * grad_x[c];
           odd += weights[c + 1] * grad_x[c + 1];
         }
-        T sums[kLanes<T>];
-        narrow(sums, even + odd);
+        const Vec<T> sums = even + odd;
         T* grad_r = grad_projection(i, j) + k;
-        for (int lane = 0; lane < n; ++lane) grad_r[lane] += sums[lane];
+        if (n == kLanes<T>) {
+          narrow(grad_r, widen(grad_r) + sums);
+        } else {
+          for (int lane = 0; lane < n; ++lane) grad_r[lane] += sums[lane];
+        }
       }
     }
     int64_t k = 0;
@@ -433,6 +428,7 @@ class BackwardChannels {
   }
 
   const Core<io>& core_;
+  const std::vector<Taps>& adjoint_taps_;
   const ChannelWeights<T>& weights_;
   int64_t b_, channel_;
   int lanes_;
@@ -443,7 +439,6 @@ class BackwardChannels {
   ProjectionRow<io> projection_;
   RowRing<T> states_, grad_fused_, decays_, steps_, slopes_;
   Vectors<T> grad_states_, grad_x_, grad_step_, grad_taps_;
-  std::vector<Tap<T>> taps_;
   Vec<T> carry_ = {}, grad_bias_ = {}, grad_A_log_ = {}, grad_D_ = {};
 };
 
@@ -452,10 +447,9 @@ class BackwardChannels {
 template <typename io, typename out>
 void forward(const Core<io>& core, out* y, Compute<io>* row_states) {
   using T = Compute<io>;
-  using Pass = ForwardChannels<io, out>;
   const auto weights = prepare_weights(core);
-  run_passes<Pass>(core, channel_groups<T>(core), [&](int64_t b, int64_t channel, int64_t) {
-    return Pass(core, weights[channel / kLanes<T>], b, channel, y, row_states);
+  run_passes<T>(core, channel_groups<T>(core), [&](int64_t b, int64_t channel, int64_t) {
+    return ForwardChannels<io, out>(core, weights[channel / kLanes<T>], b, channel, y, row_states);
   });
 }
 
@@ -463,12 +457,12 @@ template <typename io, typename out>
 void backward(const Core<io>& core, const out* grad_y, const Compute<io>* row_states, const CoreGradients<io>& grads,
               int64_t groups) {
   using T = Compute<io>;
-  using Pass = BackwardChannels<io, out>;
   const auto weights = prepare_weights(core);
+  const auto adjoint_taps = find_adjoint_taps(core.around, core.ring, core.height);
   const int64_t projection_size = core.batch * core.height * core.width * (core.rank + 2);
-  run_passes<Pass>(core, groups, [&](int64_t b, int64_t channel, int64_t group) {
-    return Pass(core, weights[channel / kLanes<T>], b, channel, grad_y, row_states, grads,
-                grads.projection + group * projection_size);
+  run_passes<T>(core, groups, [&](int64_t b, int64_t channel, int64_t group) {
+    return BackwardChannels<io, out>(core, adjoint_taps, weights[channel / kLanes<T>], b, channel, grad_y, row_states,
+                                     grads, grads.projection + group * projection_size);
   });
 }
 
