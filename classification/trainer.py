@@ -1,6 +1,7 @@
 """The jobs of the trainer. Everything that can fail is done while a job is prepared, before it runs."""
 
 import copy
+import gc
 import logging
 import warnings
 from pathlib import Path
@@ -248,6 +249,7 @@ class TrainingJob:
             len(self.training.loader.dataset), len(self.val_loader.dataset), self.process.world_size,
             self.process.device.type, str(self.training.dtype).removeprefix("torch."), self.folder,
         )  # fmt: skip
+        gc.freeze()  # otherwise each full collection of a long run visits the modules of PyTorch and all file names
         try:
             with signals_noted():
                 if self.pretrained:
@@ -262,6 +264,7 @@ class TrainingJob:
             logger.warning("stopped by a signal; the same command continues this run")
             raise
         finally:
+            gc.unfreeze()
             log.close()
             if self._lock:
                 self._lock.close()
