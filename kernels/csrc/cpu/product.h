@@ -113,6 +113,11 @@ inline bool use_microkernels(const at::Tensor& a, const at::Tensor& b) {
 #endif
 }
 
+// b in the layout that products with `a` read: prepare it once for several of them.
+inline at::Tensor prepared(const at::Tensor& a, const at::Tensor& b) {
+  return use_microkernels(a, b) ? as_factor(b) : b;
+}
+
 // out = a @ b + start, where start is undefined (0), a row, or `out` itself. Rows of `out` must be contiguous.
 inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const at::Tensor& start = {}) {
   if (!use_microkernels(a, b)) {
