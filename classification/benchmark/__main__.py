@@ -10,6 +10,7 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import timm
 import torch
@@ -21,7 +22,7 @@ from ...kernels.command_line import run_command, whole_number
 from ...kernels.errors import UserError
 from ..command_line import image_size
 from . import parts, plots, processes, roster
-from .prepared import AOTI, CUDAGRAPH, EAGER, EXPORTED, FORMS, FUSED, INFERENCE, MODES, TRAIN, Case, form_of, maker
+from .prepared import AOTI, CUDAGRAPH, EAGER, EXPORTED, FORMS, FUSED, INFERENCE, MODES, TRAIN, Case, form_of, make_call
 
 COLUMNS = (
     Column("", "name"),
@@ -34,19 +35,14 @@ COLUMNS = (
 )
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the benchmark.
-
-    Returns:
-        The exit status: 0, 1 if a model failed, or 2 for wrong options.
-    """
-    parser = _parser(prog or "spatial-mamba benchmark models")
-    return run_command(_benchmark, parser, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status: 0, 1 if a model failed, or 2 for wrong options."""
+    return run_command(_benchmark, argv)
 
 
-def _parser(prog: str) -> Parser:
+def _parser() -> Parser:
     example = "--models '*tiny*' --form eager fused --mode inference train"
-    parser = Parser(prog, __doc__, example, seconds=10.0, of="case, all models together")
+    parser = Parser("spatial-mamba benchmark models", __doc__, example, seconds=10.0, of="case, all models together")
     add = parser.add_argument
     add("--models", nargs="+", metavar="GLOB", default=["*"], help="names or patterns, e.g. '*tiny*' (default: all)")
     add("--mode", nargs="+", choices=MODES, default=[INFERENCE])
@@ -87,11 +83,11 @@ def _check(args: argparse.Namespace, models: Sequence[roster.Model]) -> None:
         raise UserError(f"--processes {max(args.processes)}: each process needs its own GPU, but there are {gpus}")
 
 
-def _benchmark(parser: Parser, argv: Sequence[str] | None) -> int:
-    start, args = time.perf_counter(), parser.parse_args(argv)
+def _benchmark(argv: Sequence[str] | None) -> int:
+    start, args = time.perf_counter(), _parser().parse_args(argv)
     models = roster.choose(args.models)
     _check(args, models)
-    report = Report("parts" if args.parts else "processes" if args.processes else "models", parser, args, argv)
+    report = Report("parts" if args.parts else "processes" if args.processes else "models", args)
     report.record["environment"]["timm"] = timm.__version__
     clock = measure.operator_clock(report.device) if args.parts else measure.wall_clock(report.device)
     trial = measure.Trial(report.device, clock, args.seconds, start + args.limit)
@@ -116,7 +112,7 @@ def _benchmark(parser: Parser, argv: Sequence[str] | None) -> int:
 def add_table(report: Report, pairs: Sequence[tuple[roster.Model, str]], case: Case, trial: measure.Trial) -> None:
     """Time models in their forms on one case; ``x time`` is relative to the first row."""
     progress = tqdm(pairs, f"preparing {case}", disable=None, leave=False)
-    rows = trial.run((f"{model.name}, {form}", maker(model, form, case, trial.device)) for model, form in progress)
+    rows = trial.run((f"{m.name}, {form}", partial(make_call, m, form, case, trial.device)) for m, form in progress)
     for row in rows:
         if "seconds" in row:
             row["images_per_second"] = case.images / row["seconds"]

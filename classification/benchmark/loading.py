@@ -135,17 +135,14 @@ def _empty(image: Image.Image) -> Tensor:
     return torch.empty(0)
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0, or 2 for options or data that cannot be used.
-    """
-    return run_command(_benchmark, _parser(prog or "spatial-mamba benchmark loading"), argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 for options or data that cannot be used."""
+    return run_command(_benchmark, argv)
 
 
-def _parser(prog: str) -> Parser:
-    parser = Parser(prog, __doc__, "--data-path imagenet --workers 4 8 16", seconds=5.0, of="row")
+def _parser() -> Parser:
+    example = "--data-path imagenet --workers 4 8 16"
+    parser = Parser("spatial-mamba benchmark loading", __doc__, example, seconds=5.0, of="row")
     add = parser.add_argument
     add("--cfg", default="spatialmamba_tiny", metavar="FILE", help="config of the trainer (default: %(default)s)")
     add("--data-path", metavar="FOLDER", help="with the train and val splits, as for training")
@@ -155,8 +152,8 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def _benchmark(parser: Parser, argv: Sequence[str] | None) -> int:
-    args = parser.parse_args(argv)
+def _benchmark(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
     if args.zip and not args.data_path:
         raise UserError("--zip needs the folder of the archives: add --data-path FOLDER")
     with tempfile.TemporaryDirectory() as folder:
@@ -165,24 +162,21 @@ def _benchmark(parser: Parser, argv: Sequence[str] | None) -> int:
         config, _ = load_config(args.cfg, [*overrides, ("DATA.NUM_WORKERS", 0)])
         if not args.data_path:
             write_photos(Path(folder), max(2, config.DATA.BATCH_SIZE))  # at least one batch per epoch
-        report = Report("loading", parser, args, argv, keep_freed=False)  # like the trainer
+        report = Report("loading", args, keep_freed=False)  # like the trainer
         try:
-            _measure(report, config, args.workers or _default_workers(), args.seconds)
+            cores = os.cpu_count() or 1
+            workers = args.workers or [*(2**i for i in range(cores.bit_length())), cores]
+            _measure(report, config, sorted(set(workers)), args.seconds)
         except UserError as error:  # from a loader process, it starts with a traceback
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
     return report.finish()
-
-
-def _default_workers() -> list[int]:
-    cores = os.cpu_count() or 1
-    return sorted({*(2**i for i in range(cores.bit_length())), cores})
 
 
 def _measure(report: Report, config: CfgNode, workers: Sequence[int], seconds: float) -> None:
     """Add the table to the report."""
     rates = step_rates(config, report.device, seconds)
     rows = [{"name": name, "images_per_second": rate} for name, rate in rates.items()]
-    for count, name in tqdm(list(itertools.product(sorted(set(workers)), PIPELINES)), "loaders", disable=None):
+    for count, name in tqdm(list(itertools.product(workers, PIPELINES)), "loaders", disable=None):
         config.defrost()
         config.DATA.NUM_WORKERS = count
         rate = loader_rate(config, name, report.device, seconds)

@@ -7,6 +7,7 @@ multiply-adds at the speed of a large matrix product. Both speeds are measured i
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Bench:
     def run(self) -> list[measure.Row]:
         """A row per part, for all its occurrences together; their sum; and the whole model. Times in seconds."""
         self.add_all()
-        self.add(WHOLE, 1, self.model, self.images, reads=(self.model,), is_first=True)
+        self.add(WHOLE, 1, self.model, self.images, is_first=True)
         for call in self.calls.values():
             call()
         timings = self.trial.interleave(self.calls)
@@ -83,50 +84,42 @@ class Bench:
     def add_all(self) -> None:
         """Add the parts in the order they run; one block represents all blocks of a stage, which have equal shapes."""
         model: Any = self.model
-        tokens = self.add("stem", 1, model.patch_embed, self.images, reads=(model.patch_embed,), is_first=True)
+        tokens = self.add("stem", 1, model.patch_embed, self.images, is_first=True)
         for i, stage in enumerate(model.layers, 1):
             add = self._add_fused_block if model.fused else self._add_block
             add(f"stage {i}:", len(stage.blocks), stage.blocks[-1], tokens)
             if not isinstance(stage.downsample, nn.Identity):
-                down = stage.downsample
-                tokens = self.add(f"stage {i}: downsample", 1, down, tokens, reads=(down,))
+                tokens = self.add(f"stage {i}: downsample", 1, stage.downsample, tokens)
         self.add("head", 1, lambda x: model.forward_head(model.norm(x)), tokens, reads=(model.norm, model.head))
 
     def _add_block(self, stage: str, depth: int, block: Any, tokens: Shape) -> None:
-        ssm, inner, wide = block.self_attention, *_wider(tokens)
+        ssm = block.self_attention
         mixer = copy.deepcopy(ssm)  # everything between the projections
         mixer.in_proj = mixer.out_proj = nn.Identity()
-        modules = {
-            "cpe1 + x": (block.cpe1, tokens),
-            "ln_1": (block.ln_1, tokens),
-            "in_proj": (ssm.in_proj, tokens),
-            "mixer": (mixer, wide),
-            "out_proj": (ssm.out_proj, inner),
-            "cpe2 + x": (block.cpe2, tokens),
-            "ln_2": (block.ln_2, tokens),
-            "mlp": (block.mlp, tokens),
-        }
-        for name, (module, shape) in modules.items():
-            self.add(f"{stage} {name}", depth, module, shape, reads=(module,))
+        self.add(f"{stage} cpe1 + x", depth, block.cpe1, tokens)
+        self.add(f"{stage} ln_1", depth, block.ln_1, tokens)
+        wide = self.add(f"{stage} in_proj", depth, ssm.in_proj, tokens)
+        inner = self.add(f"{stage} mixer", depth, mixer, wide)
+        self.add(f"{stage} out_proj", depth, ssm.out_proj, inner)
+        self.add(f"{stage} cpe2 + x", depth, block.cpe2, tokens)
+        self.add(f"{stage} ln_2", depth, block.ln_2, tokens)
+        self.add(f"{stage} mlp", depth, block.mlp, tokens)
         # In the forward pass the sum with a branch; in the backward pass the sum of the two gradients at the fork.
         count = 2 * depth * (2 if self.is_training else 1)
         self.add(f"{stage} residual sums", count, block.residual_sum, tokens, tokens, has_backward=False)
 
     def _add_fused_block(self, stage: str, depth: int, block: Any, tokens: Shape) -> None:
-        inner, wide = _wider(tokens)
-
-        def in_proj(x: Tensor) -> Tensor:
-            return block.in_proj(x, block.ln_1)
+        in_proj = partial(block.in_proj, norm=block.ln_1)
 
         def out_proj(y: Tensor, x: Tensor) -> Tensor:
             return block.out_proj(y, residual=x)
 
-        self.add(f"{stage} cpe1 + x", depth, block.cpe1, tokens, reads=(block.cpe1,))
-        self.add(f"{stage} ln_1, in_proj", depth, in_proj, tokens, reads=(block.ln_1, block.in_proj))
-        self.add(f"{stage} mixer", depth, block.mixer, wide, reads=(block.mixer,))
+        self.add(f"{stage} cpe1 + x", depth, block.cpe1, tokens)
+        wide = self.add(f"{stage} ln_1, in_proj", depth, in_proj, tokens, reads=(block.ln_1, block.in_proj))
+        inner = self.add(f"{stage} mixer", depth, block.mixer, wide)
         self.add(f"{stage} out_proj + x", depth, out_proj, inner, tokens, reads=(block.out_proj,))
-        self.add(f"{stage} cpe2 + x", depth, block.cpe2, tokens, reads=(block.cpe2,))
-        self.add(f"{stage} ln_2, mlp + x", depth, block.mlp, tokens, reads=(block.mlp,))
+        self.add(f"{stage} cpe2 + x", depth, block.cpe2, tokens)
+        self.add(f"{stage} ln_2, mlp + x", depth, block.mlp, tokens)
 
     def add(
         self,
@@ -134,7 +127,7 @@ class Bench:
         count: int,
         function: Callable[..., Tensor],
         *shapes: Shape,
-        reads: Sequence[nn.Module] = (),
+        reads: Sequence[nn.Module] | None = None,
         has_backward: bool = True,
         is_first: bool = False,
     ) -> Shape:
@@ -143,7 +136,7 @@ class Bench:
         Args:
             count: how often it occurs in the model; bytes, FLOPs and times are for all occurrences.
             shapes: the shapes of its inputs.
-            reads: the modules whose weights it reads.
+            reads: the modules whose weights it reads; by default ``function``, which is then a module.
             has_backward: whether a training step computes gradients.
             is_first: leave out the gradients of the inputs.
 
@@ -158,7 +151,8 @@ class Bench:
 
         inputs = [torch.randn(shape, device=self.trial.device).to(self.dtype) for shape in shapes]
         # The weights of a fused model are buffers.
-        weights = [x for module in reads for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()]
+        modules: Any = (function,) if reads is None else reads
+        weights = [x for module in modules for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()]
         output, flops = measure.dry_run(forward, *inputs)
         sources = None
         if self.is_training and has_backward:
@@ -175,8 +169,3 @@ class Bench:
         row = {"bytes": count * size, "flops": count * flops, "bound": count * bounds[set_by]}
         self.rows.append({"name": name, "count": count, "set_by": set_by, **row})
         return output.shape
-
-
-def _wider(tokens: Shape) -> tuple[Shape, Shape]:
-    """The shapes of the mixer's tokens without and with their gate."""
-    return (*tokens[:-1], 2 * tokens[-1]), (*tokens[:-1], 4 * tokens[-1])

@@ -31,16 +31,16 @@ def draw(folder: Path, results: Sequence[Result]) -> None:
     for result in sorted(results, key=lambda result: result["resolution"]):
         groups.setdefault(f"{result['mode']}, {result['dtype']}", []).append(result)
     groups = {title: found for title, found in groups.items() if len({result["resolution"] for result in found}) > 1}
-    for name, plot, found, columns in (
-        ("accuracy.png", _accuracy, largest, 1),
-        ("resolution.png", _resolution, groups, len(COSTS)),
-    ):
+    plots = (("accuracy.png", _accuracy, largest, 1), ("resolution.png", _resolution, groups, len(COSTS)))
+    for name, plot, found, columns in plots:
         if found:
             figure = Figure(figsize=(1 + 6 * columns, 5 * len(found)), layout="constrained")
-            for panels, (title, several) in zip(
-                figure.subplots(len(found), columns, squeeze=False), found.items(), strict=True
-            ):
+            rows = figure.subplots(len(found), columns, squeeze=False)
+            for panels, (title, several) in zip(rows, found.items(), strict=True):
                 plot(panels, title, several)
+                for panel in panels:
+                    panel.grid(alpha=0.3)
+                    panel.legend(frameon=False, fontsize=7)
             figure.savefig(folder / name, dpi=110)
             print(f"\nplot: {folder / name}")
 
@@ -55,13 +55,9 @@ def _accuracy(panels: Sequence["Axes"], title: str, results: Sequence[Result]) -
                 panel.plot(*zip(*points, strict=True), marker=marker, color=colour, lw=1, alpha=0.8, label=label)
     title = f"inference, {title}, batch {result['images']}"
     panel.set(title=title, xlabel="images/s", ylabel="published ImageNet-1K top-1, %")
-    _finish(panel)
 
 
 def _resolution(panels: Sequence["Axes"], title: str, results: Sequence[Result]) -> None:
-    families: dict[str, list[str]] = {}
-    for model in MODELS.values():
-        families.setdefault(model.family, []).append(model.name)
     for panel, (unit, (cost, factor)) in zip(panels, COSTS.items(), strict=True):
         curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
         for result in results:
@@ -71,19 +67,14 @@ def _resolution(panels: Sequence["Axes"], title: str, results: Sequence[Result])
                     points = curves.setdefault((row["family"], row["model"], row["form"]), [])
                     points.append((result["resolution"], factor * row[cost] / pixels))
         for (family, name, form), points in curves.items():
-            line = LINES[families[family].index(name)]
+            siblings = [model.name for model in MODELS.values() if model.family == family]
+            line = LINES[siblings.index(name)]
             style: dict[str, Any] = dict(color=COLOURS[family], linestyle=line, marker=MARKERS[form], ms=4, alpha=0.8)
             panel.plot(*zip(*points, strict=True), label=f"{name}, {form}", **style)
         panel.set(title=title, xlabel="side of the image, pixels", ylabel=unit)
         panel.set_xticks(sorted({result["resolution"] for result in results}))
         panel.set_ylim(bottom=0)
-        _finish(panel)
 
 
 def _timed(result: Result) -> list[Mapping[str, Any]]:
     return [row for row in result["rows"] if "seconds" in row]
-
-
-def _finish(panel: "Axes") -> None:
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize=7)

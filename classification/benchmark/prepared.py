@@ -27,7 +27,6 @@ LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_
 TRIALS = 2  # per setting; the faster one counts
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05
 LOSS_SCALE = 1024.0  # for float16: low enough that no step is skipped
-CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,15 @@ class Prepared:
 
     def __init__(self, model: Model, form: str, case: Case, device: torch.device) -> None:
         self.form, self.case, self.device, self.dtype = form, case, device, getattr(torch, case.dtype)
+        side = case.resolution
         try:
-            self.module: Any = model.create(case.resolution).to(device)
+            self.module: Any = model.create(side).to(device)
         except Exception as reason:  # each model raises its own type
-            if not model.is_peer or case.resolution == BASE_RESOLUTION:
+            if not model.is_peer or side == BASE_RESOLUTION:
                 raise
-            side = case.resolution
             raise measure.NotRunError(f"cannot take {side}x{side} images: {reason}") from reason
         generator = torch.Generator(device).manual_seed(0)
-        size = (case.images, 3, case.resolution, case.resolution)
-        self.images = torch.randn(size, generator=generator, device=device)
+        self.images = torch.randn(case.images, 3, side, side, generator=generator, device=device)
         self.optimizer: torch.optim.Optimizer | None = None
         if case.mode == INFERENCE:
             self.module.eval().to(self.dtype)
@@ -85,7 +83,7 @@ class Prepared:
         self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=case.dtype == "float16")
         self.forward: Callable[[Tensor], Tensor] = self.module
         self.setting = self._choose_setting(model.layouts)
-        self.weight_bytes = sum(x.numel() * x.itemsize for x in (*self.module.parameters(), *self.module.buffers()))
+        self.weight_bytes = sum(x.nbytes for x in (*self.module.parameters(), *self.module.buffers()))
         self._take_form()
 
     def step(self) -> Tensor:
@@ -105,7 +103,7 @@ class Prepared:
                 return self.forward(self.images)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.forward(self.images)
-        loss = F.cross_entropy(logits.float(), torch.arange(len(logits), device=self.device) * 37 % CLASSES)
+        loss = F.cross_entropy(logits.float(), torch.arange(len(logits), device=self.device) * 37 % logits.shape[1])
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -162,15 +160,11 @@ class Prepared:
             self.weight_bytes = path.stat().st_size
 
 
-def maker(model: Model, form: str, case: Case, device: torch.device) -> measure.Make:
-    """A function that prepares the model for ``measure.Trial``."""
-
-    def make(row: measure.Row) -> measure.Call:
-        row |= {"model": model.name, "form": form, "family": model.family, "accuracy": model.accuracy}
-        prepared = Prepared(model, form, case, device)
-        row |= {"weight_bytes": prepared.weight_bytes, "note": prepared.setting}
-        if form in (CUDAGRAPH, *EXPORTED):  # graphs share one pool; PyTorch does not record what programs allocate
-            row["peak_bytes"] = None
-        return prepared.step
-
-    return make
+def make_call(model: Model, form: str, case: Case, device: torch.device, row: measure.Row) -> measure.Call:
+    """The call to time, and its facts in ``row``, as for ``measure.Trial``."""
+    row |= {"model": model.name, "form": form, "family": model.family, "accuracy": model.accuracy}
+    prepared = Prepared(model, form, case, device)
+    row |= {"weight_bytes": prepared.weight_bytes, "note": prepared.setting}
+    if form in (CUDAGRAPH, *EXPORTED):  # graphs share one pool; PyTorch does not record what programs allocate
+        row["peak_bytes"] = None
+    return prepared.step

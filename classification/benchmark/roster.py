@@ -64,12 +64,11 @@ class Model:
         return as_baseline(module) if self.family == BASELINE else module
 
 
+ACCURACIES = {"spatial_mamba_tiny": 83.5, "spatial_mamba_small": 84.6, "spatial_mamba_base": 85.3}
 MODELS = {
     model.name: model
     for model in (
-        Model("spatial_mamba_tiny", OURS, 83.5),
-        Model("spatial_mamba_small", OURS, 84.6),
-        Model("spatial_mamba_base", OURS, 85.3),
+        *(Model(name, OURS, accuracy) for name, accuracy in ACCURACIES.items()),
         Model("swin_tiny_patch4_window7_224", "Swin", 81.3),
         Model("swin_small_patch4_window7_224", "Swin", 83.0),
         Model("swin_base_patch4_window7_224", "Swin", 83.5),
@@ -80,9 +79,7 @@ MODELS = {
         Model("mambaout_small", "MambaOut", 84.1),
         Model("mambaout_base", "MambaOut", 84.2),
         Model("resnet50", "ResNet (A1)", 80.4),
-        Model("baseline/spatial_mamba_tiny", BASELINE, 83.5),
-        Model("baseline/spatial_mamba_small", BASELINE, 84.6),
-        Model("baseline/spatial_mamba_base", BASELINE, 85.3),
+        *(Model(f"baseline/{name}", BASELINE, accuracy) for name, accuracy in ACCURACIES.items()),
     )
 }
 

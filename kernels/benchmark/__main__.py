@@ -33,36 +33,28 @@ COLUMNS = (
 )
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the benchmark.
-
-    Returns:
-        The exit status: 0, 1 if an implementation failed, or 2 for wrong options.
-    """
-    parser = _parser(prog or "spatial-mamba benchmark operators")
-    return run_command(_benchmark, parser, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status: 0, 1 if an implementation failed, or 2 for wrong options."""
+    return run_command(_benchmark, argv)
 
 
-def _parser(prog: str) -> Parser:
+def _parser() -> Parser:
     example = "--cases 'core/tiny/*' --dtype float32 bfloat16"
-    parser = Parser(prog, __doc__, example, seconds=5.0, of="case, dtype and mode")
-    parser.add_argument("--cases", nargs="+", metavar="GLOB", default=["*"], help="e.g. 'core/tiny/*' (default: all)")
-    parser.add_argument(
-        "--implementations",
-        nargs="+",
-        metavar="GLOB",
-        help=f"backends, {COMPILED}, 'baseline*', library (default: all except {COMPILED}, which takes minutes)",
-    )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of the activations")
-    parser.add_argument("--batch", type=whole_number, help="images of 224x224 (default: 8 on a CPU, 128 on a GPU)")
+    parser = Parser("spatial-mamba benchmark operators", __doc__, example, seconds=5.0, of="case, dtype and mode")
+    add = parser.add_argument
+    add("--cases", nargs="+", metavar="GLOB", default=["*"], help="e.g. 'core/tiny/*' (default: all)")
+    text = f"backends, {COMPILED}, 'baseline*', library (default: all except {COMPILED}, which takes minutes)"
+    add("--implementations", nargs="+", metavar="GLOB", help=text)
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of the activations")
+    add("--batch", type=whole_number, help="images of 224x224 (default: 8 on a CPU, 128 on a GPU)")
     return parser
 
 
-def _benchmark(parser: Parser, argv: Sequence[str] | None) -> int:
-    start, args = time.perf_counter(), parser.parse_args(argv)
+def _benchmark(argv: Sequence[str] | None) -> int:
+    start, args = time.perf_counter(), _parser().parse_args(argv)
     cases = {case.name: case for case in all_cases(args.batch or BATCHES[args.device])}
     chosen = [cases[name] for name in matching("--cases", args.cases, list(cases))]
-    report = Report("operators", parser, args, argv)
+    report = Report("operators", args)
     for name, dtype in itertools.product(backends.BACKENDS, args.dtype):
         if reason := why_not(name, report.device, getattr(torch, dtype)):
             print(f"{name} is not timed in {dtype}: {reason}")

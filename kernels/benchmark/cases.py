@@ -37,7 +37,7 @@ class Case:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs."""
-        image, dim, rank = (self.batch, self.height, self.width), (self.dim,), self.rank
+        image, dim, hidden, rank = (self.batch, self.height, self.width), (self.dim,), 4 * self.dim, self.rank
         tokens, kernel, length = image + dim, (self.dim, 1, 3, 3), self.height * self.width
         channels, shared = (self.batch, self.dim, length), (self.batch, self.d_state, length)
         fusion = {"kernels": (len(DILATIONS), *kernel), "alpha": (len(DILATIONS),)}
@@ -45,6 +45,7 @@ class Case:
         norm = {"norm_weight": dim, "norm_bias": dim}
         mixer = {"projection_weight": (rank + 2, self.dim), "conv_weight": kernel, "conv_bias": dim, **core, **norm}
         conv = {"x": tokens, "weight": kernel, "bias": dim}
+        mlp = {"expand": (hidden, *dim), "expand_bias": (hidden,), "project": (*dim, hidden), "project_bias": dim}
         states = {"u": channels, "delta": channels, "B": shared, "A": (self.dim, self.d_state), "delta_bias": dim}
         return {
             "core": {"u": tokens, "projection": (*image, rank + 2), **core},
@@ -52,14 +53,8 @@ class Case:
             "conv": conv,
             "position": conv,
             "downsampling": conv,
-            "linear": {"x": tokens, "weight": (4 * self.dim, self.dim)},
-            "mlp": {
-                "x": tokens,
-                "expand": (4 * self.dim, self.dim),
-                "expand_bias": (4 * self.dim,),
-                "project": (self.dim, 4 * self.dim),
-                "project_bias": dim,
-            },
+            "linear": {"x": tokens, "weight": (hidden, *dim)},
+            "mlp": {"x": tokens, **mlp},
             "norm": {"y": tokens, "gate": tokens, "weight": dim, "bias": dim},
             "layer": {"x": tokens, "weight": dim, "bias": dim},
             "fusion": {"h": (self.batch, self.dim, self.height, self.width), **fusion},

@@ -190,12 +190,8 @@ def compulsory_bytes(inputs: Iterable[Tensor], output: Tensor, gradients: Iterab
     With a backward pass, given the tensors that get ``gradients``, the inputs and the gradient of the output are also
     read, and one gradient per tensor is written. What an implementation saves or recomputes does not count.
     """
-
-    def size(tensors: Iterable[Tensor]) -> int:
-        return sum(x.numel() * x.itemsize for x in tensors)
-
-    once = size(inputs) + size([output])
-    return once if gradients is None else 2 * once + size(gradients)
+    once = sum(x.nbytes for x in (*inputs, output))
+    return once if gradients is None else 2 * once + sum(x.nbytes for x in gradients)
 
 
 def peak_memory(call: Call, device: torch.device) -> int:

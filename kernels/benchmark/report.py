@@ -70,6 +70,11 @@ class Parser(command_line.Parser):
         add("--limit", type=command_line.seconds, default=math.inf, metavar="SECONDS", help="start nothing after this")
         add("--out", type=Path, default=Path("output/benchmark"), help="folder for the results (default: %(default)s)")
 
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """Parse; ``command_line`` is what the user typed."""
+        command = shlex.join([*self.prog.split(), *(sys.argv[1:] if args is None else args)])
+        return argparse.Namespace(command_line=command, **vars(super().parse_args(args)))
+
 
 def matching(option: str, globs: Iterable[str], names: Sequence[str]) -> list[str]:
     """The names that match any of the globs, each once, in the order of the globs.
@@ -93,34 +98,26 @@ class Report:
     The constructor also prepares the process for timing.
 
     Args:
-        argv: the options as given; None for those of the process.
+        args: the options, from ``Parser``.
         keep_freed: as for ``prepare``.
 
     Raises:
         UserError: if there is no GPU to use, or the folder cannot be written.
     """
 
-    def __init__(
-        self,
-        name: str,
-        parser: Parser,
-        args: argparse.Namespace,
-        argv: Sequence[str] | None,
-        keep_freed: bool = True,
-    ) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, keep_freed: bool = True) -> None:
         self.device, self.path = torch.device(args.device), args.out / f"{name}.json"
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no usable GPU; use --device cpu")
         prepare(self.device, args.threads, keep_freed)
-        command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
-        self.record: dict[str, Any] = {"command": command, "environment": environment(self.device)}
+        self.record: dict[str, Any] = {"command": args.command_line, "environment": environment(self.device)}
         self.record |= {"skipped": [], "results": []}
         try:
             args.out.mkdir(parents=True, exist_ok=True)
             self._write()
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from error
-        print(command, *(f"{key}: {value}" for key, value in self.record["environment"].items()), sep="\n")
+        print(args.command_line, *(f"{key}: {value}" for key, value in self.record["environment"].items()), sep="\n")
 
     def add(self, title: str, columns: Sequence[Column], rows: Sequence[Row], **setting: Any) -> None:
         """Print the rows as a table, and write all results so far."""
@@ -129,11 +126,7 @@ class Report:
         self._write()
 
     def finish(self) -> int:
-        """Report what is missing and where the results are.
-
-        Returns:
-            The exit status: 1 if anything failed, else 0.
-        """
+        """Report what is missing and where the results are; returns the exit status: 1 if anything failed, else 0."""
         self._write()
         rows = [row for result in self.record["results"] for row in result["rows"]]
         failed, not_run = (sum(key in row for row in rows) for key in ("failure", "not_run"))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,16 @@ from spatial_mamba import SpatialMamba
 from spatial_mamba.classification.benchmark import parts, prepared, roster
 from spatial_mamba.classification.benchmark.__main__ import main
 from spatial_mamba.classification.benchmark.baseline import as_baseline
-from spatial_mamba.classification.benchmark.prepared import LAYOUTS, Case, form_of, maker
-from spatial_mamba.kernels.benchmark import measure, report
+from spatial_mamba.classification.benchmark.prepared import LAYOUTS, Case, form_of, make_call
+from spatial_mamba.kernels.benchmark import measure
 
+from .micro_models import filled_classifier
+
+pytestmark = pytest.mark.usefixtures("small_instruments")
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--seconds", "0.001"]
 FLOAT = 4  # bytes
-
-
-@pytest.fixture(autouse=True)
-def small_instruments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "COPY_BYTES", 2**20)
-    monkeypatch.setattr(measure, "PEAK_SIZES", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(report, "keep_freed_memory", lambda: None)  # it would change the process of other tests
-
-
-def small_model(drop_path_rate: float = 0.0) -> SpatialMamba:
-    """Give all weights of the mixer values that matter, unlike the initial ones."""
-    torch.manual_seed(0)
-    model = SpatialMamba(num_classes=10, dims=16, depths=(1, 2), drop_path_rate=drop_path_rate)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "state_fusion" in name or parameter.ndim == 1:
-                parameter.add_(0.3 * torch.rand_like(parameter))
-    return model
+small_model = partial(filled_classifier, dims=16, depths=(1, 2))
 
 
 class SmallPeer(nn.Sequential):
@@ -118,7 +105,7 @@ def run_one(monkeypatch: pytest.MonkeyPatch, create: Callable) -> dict[str, Any]
     monkeypatch.setattr(roster.Model, "create", lambda model, size: create())
     case, trial = Case("inference", "float32", 32, 3), measure.Trial(CPU, measure.wall_clock(CPU), 1e-9)
     [model] = roster.choose(["resnet50"])
-    return trial.run([(model.name, maker(model, "eager", case, CPU))])[0]
+    return trial.run([(model.name, partial(make_call, model, "eager", case, CPU))])[0]
 
 
 def test_a_peer_that_cannot_take_the_size_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,14 +184,13 @@ def test_command_needs_no_package_of_the_trainer() -> None:
 
 def bench(mode: str = "inference", fused: bool = False) -> parts.Bench:
     trial = measure.Trial(CPU, measure.wall_clock(CPU), 1e-9)
-    return parts.Bench(small_model(), Case(mode, "float32", 64, 2), trial, fused)
+    found = parts.Bench(small_model(), Case(mode, "float32", 64, 2), trial, fused)
+    found.add_all()
+    return found
 
 
 def test_compulsory_bytes_by_hand() -> None:
-    inference, training = bench("inference"), bench("train")
-    inference.add_all()
-    training.add_all()
-    rows, training = ({row["name"]: row for row in found.rows} for found in (inference, training))
+    rows, training = ({row["name"]: row for row in bench(mode).rows} for mode in ("inference", "train"))
     tokens, dim, depth = 2 * 8 * 8, 32, 2  # of stage 2
     inputs, outputs, weights = FLOAT * tokens * dim, 4 * FLOAT * tokens * dim, FLOAT * dim * 4 * dim
     projection = rows["stage 2: in_proj"]
@@ -222,28 +208,26 @@ def test_compulsory_bytes_by_hand() -> None:
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_operations_of_the_parts_are_those_of_the_model(fused: bool) -> None:
     found = bench(fused=fused)
-    found.add_all()
     counted = sum(row["flops"] for row in found.rows)
     assert counted == measure.dry_run(found.model, torch.empty(2, 3, 64, 64))[1]
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_the_parts_of_a_block_make_the_block(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    own: dict[str, Callable] = {}
-    monkeypatch.setattr(parts.Bench, "add", lambda _, name, count, function, *x, **more: own.update({name: function}))
+    added: dict[str, Callable] = {}
+    monkeypatch.setattr(parts.Bench, "add", lambda _, name, count, function, *x, **more: added.update({name: function}))
     found, x = bench(fused=fused), torch.randn(2, 16, 16, 16)
-    block = found.model.layers[0].blocks[0]
-    (found._add_fused_block if fused else found._add_block)("1", 1, block, x.shape)
+    own = {name.removeprefix("stage 1: "): function for name, function in added.items()}
     with torch.no_grad():
-        expected = block(x)
-        x = own["1 cpe1 + x"](x)
+        expected = found.model.layers[0].blocks[0](x)
+        x = own["cpe1 + x"](x)
         if fused:
-            x = own["1 cpe2 + x"](own["1 out_proj + x"](own["1 mixer"](own["1 ln_1, in_proj"](x)), x))
-            x = own["1 ln_2, mlp + x"](x)
+            x = own["cpe2 + x"](own["out_proj + x"](own["mixer"](own["ln_1, in_proj"](x)), x))
+            x = own["ln_2, mlp + x"](x)
         else:
-            branch = own["1 out_proj"](own["1 mixer"](own["1 in_proj"](own["1 ln_1"](x))))
-            x = own["1 cpe2 + x"](own["1 residual sums"](x, branch))
-            x = own["1 residual sums"](x, own["1 mlp"](own["1 ln_2"](x)))
+            branch = own["out_proj"](own["mixer"](own["in_proj"](own["ln_1"](x))))
+            x = own["cpe2 + x"](own["residual sums"](x, branch))
+            x = own["residual sums"](x, own["mlp"](own["ln_2"](x)))
     torch.testing.assert_close(x, expected)
 
 
@@ -295,17 +279,7 @@ def test_loading_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
 @pytest.mark.parametrize(("mode", "forms"), [("inference", ["eager", "fused", "cudagraph"]), ("train", ["eager"])])
 def test_gpu_runs_the_forms(mode: str, forms: list[str], tmp_path: Path, small_models: None) -> None:
-    common = [
-        "--device",
-        "cuda",
-        "--models",
-        "spatial_mamba_tiny",
-        "baseline/*tiny",
-        "--mode",
-        mode,
-        "--seconds",
-        "0.1",
-    ]
-    common += ["--dtype", "bfloat16", "--batch", "2", "--resolution", "64", "--out", str(tmp_path)]
+    common = ["--device", "cuda", "--seconds", "0.1", "--models", "spatial_mamba_tiny", "baseline/*tiny"]
+    common += ["--mode", mode, "--dtype", "bfloat16", "--batch", "2", "--resolution", "64", "--out", str(tmp_path)]
     assert main([*common, "--form", *forms]) == main([*common, "--parts"]) == main([*common, "--processes", "1"]) == 0
     assert all(row["seconds"] > 0 for row in json.loads((tmp_path / "models.json").read_text())["results"][0]["rows"])

@@ -1,5 +1,6 @@
 """The benchmark of the kernels, the code that it shares with the benchmark of whole models, and the GPU checks."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,18 +22,12 @@ from spatial_mamba.kernels.benchmark.cases import Case, all_cases
 
 from .. import gpu_check
 
+pytestmark = pytest.mark.usefixtures("small_instruments")
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--seconds", "0.001"]
 OPERATORS = ("core", "states", "scan", "fusion", "mixer", "conv", "position", "norm")
 SMALL = {name: Case(name, name, batch=2, height=7, width=9, dim=6, rank=3) for name in OPERATORS}
 SMALL["scan"] = replace(SMALL["scan"], d_state=4)
-
-
-@pytest.fixture(autouse=True)
-def small_instruments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "COPY_BYTES", 2**20)
-    monkeypatch.setattr(measure, "PEAK_SIZES", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(report, "keep_freed_memory", lambda: None)  # it would change the process of other tests
 
 
 def counted(case: Case, dtype: torch.dtype = torch.float32) -> tuple[int, int, int]:
@@ -118,11 +113,10 @@ def test_calls_are_timed_in_turn() -> None:
 
 def tiring(limit: int, failure: Exception) -> measure.Call:
     """A call that works a number of times and then fails."""
-    calls = []
+    calls = itertools.count()
 
     def call() -> torch.Tensor:
-        calls.append(None)
-        if len(calls) > limit:
+        if next(calls) >= limit:
             raise failure
         return torch.ones(1)
 
@@ -159,8 +153,7 @@ def test_nothing_is_run_after_the_deadline() -> None:
 
 
 def test_command_reports_a_small_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--batch", "1", "--implementations", "torch", "baseline*"]
-    options += ["--cases", "core/tiny/stage4/*"]
+    options = ["--batch", "1", "--implementations", "torch", "baseline*", "--cases", "core/tiny/stage4/*"]
     assert operators.main([*QUICK, *options, "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "operators.json").read_text())
     assert [result["mode"] for result in record["results"]] == ["forward", "forward+backward"]
@@ -278,8 +271,8 @@ def test_gpu_check_selects_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr(gpu_check, "_gpu_problem", lambda: "")
-    options = [str(tmp_path), "--steps", "operator-tests", "self-test", "--seconds", "250"]
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *options])
+    options = ["--steps", "operator-tests", "self-test", "--seconds", "250"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), *options])
     assert gpu_check.main() == 0
     assert ran == [(["self-test, report", "self-test", "operator-tests"], 250.0)]
 
@@ -305,7 +298,7 @@ def test_gpu_check_needs_a_gpu(
 
 def test_gpu_check_calls_commands_as_they_are() -> None:
     parsers = {
-        "spatial_mamba.kernels": lambda _: kernels_parser(),
+        "spatial_mamba.kernels": kernels_parser,
         "spatial_mamba.kernels.benchmark": operators._parser,
         "spatial_mamba.classification.benchmark": models._parser,
     }
@@ -314,7 +307,7 @@ def test_gpu_check_calls_commands_as_they_are() -> None:
         command = [part.format(out="folder", seconds=9) for part in step.command]
         _, _, module, *options = command[command.index(sys.executable) :]
         if module in parsers:
-            parsers[module]("").parse_args(options)
+            parsers[module]().parse_args(options)
             called.append(step.choice)
     assert list(dict.fromkeys(called)) == ["build", "self-test", "sanitizer", "operators", "models"]
 
