@@ -13,7 +13,6 @@ from .depthwise_conv import CONV_FLOPS, DEPTHWISE_CONV
 from .depthwise_conv import reference as conv_reference
 from .gated_norm import GATED_NORM
 from .gated_norm import reference as norm_reference
-from .linear import LINEAR
 from .registration import Operator
 from .state_fusion import check_branches, check_dilations, kernel_sizes_of, merge_taps, tap_offsets
 from .structure_aware_scan import CORE_TENSORS, STRUCTURE_AWARE_SCAN, flops_per_element
@@ -148,24 +147,24 @@ def reference(
 
 
 def _forward(
-    _: ModuleType, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *others: Any
+    backend: ModuleType, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     *core, norm_weight, norm_bias, sizes, dilations, eps = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
-    projection = _project(u, projection_weight)
+    projection = _project(backend, u, projection_weight)
     y, row_states = STRUCTURE_AWARE_SCAN.run(u, projection, *core, sizes, dilations, conv_weight.dtype)
     return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), y, row_states
 
 
-def _project(u: Tensor, weight: Tensor) -> Tensor:
-    if u.device.type == "cpu" and u.dtype == torch.float32:
-        return LINEAR.run(u.view(-1, u.shape[3]), weight).view(*u.shape[:3], weight.shape[0])
+def _project(backend: ModuleType, u: Tensor, weight: Tensor) -> Tensor:
+    if u.device.type == "cpu" and u.dtype == torch.float32 and hasattr(backend, "linear"):  # faster
+        return backend.linear(u.view(-1, u.shape[3]), weight).view(*u.shape[:3], weight.shape[0])
     return F.linear(u, weight)
 
 
 def _backward(
-    _: ModuleType, grad_out: Tensor, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, *others: Any
+    backend: ModuleType, grad_out: Tensor, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     """Compute u and p again, and let native backends write both halves of the gradient of ``xz`` in place."""
     projection_weight, *core, norm_weight, norm_bias, y, row_states, sizes, dilations, eps = others
@@ -178,7 +177,7 @@ def _backward(
     if found is not grad_gate:
         grad_gate.copy_(found)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
-    projection = _project(u, projection_weight)
+    projection = _project(backend, u, projection_weight)
     inputs = (u, projection, *core, row_states, sizes, dilations, y.dtype)
     grad_u, grad_projection, *core_grads = STRUCTURE_AWARE_SCAN.run_backward(grad_y, *inputs)
     del grad_y

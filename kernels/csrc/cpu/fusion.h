@@ -77,6 +77,7 @@ using Taps = std::vector<Tap>;
 inline std::vector<Taps> find_taps(const Neighbourhood& around, const RingLayout& ring, int64_t height) {
   std::vector<Taps> taps(height);
   for (int64_t i = 0; i < height; ++i) {
+    taps[i].reserve(around.size());
     for (int64_t t = 0; t < around.size(); ++t) {
       const auto [row, column] = around.offsets[t];
       const int64_t neighbour = std::clamp<int64_t>(i + row, 0, height - 1);
