@@ -289,7 +289,8 @@ def test_nothing_is_copied_between_operators(mode: str, autocast: bool) -> None:
         if not convolves_in_bfloat16():  # PyTorch's own convolution starts from the bias, here in the downsampling
             sizes += [wide, smallest_map]
             if mode == "training":  # and the gradient of its input from zero: four in the stem, two in the downsampling
-                sizes.append(wide)  # recomputed
+                if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):  # not in PyTorch 2.6
+                    sizes.append(wide)  # recomputed
                 gradients = 3 * [16 * 8 * 32 * 32] + [16 * 64 * 16 * 16, 16 * 16 * 16 * 16, narrow]
                 expected += [(name, size) for name in ("aten::zero_", "aten::fill_") for size in gradients]
         expected += [("aten::copy_", size) for size in sizes]
