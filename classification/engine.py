@@ -61,14 +61,15 @@ def evaluate(model: nn.Module, loader: ImageLoader, process: Process, log: RunLo
     """Count correct predictions over the loaders of all processes, in float32 whatever the precision of training.
 
     Raises:
-        PreemptedError: after a signal.
+        PreemptedError: in all processes, after a signal to any of them.
         RuntimeError: if the number of images differs from the data set's.
     """
     model.eval()
     loss = images = correct1 = correct5 = 0.0
+    is_stopped = False
     for batch, classes, _ in log.progress(loader, len(loader), title):
-        if is_requested():
-            raise PreemptedError
+        if is_stopped := is_requested():
+            break
         note_progress()
         classes = classes.to(process.device, non_blocking=True)
         logits = model(batch.to(process.device, non_blocking=True)).float()
@@ -77,7 +78,9 @@ def evaluate(model: nn.Module, loader: ImageLoader, process: Process, log: RunLo
         correct5 += best.any(dim=1).sum().item()
         loss += nn.functional.cross_entropy(logits, classes, reduction="sum").item()
         images += len(classes)
-    images, correct1, correct5, loss = process.sum([images, correct1, correct5, loss])
+    images, correct1, correct5, loss, stopped = process.sum([images, correct1, correct5, loss, is_stopped])
+    if stopped:
+        raise PreemptedError
     if images != len(loader.dataset):
         raise RuntimeError(f"evaluated {images:.0f} images of a split of {len(loader.dataset)}")
     return Evaluation(int(images), int(correct1), int(correct5), loss / images)

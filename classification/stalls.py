@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch.distributed import Store
+
 from .distributed import Process, shared_store
 
 _progress = 0  # of this process
@@ -28,16 +30,17 @@ def stalls_watched(process: Process, minutes: float) -> Iterator[None]:
     if process.world_size == 1:
         yield
         return
-    finished = threading.Event()
-    threading.Thread(target=_watch, args=(process, 60 * minutes, finished), daemon=True).start()
+    store, finished = shared_store("progress"), threading.Event()
+    # The other processes would wait for a missing key, and the store serves one call of a process at a time.
+    store.set(str(process.rank), f"0 {_progress}")
+    threading.Thread(target=_watch, args=(process, store, 60 * minutes, finished), daemon=True).start()
     try:
         yield
     finally:
         finished.set()
 
 
-def _watch(process: Process, seconds: float, finished: threading.Event) -> None:
-    store = shared_store("progress")
+def _watch(process: Process, store: Store, seconds: float, finished: threading.Event) -> None:
     looks, since = 0, time.monotonic()
     start: list[list[int]] = []  # looks and progress of each process at that time
     while not finished.wait(seconds / 10):

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +23,35 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 MAIN = Path(__file__).parents[2] / "classification" / "main.py"
 
 
-def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
-        [*launcher, str(MAIN), *arguments],
+@contextmanager
+def torchrun(*arguments: str, script: Path = MAIN) -> Iterator[subprocess.Popen]:
+    """Start two processes; they are killed if the test fails, or takes too long."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with subprocess.Popen(
+        [*launcher, str(script), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            kill_all(process)
+            raise
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """Kill a process and all its descendants, which would otherwise outlive it."""
+def kill_all(process: subprocess.Popen) -> int:
+    """Kill a process and all its descendants, which would otherwise outlive it; returns their number."""
     table = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     parents = {int(pid): int(parent) for pid, parent in map(str.split, table.splitlines())}
     doomed = [process.pid]
     for victim in doomed:
         doomed += [pid for pid, parent in parents.items() if parent == victim]
-    assert len(doomed) >= 3, "the launcher and two processes"
     for pid in doomed:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(doomed)
 
 
 MORE = ("--workers", "1", "--batch-size", "2")
@@ -51,7 +61,7 @@ MORE = ("--workers", "1", "--batch-size", "2")
 def undisturbed(micro: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of two processes with loader workers."""
     output = tmp_path_factory.mktemp("undisturbed")
-    with torchrun(2, *options(micro, photos, output, *MORE)) as process:
+    with torchrun(*options(micro, photos, output, *MORE)) as process:
         printed = process.communicate()[0]
         assert process.returncode == 0, printed
     return output / "micro" / "default"
@@ -97,7 +107,7 @@ def test_preempted_and_killed_training_resumes_to_the_same_bits(
     """
     arguments = options(micro, photos, tmp_path, *MORE)
     stopped = tmp_path / "micro" / "default"
-    with torchrun(2, *arguments) as process:
+    with torchrun(*arguments) as process:
         printed = ""
         for line in process.stdout:
             printed += line
@@ -108,18 +118,18 @@ def test_preempted_and_killed_training_resumes_to_the_same_bits(
     progress = read_checkpoint(stopped / LATEST)["progress"]
     assert len(progress) == 2 and 2 <= progress[0]["totals"]["updates"] < 6
     printed = ""
-    with torchrun(2, *arguments) as process:
+    with torchrun(*arguments) as process:
         for line in process.stdout:
             printed += line
             if "epoch 2/2 update 3/6" in line:
-                kill_all(process)
+                assert kill_all(process) >= 3, "the launcher and two processes"
                 break
         else:
             pytest.fail(f"the run was never in the middle of its second epoch: {printed}")
     assert "resumed from" in printed and " in epoch 1, after " in printed, printed
     content = read_checkpoint(stopped / LATEST)
     assert content["epoch"] == 0 and content["progress"] is None
-    with torchrun(2, *arguments) as process:
+    with torchrun(*arguments) as process:
         printed = process.communicate()[0]
         assert process.returncode == 0 and "resumed from" in printed, printed
 
@@ -129,7 +139,7 @@ def test_preempted_and_killed_training_resumes_to_the_same_bits(
 def test_processes_stop_when_their_launcher_is_killed(micro: Path, photos: Path, tmp_path: Path) -> None:
     """They save their state and release the folder."""
     arguments = options(micro, photos, tmp_path, *MORE, "--epochs", "1000")
-    with torchrun(2, *arguments) as process:
+    with torchrun(*arguments) as process:
         printed = ""
         for line in process.stdout:
             printed += line
@@ -137,6 +147,27 @@ def test_processes_stop_when_their_launcher_is_killed(micro: Path, photos: Path,
                 process.kill()
         process.wait(60)  # the output ends with the last process that writes to it
     assert "stopped by a signal" in printed and "error:" not in printed, printed
+    assert read_checkpoint(tmp_path / "micro/default" / LATEST)["progress"] is not None
+
+
+def test_a_signal_to_one_process_stops_all_in_validation(micro: Path, photos: Path, tmp_path: Path) -> None:
+    """The other process may be at the end of its images when the signal comes."""
+    script = tmp_path / "train.py"
+    script.write_text("""if True:
+        import os, signal, sys
+        from spatial_mamba.classification import main, trainer
+        progress_of = trainer.progress_of
+        def signalled(*arguments):
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return progress_of(*arguments)
+        trainer.progress_of = signalled
+        sys.exit(main.main())
+    """)
+    with torchrun(*options(micro, photos, tmp_path, *MORE), script=script) as process:
+        printed = process.communicate()[0]
+    assert "stopped by a signal" in printed and "\nerror:" not in printed, printed
+    assert "epoch 1/2: model" not in printed, printed
     assert read_checkpoint(tmp_path / "micro/default" / LATEST)["progress"] is not None
 
 
