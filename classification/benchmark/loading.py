@@ -98,9 +98,8 @@ def loader_rate(config: CfgNode, pipeline: str, device: torch.device, seconds: f
         pipeline: one of ``PIPELINES``; ``decode`` discards the decoded image.
     """
     process = Process(0, 1, device)
-    loader: Any
     if pipeline == "evaluation":
-        loader = build_val_loader(config, process)
+        loader: Any = build_val_loader(config, process)
         loader.sampler.indices = range(MANY)
     else:
         loader = build_train_loader(config, process)

@@ -84,8 +84,7 @@ def matching(option: str, globs: Iterable[str], names: Sequence[str]) -> list[st
     """
     found: dict[str, None] = {}
     for glob in globs:
-        matched = [name for name in names if fnmatchcase(name, glob)]
-        if not matched:
+        if not (matched := [name for name in names if fnmatchcase(name, glob)]):
             raise UserError(f"{option}: {glob!r} matches none of {', '.join(names)}")
         found |= dict.fromkeys(matched)
     return list(found)
