@@ -18,6 +18,7 @@ from .registration import Operator
 from .tensors import check_tensors, compute_dtype_for, layouts
 
 LAYOUTS = layouts(h="batch, dim, H, W")
+MOST_DILATION = 2**15 - 1  # no image is larger; the reference implementation pads by it
 
 
 def state_fusion(
@@ -36,7 +37,7 @@ def state_fusion(
         h: (batch, dim, H, W), the states laid out on the image.
         kernels: K tensors (dim, 1, k, k) of odd k.
         alpha: (K,), the weight of each kernel.
-        dilations: K positive integers.
+        dilations: K integers from 1 to ``MOST_DILATION``.
 
     Returns:
         The fused states, (batch, dim, H, W), in the dtype of ``h``.
@@ -229,7 +230,7 @@ def check_branches(
     check_tensors({}, {**first, "alpha": alpha, **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}})
 
 
-def check_dilations(dilations: Sequence[int]) -> None:
-    """Raise ValueError unless all are positive integers."""
-    if any(not isinstance(dilation, int) or dilation < 1 for dilation in dilations):
-        raise ValueError(f"dilations must be positive integers, got {tuple(dilations)}")
+def check_dilations(dilations: Sequence[int], name: str = "dilations") -> None:
+    """Raise ValueError unless all are integers from 1 to ``MOST_DILATION``."""
+    if any(not isinstance(dilation, int) or not 1 <= dilation <= MOST_DILATION for dilation in dilations):
+        raise ValueError(f"{name} must be integers from 1 to {MOST_DILATION}, got {tuple(dilations)}")

@@ -26,7 +26,9 @@ OPERATORS = (
 )
 TESTS = {  # folder: tests
     "kernels": f"build {OPERATORS}",
-    "classification": "fused initialisation pytorch_tools spatial_mamba timm visualize weight_files weights",
+    "classification": (
+        "fused initialisation pytorch_tools recomputation spatial_mamba timm visualize weight_files weights"
+    ),
     "openmmlab": "detection mmcv_operators",
 }
 SHOWN = ("torch", "torchvision", "triton", "timm", "numpy", "mmcv-lite")

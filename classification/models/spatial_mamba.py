@@ -34,6 +34,7 @@ from ...kernels import (
     state_fusion,
 )
 from ...kernels.backends import has_kernels, plain_eager
+from ...kernels.state_fusion import check_dilations
 from ...kernels.tensors import compute_dtype_for, without_autocast
 from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
 from .fused import (
@@ -907,8 +908,7 @@ def _fusion_options(dilations: Sequence[int], kernel_sizes: int | Sequence[int])
     """
     dilations = tuple(dilations)
     sizes = (kernel_sizes,) * len(dilations) if isinstance(kernel_sizes, int) else tuple(kernel_sizes)
-    if any(not isinstance(dilation, int) or dilation < 1 for dilation in dilations):
-        raise ValueError(f"fusion_dilations must be positive integers, or empty for no fusion, got {dilations}")
+    check_dilations(dilations, "fusion_dilations")
     if len(sizes) != len(dilations):
         raise ValueError(f"fusion_kernel_sizes must be one number, or one per dilation of {dilations}, got {sizes}")
     if any(not isinstance(size, int) or size < 1 or size % 2 == 0 for size in sizes):

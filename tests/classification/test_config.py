@@ -121,7 +121,10 @@ def test_ablations_are_configs() -> None:
             architecture = architecture_of(build_model(config, 1000).state_dict())
         assert (architecture.fusion, architecture.depths) == (fusion, (2, 4, 8, 4))
         assert f"spatialmamba_tiny_{name}" == config.MODEL.NAME and config.AUG.MESA == 1.0
-    for value, message in (("[0]", "fusion_dilations must be positive"), ("['a']", "must be a list of whole numbers")):
+    for value, message in (
+        ("[0]", "fusion_dilations must be integers"),
+        ("['a']", "must be a list of whole numbers"),
+    ):
         with pytest.raises(UserError, match=message):
             config, _ = load_config("spatialmamba_tiny", [("MODEL.SPATIAL_MAMBA.FUSION_DILATIONS", value)])
             build_model(config, 10)
