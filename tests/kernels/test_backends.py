@@ -359,6 +359,7 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "one row": {"height": 1, "width": 19},
     "one column": {"height": 12, "width": 1},
     "smaller than the reach": {"height": 3, "width": 4, "dim": 17},
+    "far smaller than the reach": {"height": 3, "width": 4, "dilations": (1, 30_000)},
     "larger than a block": {"height": 13, "width": 31, "dim": 18, "batch": 1},
     "one dilation": {"dilations": (2,)},
     "kernels of 5": {"dilations": (1, 2), "size": 5},

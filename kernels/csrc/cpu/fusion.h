@@ -13,17 +13,20 @@
 
 namespace spatial_mamba {
 
-// The neighbours that fusion reads, and their largest distance.
+// The neighbours that fusion reads, and their largest distance. All neighbours beyond the map are copies of its edge, so
+// no distance needs to be larger than the map.
 struct Neighbourhood {
   struct Offset {
     int64_t row, column;
   };
 
-  explicit Neighbourhood(at::IntArrayRef flat) {
+  Neighbourhood(at::IntArrayRef flat, int64_t height, int64_t width) {
     for (size_t i = 0; i < flat.size(); i += 2) {
-      offsets.push_back({flat[i], flat[i + 1]});
-      row_reach = std::max(row_reach, std::abs(flat[i]));
-      column_reach = std::max(column_reach, std::abs(flat[i + 1]));
+      const auto row = std::clamp<int64_t>(flat[i], 1 - height, height - 1);
+      const auto column = std::clamp<int64_t>(flat[i + 1], 1 - width, width - 1);
+      offsets.push_back({row, column});
+      row_reach = std::max(row_reach, std::abs(row));
+      column_reach = std::max(column_reach, std::abs(column));
     }
   }
   int64_t size() const { return static_cast<int64_t>(offsets.size()); }

@@ -16,7 +16,7 @@ namespace spatial_mamba {
 struct Map : Shape {
   Map(const at::Tensor& x, at::IntArrayRef offsets)
       : Shape{x.size(0), x.size(1), x.size(2), x.size(3)},
-        around(offsets),
+        around(offsets, height, width),
         ring{around.rows(), width, around.column_reach},
         taps_of_rows(find_taps(around, ring, height)) {}
 
