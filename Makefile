@@ -26,7 +26,7 @@ demo-segmentation: .venv/openmmlab $(LIBRARIES)
 	$(call OPENMMLAB_DEMO,segmentation,upernet_spatialmamba_digits,digits_ade)
 
 # One process per core, each with one thread, since the tests use small tensors.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --max-worker-restart 1
 
 test: .venv/openmmlab $(LIBRARIES) lint
 	$(PYTEST)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,27 +22,32 @@ from .runs import accuracy_lines, assert_same, options
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
 MAIN = Path(__file__).parents[2] / "classification" / "main.py"
+SECONDS = 200  # after which processes hang
 
 
 @contextmanager
 def torchrun(*arguments: str, script: Path = MAIN) -> Iterator[subprocess.Popen]:
-    """Start two processes; they are killed if the test fails, or takes too long."""
+    """Start two processes. They are killed if the test fails; if they hang, each first prints where."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with subprocess.Popen(
         [*launcher, str(script), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
     ) as process:
+        hung = threading.Timer(SECONDS, kill_all, (process, signal.SIGABRT))
+        hung.start()
         try:
             yield process
         except BaseException:
-            kill_all(process)
+            kill_all(process, signal.SIGKILL)
             raise
+        finally:
+            hung.cancel()
 
 
-def kill_all(process: subprocess.Popen) -> int:
+def kill_all(process: subprocess.Popen, number: int) -> int:
     """Kill a process and all its descendants, which would otherwise outlive it; returns their number."""
     table = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     parents = {int(pid): int(parent) for pid, parent in map(str.split, table.splitlines())}
@@ -50,7 +56,7 @@ def kill_all(process: subprocess.Popen) -> int:
         doomed += [pid for pid, parent in parents.items() if parent == victim]
     for pid in doomed:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
     return len(doomed)
 
 
@@ -122,7 +128,7 @@ def test_preempted_and_killed_training_resumes_to_the_same_bits(
         for line in process.stdout:
             printed += line
             if "epoch 2/2 update 3/6" in line:
-                assert kill_all(process) >= 3, "the launcher and two processes"
+                assert kill_all(process, signal.SIGKILL) >= 3, "the launcher and two processes"
                 break
         else:
             pytest.fail(f"the run was never in the middle of its second epoch: {printed}")
