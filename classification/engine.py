@@ -273,6 +273,7 @@ def measure_throughput(
             model(images)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        note_progress()
 
     for _ in range(3):
         step()

@@ -33,6 +33,7 @@ def stalls_watched(process: Process, minutes: float) -> Iterator[None]:
     store, finished = shared_store("progress"), threading.Event()
     # The other processes would wait for a missing key, and the store serves one call of a process at a time.
     store.set(str(process.rank), f"0 {_progress}")
+    process.barrier()
     threading.Thread(target=_watch, args=(process, store, 60 * minutes, finished), daemon=True).start()
     try:
         yield

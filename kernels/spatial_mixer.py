@@ -74,7 +74,7 @@ def spatial_mixer(
         alpha: (K,), the weight of each kernel; None if ``taps`` are given.
         norm_weight: (dim,).
         norm_bias: (dim,).
-        dilations: K positive integers.
+        dilations: K integers, as in `state_fusion`.
         eps: added to the variance.
         taps: (T, dim), from ``merge_taps``, instead of ``kernels`` and ``alpha``: saves merging constant weights.
         kernel_sizes: the K sizes of the kernels in ``taps``, 3 each by default.

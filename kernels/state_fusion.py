@@ -96,7 +96,7 @@ def merge_taps(kernels: Sequence[Tensor], alpha: Tensor, dilations: Sequence[int
     Args:
         kernels: K tensors (dim, 1, k, k) of odd k.
         alpha: (K,), the weight of each kernel.
-        dilations: K positive integers.
+        dilations: K integers from 1 to ``MOST_DILATION``.
 
     Returns:
         (T, dim), in the order of ``tap_offsets`` and in the dtype of ``alpha``.

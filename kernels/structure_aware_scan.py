@@ -55,7 +55,7 @@ def structure_aware_scan(
         D: (dim,), weight of the skip connection.
         kernels: K tensors (dim, 1, k, k) of odd k.
         alpha: (K,), the weight of each kernel.
-        dilations: K positive integers.
+        dilations: K integers, as in `state_fusion`.
         out_dtype: dtype of the result, by default that of ``u``. With fusion kernels near 1, outputs are about 27
             times as large as states and may exceed the range of float16.
 

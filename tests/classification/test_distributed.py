@@ -36,24 +36,22 @@ def torchrun(*arguments: str, script: Path = MAIN) -> Iterator[subprocess.Popen]
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
     ) as process:
-        hung = threading.Timer(SECONDS, kill_all, (process, signal.SIGABRT))
+        output = arguments[arguments.index("--output") + 1]
+        hung = threading.Timer(SECONDS, kill_all, (output, signal.SIGABRT))
         hung.start()
         try:
             yield process
         except BaseException:
-            kill_all(process, signal.SIGKILL)
+            kill_all(output, signal.SIGKILL)
             raise
         finally:
             hung.cancel()
 
 
-def kill_all(process: subprocess.Popen, number: int) -> int:
-    """Kill a process and all its descendants, which would otherwise outlive it; returns their number."""
-    table = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = {int(pid): int(parent) for pid, parent in map(str.split, table.splitlines())}
-    doomed = [process.pid]
-    for victim in doomed:
-        doomed += [pid for pid, parent in parents.items() if parent == victim]
+def kill_all(output: str, number: int) -> int:
+    """Send a signal to the launcher of a run and all its processes, which can outlive it; returns their number."""
+    table = subprocess.run(["ps", "-e", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    doomed = [int(line.split()[0]) for line in table.splitlines() if output in line.split()]
     for pid in doomed:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -128,7 +126,7 @@ def test_preempted_and_killed_training_resumes_to_the_same_bits(
         for line in process.stdout:
             printed += line
             if "epoch 2/2 update 3/6" in line:
-                assert kill_all(process, signal.SIGKILL) >= 3, "the launcher and two processes"
+                assert kill_all(str(tmp_path), signal.SIGKILL) >= 3, "the launcher and two processes"
                 break
         else:
             pytest.fail(f"the run was never in the middle of its second epoch: {printed}")

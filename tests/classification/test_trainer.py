@@ -13,7 +13,7 @@ import torch
 from yacs.config import CfgNode
 
 from spatial_mamba import SpatialMamba
-from spatial_mamba.classification import engine, run_log, trainer
+from spatial_mamba.classification import engine, run_log, stalls, trainer
 from spatial_mamba.classification.checkpoint import BEST_EMA, LATEST
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
@@ -79,10 +79,12 @@ def test_throughput_is_printed_for_each_batch_size(
     micro: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(trainer, "measure_throughput", functools.partial(engine.measure_throughput, seconds=0.0))
+    before = stalls._progress
     assert main(["--cfg", str(micro), "--throughput", "2", "1"]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if "throughput" in line]
     assert [line.split("batch ")[1].split(",")[0] for line in lines] == ["1", "2"]
     assert all("images/s" in line and "peak memory" in line for line in lines)
+    assert stalls._progress >= before + 2 * 4  # otherwise several processes would seem to have stalled
 
 
 def test_a_published_runs_folder_is_resumed(

@@ -10,6 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,8 +72,9 @@ def main() -> None:
         processes = [get_context("fork").Process(target=_run, args=(*program, output)) for program in programs]
         for process in processes:
             process.start()
+        deadline = time.monotonic() + 300
         for process in processes:
-            process.join(300)
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()  # if it hangs
         print(json.dumps([process.exitcode for process in processes]), flush=True)
 
