@@ -307,6 +307,8 @@ def run_batch(target: Target, batch: Iterator[Files], place: Path, log: int, res
     tempfile.tempdir = str(outside)
     os.dup2(log, 2)  # for libraries in C, such as libtiff
     faulthandler.enable(log)
+    # Not dump_traceback_later, which waits forever after a fork in a process that uses it, such as pytest.
+    faulthandler.register(signal.SIGALRM, log, chain=True)
     torch.set_num_threads(1)
     loaded = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (loaded + target.memory,) * 2)
@@ -315,11 +317,11 @@ def run_batch(target: Target, batch: Iterator[Files], place: Path, log: int, res
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write(files, folder)
-        faulthandler.dump_traceback_later(SECONDS, exit=True, file=log)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         start, canary.is_active = time.perf_counter(), True
         outcome = "refused" if refuses(target.run, folder) else "accepted"
         seconds, canary.is_active = time.perf_counter() - start, False
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         canary.check()
         os.write(results, f"{outcome} {seconds}\n".encode())
 

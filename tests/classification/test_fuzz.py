@@ -39,7 +39,7 @@ def refuse_after(error: Exception) -> None:
     [
         (lambda folder: {}["key"], "KeyError: 'key'"),
         (lambda folder: os.abort(), "SIGABRT"),
-        (lambda folder: time.sleep(10), "Timeout"),
+        (lambda folder: time.sleep(10), "SIGALRM"),
         (lambda folder: refuse_after(MemoryError("1 GB")), "MemoryError: 1 GB"),
         (lambda folder: bytes(2**40), "MemoryError"),
         (lambda folder: setattr(torch, "harm", 1), "['harm']"),
