@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "output" / "versions"
 EXTRAS = ["-e", ".[dev,openmmlab]"]
-OLDEST = ["torch==2.6.0", "torchvision==0.21.0", "numpy==1.26.*", "timm==1.0.31"]
 COMBINATIONS = {  # name: (Python, calls of pip install)
-    "oldest": ("3.10", [[*OLDEST, *EXTRAS]]),  # one call, which cannot replace the oldest by newer ones
+    # In one call, which cannot replace the oldest packages by newer ones.
+    "oldest": ("3.10", [["torch==2.6.0", "torchvision==0.21.0", "numpy==1.26.*", "timm==1.0.31", *EXTRAS]]),
     "pinned": ("3.11", [["-r", "requirements.txt"], ["-r", "detection/requirements.txt"], ["--no-deps", "-e", "."]]),
     "newest": ("3.13", [["torch", "torchvision"], EXTRAS]),
 }

@@ -166,10 +166,10 @@ inline void fuse_adjoint(const Neighbourhood& around, const Vec<T>* ring, const 
     const Vec<T>* readers = ring + tap.start + column;
     Vec<T> beyond = {};
     if (column < 0) {
-      for (int64_t j = 0; j < std::min(-column, width); ++j) beyond += readers[j];
+      for (int64_t j = 0; j < -column; ++j) beyond += readers[j];
       left += weights[tap.t] * beyond;
     } else {
-      for (int64_t j = std::max<int64_t>(width - column, 0); j < width; ++j) beyond += readers[j];
+      for (int64_t j = width - column; j < width; ++j) beyond += readers[j];
       right += weights[tap.t] * beyond;
     }
   }
