@@ -115,27 +115,25 @@ def spatial_mixer(
         given = [k for k, v in (("kernels", kernels), ("alpha", alpha), ("taps", taps)) if v is not None]
         raise ValueError(f"give either kernels and alpha, or taps; got {', '.join(given) or 'none of them'}")
 
-    return SPATIAL_MIXER(
-        xz,
+    converted = [
         contiguous_as(conv_weight, compute_dtype),
         contiguous_as(conv_bias, compute_dtype),
         contiguous_as(projection_weight, xz.dtype),  # so that the product runs on half-precision units
         *(contiguous_as(x, compute_dtype) for x in (step_weight, step_bias, A_log, D, taps, norm_weight, norm_bias)),
-        sizes,
-        list(dilations),
-        eps,
-    )
+    ]
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (xz, *converted))
+    return SPATIAL_MIXER(xz, *converted, sizes, list(dilations), eps, keep)
 
 
 def reference(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    """The reference implementation: the outputs, then y and the state before each row.
+    """The reference implementation: the outputs, then y and the state before each row, empty unless they are to be kept.
 
     conv_weight has shape (dim, 1, 3, 3) or (dim, 9), taps (T, dim). projection_weight has the dtype of xz, all others
     the compute dtype.
     """
-    *core, norm_weight, norm_bias, sizes, dilations, eps = others
+    *core, norm_weight, norm_bias, sizes, dilations, eps, keep = others
     step_weight, step_bias, A_log, D, taps = core
     x, gate = xz.chunk(2, dim=-1)
     u = conv_reference(x, conv_weight, conv_bias, "silu")
@@ -143,18 +141,25 @@ def reference(
     y, row_states = core_reference(
         u, projection, step_weight, step_bias, A_log, D, taps, sizes, dilations, conv_weight.dtype
     )
-    return norm_reference(y, gate, norm_weight, norm_bias, eps), y, row_states
+    return norm_reference(y, gate, norm_weight, norm_bias, eps), *_kept(y, row_states, keep)
+
+
+def _kept(y: Tensor, row_states: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    return (y, row_states) if keep else (y.new_empty(0), row_states.new_empty(0))
 
 
 def _forward(
     backend: ModuleType, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    *core, norm_weight, norm_bias, sizes, dilations, eps = others
+    *core, norm_weight, norm_bias, sizes, dilations, eps, keep = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
+    if hasattr(backend, "spatial_mixer") and xz.shape[0] >= torch.get_num_threads():  # one image per thread
+        weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
+        return backend.spatial_mixer(x, gate, *weights, tap_offsets(sizes, dilations), eps, keep)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
     projection = _project(backend, u, projection_weight)
     y, row_states = STRUCTURE_AWARE_SCAN.run(u, projection, *core, sizes, dilations, conv_weight.dtype)
-    return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), y, row_states
+    return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), *_kept(y, row_states, keep)
 
 
 def _project(backend: ModuleType, u: Tensor, weight: Tensor) -> Tensor:
@@ -167,7 +172,7 @@ def _backward(
     backend: ModuleType, grad_out: Tensor, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     """Compute u and p again, and let native backends write both halves of the gradient of ``xz`` in place."""
-    projection_weight, *core, norm_weight, norm_bias, y, row_states, sizes, dilations, eps = others
+    projection_weight, *core, norm_weight, norm_bias, y, row_states, sizes, dilations, eps, _ = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
     grad_xz = contiguous_like(xz)
     grad_x, grad_gate = grad_xz.chunk(2, dim=-1)
@@ -190,11 +195,11 @@ def _backward(
     return grad_xz, *conv_grads, grad_projection_weight, *core_grads, *norm_grads
 
 
-def _fake(xz: Tensor, conv_weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake(xz: Tensor, conv_weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *image, channels = xz.shape
     dim, compute = channels // 2, conv_weight
-    out = xz.new_empty(*image, dim)
-    return out, compute.new_empty(*image, dim), compute.new_empty(*image[:2], dim)
+    y, row_states = compute.new_empty(*image, dim), compute.new_empty(*image[:2], dim)
+    return xz.new_empty(*image, dim), *_kept(y, row_states, others[-1])
 
 
 def _flops(xz: Sequence[int], *weights: Any) -> int:
@@ -205,7 +210,7 @@ def _flops(xz: Sequence[int], *weights: Any) -> int:
 
 SPATIAL_MIXER = Operator(
     f"spatial_mixer(Tensor xz, Tensor conv_weight, Tensor conv_bias, Tensor projection_weight, {CORE_TENSORS}, "
-    "Tensor norm_weight, Tensor norm_bias, int[] sizes, int[] dilations, float eps) "
+    "Tensor norm_weight, Tensor norm_bias, int[] sizes, int[] dilations, float eps, bool keep) "
     "-> (Tensor, Tensor, Tensor)",
     reference,
     _fake,

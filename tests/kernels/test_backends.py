@@ -787,7 +787,7 @@ def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
             arguments = (tensors["h"].permute(0, 2, 3, 1).contiguous(), taps, *branches)
         elif name == "spatial_mixer":
             *weights, norm_weight, norm_bias = list(tensors.values())[:10]
-            arguments = (*weights, taps, norm_weight, norm_bias, *branches, 1e-5)
+            arguments = (*weights, taps, norm_weight, norm_bias, *branches, 1e-5, True)
         else:
             names = ("u", "projection", "step_weight", "step_bias", "A_log", "D")
             arguments = (*(tensors[k] for k in names), taps, *branches, torch.float32)

@@ -12,8 +12,9 @@
 namespace spatial_mamba {
 
 constexpr int kTaps = 9;
+constexpr int kTokenBlock = 4;  // tokens of a row that are computed together, since their neighbours overlap
 
-inline Shape shape_of(const at::Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+enum class Epilogue { kNone, kSilu, kResidual };
 
 // Weights by vector of channels: the nine taps, row by row, and the bias.
 template <typename T>
@@ -56,6 +57,58 @@ struct Neighbours {
 
   const io* tokens[3][n + 2];
 };
+
+// sums[j] += tap(row, k) * x(row, j + k). Each neighbour is loaded once and used at once: few registers suffice.
+template <typename T, int n, typename Load, typename Tap>
+inline __attribute__((always_inline)) void convolve(Load&& x, Tap&& tap, Vec<T> (&sums)[n]) {
+#pragma GCC unroll 3
+  for (int row = 0; row < 3; ++row) {
+    const Vec<T> weights[3] = {tap(row, 0), tap(row, 1), tap(row, 2)};
+#pragma GCC unroll 8
+    for (int column = 0; column < n + 2; ++column) {
+      const Vec<T> value = x(row, column);
+#pragma GCC unroll 3
+      for (int k = 0; k < 3; ++k) {
+        if (column >= k && column - k < n) sums[column - k] += weights[k] * value;
+      }
+    }
+  }
+}
+
+template <typename Visit>
+void for_blocks(int64_t width, Visit&& visit) {
+  int64_t j = 0;
+  for (; j + kTokenBlock <= width; j += kTokenBlock) visit(std::integral_constant<int, kTokenBlock>{}, j);
+  for (; j + 2 <= width; j += 2) visit(std::integral_constant<int, 2>{}, j);
+  for (; j < width; ++j) visit(std::integral_constant<int, 1>{}, j);
+}
+
+// Row i of the convolution of image b.
+template <Epilogue epilogue, typename io>
+void convolve_row(const Shape& shape, int64_t b, int64_t i, const Tokens<const io>& x,
+                  const Weights<Compute<io>>& weights, const io* zeros, io* out) {
+  using T = Compute<io>;
+  for_blocks(shape.width, [&](auto n, int64_t j) {
+    const Neighbours<io, n> around(shape, i, j, zeros,
+                                   [&](int64_t row, int64_t column) { return x[shape.token(b, row) + column]; });
+    for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
+      const int lanes = shape.lanes<T>(chunk * kLanes<T>);
+      const Vec<T>* taps = weights[chunk];
+      const auto near = around.at(chunk * kLanes<T>, lanes);
+      Vec<T> sums[n];
+      each<n>([&](int k) { sums[k] = taps[kTaps]; });
+      if constexpr (epilogue == Epilogue::kResidual) each<n>([&](int k) { sums[k] += near(1, k + 1); });
+      convolve<T, n>(near, [&](int row, int column) { return taps[3 * row + column]; }, sums);
+      if constexpr (epilogue == Epilogue::kSilu) {
+        Vec<T> gate[n];
+        logistic<T, n>(sums, gate);
+        each<n>([&](int k) { sums[k] *= gate[k]; });
+      }
+      io* first = out + j * shape.dim + chunk * kLanes<T>;
+      each<n>([&](int k) { store(first + k * shape.dim, sums[k], lanes); });
+    }
+  });
+}
 
 // Calls run(b, first, last) for every image and tile of vectors of channels: large enough to read memory in long runs,
 // small enough to keep all threads busy.

@@ -13,32 +13,11 @@ namespace {
 
 using at::Tensor;
 
-constexpr int kBlock = 4;  // tokens of a row that are computed together, since their neighbours overlap
-
-enum class Epilogue { kNone, kSilu, kResidual };
-
 Epilogue parse_epilogue(c10::string_view name) {
   if (name == "none") return Epilogue::kNone;
   if (name == "silu") return Epilogue::kSilu;
   TORCH_CHECK_VALUE(name == "residual", "epilogue must be none, silu or residual, got ", name);
   return Epilogue::kResidual;
-}
-
-// sums[j] += tap(row, k) * x(row, j + k). Each neighbour is loaded once and used at once: few registers suffice.
-template <typename T, int n, typename Load, typename Tap>
-inline __attribute__((always_inline)) void convolve(Load&& x, Tap&& tap, Vec<T> (&sums)[n]) {
-#pragma GCC unroll 3
-  for (int row = 0; row < 3; ++row) {
-    const Vec<T> weights[3] = {tap(row, 0), tap(row, 1), tap(row, 2)};
-#pragma GCC unroll 8
-    for (int column = 0; column < n + 2; ++column) {
-      const Vec<T> value = x(row, column);
-#pragma GCC unroll 3
-      for (int k = 0; k < 3; ++k) {
-        if (column >= k && column - k < n) sums[column - k] += weights[k] * value;
-      }
-    }
-  }
 }
 
 // The gradients of the taps, row by row: sums[3 row + k] += grad[j] * x(row, j + k).
@@ -59,43 +38,15 @@ inline __attribute__((always_inline)) void correlate(Load&& x, const Vec<T> (&gr
   }
 }
 
-template <typename Visit>
-void for_blocks(int64_t width, Visit&& visit) {
-  int64_t j = 0;
-  for (; j + kBlock <= width; j += kBlock) visit(std::integral_constant<int, kBlock>{}, j);
-  for (; j + 2 <= width; j += 2) visit(std::integral_constant<int, 2>{}, j);
-  for (; j < width; ++j) visit(std::integral_constant<int, 1>{}, j);
-}
-
 // --- forward ----------------------------------------------------------------------------------------------------------
 
-template <typename io, Epilogue epilogue>
+template <Epilogue epilogue, typename io>
 void forward(const Shape& shape, const Tokens<const io>& x, const Weights<Compute<io>>& weights, io* out) {
-  using T = Compute<io>;
   const std::vector<io> zeros(shape.dim, io(0));
   at::parallel_for(0, shape.batch * shape.height, 4, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       const int64_t b = line / shape.height, i = line % shape.height;
-      for_blocks(shape.width, [&](auto n, int64_t j) {
-        const Neighbours<io, n> around(shape, i, j, zeros.data(),
-                                       [&](int64_t row, int64_t column) { return x[shape.token(b, row) + column]; });
-        for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
-          const int lanes = shape.lanes<T>(chunk * kLanes<T>);
-          const Vec<T>* taps = weights[chunk];
-          const auto near = around.at(chunk * kLanes<T>, lanes);
-          Vec<T> sums[n];
-          each<n>([&](int k) { sums[k] = taps[kTaps]; });
-          if constexpr (epilogue == Epilogue::kResidual) each<n>([&](int k) { sums[k] += near(1, k + 1); });
-          convolve<T, n>(near, [&](int row, int column) { return taps[3 * row + column]; }, sums);
-          if constexpr (epilogue == Epilogue::kSilu) {
-            Vec<T> gate[n];
-            logistic<T, n>(sums, gate);
-            each<n>([&](int k) { sums[k] *= gate[k]; });
-          }
-          io* first = out + (shape.token(b, i) + j) * shape.dim + chunk * kLanes<T>;
-          each<n>([&](int k) { store(first + k * shape.dim, sums[k], lanes); });
-        }
-      });
+      convolve_row<epilogue>(shape, b, i, x, weights, zeros.data(), out + line * shape.width * shape.dim);
     }
   });
 }
@@ -234,7 +185,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
     using T = Compute<scalar_t>;
     const Weights<T> weights(shape, weight.const_data_ptr<T>(), bias.const_data_ptr<T>());
     with_epilogue(parse_epilogue(epilogue), [&](auto kind) {
-      forward<scalar_t, kind>(shape, read_tokens<scalar_t>(x, "x"), weights, out.mutable_data_ptr<scalar_t>());
+      forward<kind, scalar_t>(shape, read_tokens<scalar_t>(x, "x"), weights, out.mutable_data_ptr<scalar_t>());
     });
   });
   return out;

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "gated_norm.h"
 #include "moments.h"
 #include "tokens.h"
 #include "vec.h"
@@ -26,24 +27,8 @@ int64_t chunks_of(int64_t dim) {
 template <typename io, typename yio>
 void forward(int64_t tokens, int64_t dim, const yio* y, const Tokens<const io>& gate, const Compute<io>* weight,
              const Compute<io>* bias, Compute<io> eps, io* out) {
-  using T = Compute<io>;
   at::parallel_for(0, tokens, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      const yio* values = y + token * dim;
-      const io* gates = gate[token];
-      const auto [mean, rstd] = moments<T>(values, dim, eps);
-      for_channels<T>(dim, [&, mean = mean, rstd = rstd](auto n, int64_t channel, int lanes) {
-        Vec<T> g[n], open[n];
-        each<n>([&](int k) { g[k] = load(gates + channel + k * kLanes<T>, lanes); });
-        logistic<T, n>(g, open);
-        each<n>([&](int k) {
-          const int64_t at = channel + k * kLanes<T>;
-          const Vec<T> normal = (load(values + at, lanes) - mean) * rstd;
-          store(out + token * dim + at, (normal * load(weight + at, lanes) + load(bias + at, lanes)) * (g[k] * open[k]),
-                lanes);
-        });
-      });
-    }
+    normalise_and_gate(begin, end, dim, y, gate, weight, bias, eps, out);
   });
 }
 

@@ -13,10 +13,10 @@ template <int n>
 inline __attribute__((always_inline)) void normal_distribution(const Vec<float> (&x)[n], Vec<float> (&cumulative)[n],
                                                                Vec<float> (&density)[n]) {
   Vec<float> t[n], p[n];
-  each<n>([&](int k) { t[k] = x[k] < 0 ? -x[k] : x[k]; });
-  each<n>([&](int k) { density[k] = t[k] * t[k] * float(-0.5 * M_LOG2E); });
+  each<n>([&](int k) { density[k] = x[k] * x[k] * float(-0.5 * M_LOG2E); });
   exp2_nonpositive(density);
-  each<n>([&](int k) { t[k] = 1.0f / (1.0f + t[k] * float(0.3275911 * M_SQRT1_2)); });
+  each<n>([&](int k) { t[k] = at_least(-1e30f, negative_magnitude<float>(x[k])); });
+  each<n>([&](int k) { t[k] = reciprocal<float>(1.0f - t[k] * float(0.3275911 * M_SQRT1_2)); });
   each<n>([&](int k) { p[k] = t[k] * 0.5307027145f - 0.7265760135f; });
   each<n>([&](int k) { p[k] = p[k] * t[k] + 0.7107068705f; });
   each<n>([&](int k) { p[k] = p[k] * t[k] - 0.142248368f; });

@@ -55,4 +55,17 @@ Moments<T> moments(const yio* y, int64_t dim, T eps) {
   return {mean, T(1) / std::sqrt(variance + eps)};
 }
 
+// Calls visit(token, moments) for all tokens, whose channels are row(token). The moments of several tokens are computed
+// one after the other, so that their long chains of operations overlap.
+template <typename T, typename Row, typename Visit>
+void for_moments(int64_t first, int64_t last, int64_t dim, T eps, Row&& row, Visit&& visit) {
+  constexpr int64_t kTogether = 8;
+  Moments<T> found[kTogether];
+  for (; first < last; first += kTogether) {
+    const int64_t count = std::min(kTogether, last - first);
+    for (int64_t k = 0; k < count; ++k) found[k] = moments<T>(row(first + k), dim, eps);
+    for (int64_t k = 0; k < count; ++k) visit(first + k, found[k]);
+  }
+}
+
 }  // namespace spatial_mamba

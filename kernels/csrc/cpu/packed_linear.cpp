@@ -11,7 +11,7 @@
 
 #include "gelu.h"
 #include "moments.h"
-#include "product.h"
+#include "packing.h"
 #include "vec.h"
 
 namespace spatial_mamba {
@@ -19,27 +19,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kColumns = 64;      // outputs per block of packed weights
 constexpr int64_t kRound = 8;         // tile sizes are multiples of it, since each size needs a generated product
 constexpr int64_t kTileTokens = 200;  // their hidden activations fit into the cache, except in the widest layers
-
-// --- packed weights: (blocks, K, 64), inputs in pairs for the half-precision types, as matrix units read them ---------
-
-template <typename io>
-constexpr int64_t kPair = sizeof(io) == 2 ? 2 : 1;
-
-template <typename io>
-void pack(const io* weight, int64_t outputs, int64_t inputs, io* packed) {
-  const int64_t blocks = (outputs + kColumns - 1) / kColumns;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin * kColumns; n < std::min(end * kColumns, outputs); ++n) {
-      io* block = packed + n / kColumns * inputs * kColumns;
-      for (int64_t k = 0; k < inputs; ++k) {
-        block[k / kPair<io> * kColumns * kPair<io> + n % kColumns * kPair<io> + k % kPair<io>] = weight[n * inputs + k];
-      }
-    }
-  });
-}
 
 Tensor pack_weight(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
@@ -49,15 +30,6 @@ Tensor pack_weight(const Tensor& weight) {
     pack(weight.const_data_ptr<scalar_t>(), outputs, inputs, packed.mutable_data_ptr<scalar_t>());
   });
   return packed;
-}
-
-bool can_pack(at::ScalarType dtype) {
-#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-  if (dtype == at::kFloat) return true;
-  return (dtype == at::kBFloat16 || dtype == at::kHalf) && at::native::cpublas::could_pack(dtype);
-#else
-  return false;
-#endif
 }
 
 // --- tiles ------------------------------------------------------------------------------------------------------------
@@ -77,9 +49,7 @@ struct Tiling {
     at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       auto visit = make();
       for (int64_t tile = begin; tile < end; ++tile) visit(tile * size, std::min(size, tokens - tile * size));
-#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-      at::native::cpublas::brgemm_release();
-#endif
+      release_microkernels();
     });
   }
 
@@ -107,25 +77,22 @@ struct Layer {
 // Normalised tokens of a tile.
 template <typename io>
 void normalise(const Norm<io>& norm, const io* x, int64_t tokens, int64_t dim, io* out) {
-  for (int64_t token = 0; token < tokens; ++token, x += dim, out += dim) {
-    const auto [mean, rstd] = moments<float>(x, dim, norm.eps);
-    for_channels<float>(dim, [&, mean = mean, rstd = rstd](auto n, int64_t channel, int lanes) {
+  const auto channels_of = [&](int64_t token) { return x + token * dim; };
+  for_moments<float>(0, tokens, dim, norm.eps, channels_of, [&](int64_t token, const Moments<float>& found) {
+    for_channels<float>(dim, [&](auto n, int64_t channel, int lanes) {
       each<n>([&](int k) {
         const int64_t at = channel + k * kLanes<float>;
-        const Vec<float> normal = (load(x + at, lanes) - mean) * rstd;
-        store(out + at, normal * load(norm.weight + at, lanes) + load(norm.bias + at, lanes), lanes);
+        const Vec<float> normal = (load(x + token * dim + at, lanes) - found.mean) * found.rstd;
+        store(out + token * dim + at, normal * load(norm.weight + at, lanes) + load(norm.bias + at, lanes), lanes);
       });
     });
-  }
+  });
 }
 
 // One block of 64 outputs of all tokens, which are `stride` apart.
 template <typename io>
 void multiply(const Layer<io>& layer, int64_t first, const io* x, int64_t tokens, float* out, int64_t stride) {
-#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-  at::native::cpublas::brgemm(tokens, kColumns, layer.inputs, layer.inputs, kColumns, stride, false, x,
-                              layer.weight + first * layer.inputs, out, kPair<io> == 2);
-#endif
+  multiply_packed(x, tokens, layer.inputs, layer.weight + first * layer.inputs, kColumns, out, stride);
 }
 
 struct Nothing {

@@ -14,8 +14,8 @@ namespace spatial_mamba {
 
 // A batch of maps, the neighbours that fusion reads in them, and a ring of the rows that are needed at a time.
 struct Map : Shape {
-  Map(const at::Tensor& x, at::IntArrayRef offsets)
-      : Shape{x.size(0), x.size(1), x.size(2), x.size(3)},
+  Map(const Shape& shape, at::IntArrayRef offsets)
+      : Shape(shape),
         around(offsets, height, width),
         ring{around.rows(), width, around.column_reach},
         taps_of_rows(find_taps(around, ring, height)) {}

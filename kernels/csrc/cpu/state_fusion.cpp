@@ -137,7 +137,7 @@ class FuseChannelsBackward {
 };
 
 Tensor state_fusion(const Tensor& h, const Tensor& taps, at::IntArrayRef offsets) {
-  const Map map(h, offsets);
+  const Map map(shape_of(h), offsets);
   Tensor fused = at::empty_like(h);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "state_fusion", [&] {
     using T = Compute<scalar_t>;
@@ -153,7 +153,7 @@ Tensor state_fusion(const Tensor& h, const Tensor& taps, at::IntArrayRef offsets
 
 std::tuple<Tensor, Tensor> state_fusion_backward(const Tensor& grad_out, const Tensor& h, const Tensor& taps,
                                                  at::IntArrayRef offsets) {
-  const Map map(h, offsets);
+  const Map map(shape_of(h), offsets);
   Tensor grad_h = at::empty_like(h), grad_taps = at::empty({h.size(0), taps.size(0), taps.size(1)}, taps.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "state_fusion_backward", [&] {
     using T = Compute<scalar_t>;

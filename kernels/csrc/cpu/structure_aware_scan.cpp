@@ -1,239 +1,18 @@
 // Scan, state fusion and read-out in one pass over the image, and their gradients in one pass back.
 //
-// Work is split over images and vectors of channels. The states of a vector of channels are kept in a ring with the
-// rows that fusion reads, which stays in the cache. Maps of deltas, decays and padded states are never stored.
+// Work is split over images and vectors of channels.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <cmath>
-
-#include "fusion.h"
-#include "passes.h"
-#include "vec.h"
+#include "structure_aware_scan.h"
 
 namespace spatial_mamba {
 namespace {
 
 using at::Tensor;
-
-// Shapes and inputs of the forward and the backward pass.
-template <typename io>
-struct Core : Map {
-  using T = Compute<io>;
-
-  Core(const Tensor& u, const Tensor& projection, const Tensor& step_weight, const Tensor& step_bias,
-       const Tensor& A_log, const Tensor& D, const Tensor& taps, at::IntArrayRef offsets)
-      : Map(u, offsets),
-        rank(step_weight.size(1)),
-        u(u.const_data_ptr<io>()),
-        projection(projection.const_data_ptr<io>()),
-        step_weight(step_weight.const_data_ptr<T>()),
-        step_bias(step_bias.const_data_ptr<T>()),
-        A_log(A_log.const_data_ptr<T>()),
-        D(D.const_data_ptr<T>()),
-        taps(taps.const_data_ptr<T>()) {}
-
-  int64_t rank;
-  const io* u;
-  const io* projection;
-  const T* step_weight;
-  const T* step_bias;
-  const T* A_log;
-  const T* D;
-  const T* taps;
-};
-
-// The weights of one vector of n channels. Deltas are stored to base 2, s = log2(1 + 2^x) = delta / ln 2, which saves
-// conversions around the exponentials: the decay is 2^(s A), and delta B u is s (ln 2 B) u.
-template <typename T>
-struct ChannelWeights {
-  template <typename io>
-  ChannelWeights(const Core<io>& core, int64_t channel, int n)
-      : bias(load(core.step_bias + channel, n) * T(M_LOG2E)),
-        A(load(core.A_log + channel, n)),
-        D(load(core.D + channel, n)),
-        step(core.rank),
-        taps(load_taps(core, core.taps, channel, n)) {
-    for (int lane = 0; lane < kLanes<T>; ++lane) A[lane] = -std::exp(A[lane]);
-    for (int64_t k = 0; k < core.rank; ++k) {
-      step[k] = Vec<T>{};
-      for (int lane = 0; lane < n; ++lane) {
-        step[k][lane] = core.step_weight[(channel + lane) * core.rank + k] * T(M_LOG2E);
-      }
-    }
-  }
-
-  Vec<T> bias, A, D;
-  Vectors<T> step, taps;
-};
-
-template <typename io>
-std::vector<ChannelWeights<Compute<io>>> prepare_weights(const Core<io>& core) {
-  using T = Compute<io>;
-  std::vector<ChannelWeights<T>> weights;
-  weights.reserve(core.template chunks<T>());
-  for (int64_t channel = 0; channel < core.dim; channel += kLanes<T>) {
-    weights.emplace_back(core, channel, core.template lanes<T>(channel));
-  }
-  return weights;
-}
-
-// Rows of the projection in the compute dtype: per token r, then B, then C.
-template <typename io>
-class ProjectionRow {
- public:
-  using T = Compute<io>;
-
-  explicit ProjectionRow(const Core<io>& core) : core_(core), stride_(core.rank + 2) {
-    if constexpr (!std::is_same_v<io, T>) converted_.resize(core.width * stride_);
-  }
-
-  void read(int64_t b, int64_t i) {
-    const io* row = core_.projection + core_.token(b, i) * stride_;
-    if constexpr (std::is_same_v<io, T>) {
-      row_ = row;
-    } else {
-      std::copy_n(row, converted_.size(), converted_.begin());
-      row_ = converted_.data();
-    }
-  }
-
-  int64_t stride() const { return stride_; }
-  const T* r(int64_t j) const { return row_ + j * stride_; }
-  T B(int64_t j) const { return row_[j * stride_ + core_.rank]; }
-  T C(int64_t j) const { return row_[j * stride_ + core_.rank + 1]; }
-
- private:
-  const Core<io>& core_;
-  int64_t stride_;
-  const T* row_ = nullptr;
-  std::vector<T> converted_;
-};
-
-// What the backward pass needs from the scan of a row in addition to the states.
-template <typename T>
-struct ScanRecord {
-  Vec<T>* decays;  // 2^(s A)
-  Vec<T>* steps;   // s
-  Vec<T>* slopes;  // derivative of delta with respect to its argument
-};
-
-template <int n, typename io, typename T>
-inline __attribute__((always_inline)) void scan_tokens(const Core<io>& core, const ChannelWeights<T>& weights,
-                                                       const ProjectionRow<io>& projection, const io* u, int64_t j,
-                                                       int lanes, Vec<T>& h, Vec<T>* states, ScanRecord<T>* record) {
-  Vec<T> x[n], e[n], s[n], decay[n];
-  each<n>([&](int k) { x[k] = weights.bias; });
-  const T* r = projection.r(j);
-  for (int64_t rank = 0; rank < core.rank; ++rank) {
-    const Vec<T> weight = weights.step[rank];
-    each<n>([&](int k) { x[k] += weight * r[k * projection.stride() + rank]; });
-  }
-  softplus2<T>(x, e, s);
-  each<n>([&](int k) { decay[k] = s[k] * weights.A; });
-  const int64_t next_row = record ? -core.width : core.width;  // the backward pass goes up the rows
-  exp2_nonpositive(decay);
-  each<n>([&](int k) {
-    const Vec<T> tokens = load(u + (j + k) * core.dim, lanes);
-    prefetch(u + (j + k + next_row) * core.dim);
-    h = decay[k] * h + s[k] * (tokens * (projection.B(j + k) * T(M_LN2)));
-    states[j + k] = h;
-  });
-  if (record) {
-    each<n>([&](int k) {
-      record->decays[j + k] = decay[k];
-      record->steps[j + k] = s[k];
-      record->slopes[j + k] = logistic<T>(x[k], e[k]);
-    });
-  }
-}
-
-// The last tokens of a row, fewer than a block of n.
-template <int n, typename... Arguments>
-void scan_rest(int64_t count, Arguments&&... arguments) {
-  if constexpr (n > 1) {
-    if (count == n - 1) return scan_tokens<n - 1>(arguments...);
-    scan_rest<n - 1>(count, arguments...);
-  }
-}
-
-// Runs the recurrence over one row, from the state h before it to the state after it. Blocks of 7 tokens fill the
-// registers of AVX-512 and divide the map widths of 224-pixel images.
-template <typename io, typename T>
-void scan_row(const Core<io>& core, const ChannelWeights<T>& weights, const ProjectionRow<io>& projection, const io* u,
-              int lanes, Vec<T>& h, Vec<T>* states, ScanRecord<T>* record = nullptr) {
-  constexpr int kBlock = 7;
-  int64_t j = 0;
-  for (; j + kBlock <= core.width; j += kBlock) {
-    scan_tokens<kBlock>(core, weights, projection, u, j, lanes, h, states, record);
-  }
-  scan_rest<kBlock>(core.width - j, core, weights, projection, u, j, lanes, h, states, record);
-}
-
-// --- forward ----------------------------------------------------------------------------------------------------------
-
-// The forward pass of one image and one vector of channels, from the first row to the last.
-template <typename io, typename out>
-class ForwardChannels {
- public:
-  using T = Compute<io>;
-
-  ForwardChannels(const Core<io>& core, const ChannelWeights<T>& weights, int64_t b, int64_t channel, out* y,
-                  T* row_states)
-      : core_(core),
-        weights_(weights),
-        b_(b),
-        channel_(channel),
-        lanes_(core.template lanes<T>(channel)),
-        y_(y),
-        row_states_(row_states),
-        projection_(core),
-        states_(core.ring) {}
-
-  // Scans row i, if there is one, and finishes the row whose last neighbours are now known.
-  void advance(int64_t step) {
-    if (step < core_.height) scan(step);
-    if (step >= core_.around.row_reach) read_out(step - core_.around.row_reach);
-  }
-
-  void finish() {}
-
- private:
-  void scan(int64_t i) {
-    store(row_states_ + (b_ * core_.height + i) * core_.dim + channel_, h_, lanes_);
-    projection_.read(b_, i);
-    scan_row(core_, weights_, projection_, core_.u + core_.token(b_, i) * core_.dim + channel_, lanes_, h_,
-             states_.row(i));
-    states_.repeat_edges(i);
-  }
-
-  void read_out(int64_t i) {
-    projection_.read(b_, i);
-    const int64_t first = core_.token(b_, i) * core_.dim + channel_;
-    for_token_blocks(core_.width, [&](auto n, int64_t j) {
-      Vec<T> fused[n];
-      fuse(states_.data(), core_.taps_of_rows[i], weights_.taps, j, fused);
-      each<n>([&](int k) {
-        const int64_t token = first + (j + k) * core_.dim;
-        prefetch_to_write(y_ + token + core_.width * core_.dim);
-        store(y_ + token, fused[k] * projection_.C(j + k) + weights_.D * load(core_.u + token, lanes_), lanes_);
-      });
-    });
-  }
-
-  const Core<io>& core_;
-  const ChannelWeights<T>& weights_;
-  int64_t b_, channel_;
-  int lanes_;
-  out* y_;
-  T* row_states_;
-  ProjectionRow<io> projection_;
-  RowRing<T> states_;
-  Vec<T> h_ = {};
-};
 
 // --- backward ---------------------------------------------------------------------------------------------------------
 
@@ -257,12 +36,13 @@ class BackwardChannels {
  public:
   using T = Compute<io>;
 
-  BackwardChannels(const Core<io>& core, const std::vector<Taps>& adjoint_taps, const ChannelWeights<T>& weights,
-                   int64_t b, int64_t channel, const out* grad_y, const T* row_states, const CoreGradients<io>& grads,
-                   T* grad_projection)
+  BackwardChannels(const Core<T>& core, const std::vector<Taps>& adjoint_taps, const ChannelWeights<T>& weights,
+                   const Inputs<io>& inputs, int64_t b, int64_t channel, const out* grad_y, const T* row_states,
+                   const CoreGradients<io>& grads, T* grad_projection)
       : core_(core),
         adjoint_taps_(adjoint_taps),
         weights_(weights),
+        inputs_(inputs),
         b_(b),
         channel_(channel),
         lanes_(core.template lanes<T>(channel)),
@@ -270,7 +50,6 @@ class BackwardChannels {
         row_states_(row_states),
         grads_(grads),
         grad_projection_(grad_projection),
-        projection_(core),
         states_(core.ring),
         grad_fused_(core.ring),
         decays_({core.around.row_reach + 1, core.width, 0}),
@@ -289,7 +68,6 @@ class BackwardChannels {
     const int64_t recomputed = core_.height - 1 - step, finished = recomputed + core_.around.row_reach;
     if (recomputed >= 0) recompute(recomputed);
     if (finished >= core_.height) return;
-    projection_.read(b_, finished);
     read_out_backward(finished);
     fusion_backward(finished);
     scan_backward(finished);
@@ -318,16 +96,16 @@ class BackwardChannels {
 
   // The states of row i, and the gradients of its fused states.
   void recompute(int64_t i) {
-    projection_.read(b_, i);
+    const auto projection = inputs_.projection(i);
     Vec<T> h = load(row_states_ + (b_ * core_.height + i) * core_.dim + channel_, lanes_);
     ScanRecord<T> record{decays_.row(i), steps_.row(i), slopes_.row(i)};
-    scan_row(core_, weights_, projection_, core_.u + first(i), lanes_, h, states_.row(i), &record);
+    scan_row(core_, weights_, projection, inputs_.u[i] + channel_, lanes_, h, states_.row(i), &record);
     states_.repeat_edges(i);
     Vec<T>* grad_fused = grad_fused_.row(i);
     for (int64_t j = 0; j < core_.width; ++j) {
       const out* grad_y = grad_y_ + first(i) + j * core_.dim;
       prefetch(grad_y - core_.width * core_.dim);
-      grad_fused[j] = load(grad_y, lanes_) * projection_.C(j);
+      grad_fused[j] = load(grad_y, lanes_) * projection.C(j);
     }
   }
 
@@ -348,7 +126,7 @@ class BackwardChannels {
     each<n>([&](int k) {
       const int64_t token = first(i) + (j + k) * core_.dim;
       const Vec<T> grad_y = load(grad_y_ + token, lanes_);
-      grad_D_ += grad_y * load(core_.u + token, lanes_);
+      grad_D_ += grad_y * load(inputs_.u[i] + channel_ + (j + k) * core_.dim, lanes_);
       grad_projection(i, j + k)[core_.rank + 1] += sum<T>(grad_y * fused[k]);
     });
   }
@@ -364,8 +142,9 @@ class BackwardChannels {
     const Vec<T> before = load(row_states_ + (b_ * core_.height + i) * core_.dim + channel_, lanes_);
     // Local variables, which the compiler keeps in registers.
     const Vec<T> A = weights_.A, D = weights_.D;
-    const int64_t dim = core_.dim, stride = projection_.stride();
-    const io* row_u = core_.u + first(i);
+    const int64_t dim = core_.dim, stride = core_.rank + 2;
+    const auto projection = inputs_.projection(i);
+    const io* row_u = inputs_.u[i] + channel_;
     const out* row_grad_y = grad_y_ + first(i);
     io* row_grad_u = grads_.u + first(i);
     T* grad_B = grad_projection(i, 0) + core_.rank;
@@ -373,7 +152,7 @@ class BackwardChannels {
     for (int64_t j = core_.width - 1; j >= 0; --j) {
       const Vec<T> u = load(row_u + j * dim, lanes_), grad_y = load(row_grad_y + j * dim, lanes_);
       const Vec<T> delta = steps[j] * T(M_LN2), grad_h = grad_states_[j] + carry;
-      const T B = projection_.B(j);
+      const T B = projection.B(j);
       carry = decays[j] * grad_h;
       const Vec<T> grad_exponent = carry * (j > 0 ? states[j - 1] : before);  // of delta A
       const Vec<T> grad_input = grad_h * delta;                               // of B u
@@ -413,30 +192,31 @@ class BackwardChannels {
       }
     }
     int64_t k = 0;
-    for (; k + 4 <= core_.rank; k += 4) step_weight_backward<4>(k);
-    for (; k < core_.rank; ++k) step_weight_backward<1>(k);
+    for (; k + 4 <= core_.rank; k += 4) step_weight_backward<4>(i, k);
+    for (; k < core_.rank; ++k) step_weight_backward<1>(i, k);
   }
 
   template <int n>
-  void step_weight_backward(int64_t rank) {
+  void step_weight_backward(int64_t i, int64_t rank) {
+    const auto projection = inputs_.projection(i);
     Vec<T> sums[n] = {};
     for (int64_t j = 0; j < core_.width; ++j) {
-      const T* r = projection_.r(j) + rank;
+      const T* r = projection.r(j) + rank;
       each<n>([&](int k) { sums[k] += grad_x_[j] * r[k]; });
     }
     each<n>([&](int k) { grad_step_[rank + k] += sums[k]; });
   }
 
-  const Core<io>& core_;
+  const Core<T>& core_;
   const std::vector<Taps>& adjoint_taps_;
   const ChannelWeights<T>& weights_;
+  const Inputs<io> inputs_;
   int64_t b_, channel_;
   int lanes_;
   const out* grad_y_;
   const T* row_states_;
   const CoreGradients<io>& grads_;
   T* grad_projection_;
-  ProjectionRow<io> projection_;
   RowRing<T> states_, grad_fused_, decays_, steps_, slopes_;
   Vectors<T> grad_states_, grad_x_, grad_step_, grad_taps_;
   Vec<T> carry_ = {}, grad_bias_ = {}, grad_A_log_ = {}, grad_D_ = {};
@@ -445,24 +225,29 @@ class BackwardChannels {
 // --- over all images and channels -------------------------------------------------------------------------------------
 
 template <typename io, typename out>
-void forward(const Core<io>& core, out* y, Compute<io>* row_states) {
+void forward(const Core<Compute<io>>& core, const io* u, const Compute<io>* projection, out* y,
+             Compute<io>* row_states) {
   using T = Compute<io>;
   const auto weights = prepare_weights(core);
   run_passes<T>(core, channel_groups<T>(core), [&](int64_t b, int64_t channel, int64_t) {
-    return ForwardChannels<io, out>(core, weights[channel / kLanes<T>], b, channel, y, row_states);
+    ForwardChannels<io, out> pass(core, weights[channel / kLanes<T>], channel);
+    pass.start(inputs_of(core, u, projection, b), rows_of(y, core, b, core.dim),
+               row_states + b * core.height * core.dim);
+    return pass;
   });
 }
 
 template <typename io, typename out>
-void backward(const Core<io>& core, const out* grad_y, const Compute<io>* row_states, const CoreGradients<io>& grads,
-              int64_t groups) {
+void backward(const Core<Compute<io>>& core, const io* u, const Compute<io>* projection, const out* grad_y,
+              const Compute<io>* row_states, const CoreGradients<io>& grads, int64_t groups) {
   using T = Compute<io>;
   const auto weights = prepare_weights(core);
   const auto adjoint_taps = find_adjoint_taps(core.around, core.ring, core.height);
   const int64_t projection_size = core.batch * core.height * core.width * (core.rank + 2);
   run_passes<T>(core, groups, [&](int64_t b, int64_t channel, int64_t group) {
-    return BackwardChannels<io, out>(core, adjoint_taps, weights[channel / kLanes<T>], b, channel, grad_y, row_states,
-                                     grads, grads.projection + group * projection_size);
+    return BackwardChannels<io, out>(core, adjoint_taps, weights[channel / kLanes<T>],
+                                     inputs_of(core, u, projection, b), b, channel, grad_y, row_states, grads,
+                                     grads.projection + group * projection_size);
   });
 }
 
@@ -476,14 +261,14 @@ std::tuple<Tensor, Tensor> structure_aware_scan(const Tensor& u, const Tensor& p
   const bool narrow_output = out_dtype == u.scalar_type();
   Tensor y = at::empty(u.sizes(), u.options().dtype(narrow_output ? out_dtype : compute));
   Tensor row_states = at::empty({u.size(0), u.size(1), u.size(3)}, taps.options());
+  const Tensor projected = projection.to(compute);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "structure_aware_scan", [&] {
     using T = Compute<scalar_t>;
-    const Core<scalar_t> core(u, projection, step_weight, step_bias, A_log, D, taps, offsets);
-    if (narrow_output) {
-      forward(core, y.mutable_data_ptr<scalar_t>(), row_states.mutable_data_ptr<T>());
-    } else {
-      forward(core, y.mutable_data_ptr<T>(), row_states.mutable_data_ptr<T>());
-    }
+    const Core<T> core(shape_of(u), step_weight, step_bias, A_log, D, taps, offsets);
+    const auto run = [&](auto* to) {
+      forward(core, u.const_data_ptr<scalar_t>(), projected.const_data_ptr<T>(), to, row_states.mutable_data_ptr<T>());
+    };
+    narrow_output ? run(y.mutable_data_ptr<scalar_t>()) : run(y.mutable_data_ptr<T>());
   });
   return {y.to(out_dtype), row_states};
 }
@@ -496,13 +281,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
   const Tensor grad_y = narrow_output ? grad_out : grad_out.to(taps.scalar_type());
   const int64_t batch = u.size(0), dim = u.size(3);
   const auto weights = taps.options();
+  const Tensor projected = projection.to(taps.scalar_type());
   Tensor grad_u = at::empty_like(u), grad_projection;
   Tensor grad_step_weight = at::empty({batch, dim, step_weight.size(1)}, weights);
   Tensor grad_step_bias = at::empty({batch, dim}, weights), grad_A_log = at::empty({batch, dim}, weights);
   Tensor grad_D = at::empty({batch, dim}, weights), grad_taps = at::empty({batch, taps.size(0), dim}, weights);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "structure_aware_scan_backward", [&] {
     using T = Compute<scalar_t>;
-    const Core<scalar_t> core(u, projection, step_weight, step_bias, A_log, D, taps, offsets);
+    const Core<T> core(shape_of(u), step_weight, step_bias, A_log, D, taps, offsets);
     const int64_t groups = channel_groups<T>(core);
     grad_projection = at::zeros({groups, batch, u.size(1), u.size(2), projection.size(3)}, weights);
     const CoreGradients<scalar_t> grads{grad_u.mutable_data_ptr<scalar_t>(),
@@ -512,11 +298,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
                                         grad_A_log.mutable_data_ptr<T>(),
                                         grad_D.mutable_data_ptr<T>(),
                                         grad_taps.mutable_data_ptr<T>()};
-    if (narrow_output) {
-      backward(core, grad_y.const_data_ptr<scalar_t>(), row_states.const_data_ptr<T>(), grads, groups);
-    } else {
-      backward(core, grad_y.const_data_ptr<T>(), row_states.const_data_ptr<T>(), grads, groups);
-    }
+    const auto run = [&](const auto* from) {
+      backward(core, u.const_data_ptr<scalar_t>(), projected.const_data_ptr<T>(), from, row_states.const_data_ptr<T>(),
+               grads, groups);
+    };
+    narrow_output ? run(grad_y.const_data_ptr<scalar_t>()) : run(grad_y.const_data_ptr<T>());
   });
   return {grad_u,
           grad_projection.sum(0).to(u.scalar_type()),

@@ -26,6 +26,24 @@ struct Shape {
   int64_t batch, height, width, dim;
 };
 
+inline Shape shape_of(const at::Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+
+// Rows of one image in memory that holds `kept` of them: row i replaces row i - kept.
+template <typename io>
+struct Rows {
+  io* data;
+  int64_t stride;  // elements from one row to the next
+  int64_t kept;
+
+  io* operator[](int64_t i) const { return data + i % kept * stride; }
+};
+
+// The rows of image b of contiguous maps.
+template <typename io>
+Rows<io> rows_of(io* data, const Shape& shape, int64_t b, int64_t dim) {
+  return {data + shape.token(b, 0) * dim, shape.width * dim, shape.height};
+}
+
 template <typename io>
 struct Tokens {
   io* data;
