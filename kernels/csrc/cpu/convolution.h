@@ -104,6 +104,7 @@ void convolve_row(const Shape& shape, int64_t b, int64_t i, const Tokens<const i
         logistic<T, n>(sums, gate);
         each<n>([&](int k) { sums[k] *= gate[k]; });
       }
+      each<n>([&](int k) { prefetch(x[shape.token(b, i + 2) + j + k] + chunk * kLanes<T>); });
       io* first = out + j * shape.dim + chunk * kLanes<T>;
       each<n>([&](int k) { store(first + k * shape.dim, sums[k], lanes); });
     }

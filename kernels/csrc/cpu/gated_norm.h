@@ -22,6 +22,7 @@ void normalise_and_gate(int64_t first, int64_t last, int64_t dim, const yio* y, 
     for_channels<T>(dim, [&](auto n, int64_t channel, int lanes) {
       Vec<T> g[n], open[n];
       each<n>([&](int k) { g[k] = load(gates + channel + k * kLanes<T>, lanes); });
+      each<n>([&](int k) { prefetch(gates + 8 * gate.stride + channel + k * kLanes<T>); });
       logistic<T, n>(g, open);
       each<n>([&](int k) {
         const int64_t at = channel + k * kLanes<T>;

@@ -22,16 +22,6 @@ using at::Tensor;
 constexpr int64_t kRound = 8;         // tile sizes are multiples of it, since each size needs a generated product
 constexpr int64_t kTileTokens = 200;  // their hidden activations fit into the cache, except in the widest layers
 
-Tensor pack_weight(const Tensor& weight) {
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  Tensor packed = at::zeros({(outputs + kColumns - 1) / kColumns, inputs, kColumns}, weight.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "pack_weight", [&] {
-    TORCH_CHECK_VALUE(inputs % kPair<scalar_t> == 0, "the inputs of packed weights must be even, got ", inputs);
-    pack(weight.const_data_ptr<scalar_t>(), outputs, inputs, packed.mutable_data_ptr<scalar_t>());
-  });
-  return packed;
-}
-
 // --- tiles ------------------------------------------------------------------------------------------------------------
 
 struct Tiling {
@@ -185,6 +175,16 @@ void mlp(const Norm<io>& norm, const Layer<io>& expand, const Layer<io>& project
 #define DISPATCH(dtype, name, ...)                                                                                   \
   AT_DISPATCH_SWITCH(dtype, name, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__) \
                                       AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+
+Tensor pack_weight(const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  Tensor packed = at::zeros({(outputs + kColumns - 1) / kColumns, inputs, kColumns}, weight.options());
+  DISPATCH(weight.scalar_type(), "pack_weight", [&] {
+    TORCH_CHECK_VALUE(inputs % kPair<scalar_t> == 0, "the inputs of packed weights must be even, got ", inputs);
+    pack(weight.const_data_ptr<scalar_t>(), outputs, inputs, packed.mutable_data_ptr<scalar_t>());
+  });
+  return packed;
+}
 
 template <typename io>
 Norm<io> make_norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {

@@ -12,9 +12,9 @@ namespace spatial_mamba {
 
 constexpr int64_t kColumns = 64;  // outputs per block of packed weights
 
-// Inputs are packed in pairs for the half-precision types, as matrix units read them.
+// Inputs are packed in words: pairs for the half-precision types, as matrix units read them.
 template <typename io>
-constexpr int64_t kPair = sizeof(io) == 2 ? 2 : 1;
+constexpr int64_t kPair = sizeof(float) / sizeof(io);
 
 inline bool can_pack(at::ScalarType dtype) {
 #if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
@@ -25,16 +25,16 @@ inline bool can_pack(at::ScalarType dtype) {
 #endif
 }
 
-// Packs a weight (outputs, inputs) into (blocks, inputs, 64).
+// Packs a weight (outputs, inputs) into (blocks, words, 64): the words of the inputs of 64 outputs, transposed.
 template <typename io>
 void pack(const io* weight, int64_t outputs, int64_t inputs, io* packed) {
-  const int64_t blocks = (outputs + kColumns - 1) / kColumns;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin * kColumns; n < std::min(end * kColumns, outputs); ++n) {
-      io* block = packed + n / kColumns * inputs * kColumns;
-      for (int64_t k = 0; k < inputs; ++k) {
-        block[k / kPair<io> * kColumns * kPair<io> + n % kColumns * kPair<io> + k % kPair<io>] = weight[n * inputs + k];
-      }
+  const int64_t words = inputs / kPair<io>;
+  const auto* from = reinterpret_cast<const float*>(weight);
+  auto* to = reinterpret_cast<float*>(packed);
+  at::parallel_for(0, (outputs + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kColumns; first < std::min(end * kColumns, outputs); first += kColumns) {
+      const int64_t count = std::min(kColumns, outputs - first);
+      transpose(from + first * words, words, count, words, to + first * words, kColumns);
     }
   });
 }

@@ -19,7 +19,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kBandBytes = 400 << 10;  // of u and y in a band of rows
+constexpr int64_t kBandBytes = 280 << 10;  // of u and y in a band of rows
 
 // p = u times the transpose of a weight (R + 2, dim), rounded to the type of u.
 template <typename io>

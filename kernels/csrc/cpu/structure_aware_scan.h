@@ -21,13 +21,15 @@ struct Core : Map {
       : Map(shape, offsets),
         rank(step_weight.size(1)),
         step_weight(step_weight.const_data_ptr<T>()),
+        step_rows(step_weight.t().contiguous()),
         step_bias(step_bias.const_data_ptr<T>()),
         A_log(A_log.const_data_ptr<T>()),
         D(D.const_data_ptr<T>()),
         taps(taps.const_data_ptr<T>()) {}
 
   int64_t rank;
-  const T* step_weight;
+  const T* step_weight;  // (dim, R)
+  at::Tensor step_rows;  // (R, dim)
   const T* step_bias;
   const T* A_log;
   const T* D;
@@ -40,17 +42,18 @@ template <typename T>
 struct ChannelWeights {
   ChannelWeights(const Core<T>& core, int64_t channel, int n)
       : bias(load(core.step_bias + channel, n) * T(M_LOG2E)),
-        A(load(core.A_log + channel, n)),
+        A(-exp(load(core.A_log + channel, n))),
         D(load(core.D + channel, n)),
         step(core.rank),
         taps(load_taps(core, core.taps, channel, n)) {
-    for (int lane = 0; lane < kLanes<T>; ++lane) A[lane] = -std::exp(A[lane]);
-    for (int64_t k = 0; k < core.rank; ++k) {
-      step[k] = Vec<T>{};
-      for (int lane = 0; lane < n; ++lane) {
-        step[k][lane] = core.step_weight[(channel + lane) * core.rank + k] * T(M_LOG2E);
-      }
-    }
+    const T* row = core.step_rows.template const_data_ptr<T>() + channel;
+    for (int64_t k = 0; k < core.rank; ++k) step[k] = load(row + k * core.dim, n) * T(M_LOG2E);
+  }
+
+  static Vec<T> exp(const Vec<T>& x) {
+    Vec<T> result[1] = {x * T(M_LOG2E)};
+    exp2(result);
+    return result[0];
   }
 
   Vec<T> bias, A, D;
