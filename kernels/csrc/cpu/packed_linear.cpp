@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "gelu.h"
+#include "matrix_tiles.h"
 #include "moments.h"
 #include "packing.h"
 #include "vec.h"
@@ -38,8 +39,10 @@ struct Tiling {
   void run(Make&& make) const {
     at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       auto visit = make();
+      if (has_matrix_tiles()) configure_tiles();
       for (int64_t tile = begin; tile < end; ++tile) visit(tile * size, std::min(size, tokens - tile * size));
       release_microkernels();
+      if (has_matrix_tiles()) release_tiles();
     });
   }
 
@@ -79,10 +82,11 @@ void normalise(const Norm<io>& norm, const io* x, int64_t tokens, int64_t dim, i
   });
 }
 
-// One block of 64 outputs of all tokens, which are `stride` apart.
+// Whether matrix units multiply a tile of tokens, in blocks of kTileRows.
 template <typename io>
-void multiply(const Layer<io>& layer, int64_t first, const io* x, int64_t tokens, float* out, int64_t stride) {
-  multiply_packed(x, tokens, layer.inputs, layer.weight + first * layer.inputs, kColumns, out, stride);
+bool use_matrix_tiles(const Layer<io>& layer, int64_t tokens) {
+  return std::is_same_v<io, c10::BFloat16> && has_matrix_tiles() && layer.inputs % kTileInputs == 0 &&
+         tokens >= kTileRows;
 }
 
 struct Nothing {
@@ -90,31 +94,69 @@ struct Nothing {
   void operator()(Arguments&&...) const {}
 };
 
-// out (tokens, outputs) = finish(x (tokens, inputs) times the weights + bias); sums is scratch of (tokens, 64).
+// Sums of products for 64 outputs of some tokens, in scratch memory.
+struct Sums {
+  float* data;            // of the tokens from `start` on
+  int64_t start, begin, count, first;  // the tokens to finish, and the first output
+};
+
+// out (tokens, outputs) = finish(x (tokens, inputs) times the weights + bias); scratch: (max(tokens, 64), 64).
 template <typename io, typename Finish>
-void apply(const Layer<io>& layer, const io* x, int64_t tokens, float* sums, io* out, const Finish& finish) {
+void apply(const Layer<io>& layer, const io* x, int64_t tokens, float* scratch, io* out, const Finish& finish) {
+  const auto finish_token = [&](const Sums& sums, int64_t token) __attribute__((always_inline)) {
+    const float* row = sums.data + (token - sums.start) * kColumns;
+    io* to = out + token * layer.outputs + sums.first;
+    for_channels<float>(std::min(kColumns, layer.outputs - sums.first), [&](auto n, int64_t channel, int lanes) {
+      Vec<float> y[n];
+      each<n>([&](int k) {
+        y[k] = load(row + channel + k * kLanes<float>, lanes);
+        if (layer.bias) y[k] += load(layer.bias + sums.first + channel + k * kLanes<float>, lanes);
+      });
+      finish(n, y, token * layer.outputs + sums.first + channel, lanes);
+      each<n>([&](int k) { store(to + channel + k * kLanes<float>, y[k], lanes); });
+    });
+  };
+  const auto finish_all = [&](const Sums& sums) {
+    for (int64_t token = sums.begin; token < sums.begin + sums.count; ++token) finish_token(sums, token);
+  };
+
+  if constexpr (std::is_same_v<io, c10::BFloat16>) {
+    if (use_matrix_tiles(layer, tokens)) {
+      const int64_t steps = layer.inputs / kTileInputs * 2, per_step = (kTileRows + steps - 1) / steps;
+      Sums last = {}, next = {scratch};
+      float* spare = scratch + kTileRows * kColumns;
+      for (next.first = 0; next.first < layer.outputs; next.first += kColumns) {
+        for_tiles(tokens, kTileRows, [&](int64_t begin, int64_t count) {
+          // All blocks have the same number of rows, so the last one may overlap the one before.
+          next.start = std::min(begin, tokens - kTileRows);
+          next.begin = begin;
+          next.count = count;
+          multiply_tiles(x + next.start * layer.inputs, layer.inputs, layer.inputs,
+                         layer.weight + next.first * layer.inputs, next.data, [&](int64_t step) {
+                           const int64_t end = std::min((step + 1) * per_step, last.count);
+                           for (int64_t k = step * per_step; k < end; ++k) finish_token(last, last.begin + k);
+                         });
+          last = next;
+          std::swap(next.data, spare);
+        });
+      }
+      return finish_all(last);
+    }
+  }
   for (int64_t first = 0; first < layer.outputs; first += kColumns) {
-    const int64_t columns = std::min(kColumns, layer.outputs - first);
+    const io* block = layer.weight + first * layer.inputs;
     if constexpr (std::is_same_v<io, float> && std::is_same_v<Finish, Nothing>) {
-      if (columns == kColumns && !layer.bias) {
-        multiply(layer, first, x, tokens, out + first, layer.outputs);
+      if (layer.outputs - first >= kColumns && !layer.bias) {
+        multiply_packed(x, tokens, layer.inputs, block, kColumns, out + first, layer.outputs);
         continue;
       }
     }
-    multiply(layer, first, x, tokens, sums, kColumns);
-    for (int64_t token = 0; token < tokens; ++token) {
-      const float* row = sums + token * kColumns;
-      io* to = out + token * layer.outputs + first;
-      for_channels<float>(columns, [&](auto n, int64_t channel, int lanes) {
-        Vec<float> y[n];
-        each<n>([&](int k) {
-          y[k] = load(row + channel + k * kLanes<float>, lanes);
-          if (layer.bias) y[k] += load(layer.bias + first + channel + k * kLanes<float>, lanes);
-        });
-        finish(n, y, token * layer.outputs + first + channel, lanes);
-        each<n>([&](int k) { store(to + channel + k * kLanes<float>, y[k], lanes); });
-      });
-    }
+    multiply_packed(x, tokens, layer.inputs, block, kColumns, scratch, kColumns);
+    finish_all({scratch, 0, 0, tokens, first});
+  }
+  if (std::is_same_v<io, c10::BFloat16> && has_matrix_tiles()) {  // as they were before the microkernels
+    release_microkernels();
+    configure_tiles();
   }
 }
 
@@ -135,7 +177,7 @@ void linear(const Layer<io>& layer, const Norm<io>& norm, const io* x, bool relu
   const Tiling tiling(tokens);
   tiling.run([&] {
     return [&, normal = std::unique_ptr<io[]>(norm.weight ? new io[tiling.size * layer.inputs] : nullptr),
-            sums = Vectors<float>(tiling.size * kColumns / kLanes<float>)](int64_t token, int64_t count) mutable {
+            sums = Vectors<float>(std::max(tiling.size, 2 * kTileRows) * kColumns / kLanes<float>)](int64_t token, int64_t count) mutable {
       const io* from = x + token * layer.inputs;
       if (norm.weight) normalise(norm, from, count, layer.inputs, normal.get());
       const auto apply_to_tile = [&](const auto& finish) {
@@ -161,7 +203,7 @@ void mlp(const Norm<io>& norm, const Layer<io>& expand, const Layer<io>& project
   tiling.run([&] {
     return [&, normal = std::unique_ptr<io[]>(new io[tiling.size * dim]),
             hidden = std::unique_ptr<io[]>(new io[tiling.size * expand.outputs]),
-            sums = Vectors<float>(tiling.size * kColumns / kLanes<float>)](int64_t token, int64_t count) mutable {
+            sums = Vectors<float>(std::max(tiling.size, 2 * kTileRows) * kColumns / kLanes<float>)](int64_t token, int64_t count) mutable {
       auto* scratch = reinterpret_cast<float*>(sums.data());
       normalise(norm, x + token * dim, count, dim, normal.get());
       apply(expand, normal.get(), count, scratch, hidden.get(), [](auto n, auto& y, int64_t, int) { gelu<float, n>(y); });
