@@ -4,7 +4,7 @@ Weights are stored in the order in which matrix units read them. There are no gr
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
+from .depthwise_conv import CONV_FLOPS
+from .downsampling_conv import reference as conv_reference
 from .registration import Operator
 from .tensors import Layout, check_tensors, layouts
 
@@ -25,6 +27,15 @@ MLP_LAYOUTS = layouts(
     expand_bias="hidden",
     project="dim_blocks, hidden, 64",
     project_bias="dim",
+)
+DOWNSAMPLING_LAYOUTS = layouts(
+    x="batch, H, W, dim",
+    expand="hidden_blocks, dim, 64",
+    expand_bias="hidden",
+    conv_weight="hidden, 1, 3, 3",
+    conv_bias="hidden",
+    project="output_blocks, hidden, 64",
+    project_bias="outputs",
 )
 
 
@@ -139,6 +150,45 @@ def packed_mlp(
     return PACKED_MLP(x.contiguous(), *(tensor.contiguous() for tensor in tensors.values()), eps)
 
 
+def packed_downsampling(
+    x: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+) -> Tensor:
+    """``linear(downsampling_conv(linear(x)))``; a band of rows of the hidden map stays in the cache.
+
+    Args:
+        x: (batch, H, W, dim). All other tensors must have its dtype.
+        expand, project: from `pack_weight`, of weights (hidden, dim) and (outputs, hidden).
+        expand_bias, project_bias: (hidden,) and (outputs,).
+        conv_weight, conv_bias: (hidden, 1, 3, 3) and (hidden,), as in `downsampling_conv`.
+
+    Returns:
+        (batch, ceil(H / 2), ceil(W / 2), outputs).
+
+    Raises:
+        ValueError: if shapes or devices do not match.
+        TypeError: if dtypes differ.
+    """
+    tensors = dict(
+        expand=expand,
+        expand_bias=expand_bias,
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        project=project,
+        project_bias=project_bias,
+    )
+    hidden, outputs = len(expand_bias), len(project_bias)
+    blocks = dict(hidden_blocks=-(-hidden // COLUMNS), output_blocks=-(-outputs // COLUMNS))
+    _check(DOWNSAMPLING_LAYOUTS, x, tensors, hidden=hidden, outputs=outputs, **blocks)
+    tensors |= dict(conv_weight=conv_weight.float(), conv_bias=conv_bias.float())
+    return PACKED_DOWNSAMPLING(x.contiguous(), *(tensor.contiguous() for tensor in tensors.values()))
+
+
 def _check(expected: dict[str, Layout], x: Tensor, tensors: Mapping[str, Tensor | None], **sizes: int) -> None:
     check_tensors(expected, {"x": x, **tensors}, **sizes)
     for name, tensor in tensors.items():
@@ -194,6 +244,27 @@ def mlp_reference(
     return linear_reference(F.gelu(hidden), project, project_bias, None, None, x, len(project_bias), 0.0, False)
 
 
+def downsampling_reference(
+    x: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+) -> Tensor:
+    """The reference implementation of `packed_downsampling`; the convolution is in float32."""
+    hidden = F.linear(x, unpack_weight(expand, len(expand_bias)), expand_bias)
+    sampled = conv_reference(hidden, conv_weight, conv_bias)
+    return F.linear(sampled, unpack_weight(project, len(project_bias)), project_bias)
+
+
+def _downsampling_flops(x: Sequence[int], *weights: Sequence[int]) -> int:
+    (hidden,), (outputs,) = weights[1], weights[-1]
+    sampled = x[0] * ((x[1] + 1) // 2) * ((x[2] + 1) // 2)
+    return hidden * (2 * math.prod(x) + sampled * (CONV_FLOPS + 2 * outputs))
+
+
 def _packed_on(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The backend's function; the reference implementation for a model that was packed on another machine."""
 
@@ -221,4 +292,14 @@ PACKED_MLP = Operator(
     differentiable=False,
     served_as="packed_linear",
     flops=lambda x, *others: 4 * math.prod(x) * others[3][0],
+)
+PACKED_DOWNSAMPLING = Operator(
+    "packed_downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, "
+    "Tensor project, Tensor project_bias) -> Tensor",
+    downsampling_reference,
+    fake=lambda x, *others: x.new_empty(x.shape[0], (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2, len(others[-1])),
+    forward=_packed_on("packed_downsampling", downsampling_reference),
+    differentiable=False,
+    served_as="packed_linear",
+    flops=_downsampling_flops,
 )

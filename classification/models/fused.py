@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from ...kernels import downsampling_conv, spatial_mixer
 from ...kernels.backends import custom_operators_fail, has_kernels, plain_eager
-from ...kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
+from ...kernels.packed_linear import (
+    can_pack,
+    pack_weight,
+    packed_downsampling,
+    packed_linear,
+    packed_mlp,
+    unpack_weight,
+)
 from ...kernels.state_fusion import merge_taps
 from ...kernels.tensors import compute_dtype_for
 
@@ -169,6 +176,11 @@ class FusedDownsample(nn.Module):
         self.project = PackedLinear(project.weight.flatten(1), project.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        expand, conv, project = self.expand, self.depthwise, self.project
+        if expand.packed and project.packed and is_downsampling(conv):
+            return packed_downsampling(
+                x, expand.weight, expand.bias, conv.weight, conv.bias, project.weight, project.bias
+            )
         batch, height, width, _ = x.shape
         rows = items_in_budget(x, width * self.expand.outputs)
         if rows >= height or batch == 0:

@@ -7,58 +7,22 @@
 
 #include <vector>
 
-#include "convolution.h"
+#include "downsampling_conv.h"
 
 namespace spatial_mamba {
 namespace {
 
 using at::Tensor;
 
-template <typename T>
-inline Vec<T> relu(const Vec<T>& x) {
-  return x < 0 ? Vec<T>{} : x;  // keeps NaN, as PyTorch does
-}
-
-Shape halved(const Shape& shape) { return {shape.batch, (shape.height + 1) / 2, (shape.width + 1) / 2, shape.dim}; }
-
-// The 3x3 inputs of an output token, rectified, and the convolution of them.
-template <typename io>
-struct Window {
-  using T = Compute<io>;
-
-  Window(const Neighbours<io, 1>& around, int64_t channel, int lanes, const Vec<T>* taps) : sum(taps[kTaps]) {
-    const auto inputs = around.at(channel, lanes);
-    each<kTaps>([&](int k) {
-      near[k] = relu<T>(inputs(k / 3, k % 3));
-      sum += taps[k] * near[k];
-    });
-  }
-
-  Vec<T> near[kTaps], sum;
-};
-
-template <typename io>
-Neighbours<io, 1> inputs_of(const Shape& shape, const io* x, int64_t b, int64_t i, int64_t j, const io* zeros) {
-  return {shape, 2 * i, 2 * j, zeros,
-          [&](int64_t row, int64_t column) { return x + (shape.token(b, row) + column) * shape.dim; }};
-}
-
 template <typename io>
 void forward(const Shape& shape, const io* x, const Weights<Compute<io>>& weights, io* out) {
-  using T = Compute<io>;
   const Shape outputs = halved(shape);
   const std::vector<io> zeros(shape.dim, io(0));
   at::parallel_for(0, outputs.batch * outputs.height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
-      for (int64_t j = 0; j < outputs.width; ++j) {
-        const auto around = inputs_of(shape, x, line / outputs.height, line % outputs.height, j, zeros.data());
-        io* to = out + (line * outputs.width + j) * shape.dim;
-        for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk) {
-          const int64_t channel = chunk * kLanes<T>;
-          const int lanes = shape.lanes<T>(channel);
-          store(to + channel, relu<T>(Window<io>(around, channel, lanes, weights[chunk]).sum), lanes);
-        }
-      }
+      const io* image = x + shape.token(line / outputs.height, 0) * shape.dim;
+      const auto row = [&](int64_t i) { return image + i * shape.width * shape.dim; };
+      downsample_row(shape, row, line % outputs.height, weights, zeros.data(), out + line * outputs.width * shape.dim);
     }
   });
 }
@@ -108,7 +72,8 @@ class BackwardTile {
   Vec<T>* grads(int64_t i, int64_t j) { return ring_.data() + (i % 2 * (outputs_.width + 1) + j) * count_; }
 
   void before_relu(int64_t i, int64_t j) {
-    const auto around = inputs_of(shape_, x_, b_, i, j, zeros_.data());
+    const auto row = [&](int64_t k) { return x_ + shape_.token(b_, k) * shape_.dim; };
+    const auto around = inputs_of(shape_, row, i, j, zeros_.data());
     for (int64_t c = 0; c < count_; ++c) {
       const int64_t channel = (first_ + c) * kLanes<T>;
       const int lanes = shape_.lanes<T>(channel);

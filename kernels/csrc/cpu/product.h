@@ -10,11 +10,7 @@
 
 #include <algorithm>
 
-#include "vec.h"
-
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
+#include "transpose.h"
 
 // PyTorch defines this macro if it exports the microkernels.
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
@@ -28,49 +24,6 @@ constexpr int64_t kDepth = 512;  // products summed per call at most, so that bo
 
 // Number of tokens to process at a time, so that their activations stay in the cache.
 inline int64_t tile_size(int64_t tokens) { return std::min(tokens, int64_t{512} * at::get_num_threads()); }
-
-// Calls visit(first, count) for consecutive ranges of at most `size` of `total` elements.
-template <typename Visit>
-void for_tiles(int64_t total, int64_t size, Visit&& visit) {
-  for (int64_t first = 0; first < total; first += size) visit(first, std::min(size, total - first));
-}
-
-// Transposes a block of at most 8x8 values.
-inline void transpose_block(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
-                            int64_t to_stride) {
-#if defined(__AVX__)
-  if (rows == 8 && columns == 8) {
-    __m256 x[8], y[8];
-    each<8>([&](int k) { x[k] = _mm256_loadu_ps(from + k * stride); });
-    each<4>([&](int k) {
-      y[2 * k] = _mm256_unpacklo_ps(x[2 * k], x[2 * k + 1]);
-      y[2 * k + 1] = _mm256_unpackhi_ps(x[2 * k], x[2 * k + 1]);
-    });
-    each<4>([&](int k) {
-      const int pair = k / 2 * 4 + k % 2;
-      x[k / 2 * 4 + k % 2 * 2] = _mm256_shuffle_ps(y[pair], y[pair + 2], 0x44);
-      x[k / 2 * 4 + k % 2 * 2 + 1] = _mm256_shuffle_ps(y[pair], y[pair + 2], 0xee);
-    });
-    each<4>([&](int k) {
-      _mm256_storeu_ps(to + k * to_stride, _mm256_permute2f128_ps(x[k], x[k + 4], 0x20));
-      _mm256_storeu_ps(to + (k + 4) * to_stride, _mm256_permute2f128_ps(x[k], x[k + 4], 0x31));
-    });
-    return;
-  }
-#endif
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * stride + j];
-  }
-}
-
-// Writes the transpose of a matrix (rows, columns).
-inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-  for_tiles(columns, 8, [&](int64_t column, int64_t width) {
-    for_tiles(rows, 8, [&](int64_t row, int64_t height) {
-      transpose_block(from + row * stride + column, stride, height, width, to + column * to_stride + row, to_stride);
-    });
-  });
-}
 
 // Copies x, in float32 with contiguous rows or columns, so that its rows are contiguous, at this stride.
 inline at::Tensor with_contiguous_rows(const at::Tensor& x, int64_t stride) {

@@ -30,13 +30,13 @@ class Projection {
   explicit Projection(const Tensor& weight)
       : outputs_(weight.size(0)), dim_(weight.size(1)), weight_(weight.const_data_ptr<io>()) {
     if (!can_pack(weight.scalar_type()) || dim_ % kPair<io> != 0) return;
-    packed_.resize((outputs_ + kColumns - 1) / kColumns * kColumns * dim_);
-    pack(weight_, outputs_, dim_, packed_.data());
+    packed_.reset(new io[(outputs_ + kColumns - 1) / kColumns * kColumns * dim_]);
+    pack(weight_, outputs_, dim_, packed_.get());
   }
 
   // u: (tokens, dim); p: (tokens, R + 2).
   void operator()(const io* u, int64_t tokens, T* p) const {
-    if (packed_.empty()) {
+    if (!packed_) {
       for (int64_t token = 0; token < tokens; ++token) {
         for (int64_t k = 0; k < outputs_; ++k) {
           p[token * outputs_ + k] = static_cast<io>(dot(u + token * dim_, weight_ + k * dim_));
@@ -58,7 +58,7 @@ class Projection {
  private:
   void multiply(const io* u, int64_t first, int64_t tokens, float* p) const {
     for_tiles(outputs_, kColumns, [&](int64_t column, int64_t columns) {
-      multiply_packed(u + first * dim_, tokens, dim_, packed_.data() + column * dim_, columns,
+      multiply_packed(u + first * dim_, tokens, dim_, packed_.get() + column * dim_, columns,
                       p + first * outputs_ + column, outputs_);
     });
   }
@@ -76,7 +76,7 @@ class Projection {
 
   int64_t outputs_, dim_;
   const io* weight_;
-  std::vector<io> packed_;
+  std::unique_ptr<io[]> packed_;
 };
 
 template <typename io>

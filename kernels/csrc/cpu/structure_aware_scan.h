@@ -9,6 +9,7 @@
 
 #include "fusion.h"
 #include "passes.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace spatial_mamba {
@@ -21,15 +22,13 @@ struct Core : Map {
       : Map(shape, offsets),
         rank(step_weight.size(1)),
         step_weight(step_weight.const_data_ptr<T>()),
-        step_rows(step_weight.t().contiguous()),
         step_bias(step_bias.const_data_ptr<T>()),
         A_log(A_log.const_data_ptr<T>()),
         D(D.const_data_ptr<T>()),
         taps(taps.const_data_ptr<T>()) {}
 
   int64_t rank;
-  const T* step_weight;  // (dim, R)
-  at::Tensor step_rows;  // (R, dim)
+  const T* step_weight;
   const T* step_bias;
   const T* A_log;
   const T* D;
@@ -46,8 +45,10 @@ struct ChannelWeights {
         D(load(core.D + channel, n)),
         step(core.rank),
         taps(load_taps(core, core.taps, channel, n)) {
-    const T* row = core.step_rows.template const_data_ptr<T>() + channel;
-    for (int64_t k = 0; k < core.rank; ++k) step[k] = load(row + k * core.dim, n) * T(M_LOG2E);
+    std::fill_n(step.data(), core.rank, Vec<T>{});
+    T* first = reinterpret_cast<T*>(step.data());
+    transpose(core.step_weight + channel * core.rank, core.rank, n, core.rank, first, kLanes<T>);
+    for (int64_t k = 0; k < core.rank; ++k) step[k] *= T(M_LOG2E);
   }
 
   static Vec<T> exp(const Vec<T>& x) {
