@@ -128,7 +128,7 @@ def spatial_mixer(
 def reference(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection_weight: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    """The reference implementation: the outputs, then y and the state before each row, empty unless they are to be kept.
+    """The reference implementation: the outputs, then y and the state before each row, both empty unless ``keep``.
 
     conv_weight has shape (dim, 1, 3, 3) or (dim, 9), taps (T, dim). projection_weight has the dtype of xz, all others
     the compute dtype.
@@ -153,13 +153,19 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     *core, norm_weight, norm_bias, sizes, dilations, eps, keep = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
-    if hasattr(backend, "spatial_mixer") and xz.shape[0] >= torch.get_num_threads():  # one image per thread
+    if hasattr(backend, "spatial_mixer") and _images_occupy_threads(xz.shape[0]):
         weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
         return backend.spatial_mixer(x, gate, *weights, tap_offsets(sizes, dilations), eps, keep)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
     projection = _project(backend, u, projection_weight)
     y, row_states = STRUCTURE_AWARE_SCAN.run(u, projection, *core, sizes, dilations, conv_weight.dtype)
     return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), *_kept(y, row_states, keep)
+
+
+def _images_occupy_threads(batch: int) -> bool:
+    """Whether threads that process whole images are busy for at least three quarters of the time."""
+    threads = torch.get_num_threads()
+    return batch / threads >= 0.75 * -(-batch // threads) and batch > 0
 
 
 def _project(backend: ModuleType, u: Tensor, weight: Tensor) -> Tensor:

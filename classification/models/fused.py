@@ -176,11 +176,11 @@ class FusedDownsample(nn.Module):
         self.project = PackedLinear(project.weight.flatten(1), project.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        expand, conv, project = self.expand, self.depthwise, self.project
+        expand, project = self.expand, self.project
+        conv: Any = self.depthwise
         if expand.packed and project.packed and is_downsampling(conv):
-            return packed_downsampling(
-                x, expand.weight, expand.bias, conv.weight, conv.bias, project.weight, project.bias
-            )
+            layers = (expand.weight, expand.bias, conv.weight, conv.bias, project.weight, project.bias)
+            return packed_downsampling(x, *layers)
         batch, height, width, _ = x.shape
         rows = items_in_budget(x, width * self.expand.outputs)
         if rows >= height or batch == 0:

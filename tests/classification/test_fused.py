@@ -21,9 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
 from spatial_mamba.classification.models import fused
 from spatial_mamba.classification.models.flops import count_flops
-from spatial_mamba.kernels import use_backend
+from spatial_mamba.kernels import downsampling_conv, use_backend
 from spatial_mamba.kernels.backends import reference_serves
-from spatial_mamba.kernels.packed_linear import can_pack, pack_weight, packed_linear, packed_mlp, unpack_weight
+from spatial_mamba.kernels.packed_linear import (
+    can_pack,
+    pack_weight,
+    packed_downsampling,
+    packed_linear,
+    packed_mlp,
+    unpack_weight,
+)
 
 from .micro_models import RECOMPUTES, assert_near, filled_classifier, golden_fill, images, micro_backbone
 
@@ -104,6 +111,7 @@ def test_batch_norms_are_folded_with_their_statistics() -> None:
 def test_computing_hidden_activations_in_parts_changes_nothing(
     size: tuple[int, int], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fused, "can_pack", lambda weight: False)  # packed layers have parts of their own
     model = with_statistics(filled_classifier())
     x = images(2, 3, *size)
     expected = model(x)
@@ -336,7 +344,9 @@ def test_weights_are_packed_only_where_the_processor_has_matrix_products(dtype: 
 
 @packing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 16, 64), (7, 34, 5), (501, 48, 130), (0, 16, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"), [(1, 16, 64), (7, 34, 5), (501, 48, 130), (501, 64, 130), (0, 16, 64)]
+)
 def test_packed_layers_match_the_library(dtype: torch.dtype, tokens: int, inputs: int, outputs: int) -> None:
     torch.manual_seed(0)
     weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
@@ -367,7 +377,7 @@ def test_packed_layers_match_the_library(dtype: torch.dtype, tokens: int, inputs
 @packing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize(("tokens", "dim"), [(3, 8), (450, 48)])
+@pytest.mark.parametrize(("tokens", "dim"), [(3, 8), (450, 48), (450, 64)])
 def test_packed_mlp_matches_the_library(dtype: torch.dtype, backend: str, tokens: int, dim: int) -> None:
     torch.manual_seed(0)
     shapes = [(tokens, dim), (dim,), (dim,), (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
@@ -378,6 +388,26 @@ def test_packed_mlp_matches_the_library(dtype: torch.dtype, backend: str, tokens
     normed = F.layer_norm(exact[0], (dim,), exact[1], exact[2])
     expected = exact[0] + F.linear(F.gelu(F.linear(normed, *exact[3:5])), *exact[5:7])
     assert_near(actual, expected, 16 * torch.finfo(dtype).eps)
+
+
+@packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("shape", [(1, 9, 40), (3, 12, 7), (1, 1, 1), (0, 4, 4)], ids=str)
+def test_packed_downsampling_matches_the_library(dtype: torch.dtype, backend: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    dim, hidden, outputs = 32, 72, 70
+    shapes = [(*shape, dim), (hidden, dim), (hidden,), (hidden, 1, 3, 3), (hidden,), (outputs, hidden), (outputs,)]
+    x, w1, b1, conv, b2, w3, b3 = (torch.randn(size).to(dtype) / size[-1] ** 0.5 for size in shapes)
+    with use_backend(backend):
+        actual = packed_downsampling(x, pack(w1), b1, conv, b2, pack(w3), b3)
+    exact = [t.double() for t in (x, w1, b1, conv, b2, w3, b3)]
+    maps = F.linear(*exact[:3]).relu().permute(0, 3, 1, 2)
+    sampled = F.conv2d(maps, *exact[3:5], stride=2, padding=1, groups=hidden).relu().permute(0, 2, 3, 1)
+    expected = F.linear(sampled, *exact[5:7])
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    if len(x):
+        assert_near(actual, expected, 16 * torch.finfo(dtype).eps)
 
 
 @packing
@@ -405,6 +435,13 @@ def test_flops_of_packed_layers() -> None:
         packed_linear(x, pack_weight(weight), 64)
     assert packed.get_total_flops() == plain.get_total_flops() > 0
 
+    maps, conv, bias = torch.randn(2, 5, 4, 8), torch.randn(64, 1, 3, 3), torch.randn(64)
+    with use_backend("cpu"), FlopCounterMode(display=False) as plain:
+        F.linear(downsampling_conv(F.linear(maps, weight), conv, bias), weight.T)
+    with FlopCounterMode(display=False) as packed:
+        packed_downsampling(maps, pack_weight(weight), bias, conv, bias, pack_weight(weight.T.contiguous()), bias[:8])
+    assert packed.get_total_flops() == plain.get_total_flops()
+
 
 @packing
 def test_packed_operators_pass_opcheck() -> None:
@@ -414,6 +451,8 @@ def test_packed_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.spatial_mamba.packed_linear.default, linear, test_utils=checks)
     mlp = (x, ones, ones, weight, ones, weight, ones, 1e-5)
     torch.library.opcheck(torch.ops.spatial_mamba.packed_mlp.default, mlp, test_utils=checks)
+    downsampling = (torch.randn(2, 5, 4, 64), weight, ones, torch.randn(64, 1, 3, 3), ones, weight, ones)
+    torch.library.opcheck(torch.ops.spatial_mamba.packed_downsampling.default, downsampling, test_utils=checks)
 
 
 @packing
@@ -437,6 +476,8 @@ def test_packed_layers_name_what_is_wrong() -> None:
         packed_linear(x, packed, 4, norm_weight=torch.ones(8))
     with pytest.raises(ValueError, match="relu or a residual, not both"):
         packed_linear(x, packed, 4, relu=True, residual=torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"conv_weight must have shape .* hidden = 4, got \(4, 9\)"):
+        packed_downsampling(x[None, None], packed, x[0, :4], torch.zeros(4, 9), x[0, :4], packed, x[0, :4])
     with pytest.raises(TypeError, match=r"packed must have the dtype of x, torch\.bfloat16"):
         packed_linear(x.bfloat16(), packed, 4)
     with pytest.raises(ValueError, match=r"\(4, 8\), torch\.float64, on cpu cannot be packed"):
@@ -454,7 +495,7 @@ def test_what_depends_on_the_processor_holds_with_avx2_alone() -> None:
     """
     capabilities = "torch.backends.cpu.get_cpu_capability(), torch.ops.mkldnn._is_mkldnn_bf16_supported()"
     script = f"import pytest, sys, torch; print({capabilities}); sys.exit(pytest.main())"
-    tests = "copied and True or packed_layers_match or packed_mlp_matches"
+    tests = "copied and True or packed_layers_match or packed_mlp_matches or packed_downsampling_matches"
     result = subprocess.run(
         [
             sys.executable,

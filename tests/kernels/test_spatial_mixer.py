@@ -1,5 +1,6 @@
 """The reference implementation of the mixer compared with its parts."""
 
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -7,10 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spatial_mamba.kernels import (
-    spatial_mixer,
-    structure_aware_scan,
-)
+from spatial_mamba.kernels import spatial_mixer, structure_aware_scan, use_backend
+from spatial_mamba.kernels.backends import why_not
 from spatial_mamba.kernels.spatial_mixer import _project
 from spatial_mamba.kernels.state_fusion import merge_taps
 
@@ -50,6 +49,42 @@ def test_mixer_matches_the_sequence_of_its_parts(merged: bool) -> None:
     y = structure_aware_scan(u, u @ projection_weight.T, **core)
     expected = F.layer_norm(y, (DIM,), norm_weight, norm_bias) * F.silu(gate)
     assert_near(spatial_mixer(**mixer_inputs(merged)), expected, 1e-5)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# A band of rows of these maps holds less than the 33 rows, and fewer than fusion reads with dilation 20.
+@pytest.mark.skipif(why_not("cpu", "cpu", torch.float32) is not None, reason="needs the cpu backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dilations", [(1, 3, 5), (1, 3, 20)], ids=str)
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_image_per_thread_gives_what_the_sequence_of_operators_gives(
+    dtype: torch.dtype, dilations: tuple[int, ...], keep: bool, threads: Callable[[int], None]
+) -> None:
+    g, dim = generator(2), 70  # not a multiple of the lanes of a vector
+    shapes = [(3, 33, 40, 2 * dim), (dim, 1, 3, 3), (dim,), (5, dim), (dim, 3), (dim,), (dim,), (dim,), (25, dim)]
+    xz, conv, conv_bias, projection, step, step_bias, A_log, D, taps = (
+        (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype) for shape in shapes
+    )
+    xz.requires_grad_(keep)
+    inputs = (xz, conv, conv_bias, projection, step, step_bias, A_log, D, None, None, D, step_bias)
+
+    def run() -> list[torch.Tensor]:
+        out = spatial_mixer(*inputs, dilations=dilations, taps=taps)
+        return [out, *(torch.autograd.grad(out.square().sum(), xz) if keep else ())]
+
+    threads(4)
+    with use_backend("cpu"):
+        expected = run()
+        threads(1)
+        actual = run()
+    for x, y in zip(actual, expected, strict=True):
+        assert_near(x.float(), y.float(), 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ inline Vec<T> relu(const Vec<T>& x) {
   return at_least(T(0), x);  // keeps NaN, as PyTorch does
 }
 
-inline Shape halved(const Shape& shape) { return {shape.batch, (shape.height + 1) / 2, (shape.width + 1) / 2, shape.dim}; }
+inline Shape halved(const Shape& shape) {
+  return {shape.batch, (shape.height + 1) / 2, (shape.width + 1) / 2, shape.dim};
+}
 
 // The 3x3 inputs of an output token, rectified, and the convolution of them.
 template <typename io>

@@ -64,7 +64,8 @@ Tensor packed_downsampling(const Tensor& x, const Tensor& expand, const Tensor& 
   TORCH_CHECK(can_pack(x.scalar_type()), "packed layers of ", x.scalar_type(), " cannot run here");
   Tensor out = at::empty({shape.batch, (shape.height + 1) / 2, (shape.width + 1) / 2, dim}, x.options());
   DISPATCH_PACKED(x.scalar_type(), "packed_downsampling", [&] {
-    const Weights<float> conv({1, 1, 1, hidden}, conv_weight.const_data_ptr<float>(), conv_bias.const_data_ptr<float>());
+    const Weights<float> conv({1, 1, 1, hidden}, conv_weight.const_data_ptr<float>(),
+                              conv_bias.const_data_ptr<float>());
     downsample<scalar_t>(shape, {expand, hidden, expand_bias}, conv, {project, dim, project_bias},
                          x.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>());
   });

@@ -12,9 +12,10 @@
 #include "packing.h"
 
 // Dispatches over the dtypes of packed weights.
-#define DISPATCH_PACKED(dtype, name, ...)                                 \
-  AT_DISPATCH_SWITCH(dtype, name, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
-                     AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+#define DISPATCH_PACKED(dtype, name, ...)                                                               \
+  AT_DISPATCH_SWITCH(dtype, name,                                                                       \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__) \
+                         AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
 
 namespace spatial_mamba {
 
@@ -60,11 +61,11 @@ struct Nothing {
 
 // Sums of products for 64 outputs of some tokens, in scratch memory.
 struct Sums {
-  float* data;            // of the tokens from `start` on
+  float* data;                         // of the tokens from `start` on
   int64_t start, begin, count, first;  // the tokens to finish, and the first output
 };
 
-// out (tokens, outputs) = finish(x (tokens, inputs) times the weights + bias); scratch: (max(tokens, 64), 64).
+// out (tokens, outputs) = finish(x (tokens, inputs) times the weights + bias), with scratch memory.
 template <typename io, typename Finish>
 void apply(const Layer<io>& layer, const io* x, int64_t tokens, float* scratch, io* out, const Finish& finish) {
   const auto finish_token = [&](const Sums& sums, int64_t token) __attribute__((always_inline)) {

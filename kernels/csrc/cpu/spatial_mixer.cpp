@@ -164,8 +164,8 @@ std::tuple<Tensor, Tensor, Tensor> spatial_mixer(const Tensor& x, const Tensor& 
   const Shape shape = shape_of(x);
   Tensor out = at::empty(x.sizes(), x.options());
   Tensor y = at::empty(keep ? x.sizes() : at::IntArrayRef{0}, taps.options());
-  Tensor row_states = at::empty(keep ? at::IntArrayRef{shape.batch, shape.height, shape.dim} : at::IntArrayRef{0},
-                                taps.options());
+  Tensor row_states =
+      at::empty(keep ? at::IntArrayRef{shape.batch, shape.height, shape.dim} : at::IntArrayRef{0}, taps.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "spatial_mixer", [&] {
     using T = Compute<scalar_t>;
     const Weights<T> conv(shape, conv_weight.const_data_ptr<T>(), conv_bias.const_data_ptr<T>());

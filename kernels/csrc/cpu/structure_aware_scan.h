@@ -165,7 +165,11 @@ class ForwardChannels {
   using T = Compute<io>;
 
   ForwardChannels(const Core<T>& core, const ChannelWeights<T>& weights, int64_t channel)
-      : core_(core), weights_(weights), channel_(channel), lanes_(core.template lanes<T>(channel)), states_(core.ring) {}
+      : core_(core),
+        weights_(weights),
+        channel_(channel),
+        lanes_(core.template lanes<T>(channel)),
+        states_(core.ring) {}
 
   // Starts an image; row_states: (H, dim), the state before each row, or null.
   void start(const Inputs<io>& inputs, const Rows<out>& y, T* row_states) {

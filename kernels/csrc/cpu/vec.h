@@ -186,12 +186,13 @@ inline Vec<T> at_least(T bound, const Vec<T>& x) {
 // -|x|
 template <typename T>
 inline Vec<T> negative_magnitude(const Vec<T>& x) {
-  typedef std::conditional_t<std::is_same_v<T, float>, uint32_t, uint64_t> Bits __attribute__((vector_size(kVectorBytes)));
+  using Word = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint64_t>;
+  typedef Word Bits __attribute__((vector_size(kVectorBytes)));
   constexpr int kSign = 8 * sizeof(T) - 1;
   return (Vec<T>)((Bits)x | (Bits{} + 1) << kSign);
 }
 
-// --- exponentials to base 2, of n vectors in lockstep to hide latency --------------------------------------------------
+// --- exponentials to base 2, of n vectors in lockstep to hide latency -------------------------------------------------
 
 template <int n, typename Step>
 inline __attribute__((always_inline)) void each(Step&& step) {
@@ -205,7 +206,7 @@ template <int n>
 inline __attribute__((always_inline)) void exp2_nonpositive(Vec<float> (&x)[n]) {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 rounds to an integer, here biased by 127
-  constexpr float kSmallest = -127.0f;  // the biased exponent is 0, so the result is 0
+  constexpr float kSmallest = -127.0f;            // the biased exponent is 0, so the result is 0
   Vec<float> rounded[n], p[n];
   each<n>([&](int k) { x[k] = at_least(kSmallest, x[k]); });
   each<n>([&](int k) { rounded[k] = x[k] + kRound; });
