@@ -57,6 +57,8 @@ def _fake(x: Tensor, expand: Tensor, _: Tensor, project: Tensor, __: Tensor, kee
 
 def _backward(backend: ModuleType, grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     x, expand, expand_bias, project, _, hidden, _ = inputs
+    if not len(hidden):  # not kept, as when the operator was traced or exported without gradients
+        hidden = F.linear(x, expand)
     return backend.mlp_backward(grad_out, x, expand, expand_bias, project, hidden)
 
 

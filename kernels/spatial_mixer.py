@@ -153,19 +153,13 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     *core, norm_weight, norm_bias, sizes, dilations, eps, keep = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
-    if hasattr(backend, "spatial_mixer") and _images_occupy_threads(xz.shape[0]):
+    if xz.device.type == "cpu" and hasattr(backend, "spatial_mixer"):
         weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
         return backend.spatial_mixer(x, gate, *weights, tap_offsets(sizes, dilations), eps, keep)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
     projection = _project(backend, u, projection_weight)
     y, row_states = STRUCTURE_AWARE_SCAN.run(u, projection, *core, sizes, dilations, conv_weight.dtype)
     return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), *_kept(y, row_states, keep)
-
-
-def _images_occupy_threads(batch: int) -> bool:
-    """Whether threads that process whole images are busy for at least three quarters of the time."""
-    threads = torch.get_num_threads()
-    return batch / threads >= 0.75 * -(-batch // threads) and batch > 0
 
 
 def _project(backend: ModuleType, u: Tensor, weight: Tensor) -> Tensor:
@@ -180,6 +174,9 @@ def _backward(
     """Compute u and p again, and let native backends write both halves of the gradient of ``xz`` in place."""
     projection_weight, *core, norm_weight, norm_bias, y, row_states, sizes, dilations, eps, _ = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
+    if not len(y):  # not kept, as when the operator was traced or exported without gradients
+        weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
+        _, y, row_states = _forward(backend, xz, *weights, sizes, dilations, eps, True)
     grad_xz = contiguous_like(xz)
     grad_x, grad_gate = grad_xz.chunk(2, dim=-1)
 

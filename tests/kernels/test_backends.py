@@ -795,6 +795,18 @@ def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
 
 
 @compiled_backends
+@pytest.mark.parametrize("name", ["spatial_mixer", "mlp"])
+def test_what_was_not_kept_is_computed_again(backend: torch.device, name: str) -> None:
+    operator, (*arguments, keep) = getattr(torch.ops.spatial_mamba, name).default, operator_arguments(name, backend)
+    assert keep is True
+    expected, actual = (
+        torch.autograd.grad(operator(*arguments, keep)[0].sum(), [x for x in arguments if isinstance(x, Tensor)])
+        for keep in (True, False)
+    )
+    assert all(map(torch.equal, actual, expected))
+
+
+@compiled_backends
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_pass_opcheck(backend: torch.device, name: str) -> None:
     operator = getattr(torch.ops.spatial_mamba, name).default

@@ -58,16 +58,16 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-# A band of rows of these maps holds less than the 33 rows, and fewer than fusion reads with dilation 20.
+# A band holds a quarter of these maps, and fewer rows than fusion reads with dilation 20.
 @pytest.mark.skipif(why_not("cpu", "cpu", torch.float32) is not None, reason="needs the cpu backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dilations", [(1, 3, 5), (1, 3, 20)], ids=str)
 @pytest.mark.parametrize("keep", [False, True])
-def test_an_image_per_thread_gives_what_the_sequence_of_operators_gives(
+def test_bands_of_rows_give_what_whole_maps_give(
     dtype: torch.dtype, dilations: tuple[int, ...], keep: bool, threads: Callable[[int], None]
 ) -> None:
     g, dim = generator(2), 70  # not a multiple of the lanes of a vector
-    shapes = [(3, 33, 40, 2 * dim), (dim, 1, 3, 3), (dim,), (5, dim), (dim, 3), (dim,), (dim,), (dim,), (25, dim)]
+    shapes = [(3, 60, 40, 2 * dim), (dim, 1, 3, 3), (dim,), (5, dim), (dim, 3), (dim,), (dim,), (dim,), (25, dim)]
     xz, conv, conv_bias, projection, step, step_bias, A_log, D, taps = (
         (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype) for shape in shapes
     )
@@ -78,13 +78,13 @@ def test_an_image_per_thread_gives_what_the_sequence_of_operators_gives(
         out = spatial_mixer(*inputs, dilations=dilations, taps=taps)
         return [out, *(torch.autograd.grad(out.square().sum(), xz) if keep else ())]
 
-    threads(4)
-    with use_backend("cpu"):
-        expected = run()
-        threads(1)
-        actual = run()
-    for x, y in zip(actual, expected, strict=True):
-        assert_near(x.float(), y.float(), 1e-2 if dtype == torch.bfloat16 else 1e-5)
+    expected = run()
+    for count in (1, 4):  # three images on one thread, and each image on four
+        threads(count)
+        with use_backend("cpu"):
+            actual = run()
+        for x, y in zip(actual, expected, strict=True):
+            assert_near(x.float(), y.float(), 2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize(

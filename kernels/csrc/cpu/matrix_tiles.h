@@ -51,12 +51,13 @@ __attribute__((target("amx-tile"))) inline void configure_tiles() {
 __attribute__((target("amx-tile"))) inline void release_tiles() { _tile_release(); }
 
 // sums (32, 64) = x (32, inputs), with rows `stride` apart, times a packed block (inputs / 2, 64, 2). Calls between(k)
-// at each of the inputs / 16 steps: other units can work while the matrix units do.
+// at each of the inputs / 16 steps, so that vector units work while the matrix units do.
 template <typename Between>
 __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(const c10::BFloat16* x, int64_t stride,
                                                                         int64_t inputs, const c10::BFloat16* block,
                                                                         float* sums, const Between& between) {
   constexpr int kColumns = 64;
+  asm volatile("" ::: "memory");  // GCC 12 does not know that loads of tiles read memory
   for (int column = 0; column < kColumns; column += 32) {
     _tile_zero(0);
     _tile_zero(1);

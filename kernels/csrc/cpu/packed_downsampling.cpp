@@ -32,14 +32,15 @@ void downsample(const Shape& shape, const Layer<io>& expand, const Weights<float
   at::parallel_for(0, shape.batch * parts, 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
     // Two bands of rows: a row of outputs also reads the row before its band.
-    const Rows<io> ring{new io[4 * band * hidden.width * hidden.dim], hidden.width * hidden.dim, 4 * band};
-    const std::unique_ptr<io[]> memory(ring.data), sampled(new io[band * outputs.width * hidden.dim]);
+    const int64_t stride = hidden.width * hidden.dim, kept = 4 * band;
+    const std::unique_ptr<io[]> memory(new io[kept * stride]), sampled(new io[band * outputs.width * hidden.dim]);
+    const Rows<io> ring{memory.get(), stride, kept};
     auto sums = scratch_for(std::max(2 * band * shape.width, band * outputs.width));
     auto* scratch = reinterpret_cast<float*>(sums.data());
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / parts, part = item % parts;
       const int64_t start = part * outputs.height / parts, stop = (part + 1) * outputs.height / parts;
-      const auto row = [&](int64_t i) { return ring[i - 2 * start + ring.kept]; };
+      const auto row = [&](int64_t i) { return ring[i - 2 * start + kept]; };  // i >= 2 start - 1
       const auto read = [&](int64_t i, int64_t count) {
         apply(expand, x + shape.token(b, i) * expand.inputs, count * shape.width, scratch, row(i), Nothing());
       };

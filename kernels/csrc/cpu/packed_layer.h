@@ -59,10 +59,12 @@ struct Nothing {
   void operator()(Arguments&&...) const {}
 };
 
-// Sums of products for 64 outputs of some tokens, in scratch memory.
+// Sums of products for a block of tokens and 64 outputs, in scratch memory.
 struct Sums {
-  float* data;                         // of the tokens from `start` on
-  int64_t start, begin, count, first;  // the tokens to finish, and the first output
+  float* data;
+  int64_t start;         // the first token in `data`
+  int64_t begin, count;  // the tokens to finish; begin > start if the block overlaps the one before
+  int64_t first;         // the first output
 };
 
 // out (tokens, outputs) = finish(x (tokens, inputs) times the weights + bias), with scratch memory.
@@ -119,7 +121,7 @@ void apply(const Layer<io>& layer, const io* x, int64_t tokens, float* scratch, 
     multiply_packed(x, tokens, layer.inputs, block, kColumns, scratch, kColumns);
     finish_all({scratch, 0, 0, tokens, first});
   }
-  if (std::is_same_v<io, c10::BFloat16> && has_matrix_tiles()) {  // as they were before the microkernels
+  if (std::is_same_v<io, c10::BFloat16> && has_matrix_tiles()) {  // which the microkernels have reconfigured
     release_microkernels();
     configure_tiles();
   }

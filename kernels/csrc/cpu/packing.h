@@ -14,11 +14,13 @@ constexpr int64_t kColumns = 64;  // outputs per block of packed weights
 
 // Inputs are packed in words: pairs for the half-precision types, as matrix units read them.
 template <typename io>
-constexpr int64_t kPair = sizeof(float) / sizeof(io);
+constexpr int64_t kPair = sizeof(io) == 2 ? 2 : 1;
 
 inline bool can_pack(at::ScalarType dtype) {
 #if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
-  if (dtype == at::kFloat) return true;
+#if defined(__x86_64__)
+  if (dtype == at::kFloat) return __builtin_cpu_supports("avx2") && at::globalContext().userEnabledMkldnn();
+#endif
   return (dtype == at::kBFloat16 || dtype == at::kHalf) && at::native::cpublas::could_pack(dtype);
 #else
   return false;
@@ -48,11 +50,15 @@ void multiply_packed(const io* x, int64_t tokens, int64_t inputs, const io* bloc
 #endif
 }
 
-// Call it on each thread after its last product.
 inline void release_microkernels() {
 #if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
   at::native::cpublas::brgemm_release();
 #endif
 }
+
+// Releases what products hold of this thread's matrix units at the end of the scope.
+struct Microkernels {
+  ~Microkernels() { release_microkernels(); }
+};
 
 }  // namespace spatial_mamba

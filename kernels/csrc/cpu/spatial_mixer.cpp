@@ -1,5 +1,5 @@
-// Everything between the two linear projections of a block, one image per thread. An image is processed in bands of
-// rows, so that what passes between the operators stays in the cache.
+// Everything between the two linear projections of a block. An image is processed in bands of rows, so that what passes
+// between the operators stays in the cache: by one thread, or, if there are too few images, by all.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -19,7 +19,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kBandBytes = 280 << 10;  // of u and y in a band of rows
+constexpr int64_t kBandBytes = 280 << 10;  // of u and y in a band of rows, per thread
 
 // p = u times the transpose of a weight (R + 2, dim), rounded to the type of u.
 template <typename io>
@@ -94,16 +94,16 @@ struct Mixer {
   T *y, *row_states;  // null: not kept
 };
 
-// Processes one image after the other on one thread.
+// Processes one image after the other, on all threads unless it is used by one of them.
 template <typename io>
 class ImageMixer {
  public:
   using T = Compute<io>;
 
-  explicit ImageMixer(const Mixer<io>& mixer)
+  ImageMixer(const Mixer<io>& mixer, int64_t threads)
       : mixer_(mixer),
         core_(mixer.core),
-        band_(std::clamp<int64_t>(kBandBytes / (core_.width * core_.dim * (sizeof(io) + sizeof(T))), 1, core_.height)),
+        band_(std::clamp<int64_t>(threads * kBandBytes / (core_.width * core_.dim * (sizeof(io) + sizeof(T))), 1, core_.height)),
         // Of u, fusion reads rows of earlier bands. Whole bands are kept, so that each is contiguous.
         kept_(std::min((core_.around.row_reach + 2 * band_ - 1) / band_ * band_, core_.height)),
         zeros_(core_.dim, io(0)),
@@ -128,14 +128,22 @@ class ImageMixer {
     const int64_t reach = core_.around.row_reach, end = core_.height + reach;
     for (int64_t first = 0; first < end; first += band_) {
       const int64_t last = std::min(first + band_, end), read = std::min(last, core_.height);
-      for (int64_t i = first; i < read; ++i) {
-        convolve_row<Epilogue::kSilu>(core_, b, i, mixer_.x, mixer_.conv, zeros_.data(), u[i]);
-      }
-      if (first < read) mixer_.project(u[first], (read - first) * core_.width, projection[first]);
-      for (auto& pass : passes_) {
-        for (int64_t step = first; step < last; ++step) pass.advance(step);
-      }
-      for (int64_t i = std::max<int64_t>(first - reach, 0); i < last - reach; ++i) finish(b, i, y[i]);
+      at::parallel_for(first, std::max(first, read), 1, [&](int64_t start, int64_t stop) {
+        for (int64_t i = start; i < stop; ++i) {
+          convolve_row<Epilogue::kSilu>(core_, b, i, mixer_.x, mixer_.conv, zeros_.data(), u[i]);
+        }
+        const Microkernels scope;
+        mixer_.project(u[start], (stop - start) * core_.width, projection[start]);
+      });
+      at::parallel_for(0, passes_.size(), 1, [&](int64_t start, int64_t stop) {
+        for (int64_t chunk = start; chunk < stop; ++chunk) {
+          for (int64_t step = first; step < last; ++step) passes_[chunk].advance(step);
+        }
+      });
+      const int64_t finished = std::max<int64_t>(first - reach, 0);
+      at::parallel_for(finished, std::max(finished, last - reach), 1, [&](int64_t start, int64_t stop) {
+        for (int64_t i = start; i < stop; ++i) finish(b, i, y[i]);
+      });
     }
   }
 
@@ -184,11 +192,17 @@ std::tuple<Tensor, Tensor, Tensor> spatial_mixer(const Tensor& x, const Tensor& 
                                 out.mutable_data_ptr<scalar_t>(),
                                 keep ? y.mutable_data_ptr<T>() : nullptr,
                                 keep ? row_states.mutable_data_ptr<T>() : nullptr};
-    at::parallel_for(0, shape.batch, 1, [&](int64_t begin, int64_t end) {
-      ImageMixer<scalar_t> images(mixer);
+    const auto run = [&](int64_t begin, int64_t end, int64_t threads) {
+      ImageMixer<scalar_t> images(mixer, threads);
       for (int64_t b = begin; b < end; ++b) images.run(b);
-      release_microkernels();
-    });
+    };
+    // Threads that take whole images should be busy for at least three quarters of the time.
+    const int64_t threads = at::get_num_threads(), rounds = (shape.batch + threads - 1) / threads;
+    if (4 * shape.batch >= 3 * threads * rounds) {
+      at::parallel_for(0, shape.batch, 1, [&](int64_t begin, int64_t end) { run(begin, end, 1); });
+    } else {
+      run(0, shape.batch, threads);
+    }
   });
   return {out, y, row_states};
 }

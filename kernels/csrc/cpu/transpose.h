@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "vec.h"
@@ -41,7 +42,8 @@ void transpose_block(const T* from, int64_t stride, int64_t rows, int64_t column
   }
 #endif
   for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * stride + j];
+    // Copied as bytes, since words of two half-precision numbers may be misaligned.
+    for (int64_t i = 0; i < rows; ++i) std::memcpy(to + j * to_stride + i, from + i * stride + j, sizeof(T));
   }
 }
 
