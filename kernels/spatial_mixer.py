@@ -121,7 +121,9 @@ def spatial_mixer(
         contiguous_as(projection_weight, xz.dtype),  # so that the product runs on half-precision units
         *(contiguous_as(x, compute_dtype) for x in (step_weight, step_bias, A_log, D, taps, norm_weight, norm_bias)),
     ]
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (xz, *converted))
+    # A traced graph is the same with and without gradients.
+    keep = torch.jit.is_tracing()
+    keep = keep or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (xz, *converted)))
     return SPATIAL_MIXER(xz, *converted, sizes, list(dilations), eps, keep)
 
 

@@ -89,9 +89,10 @@ class RecordMixers(TorchDispatchMode):
         self.outputs: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.spatial_mamba.spatial_mixer.default:
-            self.outputs.append(result[1])
+        if func is not torch.ops.spatial_mamba.spatial_mixer.default:
+            return func(*args, **(kwargs or {}))
+        result = func(*args[:-1], True)  # keep y
+        self.outputs.append(result[1])
         return result
 
 

@@ -103,7 +103,8 @@ class ImageMixer {
   ImageMixer(const Mixer<io>& mixer, int64_t threads)
       : mixer_(mixer),
         core_(mixer.core),
-        band_(std::clamp<int64_t>(threads * kBandBytes / (core_.width * core_.dim * (sizeof(io) + sizeof(T))), 1, core_.height)),
+        band_(std::clamp<int64_t>(threads * kBandBytes / (core_.width * core_.dim * (sizeof(io) + sizeof(T))), 1,
+                                  core_.height)),
         // Of u, fusion reads rows of earlier bands. Whole bands are kept, so that each is contiguous.
         kept_(std::min((core_.around.row_reach + 2 * band_ - 1) / band_ * band_, core_.height)),
         zeros_(core_.dim, io(0)),
