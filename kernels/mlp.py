@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import check_last_axis, check_tensors, contiguous_as, layouts
+from .tensors import check_last_axis, check_tensors, contiguous_as, keep_for_backward, layouts
 
 LAYOUTS = layouts(expand="hidden, dim", expand_bias="hidden", project="outputs, hidden", project_bias="outputs")
 
@@ -36,8 +36,7 @@ def mlp(x: Tensor, expand: Tensor, expand_bias: Tensor, project: Tensor, project
     weights = dict(expand=expand, expand_bias=expand_bias, project=project, project_bias=project_bias)
     check_last_axis(x, check_tensors(LAYOUTS, dict(x=x, **weights))["dim"])
     converted = [contiguous_as(weight, x.dtype) for weight in weights.values()]
-    keep_hidden = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *converted))
-    out = MLP(x.reshape(-1, x.shape[-1]).contiguous(), *converted, keep_hidden)
+    out = MLP(x.reshape(-1, x.shape[-1]).contiguous(), *converted, keep_for_backward(x, *converted))
     return out.view(*x.shape[:-1], out.shape[1])
 
 

@@ -17,7 +17,7 @@ from .registration import Operator
 from .state_fusion import check_branches, check_dilations, kernel_sizes_of, merge_taps, tap_offsets
 from .structure_aware_scan import CORE_TENSORS, STRUCTURE_AWARE_SCAN, flops_per_element
 from .structure_aware_scan import reference as core_reference
-from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, contiguous_like, layouts
+from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, contiguous_like, keep_for_backward, layouts
 
 LAYOUTS = layouts(
     xz="batch, H, W, 2 dim",
@@ -121,10 +121,7 @@ def spatial_mixer(
         contiguous_as(projection_weight, xz.dtype),  # so that the product runs on half-precision units
         *(contiguous_as(x, compute_dtype) for x in (step_weight, step_bias, A_log, D, taps, norm_weight, norm_bias)),
     ]
-    # A traced graph is the same with and without gradients.
-    keep = torch.jit.is_tracing()
-    keep = keep or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (xz, *converted)))
-    return SPATIAL_MIXER(xz, *converted, sizes, list(dilations), eps, keep)
+    return SPATIAL_MIXER(xz, *converted, sizes, list(dilations), eps, keep_for_backward(xz, *converted))
 
 
 def reference(

@@ -125,3 +125,8 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def keep_for_backward(*tensors: Tensor) -> bool:
+    """Whether to keep what only the backward pass reads; while tracing always, so that all traces of a call agree."""
+    return torch.jit.is_tracing() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

@@ -807,6 +807,13 @@ def test_what_was_not_kept_is_computed_again(backend: torch.device, name: str) -
 
 
 @compiled_backends
+def test_an_mlp_is_traced_with_and_without_gradients(backend: torch.device) -> None:
+    *tensors, _ = operator_arguments("mlp", backend)
+    traced = torch.jit.trace(mlp, tuple(tensors))  # which compares this trace with one without gradients
+    assert torch.equal(traced(*tensors), mlp(*tensors))
+
+
+@compiled_backends
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_pass_opcheck(backend: torch.device, name: str) -> None:
     operator = getattr(torch.ops.spatial_mamba, name).default
