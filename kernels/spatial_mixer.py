@@ -17,7 +17,15 @@ from .registration import Operator
 from .state_fusion import check_branches, check_dilations, kernel_sizes_of, merge_taps, tap_offsets
 from .structure_aware_scan import CORE_TENSORS, STRUCTURE_AWARE_SCAN, flops_per_element
 from .structure_aware_scan import reference as core_reference
-from .tensors import at_token_stride, check_tensors, compute_dtype_for, contiguous_as, contiguous_like, keep_for_backward, layouts
+from .tensors import (
+    at_token_stride,
+    check_tensors,
+    compute_dtype_for,
+    contiguous_as,
+    contiguous_like,
+    keep_for_backward,
+    layouts,
+)
 
 LAYOUTS = layouts(
     xz="batch, H, W, 2 dim",
