@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "packing.h"
+
 #if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -50,13 +52,12 @@ __attribute__((target("amx-tile"))) inline void configure_tiles() {
 
 __attribute__((target("amx-tile"))) inline void release_tiles() { _tile_release(); }
 
-// sums (32, 64) = x (32, inputs), with rows `stride` apart, times a packed block (inputs / 2, 64, 2). Calls between(k)
-// at each of the inputs / 16 steps, so that vector units work while the matrix units do.
+// sums (32, 64) = x (32, inputs) times a packed block (inputs / 2, 64, 2). Calls between(k) at each of the inputs / 16
+// steps, so that vector units work while the matrix units do.
 template <typename Between>
-__attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(const c10::BFloat16* x, int64_t stride,
-                                                                        int64_t inputs, const c10::BFloat16* block,
-                                                                        float* sums, const Between& between) {
-  constexpr int kColumns = 64;
+__attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(const c10::BFloat16* x, int64_t inputs,
+                                                                        const c10::BFloat16* block, float* sums,
+                                                                        const Between& between) {
   asm volatile("" ::: "memory");  // GCC 12 does not know that loads of tiles read memory
   for (int column = 0; column < kColumns; column += 32) {
     _tile_zero(0);
@@ -65,12 +66,12 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(const c1
     _tile_zero(3);
     for (int64_t k = 0; k < inputs; k += kTileInputs) {
       const c10::BFloat16* weights = block + k * kColumns + 2 * column;
-      _tile_loadd(4, x + k, 2 * stride);
+      _tile_loadd(4, x + k, 2 * inputs);
       _tile_loadd(6, weights, 4 * kColumns);
       _tile_loadd(7, weights + 32, 4 * kColumns);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, x + 16 * stride + k, 2 * stride);
+      _tile_loadd(5, x + 16 * inputs + k, 2 * inputs);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
       between(column / 32 * (inputs / kTileInputs) + k / kTileInputs);
@@ -87,7 +88,7 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(const c1
 inline void configure_tiles() {}
 inline void release_tiles() {}
 template <typename Between>
-inline void multiply_tiles(const c10::BFloat16*, int64_t, int64_t, const c10::BFloat16*, float*, const Between&) {}
+inline void multiply_tiles(const c10::BFloat16*, int64_t, const c10::BFloat16*, float*, const Between&) {}
 
 #endif
 

@@ -26,8 +26,7 @@ void downsample(const Shape& shape, const Layer<io>& expand, const Weights<float
                 const io* x, io* out) {
   const Shape hidden{1, shape.height, shape.width, expand.outputs}, outputs = halved(hidden);
   const int64_t band = std::clamp<int64_t>(kBandTokens / (2 * shape.width), 1, outputs.height);  // rows of outputs
-  const int64_t wanted = (at::get_num_threads() + shape.batch - 1) / std::max<int64_t>(shape.batch, 1);
-  const int64_t parts = std::min(wanted, outputs.height);  // of an image
+  const int64_t parts = parts_per_image(shape.batch, outputs.height);
   const std::vector<io> zeros(hidden.dim, io(0));
   at::parallel_for(0, shape.batch * parts, 1, [&](int64_t begin, int64_t end) {
     const MatrixUnits units;
@@ -36,7 +35,7 @@ void downsample(const Shape& shape, const Layer<io>& expand, const Weights<float
     const std::unique_ptr<io[]> memory(new io[kept * stride]), sampled(new io[band * outputs.width * hidden.dim]);
     const Rows<io> ring{memory.get(), stride, kept};
     auto sums = scratch_for(std::max(2 * band * shape.width, band * outputs.width));
-    auto* scratch = reinterpret_cast<float*>(sums.data());
+    float* scratch = sums.values();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / parts, part = item % parts;
       const int64_t start = part * outputs.height / parts, stop = (part + 1) * outputs.height / parts;
@@ -63,7 +62,8 @@ Tensor packed_downsampling(const Tensor& x, const Tensor& expand, const Tensor& 
   const Shape shape = shape_of(x);
   const int64_t hidden = expand_bias.size(0), dim = project_bias.size(0);
   TORCH_CHECK(can_pack(x.scalar_type()), "packed layers of ", x.scalar_type(), " cannot run here");
-  Tensor out = at::empty({shape.batch, (shape.height + 1) / 2, (shape.width + 1) / 2, dim}, x.options());
+  const Shape outputs = halved(shape);
+  Tensor out = at::empty({outputs.batch, outputs.height, outputs.width, dim}, x.options());
   DISPATCH_PACKED(x.scalar_type(), "packed_downsampling", [&] {
     const Weights<float> conv({1, 1, 1, hidden}, conv_weight.const_data_ptr<float>(),
                               conv_bias.const_data_ptr<float>());

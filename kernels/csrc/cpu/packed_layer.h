@@ -98,11 +98,11 @@ void apply(const Layer<io>& layer, const io* x, int64_t tokens, float* scratch, 
           next.start = std::min(begin, tokens - kTileRows);
           next.begin = begin;
           next.count = count;
-          multiply_tiles(x + next.start * layer.inputs, layer.inputs, layer.inputs,
-                         layer.weight + next.first * layer.inputs, next.data, [&](int64_t step) {
-                           const int64_t end = std::min((step + 1) * per_step, last.count);
-                           for (int64_t k = step * per_step; k < end; ++k) finish_token(last, last.begin + k);
-                         });
+          const io* block = layer.weight + next.first * layer.inputs;
+          multiply_tiles(x + next.start * layer.inputs, layer.inputs, block, next.data, [&](int64_t step) {
+            const int64_t end = std::min((step + 1) * per_step, last.count);
+            for (int64_t k = step * per_step; k < end; ++k) finish_token(last, last.begin + k);
+          });
           last = next;
           std::swap(next.data, spare);
         });
@@ -128,7 +128,7 @@ void apply(const Layer<io>& layer, const io* x, int64_t tokens, float* scratch, 
 }
 
 inline constexpr auto kRelu = [](auto n, auto& y, int64_t, int) {
-  each<n>([&](int k) { y[k] = y[k] < 0.0f ? Vec<float>{} : y[k]; });
+  each<n>([&](int k) { y[k] = at_least(0.0f, y[k]); });
 };
 
 template <typename io>

@@ -77,7 +77,7 @@ void linear(const Layer<io>& layer, const Norm<io>& norm, const io* x, bool relu
       const io* from = x + token * layer.inputs;
       if (norm.weight) normalise(norm, from, count, layer.inputs, normal.get());
       const auto apply_to_tile = [&](const auto& finish) {
-        apply(layer, norm.weight ? normal.get() : from, count, reinterpret_cast<float*>(sums.data()),
+        apply(layer, norm.weight ? normal.get() : from, count, sums.values(),
               out + token * layer.outputs, finish);
       };
       if (residual) {
@@ -100,7 +100,7 @@ void mlp(const Norm<io>& norm, const Layer<io>& expand, const Layer<io>& project
     return [&, normal = std::unique_ptr<io[]>(new io[tiling.size * dim]),
             hidden = std::unique_ptr<io[]>(new io[tiling.size * expand.outputs]),
             sums = scratch_for(tiling.size)](int64_t token, int64_t count) mutable {
-      auto* scratch = reinterpret_cast<float*>(sums.data());
+      float* scratch = sums.values();
       normalise(norm, x + token * dim, count, dim, normal.get());
       apply(expand, normal.get(), count, scratch, hidden.get(), [](auto n, auto& y, int64_t, int) { gelu<float, n>(y); });
       apply(project, hidden.get(), count, scratch, out + token * dim, adding(x + token * dim));

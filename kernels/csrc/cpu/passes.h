@@ -37,8 +37,7 @@ Vectors<T> load_taps(const Map& map, const T* taps, int64_t channel, int lanes) 
 // gradients that its channels add to.
 template <typename T>
 int64_t channel_groups(const Map& map) {
-  const int64_t wanted = (at::get_num_threads() + map.batch - 1) / std::max<int64_t>(map.batch, 1);
-  return std::clamp<int64_t>(wanted, 1, map.chunks<T>());
+  return parts_per_image(map.batch, map.chunks<T>());
 }
 
 // Runs a pass over every vector of channels of every image; make(b, channel, group) starts one. A pass takes one step

@@ -25,6 +25,14 @@ constexpr int64_t kDepth = 512;  // products summed per call at most, so that bo
 // Number of tokens to process at a time, so that their activations stay in the cache.
 inline int64_t tile_size(int64_t tokens) { return std::min(tokens, int64_t{512} * at::get_num_threads()); }
 
+// Calls visit(first, count) for a multiple of 8 rows and for the rest: each number of rows needs code of its own.
+template <typename Visit>
+void for_generated_sizes(int64_t rows, Visit&& visit) {
+  const int64_t rest = rows % 8;
+  if (rest < rows) visit(0, rows - rest);
+  if (rest > 0) visit(rows - rest, rest);
+}
+
 // Copies x, in float32 with contiguous rows or columns, so that its rows are contiguous, at this stride.
 inline at::Tensor with_contiguous_rows(const at::Tensor& x, int64_t stride) {
   const int64_t rows = x.size(0), columns = x.size(1);
@@ -100,7 +108,7 @@ inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
       if (bias) {
         for (int64_t i = 0; i < block_rows; ++i) std::copy_n(bias + column, block_columns, result + i * stride);
       }
-      // Each size needs code of its own, so heights are multiples of 8, or less than 8, and depths powers of 2.
+      // Each depth needs code of its own, too, so depths are powers of 2.
       for (int64_t first = 0, count = kDepth; first < depth; first += count) {
         while (count > depth - first) count /= 2;
         const auto multiply = [&](int64_t i, int64_t n) {
@@ -108,9 +116,7 @@ inline void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
                                       start.defined() || first > 0, from + (row + i) * left_stride + first,
                                       factor + first * right_stride + column, result + i * stride, false);
         };
-        const int64_t rest = block_rows % 8;
-        if (rest < block_rows) multiply(0, block_rows - rest);
-        if (rest > 0) multiply(block_rows - rest, rest);
+        for_generated_sizes(block_rows, multiply);
       }
     }
     at::native::cpublas::brgemm_release();

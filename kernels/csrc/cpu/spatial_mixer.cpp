@@ -43,11 +43,8 @@ class Projection {
         }
       }
     } else if constexpr (std::is_same_v<T, float>) {
-      // Each number of tokens needs code of its own, so there are few.
       for_tiles(tokens, kBlock, [&](int64_t first, int64_t count) {
-        const int64_t rest = count % 8;
-        if (count > rest) multiply(u, first, count - rest, p);
-        if (rest > 0) multiply(u, first + count - rest, rest, p);
+        for_generated_sizes(count, [&](int64_t i, int64_t n) { multiply(u, first + i, n, p); });
       });
       if constexpr (!std::is_same_v<io, T>) {
         for (int64_t k = 0; k < tokens * outputs_; ++k) p[k] = static_cast<io>(p[k]);

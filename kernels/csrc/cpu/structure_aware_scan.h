@@ -46,8 +46,7 @@ struct ChannelWeights {
         step(core.rank),
         taps(load_taps(core, core.taps, channel, n)) {
     std::fill_n(step.data(), core.rank, Vec<T>{});
-    T* first = reinterpret_cast<T*>(step.data());
-    transpose(core.step_weight + channel * core.rank, core.rank, n, core.rank, first, kLanes<T>);
+    transpose(core.step_weight + channel * core.rank, core.rank, n, core.rank, step.values(), kLanes<T>);
     for (int64_t k = 0; k < core.rank; ++k) step[k] *= T(M_LOG2E);
   }
 

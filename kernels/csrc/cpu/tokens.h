@@ -2,6 +2,7 @@
 // the channels of a wider map can be read and written in place.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -42,6 +43,12 @@ struct Rows {
 template <typename io>
 Rows<io> rows_of(io* data, const Shape& shape, int64_t b, int64_t dim) {
   return {data + shape.token(b, 0) * dim, shape.width * dim, shape.height};
+}
+
+// Parts of an image: just enough to keep all threads busy, and at most `most`.
+inline int64_t parts_per_image(int64_t batch, int64_t most) {
+  const int64_t wanted = (at::get_num_threads() + batch - 1) / std::max<int64_t>(batch, 1);
+  return std::clamp<int64_t>(wanted, 1, most);
 }
 
 template <typename io>

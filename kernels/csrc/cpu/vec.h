@@ -163,6 +163,7 @@ class Vectors {
   }
   Vec<T>* data() { return data_; }
   const Vec<T>* data() const { return data_; }
+  T* values() { return reinterpret_cast<T*>(data_); }
   Vec<T>& operator[](int64_t i) { return data_[i]; }
   const Vec<T>& operator[](int64_t i) const { return data_[i]; }
 
