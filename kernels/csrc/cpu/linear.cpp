@@ -17,14 +17,11 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
 }
 
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight) {
-  const int64_t tokens = x.size(0);
   Tensor grad_x = at::empty_like(x);
   product(grad_out, weight, grad_x);
-  WeightGradient grad_weight(weight.size(0), weight.size(1), tokens, x.options());
-  for_tiles(tokens, WeightGradient::tile_size(x), [&](int64_t first, int64_t count) {
-    grad_weight.add(grad_out.narrow(0, first, count), x.narrow(0, first, count));
-  });
-  return {grad_x, grad_weight.result()};
+  Tensor grad_weight = at::empty_like(weight);
+  product(grad_out.t(), x, grad_weight);
+  return {grad_x, grad_weight};
 }
 
 }  // namespace

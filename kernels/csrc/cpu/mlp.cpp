@@ -81,13 +81,12 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& expand, const Tens
   Tensor out = at::empty({tokens, project.size(0)}, x.options());
   Tensor hidden = at::empty({keep_hidden ? tokens : size, expand.size(0)}, x.options());
   Tensor scratch = at::empty({size, expand.size(0)}, x.options());
-  const Tensor expand_factor = prepared(x, expand.t()), project_factor = prepared(x, project.t());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "mlp", [&] {
     for_tiles(tokens, size, [&](int64_t first, int64_t count) {
       Tensor before = hidden.narrow(0, keep_hidden ? first : 0, count), activated = scratch.narrow(0, 0, count);
-      product(x.narrow(0, first, count), expand_factor, before);
+      product(x.narrow(0, first, count), expand.t(), before);
       activate<scalar_t>(before, expand_bias, activated);
-      product(activated, project_factor, out.narrow(0, first, count), project_bias);
+      product(activated, project.t(), out.narrow(0, first, count), project_bias);
     });
   });
   return {out, keep_hidden ? hidden : at::empty({0, expand.size(0)}, x.options())};
@@ -97,11 +96,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
                                                                 const Tensor& expand, const Tensor& expand_bias,
                                                                 const Tensor& project, const Tensor& hidden) {
   const int64_t tokens = x.size(0), dim = expand.size(0), parts = (tokens + kPartTokens - 1) / kPartTokens;
-  const int64_t size = WeightGradient::tile_size(x);
-  const Tensor project_factor = prepared(grad_out, project), expand_factor = prepared(hidden, expand);
-  Tensor grad_x = at::empty_like(x);
-  WeightGradient grad_expand(dim, expand.size(1), tokens, x.options());
-  WeightGradient grad_project(project.size(0), dim, tokens, x.options());
+  // In half precision there is one tile, because sums over tiles would be rounded after each.
+  const int64_t size = x.element_size() == 2 ? tokens : tile_size(tokens);
+  Tensor grad_x = at::empty_like(x), grad_expand = at::empty_like(expand), grad_project = at::empty_like(project);
+  if (tokens == 0) {
+    grad_expand.zero_();
+    grad_project.zero_();
+  }
   Tensor activations = at::empty({size, dim}, x.options()), gradients = at::empty_like(activations);
   const auto compute_dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor grad_bias = at::empty({parts, dim}, x.options().dtype(compute_dtype));
@@ -109,16 +110,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
     for_tiles(tokens, size, [&](int64_t first, int64_t count) {
       const Tensor inputs = x.narrow(0, first, count), grad = grad_out.narrow(0, first, count);
       Tensor activated = activations.narrow(0, 0, count), grad_hidden = gradients.narrow(0, 0, count);
-      product(grad, project_factor, grad_hidden);
+      product(grad, project, grad_hidden);
       activate_backward<scalar_t>(hidden.narrow(0, first, count), expand_bias, activated, grad_hidden,
                                   grad_bias.mutable_data_ptr<Compute<scalar_t>>() + first / kPartTokens * dim);
-      grad_project.add(grad, activated);
-      grad_expand.add(grad_hidden, inputs);
-      product(grad_hidden, expand_factor, grad_x.narrow(0, first, count));
+      product(grad.t(), activated, grad_project, first > 0 ? grad_project : Tensor());
+      product(grad_hidden.t(), inputs, grad_expand, first > 0 ? grad_expand : Tensor());
+      product(grad_hidden, expand, grad_x.narrow(0, first, count));
     });
   });
-  return {grad_x, grad_expand.result(), grad_bias.sum(0).to(expand_bias.scalar_type()), grad_project.result(),
-          grad_out.sum(0)};
+  return {grad_x, grad_expand, grad_bias.sum(0).to(expand_bias.scalar_type()), grad_project, grad_out.sum(0)};
 }
 
 }  // namespace

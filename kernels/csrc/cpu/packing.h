@@ -10,8 +10,6 @@
 
 namespace spatial_mamba {
 
-constexpr int64_t kColumns = 64;  // outputs per block of packed weights
-
 // Inputs are packed in words: pairs for the half-precision types, as matrix units read them.
 template <typename io>
 constexpr int64_t kPair = sizeof(io) == 2 ? 2 : 1;

@@ -43,7 +43,7 @@ class Projection {
         }
       }
     } else if constexpr (std::is_same_v<T, float>) {
-      for_tiles(tokens, kBlock, [&](int64_t first, int64_t count) {
+      for_tiles(tokens, kRows, [&](int64_t first, int64_t count) {
         for_generated_sizes(count, [&](int64_t i, int64_t n) { multiply(u, first + i, n, p); });
       });
       if constexpr (!std::is_same_v<io, T>) {
