@@ -46,6 +46,19 @@ def test_linear_refuses_types_and_devices() -> None:
     assert_types_and_devices_are_refused(linear, linear_inputs())
 
 
+def test_gradients_of_transposed_factors() -> None:
+    """The registered operator, which exported programs call, without the copies that `linear` makes."""
+    x, weight = torch.randn(70, 256).t().requires_grad_(), torch.randn(70, 100).t().requires_grad_()
+    grad = torch.randn(256, 100)
+    found = torch.autograd.grad(torch.ops.spatial_mamba.linear(x, weight), (x, weight), grad)
+    assert_near(found[0], grad.double() @ weight.double(), 1e-5)
+    assert_near(found[1], grad.double().t() @ x.double(), 1e-5)
+
+
+def test_no_outputs() -> None:
+    assert torch.ops.spatial_mamba.linear(torch.ones(256, 8), torch.ones(0, 8)).shape == (256, 0)
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_new_numbers_of_tokens_need_no_new_machine_code() -> None:
     """oneDNN generates code for each size of a product, and PyTorch keeps it."""

@@ -1,6 +1,5 @@
 // A linear layer without bias, and its gradients.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "product.h"
@@ -17,9 +16,9 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
 }
 
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight) {
-  Tensor grad_x = at::empty_like(x);
+  Tensor grad_x = at::empty(x.sizes(), x.options());
   product(grad_out, weight, grad_x);
-  Tensor grad_weight = at::empty_like(weight);
+  Tensor grad_weight = at::empty(weight.sizes(), weight.options());
   product(grad_out.t(), x, grad_weight);
   return {grad_x, grad_weight};
 }

@@ -98,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
   const int64_t tokens = x.size(0), dim = expand.size(0), parts = (tokens + kPartTokens - 1) / kPartTokens;
   // In half precision there is one tile, because sums over tiles would be rounded after each.
   const int64_t size = x.element_size() == 2 ? tokens : tile_size(tokens);
-  Tensor grad_x = at::empty_like(x), grad_expand = at::empty_like(expand), grad_project = at::empty_like(project);
+  Tensor grad_x = at::empty(x.sizes(), x.options());
+  Tensor grad_expand = at::empty(expand.sizes(), x.options()), grad_project = at::empty(project.sizes(), x.options());
   if (tokens == 0) {
     grad_expand.zero_();
     grad_project.zero_();

@@ -23,7 +23,7 @@
 
 namespace spatial_mamba {
 
-constexpr int64_t kRows = 64;     // of a block of a left factor
+constexpr int64_t kRows = 64;     // of a block of a left factor, at most
 constexpr int64_t kColumns = 64;  // of a block of a right factor
 
 // Number of tokens to process at a time, so that their activations stay in the cache.
@@ -40,10 +40,10 @@ void for_generated_sizes(int64_t rows, Visit&& visit) {
 #if defined(SPATIAL_MAMBA_FLOAT32_PRODUCTS)
 
 // Whether microkernels multiply a and b: in float32, if rows or columns are contiguous. For few rows, copying b would
-// not pay off.
+// not pay off: fewer than 256 tokens, or 64 outputs in the gradient of a weight, where a is a transpose.
 inline bool use_microkernels(const at::Tensor& a, const at::Tensor& b) {
   const bool few_rows = a.size(0) < (a.stride(0) == 1 ? 64 : 256);
-  return a.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && !few_rows && a.size(1) > 0 &&
+  return a.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && !few_rows && b.numel() > 0 &&
          (a.stride(0) == 1 || (a.stride(1) == 1 && a.stride(0) >= a.size(1))) &&
          (b.stride(0) == 1 || b.stride(1) == 1);
 }
@@ -100,7 +100,7 @@ class MicrokernelProduct {
  private:
   // The blocks of the factors stay in the cache.
   static constexpr int64_t kPanel = 4 * kColumns;      // columns of b to work on at a time
-  static constexpr int64_t kDepth = 256;               // products summed per call
+  static constexpr int64_t kDepth = 256;               // products summed per call, at most
   static constexpr int64_t kLeftStride = kDepth + 16;  // rows 1024 bytes apart would compete for a few cache lines
 
   // One panel of columns and blocks of rows.
