@@ -81,8 +81,9 @@ class MicrokernelProduct {
         out_(out.mutable_data_ptr<float>()) {}
 
   void run() const {
-    // Blocks of equal height, for the same work on every thread.
+    // Panels of equal width and blocks of equal height, for the same work on every thread.
     const int64_t panels = (columns_ + kPanel - 1) / kPanel, threads = at::get_num_threads();
+    const int64_t width = ((columns_ + panels - 1) / panels + kColumns - 1) / kColumns * kColumns;
     const int64_t fewest = std::max((rows_ + kRows - 1) / kRows, (threads + panels - 1) / panels), unit = 8 * fewest;
     const int64_t height = (rows_ + unit - 1) / unit * 8, blocks = (rows_ + height - 1) / height;
     at::parallel_for(0, panels * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -90,7 +91,8 @@ class MicrokernelProduct {
       const std::unique_ptr<float[]> left(left_.column_stride == 1 ? nullptr : new float[height * kLeftStride]);
       while (begin < end) {
         const int64_t panel = begin / blocks, next = std::min(end, (panel + 1) * blocks), before = panel * blocks;
-        multiply(panel * kPanel, (begin - before) * height, (next - before) * height, height, left.get(), right.get());
+        multiply(panel * width, width, (begin - before) * height, (next - before) * height, height, left.get(),
+                 right.get());
         begin = next;
       }
       at::native::cpublas::brgemm_release();
@@ -99,13 +101,14 @@ class MicrokernelProduct {
 
  private:
   // The blocks of the factors stay in the cache.
-  static constexpr int64_t kPanel = 4 * kColumns;      // columns of b to work on at a time
+  static constexpr int64_t kPanel = 4 * kColumns;      // columns of b to work on at a time, at most
   static constexpr int64_t kDepth = 256;               // products summed per call, at most
   static constexpr int64_t kLeftStride = kDepth + 16;  // rows 1024 bytes apart would compete for a few cache lines
 
   // One panel of columns and blocks of rows.
-  void multiply(int64_t panel, int64_t begin, int64_t end, int64_t height, float* left, float* right) const {
-    const int64_t width = std::min(kPanel, columns_ - panel);
+  void multiply(int64_t panel, int64_t width, int64_t begin, int64_t end, int64_t height, float* left,
+                float* right) const {
+    width = std::min(width, columns_ - panel);
     // Each depth needs code of its own, so depths are powers of 2.
     for (int64_t first = 0, depth = kDepth; first < depth_; first += depth) {
       while (depth > depth_ - first) depth /= 2;
