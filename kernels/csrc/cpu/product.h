@@ -109,8 +109,9 @@ class MicrokernelProduct {
   void multiply(int64_t panel, int64_t width, int64_t begin, int64_t end, int64_t height, float* left,
                 float* right) const {
     width = std::min(width, columns_ - panel);
-    // Each depth needs code of its own, so depths are powers of 2.
+    // Each depth needs code of its own, so depths are multiples of 32 or smaller powers of 2.
     for (int64_t first = 0, depth = kDepth; first < depth_; first += depth) {
+      if (depth > depth_ - first) depth = std::max<int64_t>((depth_ - first) / 32 * 32, 16);
       while (depth > depth_ - first) depth /= 2;
       for_tiles(width, kColumns, [&](int64_t column, int64_t count) {
         right_.copy(first, panel + column, depth, count, right + column * depth, kColumns);
