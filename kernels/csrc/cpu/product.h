@@ -42,10 +42,10 @@ void for_generated_sizes(int64_t rows, Visit&& visit) {
 // Whether microkernels multiply a and b: in float32, if rows or columns are contiguous. For few rows, copying b would
 // not pay off: fewer than 256 tokens, or 64 outputs in the gradient of a weight, where a is a transpose.
 inline bool use_microkernels(const at::Tensor& a, const at::Tensor& b) {
+  const auto has_unit_stride = [](const at::Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; };
   const bool few_rows = a.size(0) < (a.stride(0) == 1 ? 64 : 256);
   return a.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && !few_rows && b.numel() > 0 &&
-         (a.stride(0) == 1 || (a.stride(1) == 1 && a.stride(0) >= a.size(1))) &&
-         (b.stride(0) == 1 || b.stride(1) == 1);
+         has_unit_stride(a) && has_unit_stride(b);
 }
 
 // A matrix in float32 with contiguous rows or columns.
@@ -75,24 +75,26 @@ class MicrokernelProduct {
         rows_(out.size(0)),
         columns_(out.size(1)),
         depth_(a.size(1)),
+        copy_left_(left_.column_stride != 1 || left_.row_stride < depth_),
         stride_(std::max(out.stride(0), columns_)),
         accumulate_(start.defined()),
         bias_(start.defined() && start.dim() == 1 ? start.const_data_ptr<float>() : nullptr),
-        out_(out.mutable_data_ptr<float>()) {}
+        out_(out.mutable_data_ptr<float>()) {
+    // Panels of equal width and blocks of equal height, for the same work on every thread.
+    const int64_t panels = at::divup(columns_, kPanel);
+    width_ = at::divup(at::divup(columns_, panels), kColumns) * kColumns;
+    const int64_t fewest = std::max(at::divup(rows_, kRows), at::divup(at::get_num_threads(), panels));
+    height_ = at::divup(rows_, 8 * fewest) * 8;
+  }
 
   void run() const {
-    // Panels of equal width and blocks of equal height, for the same work on every thread.
-    const int64_t panels = (columns_ + kPanel - 1) / kPanel, threads = at::get_num_threads();
-    const int64_t width = ((columns_ + panels - 1) / panels + kColumns - 1) / kColumns * kColumns;
-    const int64_t fewest = std::max((rows_ + kRows - 1) / kRows, (threads + panels - 1) / panels), unit = 8 * fewest;
-    const int64_t height = (rows_ + unit - 1) / unit * 8, blocks = (rows_ + height - 1) / height;
-    at::parallel_for(0, panels * blocks, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> right(new float[kPanel * std::min(depth_, kDepth)]);
-      const std::unique_ptr<float[]> left(left_.column_stride == 1 ? nullptr : new float[height * kLeftStride]);
+    const int64_t blocks = at::divup(rows_, height_);
+    at::parallel_for(0, at::divup(columns_, width_) * blocks, 1, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> left(copy_left_ ? new float[height_ * kLeftStride] : nullptr);
+      const std::unique_ptr<float[]> right(new float[width_ * std::min(depth_, kDepth)]);
       while (begin < end) {
-        const int64_t panel = begin / blocks, next = std::min(end, (panel + 1) * blocks), before = panel * blocks;
-        multiply(panel * width, width, (begin - before) * height, (next - before) * height, height, left.get(),
-                 right.get());
+        const int64_t panel = begin / blocks, before = panel * blocks, next = std::min(end, before + blocks);
+        multiply(panel * width_, (begin - before) * height_, (next - before) * height_, left.get(), right.get());
         begin = next;
       }
       at::native::cpublas::brgemm_release();
@@ -105,27 +107,31 @@ class MicrokernelProduct {
   static constexpr int64_t kDepth = 256;               // products summed per call, at most
   static constexpr int64_t kLeftStride = kDepth + 16;  // rows 1024 bytes apart would compete for a few cache lines
 
-  // One panel of columns and blocks of rows.
-  void multiply(int64_t panel, int64_t width, int64_t begin, int64_t end, int64_t height, float* left,
-                float* right) const {
-    width = std::min(width, columns_ - panel);
-    // Each depth needs code of its own, so depths are multiples of 32 or smaller powers of 2.
-    for (int64_t first = 0, depth = kDepth; first < depth_; first += depth) {
-      if (depth > depth_ - first) depth = std::max<int64_t>((depth_ - first) / 32 * 32, 16);
-      while (depth > depth_ - first) depth /= 2;
+  // The number of products to sum next. Each needs code of its own, so it is a multiple of 32 or a smaller power of 2.
+  static int64_t next_depth(int64_t rest) {
+    if (rest >= 32) return std::min(rest / 32 * 32, kDepth);
+    int64_t depth = 16;
+    while (depth > rest) depth /= 2;
+    return depth;
+  }
+
+  // Rows begin to end of the panel of columns from `panel` on, with memory for blocks of the factors.
+  void multiply(int64_t panel, int64_t begin, int64_t end, float* left, float* right) const {
+    const int64_t width = std::min(width_, columns_ - panel);
+    for (int64_t first = 0, depth; first < depth_; first += depth) {
+      depth = next_depth(depth_ - first);
       for_tiles(width, kColumns, [&](int64_t column, int64_t count) {
         right_.copy(first, panel + column, depth, count, right + column * depth, kColumns);
       });
-      for_tiles(std::min(end, rows_) - begin, height, [&](int64_t offset, int64_t rows) {
-        const int64_t row = begin + offset;
-        if (left) left_.copy(row, first, rows, depth, left, kLeftStride);
+      for_tiles(std::min(end, rows_) - begin, height_, [&](int64_t offset, int64_t rows) {
+        const int64_t row = begin + offset, stride = copy_left_ ? kLeftStride : left_.row_stride;
+        const float* from = copy_left_ ? left : left_.at(row, first);
+        if (copy_left_) left_.copy(row, first, rows, depth, left, stride);
         for_tiles(width, kColumns, [&](int64_t column, int64_t count) {
           float* to = out_ + row * stride_ + panel + column;
           if (bias_ && first == 0) {
             for (int64_t i = 0; i < rows; ++i) std::copy_n(bias_ + panel + column, count, to + i * stride_);
           }
-          const float* from = left ? left : left_.at(row, first);
-          const int64_t stride = left ? kLeftStride : left_.row_stride;
           for_generated_sizes(rows, [&](int64_t i, int64_t n) {
             at::native::cpublas::brgemm(n, count, depth, stride, kColumns, stride_, accumulate_ || first > 0,
                                         from + i * stride, right + column * depth, to + i * stride_, false);
@@ -136,10 +142,13 @@ class MicrokernelProduct {
   }
 
   Factor left_, right_;
-  int64_t rows_, columns_, depth_, stride_;
+  int64_t rows_, columns_, depth_;
+  bool copy_left_;
+  int64_t stride_;  // of the rows of the result
   bool accumulate_;
   const float* bias_;
   float* out_;
+  int64_t width_, height_;  // of a panel and of a block of rows
 };
 
 #endif
