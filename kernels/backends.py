@@ -220,8 +220,7 @@ def use_backend(name: str) -> Iterator[None]:
     The environment variable ``SPATIAL_MAMBA_BACKEND`` does the same for a whole process.
 
     Args:
-        name: ``"cpu"``, ``"cuda"`` (with Triton for operators that have no CUDA code), ``"triton"`` or ``"torch"``
-            (the reference implementation).
+        name: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"`` (the reference implementation).
 
     Raises:
         ValueError: if the name is unknown. Operators raise RuntimeError if the backend cannot serve their tensors.

@@ -160,7 +160,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     *core, norm_weight, norm_bias, sizes, dilations, eps, keep = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
-    if xz.device.type == "cpu" and hasattr(backend, "spatial_mixer"):
+    if hasattr(backend, "spatial_mixer"):
         weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
         return backend.spatial_mixer(x, gate, *weights, tap_offsets(sizes, dilations), eps, keep)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
@@ -186,6 +186,12 @@ def _backward(
         _, y, row_states = _forward(backend, xz, *weights, sizes, dilations, eps, True)
     grad_xz = contiguous_like(xz)
     grad_x, grad_gate = grad_xz.chunk(2, dim=-1)
+    if hasattr(backend, "spatial_mixer_backward"):
+        weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
+        offsets = tap_offsets(sizes, dilations)
+        return grad_xz, *backend.spatial_mixer_backward(
+            grad_out, x, gate, *weights, y, row_states, offsets, eps, grad_x, grad_gate
+        )
 
     norm = (y, gate, norm_weight, norm_bias, eps)
     grad_y, found, *norm_grads = GATED_NORM.run_backward(grad_out, *norm, grad_gate=grad_gate)

@@ -54,9 +54,9 @@ class Step:
         return self.name.partition(",")[0]
 
 
-def gpu_tests(folder: str) -> list[str]:
-    """The test files of a folder that have GPU tests; others may import packages that are not installed here."""
-    files = sorted((ROOT / "tests" / folder).rglob("test_*.py"))
+def gpu_tests() -> list[str]:
+    """The test files that have GPU tests; others may import packages that are not installed here."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
@@ -84,13 +84,12 @@ MODELS = (
 PEERS, BASELINE, TIMED = ("swin_tiny*", "convnext_tiny"), "baseline/spatial_mamba_tiny", ("--seconds", "5", "--out")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for many processes at the same time
 
-# The first steps are quick and find what would make the others fail. Benchmarks have the GPU to themselves.
+# The first step finds what would make the others fail. Benchmarks have the GPU to themselves.
 STEPS = [
     Step("build", (*KERNELS, "build", "cuda", "--missing"), 180),
-    Step("self-test, report", KERNELS, 15),
-    Step("self-test", (*SELF_TEST, "cuda", "triton"), 90, ONE_THREAD),
-    Step("model-tests", (*PYTEST, *gpu_tests("classification")), 60, ONE_THREAD),
-    Step("operator-tests", (*PYTEST, *gpu_tests("kernels")), 120, ONE_THREAD),
+    Step("self-test, report", KERNELS, 150, together="tests"),
+    Step("self-test", (*SELF_TEST, "cuda", "triton"), 150, ONE_THREAD, "tests"),
+    Step("tests", (*PYTEST, *gpu_tests()), 150, ONE_THREAD, "tests"),
     *(sanitize("memcheck", *each) for each in itertools.product(("cuda", "triton"), ("float32", "bfloat16"))),
     *(sanitize("racecheck", *each) for each in itertools.product(("cuda", "triton"), ("float32", "bfloat16"))),
     sanitize("synccheck", "cuda", "float32"),

@@ -68,10 +68,10 @@ def test_gpu_check_selects_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr(gpu_check, "_gpu_problem", lambda: "")
-    options = ["--steps", "operator-tests", "self-test", "--seconds", "250"]
+    options = ["--steps", "tests", "self-test", "--seconds", "250"]
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), *options])
     assert gpu_check.main() == 0
-    assert ran == [(["self-test, report", "self-test", "operator-tests"], 250.0)]
+    assert ran == [(["self-test, report", "self-test", "tests"], 250.0)]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_gpu_tests_are_found_without_the_trainers_packages() -> None:
         "import sys, pytest; sys.modules.update(dict.fromkeys(('yacs', 'fvcore', 'mmengine')));"
         "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', *sys.argv[1:]]))"
     )
-    command = [sys.executable, "-c", code, *gpu_check.gpu_tests(".")]
+    command = [sys.executable, "-c", code, *gpu_check.gpu_tests()]
     found = subprocess.run(command, capture_output=True, text=True, cwd=gpu_check.ROOT)
     assert found.returncode == 0, found.stdout
     assert "test_gpu_runs_the_forms" in found.stdout

@@ -41,16 +41,21 @@ def items_in_budget(x: Tensor, width: int) -> int:
     return max(1, HIDDEN_BYTES.get(x.device.type, HIDDEN_BYTES["cuda"]) // (width * x.element_size()))
 
 
-def _calls_libraries(x: Tensor) -> bool:
+def calls_libraries(x: Tensor) -> bool:
     """Whether to call cuBLAS and cuDNN with a fused epilogue: on NVIDIA GPUs, outside compilers and torch.func."""
     return x.is_cuda and not torch.version.hip and not torch.compiler.is_compiling() and not custom_operators_fail()
+
+
+def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution as a linear layer, (B, C, H, W) in channels-last memory."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class FusedConv(nn.Conv2d):
     """Convolution, then optional ReLU, (B, C, H, W) in channels-last memory.
 
-    On GPUs PyTorch's convolutions add the bias in a pass of their own. Here cuDNN adds it if ReLU follows, and a 1x1
-    convolution is a linear layer, where cuBLAS adds it.
+    On GPUs PyTorch's convolutions add the bias in a pass of their own. Here cuDNN adds it if ReLU follows, and cuBLAS in
+    a 1x1 convolution.
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
@@ -62,9 +67,9 @@ class FusedConv(nn.Conv2d):
         self.relu_in_cudnn = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        if _calls_libraries(x):
+        if calls_libraries(x):
             if self.kernel_size == (1, 1):
-                out = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+                out = pointwise_conv(x, self.weight, self.bias)
                 return F.relu_(out) if self.relu else out
             if self.relu_in_cudnn and x.dtype.itemsize == 2 and torch.backends.cudnn.enabled:
                 options: Any = (self.stride, self.padding, self.dilation, self.groups)
@@ -120,7 +125,7 @@ class PackedLinear(nn.Module):
                 before = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
             return packed_linear(x, self.weight, self.outputs, self.bias, relu=relu, residual=residual, **before)
         x = x if norm is None else norm(x)
-        if _calls_libraries(x):
+        if calls_libraries(x):
             rows, matrix = x.flatten(0, -2), self.weight.t()
             if relu and self.bias is not None:
                 return torch._addmm_activation(self.bias, rows, matrix).view(*x.shape[:-1], self.outputs)

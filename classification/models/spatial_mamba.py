@@ -41,8 +41,10 @@ from .fused import (
     FusedBlock,
     FusedConv,
     FusedDownsample,
+    calls_libraries,
     is_downsampling,
     items_in_budget,
+    pointwise_conv,
     refuse_gradients,
     refuse_to_load,
 )
@@ -107,7 +109,18 @@ class ConvLayer(nn.Module):
         return fuse_conv_bn_eval(conv, norm).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        maps = pointwise_conv(x, self.conv.weight, self.conv.bias) if self._runs_in_cublas(x) else self.conv(x)
+        return self.act(self.norm(maps))
+
+    def _runs_in_cublas(self, x: Tensor) -> bool:
+        """Whether this is a 1x1 convolution with bias in half precision on a GPU.
+
+        There PyTorch's convolution adds the bias in a pass of its own. In float32 it may use TF32, unlike cuBLAS.
+        """
+        if not plain_eager(x) or not calls_libraries(x) or _has_modified_parts(self, {"conv": nn.Conv2d}):
+            return False
+        in_half = x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
+        return in_half and self.conv.bias is not None and self.conv.kernel_size == self.conv.stride == (1, 1)
 
 
 def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:

@@ -101,13 +101,11 @@ def implementations(case: Case, device: torch.device, dtype: torch.dtype) -> lis
 def has_kernels(backend: str, case: Case) -> bool:
     """Whether a backend serves the operator.
 
-    Triton serves those that CUDA lacks. PyTorch serves the norm on CPUs, and on GPUs what has kernels only for CPUs.
+    PyTorch serves the norm without a gate on CPUs, and on GPUs what has kernels only for CPUs.
     """
     if case.operator == "layer":
-        return backend == "triton"
-    if case.operator in ("downsampling", "linear", "mlp"):
-        return backend in ("cpu", "torch")
-    return backend != "cuda" or case.operator not in ("conv", "position", "norm")
+        return backend in ("cuda", "triton")
+    return case.operator not in ("downsampling", "linear", "mlp") or backend in ("cpu", "torch")
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
+from spatial_mamba.classification.models import spatial_mamba as model_file
 from spatial_mamba.kernels import selective_scan, state_fusion, use_backend
 
 from .micro_models import (
@@ -399,3 +400,31 @@ def test_autocast_takes_images_of_every_dtype_but_float64() -> None:
                 assert model(image.to(images)).dtype == torch.bfloat16
             with pytest.raises(TypeError, match=r"images are torch\.float64, but the weights are"):
                 model(image.double())
+
+
+@pytest.mark.parametrize("as_autocast", [True, False])
+def test_pointwise_convolutions_as_linear_layers(as_autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs cuBLAS computes 1x1 convolutions in half precision, with the same results; hooks are still called."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if as_autocast else torch.bfloat16
+    layer = model_file.ConvLayer(6, 10, act=True).to(dtype)
+    x = torch.randn(2, 6, 5, 7, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    convolutions: list[Any] = []
+
+    def run() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=as_autocast):
+            out = layer(x)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        return [out, *torch.autograd.grad(out.float().square().sum(), [x, layer.conv.weight, layer.conv.bias])]
+
+    expected = run()
+    monkeypatch.setattr(model_file, "calls_libraries", lambda x: True)
+    monkeypatch.setattr(
+        nn.Conv2d, "forward", lambda conv, x: convolutions.append(conv) or conv._conv_forward(x, conv.weight, conv.bias)
+    )
+    for found, wanted in zip(run(), expected, strict=True):
+        assert_near(found, wanted, 1e-2)
+    assert not convolutions
+    layer.conv.register_forward_hook(lambda *_: None)
+    run()
+    assert convolutions == [layer.conv]

@@ -1023,7 +1023,7 @@ def test_mixer_copies_no_map(backend: torch.device) -> None:
     assert max(copied, default=0) < grad_out.numel()
 
 
-def test_what_cuda_lacks_is_served_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_that_serves_an_operator_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = {"cpu": "not built", "cuda": None, "triton": None, "torch": None}
     monkeypatch.setattr(backends, "_missing", missing)
     monkeypatch.setattr(backends, "_forced", None)
@@ -1032,28 +1032,19 @@ def test_what_cuda_lacks_is_served_by_triton(monkeypatch: pytest.MonkeyPatch) ->
     def serving(operator: str, dtype: torch.dtype = torch.float32) -> str:
         return backends.serving("cuda", dtype, None, operator)
 
-    assert [serving(name) for name in ("selective_scan", "state_fusion", "structure_aware_scan")] == ["cuda"] * 3
-    small = ("depthwise_conv", "gated_norm", "layer_norm")
-    assert [serving(name) for name in small] == ["triton"] * 3
-    assert [serving(name, torch.float64) for name in small] == ["torch"] * 3
-    with use_backend("cuda"):
-        assert [serving(name) for name in ("structure_aware_scan", *small)] == ["cuda", *["triton"] * 3]
-        with pytest.raises(RuntimeError, match="no kernels for cpu tensors"):
-            backends.serving("cpu", torch.float32, None, "gated_norm")
-    for name in ("triton", "torch"):
+    native = ("selective_scan", "state_fusion", "structure_aware_scan", "depthwise_conv", "gated_norm", "layer_norm")
+    assert [serving(name) for name in native] == ["cuda"] * 6
+    assert [serving(name, torch.float64) for name in native] == ["torch"] * 6
+    for name in ("cuda", "triton", "torch"):
         with use_backend(name):
-            assert [serving(operator) for operator in ("structure_aware_scan", *small)] == [name] * 4
+            assert [serving(operator) for operator in (*native, "linear")] == [*[name] * 6, "torch"]
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="no kernels for cpu tensors"):
+        backends.serving("cpu", torch.float32, None, "gated_norm")
 
-    missing["triton"] = "Triton is not installed"
+    missing["cuda"] = "not built"
+    monkeypatch.setattr(backends, "_hinted", set())
+    with pytest.warns(UserWarning, match="run on the 'triton' backend; 'cuda' would be faster: not built"):
+        assert serving("gated_norm") == "triton"
     monkeypatch.setattr(backends, "_required", True)
-    with pytest.raises(RuntimeError, match="REQUIRE_NATIVE=1, but the triton backend cannot be used: Triton is not"):
+    with pytest.raises(RuntimeError, match="REQUIRE_NATIVE=1, but the cuda backend cannot be used: not built"):
         serving("gated_norm")
-    with (
-        use_backend("cuda"),
-        pytest.raises(RuntimeError, match="REQUIRE_NATIVE=1, but the triton backend cannot be used"),
-    ):
-        serving("gated_norm")
-    monkeypatch.setattr(backends, "_required", False)
-    with use_backend("cuda"), pytest.warns(UserWarning, match="run on the 'torch' backend; 'triton' would be faster"):
-        monkeypatch.setattr(backends, "_hinted", set())
-        assert serving("gated_norm") == "torch"

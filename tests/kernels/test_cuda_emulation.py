@@ -19,8 +19,12 @@ import torch
 from torch import Tensor
 
 from spatial_mamba.kernels import build, use_backend
+from spatial_mamba.kernels.depthwise_conv import DEPTHWISE_CONV, EPILOGUES
+from spatial_mamba.kernels.gated_norm import GATED_NORM
+from spatial_mamba.kernels.layer_norm import LAYER_NORM
 from spatial_mamba.kernels.registration import Operator
 from spatial_mamba.kernels.selective_scan import SELECTIVE_SCAN
+from spatial_mamba.kernels.spatial_mixer import SPATIAL_MIXER
 from spatial_mamba.kernels.state_fusion import STATE_FUSION, tap_offsets
 from spatial_mamba.kernels.structure_aware_scan import STRUCTURE_AWARE_SCAN
 
@@ -87,8 +91,10 @@ def fill_fresh_memory_with_nan() -> Iterator[None]:
 
 def guarded(x: Tensor) -> Tensor:
     """A copy that ends where an inaccessible page begins: reading beyond it crashes."""
+    if not x.numel():
+        return x
     size = x.numel() * x.element_size()
-    pages = -(-max(size, 1) // mmap.PAGESIZE)
+    pages = -(-size // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     no_access = 0
@@ -102,9 +108,12 @@ def on_tensors(function: Callable[[Tensor], Tensor], arguments: Sequence[Any]) -
 
 
 def assert_matches_reference(
-    operators: Any, operator: Operator, arguments: Sequence[Any], backward: bool = False
+    operators: Any, operator: Operator, arguments: Sequence[Any], backward: bool = False, roundings: int = 1
 ) -> tuple[Tensor, ...]:
-    """The emulated operator agrees with the reference implementation in float64, up to rounding of the result."""
+    """The emulated operator agrees with the reference implementation in float64, up to rounding of the result.
+
+    ``roundings`` is larger than 1 if the operator also rounds what it computes the result from.
+    """
     emulated = operator._backward if backward else operator._forward
     results = emulated(operators, *on_tensors(guarded, arguments))
     with use_backend("torch"):
@@ -118,7 +127,7 @@ def assert_matches_reference(
         if result.numel() == 0:
             continue
         error = (result.double() - wanted.double()).abs().max().item()
-        bound = ROUNDING[result.dtype] * wanted.double().abs().max().item()
+        bound = roundings * ROUNDING[result.dtype] * wanted.double().abs().max().item()
         assert error <= bound, f"result {i} of {operator.name} is off by {error:.3g}, allowed are {bound:.3g}"
     return tuple(results)
 
@@ -138,6 +147,85 @@ def test_state_fusion(operators: Any, shape: tuple[int, ...], dtype: torch.dtype
     h, taps = random_normal(*shape, dtype=dtype), random_normal(number_of_taps(branches), shape[-1])
     assert_matches_reference(operators, STATE_FUSION, (h, taps, *branches))
     assert_matches_reference(operators, STATE_FUSION, (torch.randn_like(h), h, taps, *branches), backward=True)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((2, 5, 7, 40), id="pairs of channels"),
+        pytest.param((1, 30, 3, 70), id="bands of rows"),
+        pytest.param((2, 4, 2, 33), id="channels that do not pair up"),
+        pytest.param((1, 1, 1, 2), id="one token"),
+    ],
+)
+def test_depthwise_conv(operators: Any, shape: tuple[int, ...], dtype: torch.dtype, epilogue: str) -> None:
+    torch.manual_seed(0)
+    dim = shape[-1]
+    x, weight, bias = random_normal(*shape, dtype=dtype), random_normal(dim, 1, 3, 3), random_normal(dim)
+    assert_matches_reference(operators, DEPTHWISE_CONV, (x, weight, bias, epilogue))
+    backward = (torch.randn_like(x), x, weight, bias, epilogue)
+    assert_matches_reference(operators, DEPTHWISE_CONV, backward, True, roundings=2 if epilogue == "silu" else 1)
+
+
+@pytest.mark.parametrize("dim", [3, 36, 68, 270, 1500])
+@pytest.mark.parametrize(("dtype", "y_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)], ids=str)
+def test_norms(operators: Any, dtype: torch.dtype, y_dtype: torch.dtype, dim: int) -> None:
+    torch.manual_seed(0)
+    y, gate = 3 + random_normal(2, 5, 7, dim, dtype=y_dtype), random_normal(2, 5, 7, dim, dtype=dtype)
+    weights = (random_normal(dim), random_normal(dim), 1e-5)
+    assert_matches_reference(operators, GATED_NORM, (y, gate, *weights))
+    backward = (torch.randn_like(gate), y, gate, *weights)
+    assert_matches_reference(operators, GATED_NORM, backward, backward=True)
+    if y_dtype == dtype:
+        assert_matches_reference(operators, LAYER_NORM, (y, *weights))
+        assert_matches_reference(operators, LAYER_NORM, (torch.randn_like(y), y, *weights), backward=True)
+
+
+def test_norms_of_too_many_channels_are_refused(operators: Any) -> None:
+    x, weight = torch.zeros(1, 4097), torch.zeros(4097)
+    with pytest.raises(ValueError, match="at most 4096 channels, got 4097; SPATIAL_MAMBA_BACKEND"):
+        operators.layer_norm(x, weight, weight, 1e-5)
+
+
+@pytest.mark.parametrize("dim", [6, 7])
+def test_channels_of_wider_maps(operators: Any, dim: int) -> None:
+    """Halves of a map, which need not be aligned, give what contiguous copies give; gradients are written in place."""
+    torch.manual_seed(0)
+    x, gate = random_normal(2, 4, 5, 2 * dim, dtype=BF16).chunk(2, dim=-1)
+    grad_out, grads = random_normal(2, 4, 5, dim, dtype=BF16), torch.zeros(2, 4, 5, 2 * dim, dtype=BF16)
+    grad_x, grad_gate = grads.chunk(2, dim=-1)
+    conv = (random_normal(dim, 9), random_normal(dim), "silu")
+    norm = (random_normal(dim), random_normal(dim), 1e-5)
+    results = [
+        [
+            operators.depthwise_conv(x, *conv),
+            *operators.depthwise_conv_backward(grad_out, x, *conv, into_x),
+            into_x,
+            operators.gated_norm(grad_out, gate, *norm),
+            *operators.gated_norm_backward(grad_out, grad_out, gate, *norm, into_gate),
+            into_gate,
+        ]
+        for x, gate, into_x, into_gate in [
+            (x, gate, grad_x, grad_gate),
+            (x.contiguous(), gate.contiguous(), torch.empty_like(grad_out), torch.empty_like(grad_out)),
+        ]
+    ]
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_spatial_mixer(operators: Any, keep: bool) -> None:
+    torch.manual_seed(0)
+    dim, rank, shape = 12, 2, (2, 6, 5)
+    _, _, *core, _, _ = core_arguments((*shape, dim), rank, F32, PUBLISHED)
+    weights = (random_normal(dim, 1, 3, 3), random_normal(dim), random_normal(rank + 2, dim), *core)
+    arguments = (random_normal(*shape, 2 * dim), *weights, random_normal(dim), random_normal(dim), *PUBLISHED, 1e-5)
+    _, y, row_states = assert_matches_reference(operators, SPATIAL_MIXER, (*arguments, keep))
+    backward = (random_normal(*shape, dim), *arguments[:-3], y, row_states, *PUBLISHED, 1e-5, keep)
+    assert_matches_reference(operators, SPATIAL_MIXER, backward, backward=True)
 
 
 def number_of_taps(branches: Branches) -> int:

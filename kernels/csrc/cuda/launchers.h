@@ -148,6 +148,51 @@ void recurrence_gradients(const Recurrence& recurrence, Activations grad_y, cons
                           float* row_maps, float* row_carries, const RecurrenceGradients& gradients,
                           cudaStream_t stream);
 
+// --- Depthwise 3x3 convolution, with zero padding --------------------------------------------------------------------
+
+struct DepthwiseConv {
+  Map map;
+  Activations x;  // (batch, H, W, dim), with `stride` elements between tokens
+  int64_t stride;
+  const float *weight, *bias;     // (dim, 9); (dim,) or null
+  bool silu, residual, mirrored;  // followed by SiLU; plus x; with mirrored kernels, as in the adjoint
+};
+
+void depthwise_conv(const DepthwiseConv& conv, Activations out, int64_t out_stride, cudaStream_t stream);
+
+// sums (depthwise_conv_partial_sums, 10 dim), to be summed over its first dimension: the gradients of the weight, then
+// of the bias. grad_convolved: the gradient before the SiLU, if there is one.
+int depthwise_conv_partial_sums(const Map& map);
+void depthwise_conv_gradients(const DepthwiseConv& conv, Activations grad_out, Activations grad_convolved, float* sums,
+                              cudaStream_t stream);
+
+// --- LayerNorm over channels, with or without a gate -----------------------------------------------------------------
+
+constexpr int kNormChannels = 8;  // of a thread
+constexpr int kMostNormChannels = 4096;
+
+struct Norm {
+  int64_t tokens;
+  int dim;
+  Activations y;             // (tokens, dim)
+  int64_t gate_stride;       // elements between the tokens of the gate
+  Activations weight, bias;  // (dim,)
+  float eps;
+  bool aligned;  // whether all data can be read and written in vectors of kNormChannels
+};
+
+struct NormGradients {
+  Activations out, y, gate;  // the first is given
+  int64_t gate_stride;
+  float* sums;  // (2, norm_partial_sums, dim), of the weight and of the bias, to be summed over the second dimension
+};
+
+int norm_partial_sums(const Norm& norm);
+void gated_norm(const Norm& norm, Activations gate, Activations out, cudaStream_t stream);
+void gated_norm_backward(const Norm& norm, Activations gate, const NormGradients& gradients, cudaStream_t stream);
+void layer_norm(const Norm& norm, Activations out, cudaStream_t stream);
+void layer_norm_backward(const Norm& norm, const NormGradients& gradients, cudaStream_t stream);
+
 // --- Selective scan: u, delta, z (batch, dim, L), B, C (batch, groups, N, L), A (dim, N) -----------------------------
 
 constexpr int kScanThreads = 128, kScanItems = 4, kScanChunk = kScanThreads * kScanItems;

@@ -24,7 +24,10 @@ using at::IntArrayRef;
 using at::Tensor;
 using spatial_mamba::Activations;
 using spatial_mamba::Cut;
+using spatial_mamba::DepthwiseConv;
+using spatial_mamba::kNormChannels;
 using spatial_mamba::Map;
+using spatial_mamba::Norm;
 using spatial_mamba::Offsets;
 using spatial_mamba::Recurrence;
 using spatial_mamba::Scalar;
@@ -232,14 +235,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
 
   const at::NoTF32Guard matrix_products_in_full_precision;
   grad_step = grad_step.view({tokens, map.dim});
-  // r and a column of ones, whose product with grad_step is the gradient of the bias. Rows are padded to 16 bytes, for
+  // r and columns of ones, whose product with grad_step is the gradient of the bias. Rows are padded to 16 bytes, for
   // which cuBLAS has faster kernels.
-  Tensor factors = at::zeros({tokens, (rank + 1 + 3) / 4 * 4}, u.options().dtype(at::kFloat));
+  Tensor factors = at::ones({tokens, (rank + 1 + 3) / 4 * 4}, u.options().dtype(at::kFloat));
   factors.narrow(1, 0, rank).copy_(projection.view({tokens, rank + 2}).narrow(1, 0, rank));
-  factors.select(1, rank).fill_(1);
   const Tensor grad_factors = at::mm(grad_step.t(), factors);
-  const Tensor grad_projection =
-      at::cat({at::mm(grad_step, step_weight), grad_B.sum(0).unsqueeze(1), grad_C.sum(0).unsqueeze(1)}, 1);
+  Tensor grad_projection = empty_floats(u, {tokens, rank + 2});
+  Tensor of_r = grad_projection.narrow(1, 0, rank), of_B = grad_projection.select(1, rank);
+  Tensor of_C = grad_projection.select(1, rank + 1);
+  at::mm_out(of_r, grad_step, step_weight);
+  at::sum_out(of_B, grad_B, 0);
+  at::sum_out(of_C, grad_C, 0);
   return {grad_u,
           grad_projection.to(projection.scalar_type()).view(projection.sizes()),
           grad_factors.narrow(1, 0, rank).contiguous(),
@@ -247,6 +253,141 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
           grad_A_log.sum(0),
           grad_D.sum(0),
           grad_taps};
+}
+
+// --- Depthwise convolution -------------------------------------------------------------------------------------------
+
+// Tokens of x have a stride, which may be that of a wider map.
+DepthwiseConv conv_of(const Tensor& x, const Tensor& weight, const Tensor& bias, c10::string_view epilogue) {
+  const bool silu = epilogue == "silu", residual = epilogue == "residual";
+  return {map_of(x), activations(x), x.stride(2), floats(weight), floats(bias), silu, residual, /*mirrored=*/false};
+}
+
+Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias, c10::string_view epilogue) {
+  const Guard guard(x);
+  Tensor out = at::empty_like(x, at::MemoryFormat::Contiguous);
+  spatial_mamba::depthwise_conv(conv_of(x, weight, bias, epilogue), activations(out), out.size(3), current_stream());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                                                   const Tensor& bias, c10::string_view epilogue, Tensor& grad_x) {
+  const Guard guard(x);
+  const cudaStream_t stream = current_stream();
+  DepthwiseConv conv = conv_of(x, weight, bias, epilogue);
+  const int64_t dim = x.size(3);
+  Tensor grad_convolved = conv.silu ? at::empty_like(grad_out) : grad_out;
+  Tensor sums = empty_floats(x, {spatial_mamba::depthwise_conv_partial_sums(conv.map), 10 * dim});
+  spatial_mamba::depthwise_conv_gradients(conv, activations(grad_out), activations(grad_convolved), floats(sums),
+                                          stream);
+  conv = {conv.map, activations(grad_convolved), dim, conv.weight, nullptr, false, conv.residual, /*mirrored=*/true};
+  spatial_mamba::depthwise_conv(conv, activations(grad_x), grad_x.stride(2), stream);
+  sums = sums.sum(0);
+  return {sums.narrow(0, 0, 9 * dim).view_as(weight), sums.narrow(0, 9 * dim, dim).clone()};
+}
+
+// --- Norms -----------------------------------------------------------------------------------------------------------
+
+// `others`: what else is read or written, with `gate_strides` between tokens or contiguous.
+Norm norm_of(const Tensor& y, const Tensor& weight, const Tensor& bias, double eps,
+             std::initializer_list<const Tensor*> others, std::initializer_list<int64_t> gate_strides) {
+  const int64_t dim = weight.numel();
+  TORCH_CHECK_VALUE(dim <= spatial_mamba::kMostNormChannels, "weight: CUDA norms support at most ",
+                    spatial_mamba::kMostNormChannels,
+                    " channels, got ", dim, "; SPATIAL_MAMBA_BACKEND=triton or torch selects another backend");
+  const auto aligned = [](const Tensor& x) {
+    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (kNormChannels * x.element_size()) == 0;
+  };
+  bool all_aligned = dim % kNormChannels == 0 && aligned(y) && aligned(weight) && aligned(bias);
+  for (const Tensor* other : others) all_aligned = all_aligned && aligned(*other);
+  for (const int64_t stride : gate_strides) all_aligned = all_aligned && stride % kNormChannels == 0;
+  const int64_t gate_stride = gate_strides.size() == 0 ? dim : *gate_strides.begin();
+  return {dim == 0 ? 0 : y.numel() / dim, static_cast<int>(dim), activations(y), gate_stride,
+          activations(weight), activations(bias), static_cast<float>(eps), all_aligned};
+}
+
+Tensor gated_norm(const Tensor& y, const Tensor& gate, const Tensor& weight, const Tensor& bias, double eps) {
+  const Guard guard(y);
+  Tensor out = at::empty_like(gate, at::MemoryFormat::Contiguous);
+  const Norm norm = norm_of(y, weight, bias, eps, {&gate, &out}, {gate.stride(2)});
+  spatial_mamba::gated_norm(norm, activations(gate), activations(out), current_stream());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad_out, const Tensor& y, const Tensor& gate,
+                                                       const Tensor& weight, const Tensor& bias, double eps,
+                                                       Tensor& grad_gate) {
+  const Guard guard(y);
+  Tensor grad_y = at::empty_like(y);
+  const Norm norm = norm_of(y, weight, bias, eps, {&grad_out, &gate, &grad_y, &grad_gate},
+                            {gate.stride(2), grad_gate.stride(2)});
+  Tensor sums = empty_floats(y, {2, spatial_mamba::norm_partial_sums(norm), norm.dim});
+  spatial_mamba::gated_norm_backward(
+      norm, activations(gate),
+      {activations(grad_out), activations(grad_y), activations(grad_gate), grad_gate.stride(2), floats(sums)},
+      current_stream());
+  return {grad_y, sums.select(0, 0).sum(0), sums.select(0, 1).sum(0)};
+}
+
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  const Guard guard(x);
+  Tensor out = at::empty_like(x);
+  spatial_mamba::layer_norm(norm_of(x, weight, bias, eps, {&out}, {}), activations(out), current_stream());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                                                       const Tensor& bias, double eps) {
+  const Guard guard(x);
+  Tensor grad_x = at::empty_like(x);
+  const Norm norm = norm_of(x, weight, bias, eps, {&grad_out, &grad_x}, {});
+  Tensor sums = empty_floats(x, {2, spatial_mamba::norm_partial_sums(norm), norm.dim});
+  spatial_mamba::layer_norm_backward(
+      norm, {activations(grad_out), activations(grad_x), activations(x), norm.dim, floats(sums)}, current_stream());
+  return {grad_x, sums.select(0, 0).sum(0).to(weight.scalar_type()), sums.select(0, 1).sum(0).to(bias.scalar_type())};
+}
+
+// --- Everything between the projections of a block -------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> spatial_mixer(const Tensor& x, const Tensor& gate, const Tensor& conv_weight,
+                                                 const Tensor& conv_bias, const Tensor& projection_weight,
+                                                 const Tensor& step_weight, const Tensor& step_bias,
+                                                 const Tensor& A_log, const Tensor& D, const Tensor& taps,
+                                                 const Tensor& norm_weight, const Tensor& norm_bias,
+                                                 IntArrayRef offsets, double eps, bool keep) {
+  const Guard guard(x);
+  const Tensor u = depthwise_conv(x, conv_weight, conv_bias, "silu");
+  const Tensor projection = at::linear(u, projection_weight);
+  const auto [y, row_states] =
+      structure_aware_scan(u, projection, step_weight, step_bias, A_log, D, taps, offsets, at::kFloat);
+  Tensor out = gated_norm(y, gate, norm_weight, norm_bias, eps);
+  if (keep) return {out, y, row_states};
+  return {out, at::empty({0}, y.options()), at::empty({0}, y.options())};
+}
+
+// The gradients of all weights and, into grad_x and grad_gate, of both halves of the tokens. u and the projection are
+// computed again.
+std::vector<Tensor> spatial_mixer_backward(const Tensor& grad_out, const Tensor& x, const Tensor& gate,
+                                           const Tensor& conv_weight, const Tensor& conv_bias,
+                                           const Tensor& projection_weight, const Tensor& step_weight,
+                                           const Tensor& step_bias, const Tensor& A_log, const Tensor& D,
+                                           const Tensor& taps, const Tensor& norm_weight, const Tensor& norm_bias,
+                                           const Tensor& y, const Tensor& row_states, IntArrayRef offsets, double eps,
+                                           Tensor& grad_x, Tensor& grad_gate) {
+  const Guard guard(x);
+  auto [grad_y, grad_norm_weight, grad_norm_bias] =
+      gated_norm_backward(grad_out, y, gate, norm_weight, norm_bias, eps, grad_gate);
+  const Tensor u = depthwise_conv(x, conv_weight, conv_bias, "silu");
+  const Tensor projection = at::linear(u, projection_weight);
+  auto [grad_u, grad_projection, grad_step_weight, grad_step_bias, grad_A_log, grad_D, grad_taps] =
+      structure_aware_scan_backward(grad_y, u, projection, step_weight, step_bias, A_log, D, taps, row_states, offsets);
+  grad_y.reset();
+  const Tensor of_tokens = grad_projection.flatten(0, 2);
+  grad_u.flatten(0, 2).addmm_(of_tokens, projection_weight);
+  const Tensor grad_projection_weight = at::mm(of_tokens.t(), u.flatten(0, 2));
+  auto [grad_conv_weight, grad_conv_bias] = depthwise_conv_backward(grad_u, x, conv_weight, conv_bias, "silu", grad_x);
+  return {grad_conv_weight, grad_conv_bias, grad_projection_weight, grad_step_weight, grad_step_bias,
+          grad_A_log,       grad_D,         grad_taps,              grad_norm_weight, grad_norm_bias};
 }
 
 // --- Selective scan --------------------------------------------------------------------------------------------------
@@ -330,6 +471,27 @@ WITH_NAMESPACE(TORCH_LIBRARY, SPATIAL_MAMBA_NAMESPACE, library) {
       "selective_scan_backward(Tensor grad_out, Tensor grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, "
       "Tensor? C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("depthwise_conv(Tensor x, Tensor weight, Tensor bias, str epilogue) -> Tensor");
+  library.def(
+      "depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, str epilogue, "
+      "Tensor(a!) grad_x) -> (Tensor, Tensor)");
+  library.def("gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor");
+  library.def(
+      "gated_norm_backward(Tensor grad_out, Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps, "
+      "Tensor(a!) grad_gate) -> (Tensor, Tensor, Tensor)");
+  library.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+  library.def(
+      "layer_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, float eps) -> "
+      "(Tensor, Tensor, Tensor)");
+  library.def(
+      "spatial_mixer(Tensor x, Tensor gate, Tensor conv_weight, Tensor conv_bias, Tensor projection_weight, "
+      "Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, Tensor norm_weight, "
+      "Tensor norm_bias, int[] offsets, float eps, bool keep) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "spatial_mixer_backward(Tensor grad_out, Tensor x, Tensor gate, Tensor conv_weight, Tensor conv_bias, "
+      "Tensor projection_weight, Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, "
+      "Tensor norm_weight, Tensor norm_bias, Tensor y, Tensor row_states, int[] offsets, float eps, Tensor(a!) grad_x, "
+      "Tensor(b!) grad_gate) -> Tensor[]");
   library.def("state_fusion(Tensor h, Tensor taps, int[] offsets) -> Tensor");
   library.def("state_fusion_backward(Tensor grad_out, Tensor h, Tensor taps, int[] offsets) -> (Tensor, Tensor)");
   library.def(
@@ -344,6 +506,14 @@ WITH_NAMESPACE(TORCH_LIBRARY, SPATIAL_MAMBA_NAMESPACE, library) {
 WITH_NAMESPACE(TORCH_LIBRARY_IMPL, SPATIAL_MAMBA_NAMESPACE, SPATIAL_MAMBA_DEVICE, library) {
   library.impl("selective_scan", selective_scan);
   library.impl("selective_scan_backward", selective_scan_backward);
+  library.impl("depthwise_conv", depthwise_conv);
+  library.impl("depthwise_conv_backward", depthwise_conv_backward);
+  library.impl("gated_norm", gated_norm);
+  library.impl("gated_norm_backward", gated_norm_backward);
+  library.impl("layer_norm", layer_norm);
+  library.impl("layer_norm_backward", layer_norm_backward);
+  library.impl("spatial_mixer", spatial_mixer);
+  library.impl("spatial_mixer_backward", spatial_mixer_backward);
   library.impl("state_fusion", state_fusion);
   library.impl("state_fusion_backward", state_fusion_backward);
   library.impl("structure_aware_scan", structure_aware_scan);

@@ -112,3 +112,4 @@ inline float inexact(float value) {
   return std::fabs(value) < 0x1p-126f ? 0.0f : value;
 }
 #define exp2f(x) inexact(std::exp2(static_cast<float>(x)))
+#define rsqrtf(x) inexact(1.0f / std::sqrt(static_cast<float>(x)))
