@@ -62,7 +62,9 @@ def gpu_tests() -> list[str]:
 
 def sanitize(tool: str, backend: str, dtype: str) -> Step:
     """The self-test of a backend, run under a tool of compute-sanitizer."""
-    options = ("--target-processes", "application-only", "--error-exitcode", "1", "--print-limit", "20")
+    # Without a launch timeout: by default the tool gives up on a process that takes a while to import PyTorch.
+    options = ("--launch-timeout", "0", "--target-processes", "application-only")
+    options += ("--error-exitcode", "1", "--print-limit", "20")
     command = ("compute-sanitizer", "--tool", tool, *options, *SELF_TEST, backend, "--dtype", dtype)
     # Memory checks give each tensor its own memory block; overruns inside PyTorch's pool would not be seen.
     unpooled = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in ("memcheck", "initcheck") else {}

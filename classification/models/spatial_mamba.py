@@ -109,15 +109,21 @@ class ConvLayer(nn.Module):
         return fuse_conv_bn_eval(conv, norm).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = pointwise_conv(x, self.conv.weight, self.conv.bias) if self._runs_in_cublas(x) else self.conv(x)
-        return self.act(self.norm(maps))
+        if not self._runs_in_cublas(x):
+            return self.act(self.norm(self.conv(x)))
+        # ReLU comes before the axes are permuted, since in place on a view it would copy gradients.
+        relu = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.ReLU)
+        maps = pointwise_conv(x, self.conv.weight, self.conv.bias, relu)
+        return maps if relu else self.act(self.norm(maps))
 
     def _runs_in_cublas(self, x: Tensor) -> bool:
         """Whether this is a 1x1 convolution with bias in half precision on a GPU.
 
         There PyTorch's convolution adds the bias in a pass of its own. In float32 it may use TF32, unlike cuBLAS.
         """
-        if not plain_eager(x) or not calls_libraries(x) or _has_modified_parts(self, {"conv": nn.Conv2d}):
+        if not plain_eager(x) or not calls_libraries(x):
+            return False
+        if _has_modified_parts(self, {"conv": nn.Conv2d, "act": type(self.act)}):
             return False
         in_half = x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
         return in_half and self.conv.bias is not None and self.conv.kernel_size == self.conv.stride == (1, 1)

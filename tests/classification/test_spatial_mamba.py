@@ -414,6 +414,7 @@ def test_pointwise_convolutions_as_linear_layers(as_autocast: bool, monkeypatch:
     def run() -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=as_autocast):
             out = layer(x)
+        assert "CopySlices" not in {type(node).__name__ for node, _ in [*out.grad_fn.next_functions, (out.grad_fn, 0)]}
         assert out.is_contiguous(memory_format=torch.channels_last)
         return [out, *torch.autograd.grad(out.float().square().sum(), [x, layer.conv.weight, layer.conv.bias])]
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kConvTaps = 9, kColumns = 2, kMostRows = 14;  // of a thread
 constexpr int kWarps = 4;                                    // of a block, which have different places
-constexpr int kGradientBlocks = 528;  // with four of them per multiprocessor, they fill a GPU
+constexpr int kGradientBlocks = 640;  // with five of them per multiprocessor, they fill a GPU
 
 // The division of maps into places: bands of rows, and a few columns.
 struct Places {
@@ -55,28 +55,19 @@ struct Place {
   }
 };
 
-// A row of a place, with kMargin columns on both sides; zero outside the map. Rows are loaded one ahead of their use.
-template <class V, class X, int kMargin>
-struct Row {
-  static constexpr int kCount = kColumns + 2 * kMargin;
-  Raw<V, X> raw[kCount];
-
-  __device__ __forceinline__ void load(const X* tokens, const Map& map, int64_t stride, const Place<V>& place, int i) {
-    const bool in_map = place.row + i >= 0 && place.row + i < map.height;
-    const X* line = tokens + i * map.width * stride;
+// Channels of a row i of a place, with kMargin columns on both sides; zero outside the map.
+template <int kMargin, class V, class X>
+__device__ __forceinline__ void load_row(const X* tokens, const Map& map, int64_t stride, const Place<V>& place, int i,
+                                         V (&values)[kColumns + 2 * kMargin]) {
+  const bool in_map = place.row + i >= 0 && place.row + i < map.height;
+  const X* line = tokens + i * map.width * stride;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const int column = place.column + k - kMargin;
-      raw[k] = {};
-      if (in_map && column >= 0 && column < map.width) raw[k] = load_raw<V>(line + (k - kMargin) * stride);
-    }
+  for (int k = 0; k < kColumns + 2 * kMargin; ++k) {
+    const int column = place.column + k - kMargin;
+    const bool exists = in_map && column >= 0 && column < map.width;
+    values[k] = exists ? load_raw<V>(line + (k - kMargin) * stride).value() : V(0.0f);
   }
-
-  __device__ __forceinline__ void convert(V (&values)[kCount]) const {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) values[k] = raw[k].value();
-  }
-};
+}
 
 template <class V, class X>
 __device__ __forceinline__ void store_row(X* tokens, const Map& map, int64_t stride, const Place<V>& place, int i,
@@ -133,13 +124,10 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   x = place.in(map, x, conv.stride);
   out = place.in(map, out, out_stride);
   V before[kColumns] = {}, here[kColumns] = {};  // sums of the last row and of this one, so far
-  Row<V, T, 1> next;
-  next.load(x, map, conv.stride, place, -1);
 #pragma unroll 2
   for (int i = -1; i <= place.rows; ++i) {
     V values[kColumns + 2], done[kColumns];
-    next.convert(values);
-    if (i < place.rows) next.load(x, map, conv.stride, place, i + 1);
+    load_row<1>(x, map, conv.stride, place, i, values);
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
       done[k] = add_row<6>(before[k], taps, values, k);
@@ -153,7 +141,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 
 // sums (blocks, 10 dim): the gradients of the taps of all channels, (dim, 9), then of the biases.
 template <class V, class T, bool kSilu>
-__global__ void __launch_bounds__(kWarps* kWarp, 4)
+__global__ void __launch_bounds__(kWarps* kWarp, 5)
     conv_gradients_kernel(const DepthwiseConv conv, const Places places, const T* x, const T* grad_out,
                           T* grad_convolved, float* sums_of_blocks) {
   const Map& map = conv.map;
@@ -168,23 +156,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4)
     const T* tokens = place.in(map, x, conv.stride);
     const T* of_out = place.in(map, grad_out, map.dim);
     V rows[3][kColumns + 2];
-    Row<V, T, 1> above, here, below;
-    Row<V, T, 0> next;
-    above.load(tokens, map, conv.stride, place, -1);
-    here.load(tokens, map, conv.stride, place, 0);
-    below.load(tokens, map, conv.stride, place, 1);
-    next.load(of_out, map, map.dim, place, 0);
-    above.convert(rows[0]);
-    here.convert(rows[1]);
+    load_row<1>(tokens, map, conv.stride, place, -1, rows[0]);
+    load_row<1>(tokens, map, conv.stride, place, 0, rows[1]);
 #pragma unroll 1
     for (int i = 0; i < place.rows; ++i) {
       V grads[kColumns];
-      next.convert(grads);
-      below.convert(rows[2]);
-      if (i + 1 < place.rows) {
-        next.load(of_out, map, map.dim, place, i + 1);
-        below.load(tokens, map, conv.stride, place, i + 2);
-      }
+      load_row<0>(of_out, map, map.dim, place, i, grads);
+      load_row<1>(tokens, map, conv.stride, place, i + 1, rows[2]);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
         if constexpr (kSilu) {
@@ -262,9 +240,10 @@ void depthwise_conv_gradients(const DepthwiseConv& conv, Activations grad_out, A
     using V = decltype(channels);
     using T = Element<decltype(x)>;
     const dim3 grid(depthwise_conv_partial_sums(conv.map), channel_blocks<V>(conv.map));
-    launch("depthwise_conv_gradients", conv.silu ? conv_gradients_kernel<V, T, true> : conv_gradients_kernel<V, T, false>,
-           grid, dim3(kWarp, kWarps), kWarps * (kConvTaps + 1) * kWarp * kChannelsOf<V>, stream, conv, Places(conv.map),
-           x, static_cast<const T*>(grad_out.data), static_cast<T*>(grad_convolved.data), sums);
+    const auto kernel = conv.silu ? conv_gradients_kernel<V, T, true> : conv_gradients_kernel<V, T, false>;
+    launch("depthwise_conv_gradients", kernel, grid, dim3(kWarp, kWarps),
+           kWarps * (kConvTaps + 1) * kWarp * kChannelsOf<V>, stream, conv, Places(conv.map), x,
+           static_cast<const T*>(grad_out.data), static_cast<T*>(grad_convolved.data), sums);
   });
 }
 

@@ -28,8 +28,20 @@ struct Map {
   int height, width, dim;
 };
 
-// Number of partial sums over the tokens of a map: enough blocks to fill a GPU. They are added later in a fixed order.
+// Number of partial sums over the tokens of a map: enough blocks to fill a GPU.
 int partial_sums(const Map& map);
+
+// result[i result_stride] = the sum of parts[part stride + i] over all parts, for i < size.
+struct PartialSums {
+  const float* parts;
+  int count;
+  int64_t size, stride;
+  float* result;
+  int64_t result_stride;
+};
+
+constexpr int kMostPartialSums = 8;
+void add_partial_sums(const PartialSums* sums, int count, cudaStream_t stream);
 
 // --- State fusion, with replicate padding ----------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-// LayerNorm over the channels of tokens, with or without a gate, and its gradients. A row of threads, with eight channels
+// LayerNorm over the channels of tokens, with or without a gate, and its gradients. A row of threads, with kNormChannels
 // each, handles a token, so that each is read once.
 #pragma once
 

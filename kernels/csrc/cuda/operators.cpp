@@ -75,6 +75,34 @@ Tensor empty_floats(const Tensor& like, IntArrayRef shape) {
   return at::empty(shape, like.options().dtype(at::kFloat));
 }
 
+// Sums over the first dimension of float32 tensors, added by a single kernel at the end.
+class Sums {
+ public:
+  // Returns the sum of `parts`, each of which may be a part of a wider row.
+  Tensor of(const Tensor& parts) {
+    Tensor sum = at::empty(parts.sizes().slice(1), parts.options());
+    return add(parts, sum, 1), sum;
+  }
+
+  // The same into a vector, which need not be contiguous.
+  void into(Tensor& sum, const Tensor& parts) { add(parts, sum, sum.stride(0)); }
+
+  void run() const {
+    spatial_mamba::add_partial_sums(pending_.data(), static_cast<int>(pending_.size()), current_stream());
+  }
+
+ private:
+  void add(const Tensor& parts, Tensor& sum, int64_t stride) {
+    TORCH_INTERNAL_ASSERT(pending_.size() < spatial_mamba::kMostPartialSums);
+    const auto count = static_cast<int>(parts.size(0));
+    pending_.push_back({floats(parts), count, sum.numel(), parts.stride(0), floats(sum), stride});
+    kept_.push_back(parts);
+  }
+
+  std::vector<spatial_mamba::PartialSums> pending_;
+  std::vector<Tensor> kept_;
+};
+
 Map map_of(const Tensor& x) {
   return {x.size(0), static_cast<int>(x.size(1)), static_cast<int>(x.size(2)), static_cast<int>(x.size(3))};
 }
@@ -199,6 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
     C = read_out_weights(projection);
   }
 
+  Sums sums;
   Tensor grad_C, grad_taps;
   if (published) {
     const Cut cut = spatial_mamba::read_out_gradients_cut(map);
@@ -207,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
     grad_taps = empty_floats(u, {map.batch * cut.bands * cut.strips.count, offsets.count, map.dim});
     spatial_mamba::read_out_gradients(recurrence, activations(grad_y), floats(taps), floats(states), floats(grad_C),
                                       floats(grad_taps), stream);
-    grad_taps = grad_taps.sum(0);
+    grad_taps = sums.of(grad_taps);
   } else {
     grad_C = empty_floats(u, {spatial_mamba::read_out_partial_sums(map), tokens});
     spatial_mamba::read_out_gradient(map, activations(grad_y), floats(h), floats(taps), offsets, floats(grad_C),
@@ -244,14 +273,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
   Tensor of_r = grad_projection.narrow(1, 0, rank), of_B = grad_projection.select(1, rank);
   Tensor of_C = grad_projection.select(1, rank + 1);
   at::mm_out(of_r, grad_step, step_weight);
-  at::sum_out(of_B, grad_B, 0);
-  at::sum_out(of_C, grad_C, 0);
+  sums.into(of_B, grad_B);
+  sums.into(of_C, grad_C);
+  grad_A_log = sums.of(grad_A_log);
+  grad_D = sums.of(grad_D);
+  sums.run();
   return {grad_u,
           grad_projection.to(projection.scalar_type()).view(projection.sizes()),
           grad_factors.narrow(1, 0, rank).contiguous(),
           grad_factors.select(1, rank).contiguous(),
-          grad_A_log.sum(0),
-          grad_D.sum(0),
+          grad_A_log,
+          grad_D,
           grad_taps};
 }
 
@@ -277,13 +309,15 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const
   DepthwiseConv conv = conv_of(x, weight, bias, epilogue);
   const int64_t dim = x.size(3);
   Tensor grad_convolved = conv.silu ? at::empty_like(grad_out) : grad_out;
-  Tensor sums = empty_floats(x, {spatial_mamba::depthwise_conv_partial_sums(conv.map), 10 * dim});
-  spatial_mamba::depthwise_conv_gradients(conv, activations(grad_out), activations(grad_convolved), floats(sums),
+  Tensor parts = empty_floats(x, {spatial_mamba::depthwise_conv_partial_sums(conv.map), 10 * dim});
+  spatial_mamba::depthwise_conv_gradients(conv, activations(grad_out), activations(grad_convolved), floats(parts),
                                           stream);
   conv = {conv.map, activations(grad_convolved), dim, conv.weight, nullptr, false, conv.residual, /*mirrored=*/true};
   spatial_mamba::depthwise_conv(conv, activations(grad_x), grad_x.stride(2), stream);
-  sums = sums.sum(0);
-  return {sums.narrow(0, 0, 9 * dim).view_as(weight), sums.narrow(0, 9 * dim, dim).clone()};
+  Sums sums;
+  const Tensor grad_weight = sums.of(parts.narrow(1, 0, 9 * dim)), grad_bias = sums.of(parts.narrow(1, 9 * dim, dim));
+  sums.run();
+  return {grad_weight.view_as(weight), grad_bias};
 }
 
 // --- Norms -----------------------------------------------------------------------------------------------------------
@@ -321,12 +355,15 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad_out, c
   Tensor grad_y = at::empty_like(y);
   const Norm norm = norm_of(y, weight, bias, eps, {&grad_out, &gate, &grad_y, &grad_gate},
                             {gate.stride(2), grad_gate.stride(2)});
-  Tensor sums = empty_floats(y, {2, spatial_mamba::norm_partial_sums(norm), norm.dim});
+  Tensor parts = empty_floats(y, {2, spatial_mamba::norm_partial_sums(norm), norm.dim});
   spatial_mamba::gated_norm_backward(
       norm, activations(gate),
-      {activations(grad_out), activations(grad_y), activations(grad_gate), grad_gate.stride(2), floats(sums)},
+      {activations(grad_out), activations(grad_y), activations(grad_gate), grad_gate.stride(2), floats(parts)},
       current_stream());
-  return {grad_y, sums.select(0, 0).sum(0), sums.select(0, 1).sum(0)};
+  Sums sums;
+  const Tensor grad_weight = sums.of(parts[0]), grad_bias = sums.of(parts[1]);
+  sums.run();
+  return {grad_y, grad_weight, grad_bias};
 }
 
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
@@ -341,10 +378,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_out, c
   const Guard guard(x);
   Tensor grad_x = at::empty_like(x);
   const Norm norm = norm_of(x, weight, bias, eps, {&grad_out, &grad_x}, {});
-  Tensor sums = empty_floats(x, {2, spatial_mamba::norm_partial_sums(norm), norm.dim});
+  Tensor parts = empty_floats(x, {2, spatial_mamba::norm_partial_sums(norm), norm.dim});
   spatial_mamba::layer_norm_backward(
-      norm, {activations(grad_out), activations(grad_x), activations(x), norm.dim, floats(sums)}, current_stream());
-  return {grad_x, sums.select(0, 0).sum(0).to(weight.scalar_type()), sums.select(0, 1).sum(0).to(bias.scalar_type())};
+      norm, {activations(grad_out), activations(grad_x), activations(x), norm.dim, floats(parts)}, current_stream());
+  Sums sums;
+  const Tensor grad_weight = sums.of(parts[0]), grad_bias = sums.of(parts[1]);
+  sums.run();
+  return {grad_x, grad_weight.to(weight.scalar_type()), grad_bias.to(bias.scalar_type())};
 }
 
 // --- Everything between the projections of a block -------------------------------------------------------------------
