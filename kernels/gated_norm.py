@@ -30,7 +30,7 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
         The result, (batch, H, W, dim), contiguous and in the dtype of ``gate``.
 
     Raises:
-        ValueError: if shapes or devices do not match.
+        ValueError: if shapes or devices do not match, or the CUDA backend gets more than 4096 channels.
         TypeError: if a tensor is not of a real floating-point type.
     """
     check_tensors(LAYOUTS, dict(y=y, gate=gate, weight=weight, bias=bias))

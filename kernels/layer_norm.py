@@ -1,14 +1,14 @@
 """LayerNorm over the last axis, in one pass over memory on GPUs."""
 
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import check_tensors, compute_dtype_for, layouts, without_autocast
+from .tensors import check_tensors, compute_dtype_for, contiguous_as, layouts, without_autocast
 
 LAYOUTS = layouts(weight="dim", bias="dim")
 
@@ -29,7 +29,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         The result, of the shape and dtype of ``x``, contiguous on GPUs.
 
     Raises:
-        ValueError: on GPUs, if shapes or devices do not match.
+        ValueError: on GPUs, if shapes or devices do not match, or the CUDA backend gets more than 4096 channels.
         TypeError: on GPUs, if a tensor is not of a real floating-point type.
     """
     if not x.is_cuda:
@@ -48,11 +48,19 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def _forward(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return backend.layer_norm(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
+    return backend.layer_norm(x.contiguous(), *_native(weight, bias), eps)
 
 
-def _backward(backend: ModuleType, grad_out: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return backend.layer_norm_backward(grad_out, x.contiguous(), weight.contiguous(), *others)
+def _backward(
+    backend: ModuleType, grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    grad_x, *grads = backend.layer_norm_backward(grad_out, x.contiguous(), *_native(weight, bias), eps)
+    return grad_x, *(grad.to(of.dtype) for grad, of in zip(grads, (weight, bias), strict=True))
+
+
+def _native(*weights: Tensor) -> Iterator[Tensor]:
+    """Contiguous, and of a dtype that backends for GPUs have."""
+    return (contiguous_as(x, torch.float32 if x.dtype == torch.float64 else x.dtype) for x in weights)
 
 
 # No FLOPs: PyTorch's counter has none for norms.

@@ -46,17 +46,16 @@ def calls_libraries(x: Tensor) -> bool:
     return x.is_cuda and not torch.version.hip and not torch.compiler.is_compiling() and not custom_operators_fail()
 
 
-def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """A 1x1 convolution as a linear layer, then optional ReLU; (B, C, H, W) in channels-last memory."""
-    tokens = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)
-    return (F.relu_(tokens) if relu else tokens).permute(0, 3, 1, 2)
+def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution as a linear layer, (B, C, H, W) in channels-last memory."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class FusedConv(nn.Conv2d):
     """Convolution, then optional ReLU, (B, C, H, W) in channels-last memory.
 
-    On GPUs PyTorch's convolutions add the bias in a pass of their own. Here cuDNN adds it if ReLU follows, and cuBLAS
-    in a 1x1 convolution.
+    On GPUs PyTorch's convolutions add the bias in a pass of their own. Here cuDNN adds it if ReLU follows, and a 1x1
+    convolution is a linear layer, where cuBLAS adds it.
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
@@ -70,7 +69,8 @@ class FusedConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if calls_libraries(x):
             if self.kernel_size == (1, 1):
-                return pointwise_conv(x, self.weight, self.bias, self.relu)
+                out = pointwise_conv(x, self.weight, self.bias)
+                return F.relu_(out) if self.relu else out
             if self.relu_in_cudnn and x.dtype.itemsize == 2 and torch.backends.cudnn.enabled:
                 options: Any = (self.stride, self.padding, self.dilation, self.groups)
                 try:

@@ -109,24 +109,23 @@ class ConvLayer(nn.Module):
         return fuse_conv_bn_eval(conv, norm).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._runs_in_cublas(x):
-            return self.act(self.norm(self.conv(x)))
-        # ReLU comes before the axes are permuted, since in place on a view it would copy gradients.
-        relu = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.ReLU)
-        maps = pointwise_conv(x, self.conv.weight, self.conv.bias, relu)
-        return maps if relu else self.act(self.norm(maps))
+        maps = pointwise_conv(x, self.conv.weight, self.conv.bias) if self._runs_in_cublas(x) else self.conv(x)
+        return self.act(self.norm(maps))
 
     def _runs_in_cublas(self, x: Tensor) -> bool:
-        """Whether this is a 1x1 convolution with bias in half precision on a GPU.
+        """Whether this is a 1x1 convolution with bias in half precision on a GPU, without gradients.
 
-        There PyTorch's convolution adds the bias in a pass of its own. In float32 it may use TF32, unlike cuBLAS.
+        There PyTorch's convolution adds the bias in a pass of its own. In float32 cuDNN uses TF32 by default, cuBLAS
+        does not. With gradients, the result would be a view, and an in-place ReLU on it makes autograd copy gradients.
         """
-        if not plain_eager(x) or not calls_libraries(x):
+        if torch.is_grad_enabled() or not plain_eager(x) or not calls_libraries(x):
             return False
-        if _has_modified_parts(self, {"conv": nn.Conv2d, "act": type(self.act)}):
+        conv = self.conv
+        if _has_modified_parts(self, {"conv": nn.Conv2d}) or not plain_eager(conv.weight, conv.bias) or conv.groups > 1:
             return False
         in_half = x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
-        return in_half and self.conv.bias is not None and self.conv.kernel_size == self.conv.stride == (1, 1)
+        plain = conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0)
+        return in_half and plain and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:

@@ -404,28 +404,30 @@ def test_autocast_takes_images_of_every_dtype_but_float64() -> None:
 
 @pytest.mark.parametrize("as_autocast", [True, False])
 def test_pointwise_convolutions_as_linear_layers(as_autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs cuBLAS computes 1x1 convolutions in half precision, with the same results; hooks are still called."""
+    """On GPUs cuBLAS computes 1x1 convolutions with bias in half precision. All others, and those with hooks, run."""
     torch.manual_seed(0)
     dtype = torch.float32 if as_autocast else torch.bfloat16
-    layer = model_file.ConvLayer(6, 10, act=True).to(dtype)
-    x = torch.randn(2, 6, 5, 7, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-    convolutions: list[Any] = []
+    x = torch.randn(2, 6, 5, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    layer, hooked, grouped, padded, unbiased = (model_file.ConvLayer(6, 12, act=True).to(dtype) for _ in range(5))
+    hooked.conv.register_forward_hook(lambda *_: None)
+    grouped.conv = nn.Conv2d(6, 12, 1, groups=2, dtype=dtype)
+    padded.conv = nn.Conv2d(6, 12, 1, padding=1, dtype=dtype)
+    unbiased.conv = nn.Conv2d(6, 12, 1, bias=False, dtype=dtype)
+    layers = [layer, hooked, grouped, padded, unbiased]
+    convolve, called = nn.Conv2d.forward, list[nn.Module]()
 
-    def run() -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=as_autocast):
-            out = layer(x)
-        assert "CopySlices" not in {type(node).__name__ for node, _ in [*out.grad_fn.next_functions, (out.grad_fn, 0)]}
-        assert out.is_contiguous(memory_format=torch.channels_last)
-        return [out, *torch.autograd.grad(out.float().square().sum(), [x, layer.conv.weight, layer.conv.bias])]
+    def forward(conv: nn.Conv2d, maps: Tensor) -> Tensor:
+        called.append(conv)
+        return convolve(conv, maps)
 
-    expected = run()
-    monkeypatch.setattr(model_file, "calls_libraries", lambda x: True)
-    monkeypatch.setattr(
-        nn.Conv2d, "forward", lambda conv, x: convolutions.append(conv) or conv._conv_forward(x, conv.weight, conv.bias)
-    )
-    for found, wanted in zip(run(), expected, strict=True):
-        assert_near(found, wanted, 1e-2)
-    assert not convolutions
-    layer.conv.register_forward_hook(lambda *_: None)
-    run()
-    assert convolutions == [layer.conv]
+    with torch.autocast("cpu", torch.bfloat16, enabled=as_autocast), torch.no_grad():
+        expected = [each(x) for each in layers]
+        monkeypatch.setattr(model_file, "calls_libraries", lambda x: True)
+        monkeypatch.setattr(nn.Conv2d, "forward", forward)
+        for each, wanted in zip(layers, expected, strict=True):
+            assert_near(each(x), wanted, 1e-2)
+            assert each(x).is_contiguous(memory_format=torch.channels_last)
+    assert set(called) == {each.conv for each in layers[1:]}
+    called.clear()
+    layer(x.to(layer.conv.weight.dtype))
+    assert called == [layer.conv]

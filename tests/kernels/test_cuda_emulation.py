@@ -189,6 +189,33 @@ def test_norms_of_too_many_channels_are_refused(operators: Any) -> None:
         operators.layer_norm(x, weight, weight, 1e-5)
 
 
+def test_layer_norm_of_other_weights(operators: Any) -> None:
+    """Weights in float64, and a bias whose memory holds a single element."""
+    x, weight, bias = random_normal(3, 4, dtype=BF16), random_normal(4).double(), random_normal(1).expand(4)
+    assert_matches_reference(operators, LAYER_NORM, (x, weight, bias, 1e-5))
+    _, grad_weight, grad_bias = LAYER_NORM._backward(operators, random_normal(3, 4, dtype=BF16), x, weight, bias, 1e-5)
+    assert (grad_weight.dtype, grad_bias.dtype) == (torch.float64, F32)
+
+
+def test_infinite_values_stay_in_their_sums(operators: Any) -> None:
+    """What threads compute for columns and tokens that do not exist is in no sum."""
+    x, weight = (
+        torch.tensor([1, 1, 3e38]).view(1, 1, 3, 1),
+        torch.tensor([0, 0, 0, 2.0, 0, 0, 0, 0, 0]).view(1, 1, 3, 3),
+    )
+    _, *grads = DEPTHWISE_CONV._backward(operators, torch.ones_like(x), x, weight, torch.zeros(1), "silu")
+    assert all(grad.isfinite().all() for grad in grads)
+
+    torch.manual_seed(0)
+    y, gate, grad_out = random_normal(3, 1, 1, 1, 8)
+    gate[..., 0] = float("inf")
+    arguments = (grad_out, y, gate, torch.ones(8), torch.zeros(8), 1e-5)
+    _, _, *found = GATED_NORM._backward(operators, *arguments)
+    with use_backend("torch"):
+        _, _, *wanted = GATED_NORM.run_backward(*arguments)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("dim", [6, 7])
 def test_channels_of_wider_maps(operators: Any, dim: int) -> None:
     """Halves of a map, which need not be aligned, give what contiguous copies give; gradients are written in place."""
@@ -247,6 +274,7 @@ def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, branches
         pytest.param((2, 7, 9, 40), 3, F32, F32, PUBLISHED, id="small"),
         pytest.param((1, 13, 14, 32), 4, BF16, F32, PUBLISHED, id="as in the model"),
         pytest.param((1, 1, 1, 6), 1, F16, F16, PUBLISHED, id="one token"),
+        pytest.param((1, 3, 2, 1), 2, F32, F32, PUBLISHED, id="one channel"),
         pytest.param((2, 2, 1, 6), 2, BF16, F16, PUBLISHED, id="a pair of types that no kernel has"),
         pytest.param((0, 4, 4, 8), 2, F32, F32, PUBLISHED, id="no image"),
         pytest.param((65, 18, 1, 128), 1, F32, F32, PUBLISHED, id="images enough to split none"),

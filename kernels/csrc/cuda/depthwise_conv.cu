@@ -170,6 +170,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 5)
               add_row<6>(add_row<3>(add_row<0>(bias, taps, rows[0], k), taps, rows[1], k), taps, rows[2], k);
           const V opening = each(sigmoid, convolved);
           grads[k] = grads[k] * opening * (V(1.0f) + convolved * (V(1.0f) + V(-1.0f) * opening));
+          if (place.column + k >= map.width) grads[k] = V(0.0f);  // what was convolved there may be infinite
         }
 #pragma unroll
         for (int t = 0; t < kConvTaps; ++t) sums[t] += grads[k] * rows[t / 3][k + t % 3];

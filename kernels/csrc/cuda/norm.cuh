@@ -1,5 +1,5 @@
-// LayerNorm over the channels of tokens, with or without a gate, and its gradients. A row of threads, with kNormChannels
-// each, handles a token, so that each is read once.
+// LayerNorm over the channels of tokens, with or without a gate, and its gradients. A row of threads, each with
+// kNormChannels, handles a token, so that it is read once.
 #pragma once
 
 #include <algorithm>
@@ -94,7 +94,7 @@ __device__ __forceinline__ void sum_over_token(float (&sums)[kCount], float* mem
   __syncthreads();
 }
 
-// Replaces a token by its deviations from the mean, divided by their standard deviation; returns 1 / that.
+// Normalises a token; returns the factor, 1 / sqrt(variance + eps).
 __device__ __forceinline__ float normalise(float (&y)[kNormChannels], const NormPlace& place, float eps,
                                            float* memory) {
   float mean[1] = {};
@@ -114,7 +114,8 @@ __device__ __forceinline__ float normalise(float (&y)[kNormChannels], const Norm
   return scale;
 }
 
-// Calls visit(token, exists) for the tokens of this thread; the whole block takes part in each call.
+// Calls visit(token, exists) for the tokens of this thread. The whole block takes part in each call, with the last
+// token in place of missing ones.
 template <class Visit>
 __device__ __forceinline__ void over_tokens(int64_t tokens, const Visit& visit) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
@@ -159,17 +160,18 @@ __global__ void __launch_bounds__(kMostNormThreads)
     place.read(grad_out + token * norm.dim, grad);
     if constexpr (kGated) place.read(gate + token * norm.gate_stride, gates);
     const float scale = normalise(normed, place, norm.eps, shared_memory);
-    float along[2] = {};  // the mean, and the token
+    float along[2] = {};  // sums of the gradient, and of its product with the normalised token
 #pragma unroll
     for (int j = 0; j < kNormChannels; ++j) {
-      if (!exists) grad[j] = 0.0f;
       if constexpr (kGated) {
         const float opening = sigmoid(gates[j]), grad_silu = grad[j] * (normed[j] * weight[j] + bias[j]);
         grad[j] *= gates[j] * opening;
         gates[j] = grad_silu * opening * (1.0f + gates[j] * (1.0f - opening));  // its gradient
       }
-      of_weight[j] += grad[j] * normed[j];
-      of_bias[j] += grad[j];
+      if (exists) {
+        of_weight[j] += grad[j] * normed[j];
+        of_bias[j] += grad[j];
+      }
       grad[j] *= weight[j];
       along[0] += grad[j];
       along[1] += grad[j] * normed[j];
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kMostNormThreads)
   }
 }
 
-// Threads along a token, and tokens.
+// Threads per token, and tokens per block.
 inline dim3 norm_block(const Norm& norm) {
   int threads = 4;
   while (threads * kNormChannels < norm.dim) threads *= 2;

@@ -1,5 +1,6 @@
 // The operators of torch.ops.spatial_mamba_cuda: they allocate, call the kernels and add up partial sums.
-// Arguments are checked and contiguous; shapes are those of the modules in kernels/.
+// Arguments are checked, and contiguous unless they may be channels of a wider map; shapes are those of the modules in
+// kernels/.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -78,13 +79,13 @@ Tensor empty_floats(const Tensor& like, IntArrayRef shape) {
 // Sums over the first dimension of float32 tensors, added by a single kernel at the end.
 class Sums {
  public:
-  // Returns the sum of `parts`, each of which may be a part of a wider row.
+  // Returns the sum of `parts`, each of which may be a part of a wider row. It is valid after run().
   Tensor of(const Tensor& parts) {
     Tensor sum = at::empty(parts.sizes().slice(1), parts.options());
     return add(parts, sum, 1), sum;
   }
 
-  // The same into a vector, which need not be contiguous.
+  // Writes the sum to a vector, which need not be contiguous.
   void into(Tensor& sum, const Tensor& parts) { add(parts, sum, sum.stride(0)); }
 
   void run() const {
@@ -280,8 +281,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
   sums.run();
   return {grad_u,
           grad_projection.to(projection.scalar_type()).view(projection.sizes()),
-          grad_factors.narrow(1, 0, rank).contiguous(),
-          grad_factors.select(1, rank).contiguous(),
+          grad_factors.narrow(1, 0, rank).clone(at::MemoryFormat::Contiguous),
+          grad_factors.select(1, rank).clone(),
           grad_A_log,
           grad_D,
           grad_taps};
@@ -289,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
 
 // --- Depthwise convolution -------------------------------------------------------------------------------------------
 
-// Tokens of x have a stride, which may be that of a wider map.
+// The tokens of x may be channels of a wider map; stride(2) is the distance between them.
 DepthwiseConv conv_of(const Tensor& x, const Tensor& weight, const Tensor& bias, c10::string_view epilogue) {
   const bool silu = epilogue == "silu", residual = epilogue == "residual";
   return {map_of(x), activations(x), x.stride(2), floats(weight), floats(bias), silu, residual, /*mirrored=*/false};
@@ -322,7 +323,8 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const
 
 // --- Norms -----------------------------------------------------------------------------------------------------------
 
-// `others`: what else is read or written, with `gate_strides` between tokens or contiguous.
+// `others` and `gate_strides` are all that is read or written besides, and the strides of those that may be channels of
+// wider maps: first the gate, then its gradient. Data is read in vectors if all of these allow it.
 Norm norm_of(const Tensor& y, const Tensor& weight, const Tensor& bias, double eps,
              std::initializer_list<const Tensor*> others, std::initializer_list<int64_t> gate_strides) {
   const int64_t dim = weight.numel();

@@ -4,7 +4,7 @@
 namespace spatial_mamba {
 namespace {
 
-constexpr int kRows = 8;  // of threads; a block has kWarp neighbouring sums
+constexpr int kRows = 8;  // of threads in a block, which computes kWarp neighbouring sums
 
 struct AllSums {
   PartialSums sums[kMostPartialSums];
