@@ -181,13 +181,12 @@ def _backward(
     """Compute u and p again, and let native backends write both halves of the gradient of ``xz`` in place."""
     projection_weight, *core, norm_weight, norm_bias, y, row_states, sizes, dilations, eps, _ = others
     x, gate = at_token_stride(xz).chunk(2, dim=-1)
+    weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
     if not len(y):  # not kept, as when the operator was traced or exported without gradients
-        weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
         _, y, row_states = _forward(backend, xz, *weights, sizes, dilations, eps, True)
     grad_xz = contiguous_like(xz)
     grad_x, grad_gate = grad_xz.chunk(2, dim=-1)
     if hasattr(backend, "spatial_mixer_backward"):
-        weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
         offsets = tap_offsets(sizes, dilations)
         return grad_xz, *backend.spatial_mixer_backward(
             grad_out, x, gate, *weights, y, row_states, offsets, eps, grad_x, grad_gate

@@ -34,6 +34,16 @@ __device__ inline Pair each(const Function& function, Pair value) {
 __device__ inline float sum_of(float value) { return value; }
 __device__ inline float sum_of(Pair value) { return value.x + value.y; }
 
+// A value per channel of a thread, `pitch` floats apart.
+template <class V>
+__device__ inline V per_channel(const float* values, int pitch = 1) {
+  if constexpr (kChannelsOf<V> == 1) {
+    return values[0];
+  } else {
+    return {values[0], values[pitch]};
+  }
+}
+
 // Values as they are in memory. After `settle`, the compiler does not convert them, and so wait for them, any earlier.
 template <class V, class X>
 struct alignas(kChannelsOf<V> * sizeof(X)) Raw {

@@ -162,13 +162,7 @@ class Walk {
   }
 
   // Weights of this thread's channels.
-  __device__ V weight(const float* weights) const {
-    if constexpr (kChannelsOf<V> == 1) {
-      return weights[channel];
-    } else {
-      return {weights[channel], weights[channel + 1]};
-    }
-  }
+  __device__ V weight(const float* weights) const { return per_channel<V>(weights + channel); }
 
   // Copy the taps of the block's channels to shared memory, since registers are scarce: tap t of this thread is at
   // t * kLanes<V>. A barrier must follow.

@@ -79,16 +79,6 @@ __device__ __forceinline__ void store_row(X* tokens, const Map& map, int64_t str
   }
 }
 
-// A value per channel; `pitch` floats apart.
-template <class V>
-__device__ V per_channel(const float* values, int pitch) {
-  if constexpr (kChannelsOf<V> == 1) {
-    return values[0];
-  } else {
-    return {values[0], values[pitch]};
-  }
-}
-
 template <class V>
 __device__ void load_taps(const DepthwiseConv& conv, int channel, V (&taps)[kConvTaps]) {
 #pragma unroll
@@ -101,7 +91,7 @@ __device__ void load_taps(const DepthwiseConv& conv, int channel, V (&taps)[kCon
 
 template <class V>
 __device__ V load_bias(const DepthwiseConv& conv, int channel) {
-  return conv.bias == nullptr ? V(0.0f) : per_channel<V>(conv.bias + channel, 1);
+  return conv.bias == nullptr ? V(0.0f) : per_channel<V>(conv.bias + channel);
 }
 
 template <int kFirst, class V>

@@ -104,6 +104,14 @@ class Sums {
   std::vector<Tensor> kept_;
 };
 
+// The gradients of a weight and a bias from their partial sums.
+std::tuple<Tensor, Tensor> sums_of_both(const Tensor& weight_parts, const Tensor& bias_parts) {
+  Sums sums;
+  const Tensor weight = sums.of(weight_parts), bias = sums.of(bias_parts);
+  sums.run();
+  return {weight, bias};
+}
+
 Map map_of(const Tensor& x) {
   return {x.size(0), static_cast<int>(x.size(1)), static_cast<int>(x.size(2)), static_cast<int>(x.size(3))};
 }
@@ -315,9 +323,7 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const
                                           stream);
   conv = {conv.map, activations(grad_convolved), dim, conv.weight, nullptr, false, conv.residual, /*mirrored=*/true};
   spatial_mamba::depthwise_conv(conv, activations(grad_x), grad_x.stride(2), stream);
-  Sums sums;
-  const Tensor grad_weight = sums.of(parts.narrow(1, 0, 9 * dim)), grad_bias = sums.of(parts.narrow(1, 9 * dim, dim));
-  sums.run();
+  const auto [grad_weight, grad_bias] = sums_of_both(parts.narrow(1, 0, 9 * dim), parts.narrow(1, 9 * dim, dim));
   return {grad_weight.view_as(weight), grad_bias};
 }
 
@@ -362,10 +368,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad_out, c
       norm, activations(gate),
       {activations(grad_out), activations(grad_y), activations(grad_gate), grad_gate.stride(2), floats(parts)},
       current_stream());
-  Sums sums;
-  const Tensor grad_weight = sums.of(parts[0]), grad_bias = sums.of(parts[1]);
-  sums.run();
-  return {grad_y, grad_weight, grad_bias};
+  return std::tuple_cat(std::tuple(grad_y), sums_of_both(parts[0], parts[1]));
 }
 
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
@@ -383,10 +386,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_out, c
   Tensor parts = empty_floats(x, {2, spatial_mamba::norm_partial_sums(norm), norm.dim});
   spatial_mamba::layer_norm_backward(
       norm, {activations(grad_out), activations(grad_x), activations(x), norm.dim, floats(parts)}, current_stream());
-  Sums sums;
-  const Tensor grad_weight = sums.of(parts[0]), grad_bias = sums.of(parts[1]);
-  sums.run();
-  return {grad_x, grad_weight.to(weight.scalar_type()), grad_bias.to(bias.scalar_type())};
+  return std::tuple_cat(std::tuple(grad_x), sums_of_both(parts[0], parts[1]));
 }
 
 // --- Everything between the projections of a block -------------------------------------------------------------------
