@@ -3,7 +3,7 @@
 from . import packed_linear as _  # noqa: F401, registers its operators
 from .backends import use_backend
 from .depthwise_conv import depthwise_conv
-from .downsampling_conv import downsampling_conv
+from .downsampling import downsampling
 from .gated_norm import gated_norm
 from .layer_norm import layer_norm
 from .linear import linear
@@ -15,7 +15,7 @@ from .structure_aware_scan import structure_aware_scan
 
 __all__ = [
     "depthwise_conv",
-    "downsampling_conv",
+    "downsampling",
     "gated_norm",
     "layer_norm",
     "linear",

@@ -4,7 +4,7 @@ Weights are stored in the order in which matrix units read them. There are no gr
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .depthwise_conv import CONV_FLOPS
-from .downsampling_conv import reference as conv_reference
+from .downsampling import fake as fake_downsampling
+from .downsampling import flops as downsampling_flops
+from .downsampling import reference as downsample
 from .registration import Operator
 from .tensors import Layout, check_tensors, layouts
 
@@ -159,13 +160,13 @@ def packed_downsampling(
     project: Tensor,
     project_bias: Tensor,
 ) -> Tensor:
-    """``linear(downsampling_conv(linear(x)))``; a band of rows of the hidden map stays in the cache.
+    """`downsampling` with packed weights; a band of rows of the hidden map stays in the cache.
 
     Args:
         x: (batch, H, W, dim). All other tensors must have its dtype.
         expand, project: from `pack_weight`, of weights (hidden, dim) and (outputs, hidden).
         expand_bias, project_bias: (hidden,) and (outputs,).
-        conv_weight, conv_bias: (hidden, 1, 3, 3) and (hidden,), as in `downsampling_conv`.
+        conv_weight, conv_bias: (hidden, 1, 3, 3) and (hidden,).
 
     Returns:
         (batch, ceil(H / 2), ceil(W / 2), outputs).
@@ -254,15 +255,8 @@ def downsampling_reference(
     project_bias: Tensor,
 ) -> Tensor:
     """The reference implementation of `packed_downsampling`; the convolution is in float32."""
-    hidden = F.linear(x, unpack_weight(expand, len(expand_bias)), expand_bias)
-    sampled = conv_reference(hidden, conv_weight, conv_bias)
-    return F.linear(sampled, unpack_weight(project, len(project_bias)), project_bias)
-
-
-def _downsampling_flops(x: Sequence[int], *weights: Sequence[int]) -> int:
-    (hidden,), (outputs,) = weights[1], weights[-1]
-    sampled = x[0] * ((x[1] + 1) // 2) * ((x[2] + 1) // 2)
-    return hidden * (2 * math.prod(x) + sampled * (CONV_FLOPS + 2 * outputs))
+    expand, project = unpack_weight(expand, len(expand_bias)), unpack_weight(project, len(project_bias))
+    return downsample(x, expand, expand_bias, conv_weight, conv_bias, project, project_bias)
 
 
 def _packed_on(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -297,9 +291,9 @@ PACKED_DOWNSAMPLING = Operator(
     "packed_downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, "
     "Tensor project, Tensor project_bias) -> Tensor",
     downsampling_reference,
-    fake=lambda x, *others: x.new_empty(x.shape[0], (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2, len(others[-1])),
+    fake=fake_downsampling,
     forward=_packed_on("packed_downsampling", downsampling_reference),
     differentiable=False,
     served_as="packed_linear",
-    flops=_downsampling_flops,
+    flops=lambda x, *weights: downsampling_flops(x, weights[1][0], weights[-1][0]),
 )

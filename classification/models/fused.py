@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import downsampling_conv, spatial_mixer
+from ...kernels import downsampling, spatial_mixer
 from ...kernels.backends import custom_operators_fail, has_kernels, plain_eager
 from ...kernels.packed_linear import (
     can_pack,
@@ -161,8 +161,14 @@ class FusedMlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x, self.norm)), residual=x)
 
 
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether this is a linear layer with bias: a 1x1 convolution of stride 1 without padding and groups."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    return geometry == ((1, 1), (1, 1), (0, 0), 1) and plain_eager(conv.weight, conv.bias)
+
+
 def is_downsampling(conv: nn.Conv2d) -> bool:
-    """Whether this is the convolution in `downsampling_conv`: depthwise 3x3 of stride 2 with zero padding and bias."""
+    """Whether this is the convolution in `downsampling`: depthwise 3x3 of stride 2 with zero padding and bias."""
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
     depthwise = conv.groups == conv.in_channels == conv.out_channels
     return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), "zeros") and depthwise and plain_eager(conv.weight, conv.bias)
@@ -183,9 +189,12 @@ class FusedDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         expand, project = self.expand, self.project
         conv: Any = self.depthwise
-        if expand.packed and project.packed and is_downsampling(conv):
+        if is_downsampling(conv):
             layers = (expand.weight, expand.bias, conv.weight, conv.bias, project.weight, project.bias)
-            return packed_downsampling(x, *layers)
+            if expand.packed and project.packed:
+                return packed_downsampling(x, *layers)
+            if has_kernels("downsampling", x) and not expand.packed and not project.packed:
+                return downsampling(x, *layers)
         batch, height, width, _ = x.shape
         rows = items_in_budget(x, width * self.expand.outputs)
         if rows >= height or batch == 0:
@@ -205,9 +214,6 @@ class FusedDownsample(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         hidden = self.expand(x, relu=True)
-        conv: Any = self.depthwise
-        if has_kernels("downsampling_conv", hidden) and is_downsampling(conv):
-            return self.project(downsampling_conv(hidden, conv.weight, conv.bias))
         return self.project(F.relu_(self.depthwise(hidden.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
 
 

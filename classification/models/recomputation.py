@@ -26,30 +26,20 @@ def recomputed(value: Tensor, module: nn.Module, argument: Tensor) -> AbstractCo
     return _Recomputed(value, module, argument)
 
 
-def checkpointed(first: nn.Module, second: nn.Module, x: Tensor, *options: Any, items: int | None = None) -> Tensor:
-    """``second(first(x), *options)``, without storing the results in between.
+def checkpointed(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """``second(first(x))``, without storing the result in between.
 
-    The modules must be cheap and deterministic: the backward pass calls them again, unless they have forward hooks, and
-    except where `_stores` says so. If they treat the items of a batch independently, ``items`` limits how many they are
-    given at a time, so that the results in between stay in the cache. Without effect on modules with forward hooks, and
-    under compilers.
+    The modules must be cheap and deterministic: the backward pass calls them again. Has no effect if they have forward
+    hooks, and where `_stores` says so.
     """
-    if not plain_eager(x) or _has_forward_hooks(first) or _has_forward_hooks(second):
-        return second(first(x), *options)
-    if _stores(x):
+    if _stores(x) or _has_forward_hooks(first) or _has_forward_hooks(second):
+        return second(first(x))
+    version, call_first, call_second = x._version, _with_present_weights(first), _with_present_weights(second)
 
-        def run(x: Tensor) -> Tensor:
-            return second(first(x), *options)
-    else:
-        version, call_first, call_second = x._version, _with_present_weights(first), _with_present_weights(second)
+    def compute(x: Tensor) -> Tensor:
+        return call_second(call_first(_unmodified(x, version)))
 
-        def compute(x: Tensor) -> Tensor:
-            return call_second(call_first(_unmodified(x, version)), *options)
-
-        def run(x: Tensor) -> Tensor:
-            return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
-
-    return run(x) if items is None or items >= len(x) else torch.cat([run(part) for part in x.split(items)])
+    return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def _stores(*tensors: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...kernels import (
     depthwise_conv,
-    downsampling_conv,
+    downsampling,
     layer_norm,
     linear,
     mlp,
@@ -43,7 +43,7 @@ from .fused import (
     FusedDownsample,
     calls_libraries,
     is_downsampling,
-    items_in_budget,
+    is_pointwise,
     pointwise_conv,
     refuse_gradients,
     refuse_to_load,
@@ -120,12 +120,10 @@ class ConvLayer(nn.Module):
         """
         if torch.is_grad_enabled() or not plain_eager(x) or not calls_libraries(x):
             return False
-        conv = self.conv
-        if _has_modified_parts(self, {"conv": nn.Conv2d}) or not plain_eager(conv.weight, conv.bias) or conv.groups > 1:
+        if _has_modified_parts(self, {"conv": nn.Conv2d}) or not is_pointwise(self.conv):
             return False
         in_half = x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
-        plain = conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0)
-        return in_half and plain and x.is_contiguous(memory_format=torch.channels_last)
+        return in_half and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
@@ -196,42 +194,36 @@ class Reduction(ConvLayer):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 3, stride=2, groups=dim, act=True)
 
-    def forward(self, x: Tensor, as_operator: bool = False) -> Tensor:
-        """``as_operator``: compute all with `downsampling_conv`, from the weights of the convolution alone."""
-        if not as_operator:
-            return super().forward(self.act(x))
-        weight, bias = self.conv.weight, self.conv.bias
-        assert bias is not None
-        return downsampling_conv(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.act(x))
 
 
 class InvertedBottleneck(nn.Sequential):
     """Three layers, of which the first expands the maps (B, C, H, W). The expanded maps are not stored for training.
 
-    On a CPU, a few images at a time are expanded and reduced, the latter by one operator. If one of these layers has
-    hooks, or is wrapped, sharded or replaced in part, the layers are simply called.
+    On a CPU one operator computes all except the last norm. If one of the layers has hooks, or is wrapped, sharded or
+    replaced in part, the layers are simply called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         layers: Any = self
         expand, reduce, project = layers
-        if not _are_plain(expand, reduce):
+        if not (_is_plain_conv(expand, ConvLayer, nn.Identity) and _is_plain_conv(reduce, Reduction, nn.ReLU)):
             return project(reduce(expand(x)))
-        in_parts = plain_eager(x) and x.device.type == "cpu"
-        items = items_in_budget(x, 8 * math.prod(x.shape[1:])) if in_parts else None
-        # Decided here, since the backward pass must compute the same again.
-        as_operator = has_kernels("downsampling_conv", x) and is_downsampling(reduce.conv)
-        return project(checkpointed(expand, reduce, x, as_operator, items=items))
+        if has_kernels("downsampling", x) and _is_plain_conv(project, ConvLayer, nn.Identity, norm=None):
+            weights = [weight for layer in layers for weight in (layer.conv.weight, layer.conv.bias)]
+            tokens = _as_operand(x.permute(0, 2, 3, 1), *weights)
+            fits = is_pointwise(expand.conv) and is_downsampling(reduce.conv) and is_pointwise(project.conv)
+            if fits and tokens is not None:
+                weights[0], weights[4] = weights[0].flatten(1), weights[4].flatten(1)
+                return project.norm(downsampling(tokens, *weights).permute(0, 3, 1, 2))
+        return project(checkpointed(expand, reduce, x))
 
 
-def _are_plain(expand: Any, reduce: Any) -> bool:
-    """Whether the layers are convolutions with weights of their own, and ReLU."""
-    if _is_modified(expand, ConvLayer) or _is_modified(reduce, Reduction):
-        return False
-    for layer, act in ((expand, nn.Identity), (reduce, nn.ReLU)):
-        if _has_modified_parts(layer, {"conv": nn.Conv2d, "norm": nn.Identity, "act": act}):
-            return False
-    return not (is_parametrized(expand.conv) or is_parametrized(reduce.conv))
+def _is_plain_conv(layer: Any, kind: type[ConvLayer], act: type[nn.Module], norm: type | None = nn.Identity) -> bool:
+    """Whether the layer is a convolution with weights of its own, then this norm (None: any), and this activation."""
+    parts: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "act": act} | ({} if norm is None else {"norm": norm})
+    return not (_is_modified(layer, kind) or _has_modified_parts(layer, parts) or is_parametrized(layer.conv))
 
 
 class Downsample(nn.Module):
@@ -441,6 +433,15 @@ def _project(layer: nn.Module, x: Tensor) -> Tensor:
     return linear(x, weight)
 
 
+def _as_operand(x: Tensor, *weights: Tensor | None) -> Tensor | None:
+    """``x`` as an operator takes it, under autocast in its dtype; None if the weights only suit layers."""
+    if not plain_eager(*weights):
+        return None
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x if all(weight is not None and weight.dtype == x.dtype for weight in weights) else None
+
+
 # Modules that are not called: an operator reads their weights.
 MIXER_PARTS: dict[str, type[nn.Module]] = {
     "conv2d": DepthwiseConv,
@@ -480,9 +481,8 @@ class Mlp(TimmMlp):
     def forward(self, x: Tensor) -> Tensor:
         if has_kernels("mlp", x) and self._is_plain():
             weights: list[Any] = [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias]
-            autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-            if plain_eager(*weights) and (autocast or all(weight.dtype == x.dtype for weight in weights)):
-                return mlp(x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x, *weights)
+            if (tokens := _as_operand(x, *weights)) is not None:
+                return mlp(tokens, *weights)
         x = self.fc1(x)
         activated = self.act(x)
         with recomputed(activated, self.act, x):

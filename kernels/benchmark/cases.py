@@ -22,7 +22,7 @@ class Case:
     The operators are ``core`` (``structure_aware_scan``), ``states`` (``selective_scan`` without C, as Spatial-Mamba
     uses it), ``scan`` (``selective_scan`` with C, D and z, as Mamba uses it), ``fusion`` (``state_fusion``), ``mixer``
     (``spatial_mixer``), ``conv`` and ``position`` (``depthwise_conv`` with SiLU, and with the residual),
-    ``downsampling`` (``downsampling_conv``), ``linear``, ``mlp``, ``norm`` (``gated_norm``), and ``layer``
+    ``downsampling``, ``linear``, ``mlp``, ``norm`` (``gated_norm``), and ``layer``
     (``layer_norm``).
     """
 
@@ -45,6 +45,15 @@ class Case:
         norm = {"norm_weight": dim, "norm_bias": dim}
         mixer = {"projection_weight": (rank + 2, self.dim), "conv_weight": kernel, "conv_bias": dim, **core, **norm}
         conv = {"x": tokens, "weight": kernel, "bias": dim}
+        downsampling = {
+            "x": tokens,
+            "expand": (8 * self.dim, *dim),
+            "expand_bias": (8 * self.dim,),
+            "conv_weight": (8 * self.dim, 1, 3, 3),
+            "conv_bias": (8 * self.dim,),
+            "project": (2 * self.dim, 8 * self.dim),
+            "project_bias": (2 * self.dim,),
+        }
         mlp = {"expand": (hidden, *dim), "expand_bias": (hidden,), "project": (*dim, hidden), "project_bias": dim}
         states = {"u": channels, "delta": channels, "B": shared, "A": (self.dim, self.d_state), "delta_bias": dim}
         return {
@@ -52,7 +61,7 @@ class Case:
             "mixer": {"xz": (*image, 2 * self.dim), **mixer},
             "conv": conv,
             "position": conv,
-            "downsampling": conv,
+            "downsampling": downsampling,
             "linear": {"x": tokens, "weight": (hidden, *dim)},
             "mlp": {"x": tokens, **mlp},
             "norm": {"y": tokens, "gate": tokens, "weight": dim, "bias": dim},
@@ -101,7 +110,7 @@ def all_cases(batch: int) -> list[Case]:
 def _case(operator: str, model: str, stage: int, image: tuple[int, int], batch: int) -> Case:
     width, stride = WIDTHS[model] * 2 ** (stage - 1), 4 * 2 ** (stage - 1)
     name = f"{operator}/{model}/stage{stage}/{image[0]}x{image[1]}"
-    dim = {"position": 1, "linear": 1, "mlp": 1, "downsampling": 8}.get(operator, 2) * width
+    dim = {"position": 1, "linear": 1, "mlp": 1, "downsampling": 1}.get(operator, 2) * width
     return Case(name, operator, batch, image[0] // stride, image[1] // stride, dim, rank=math.ceil(width / 16))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import backends
 from ..depthwise_conv import depthwise_conv
-from ..downsampling_conv import downsampling_conv
+from ..downsampling import downsampling
 from ..gated_norm import gated_norm
 from ..layer_norm import layer_norm
 from ..linear import linear
@@ -37,7 +37,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "mixer": spatial_mixer,
     "conv": partial(depthwise_conv, epilogue="silu"),
     "position": partial(depthwise_conv, epilogue="residual"),
-    "downsampling": downsampling_conv,
+    "downsampling": downsampling,
     "linear": linear,
     "mlp": mlp,
     "norm": gated_norm,

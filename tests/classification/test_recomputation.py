@@ -88,18 +88,6 @@ def test_results_between_checkpointed_modules_are_not_stored_unless_these_have_h
     assert len(first.results) == (1 if hooked else 2)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_checkpointed_modules_are_given_so_many_items_at_a_time(training: bool) -> None:
-    first, second, x = Expansion(4, 64).double(), nn.Linear(64, 4).double(), torch.randn(5, 4).double()
-    with torch.set_grad_enabled(training):
-        out = checkpointed(first, second, x, items=2)
-    assert [len(result) for result in first.results] == [2, 2, 1]
-    torch.testing.assert_close(out, second(first(x)))
-    if training:
-        found = torch.autograd.grad(out.sum(), first.weight)
-        torch.testing.assert_close(found, torch.autograd.grad(second(first(x)).sum(), first.weight))
-
-
 def test_weights_of_a_functional_call_are_used_again() -> None:
     model, images = micro_classifier().eval(), torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
     weights = {name: weight.detach().mul(1.5).requires_grad_() for name, weight in model.named_parameters()}
