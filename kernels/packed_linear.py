@@ -17,7 +17,7 @@ from .downsampling import fake as fake_downsampling
 from .downsampling import flops as downsampling_flops
 from .downsampling import reference as downsample
 from .registration import Operator
-from .tensors import Layout, check_tensors, layouts
+from .tensors import Layouts, check_tensors, layouts
 
 COLUMNS = 64  # outputs per block
 LINEAR_LAYOUTS = layouts(packed="blocks, inputs, 64", bias="outputs", norm_weight="inputs", norm_bias="inputs")
@@ -190,7 +190,7 @@ def packed_downsampling(
     return PACKED_DOWNSAMPLING(x.contiguous(), *(tensor.contiguous() for tensor in tensors.values()))
 
 
-def _check(expected: dict[str, Layout], x: Tensor, tensors: Mapping[str, Tensor | None], **sizes: int) -> None:
+def _check(expected: Layouts, x: Tensor, tensors: Mapping[str, Tensor | None], **sizes: int) -> None:
     check_tensors(expected, {"x": x, **tensors}, **sizes)
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != x.dtype:

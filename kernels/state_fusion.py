@@ -228,7 +228,7 @@ def check_branches(
                 f"fusion kernels must have shape (dim, 1, k, k) with dim = {dim} and odd k, got {tuple(kernel.shape)}"
             )
     check_dilations(dilations)
-    check_tensors({}, {**first, "alpha": alpha, **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}})
+    check_tensors(layouts(), {**first, "alpha": alpha, **{f"kernels[{k}]": kernel for k, kernel in enumerate(kernels)}})
 
 
 def check_dilations(dilations: Sequence[int], name: str = "dilations") -> None:

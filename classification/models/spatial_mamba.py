@@ -222,7 +222,9 @@ class InvertedBottleneck(nn.Sequential):
 
 def _is_plain_conv(layer: Any, kind: type[ConvLayer], act: type[nn.Module], norm: type | None = nn.Identity) -> bool:
     """Whether the layer is a convolution with weights of its own, then this norm (None: any), and this activation."""
-    parts: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "act": act} | ({} if norm is None else {"norm": norm})
+    parts: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "act": act}
+    if norm is not None:
+        parts["norm"] = norm
     return not (_is_modified(layer, kind) or _has_modified_parts(layer, parts) or is_parametrized(layer.conv))
 
 
@@ -452,8 +454,13 @@ MIXER_PARTS: dict[str, type[nn.Module]] = {
 
 def _has_global_hooks() -> bool:
     """Whether any hook applies to every module, such as one of ``register_module_forward_hook``."""
-    kinds = ("forward_pre", "forward", "backward_pre", "backward")
-    return any(getattr(hooks_of_all_modules, f"_global_{kind}_hooks") for kind in kinds)
+    every = hooks_of_all_modules
+    return bool(
+        every._global_forward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_backward_pre_hooks
+        or every._global_backward_hooks
+    )
 
 
 def _has_modified_parts(module: nn.Module, parts: Mapping[str, type[nn.Module]]) -> bool:
@@ -466,10 +473,11 @@ def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     Parametrised weights (``torch.nn.utils.parametrize``) do not count: reading them gives the right values.
     """
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    if any(hooks) or "forward" in module.__dict__:
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return True
-    return type_before_parametrizations(module) is not kind
+    if "forward" in module.__dict__:
+        return True
+    return type(module) is not kind and type_before_parametrizations(module) is not kind
 
 
 class Mlp(TimmMlp):
