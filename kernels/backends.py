@@ -173,14 +173,14 @@ def custom_operators_fail() -> bool:
     These are transforms of torch.func, forward-mode differentiation and ONNX export. Custom operators would raise an
     error there or give a zero tangent.
     """
-    return _is_transformed() or (_is_traced() and torch.onnx.is_in_onnx_export())  # asked last: it takes 2 us
+    return _is_transformed() or (is_traced() and torch.onnx.is_in_onnx_export())  # asked last: it takes 2 us
 
 
 def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether a compiler, tracer or mode sees the calls of operators."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
@@ -192,7 +192,7 @@ def plain_eager(*tensors: Tensor | None) -> bool:
 
     False for None, subclasses of tensors, sparse tensors, and views that negate their elements when they are read.
     """
-    if _is_traced() or _is_transformed():
+    if is_traced() or _is_transformed():
         return False
     for x in tensors:
         if (type(x) is not Tensor and type(x) is not torch.nn.Parameter) or x.layout != torch.strided or x.is_neg():

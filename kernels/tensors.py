@@ -2,21 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backends import is_traced
+
 MOST_REMEMBERED = 1024  # shapes per operator
 Layout = list[tuple[str, int, str, int]]  # per axis: text, factor, name, offset of factor * sizes[name] + offset
 
 
-class Layouts(dict[str, Layout]):
+@dataclass
+class Layouts:
     """Layouts by name of the tensor, and the sizes of the axes for shapes that were found to fit."""
 
-    def __init__(self, layouts: dict[str, Layout]) -> None:
-        super().__init__(layouts)
-        self.found: dict[tuple[Any, ...], dict[str, int]] = {}
+    expected: dict[str, Layout]
+    found: dict[tuple[Any, ...], dict[str, int]] = field(default_factory=dict)
 
 
 def layouts(**texts: str) -> Layouts:
@@ -33,11 +36,11 @@ def _parse_axis(text: str) -> tuple[str, int, str, int]:
     return (text, 0, "", int(text)) if text.isdecimal() else (text, 1, text, 0)
 
 
-def check_tensors(expected: Layouts, tensors: Mapping[str, Tensor | None], **sizes: int) -> Mapping[str, int]:
+def check_tensors(layouts: Layouts, tensors: Mapping[str, Tensor | None], **sizes: int) -> Mapping[str, int]:
     """Check arguments: their shapes, that they hold floating-point numbers, and that they are on one device.
 
     Args:
-        expected: from `layouts`, checked in this order. The first tensor with an axis sets its size, which must be at
+        layouts: from `layouts`, checked in this order. The first tensor with an axis sets its size, which must be at
             least 1, except for ``batch``.
         tensors: by name; None is skipped. Tensors without a layout may have any shape.
         sizes: axes whose sizes are known.
@@ -49,15 +52,8 @@ def check_tensors(expected: Layouts, tensors: Mapping[str, Tensor | None], **siz
         ValueError: if a shape does not fit, or a tensor is not on the device of the first.
         TypeError: if a tensor is not of a real floating-point type.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        sizes = _sizes(expected, tensors, sizes)
-    else:  # a few microseconds faster
-        shapes = (*sizes.items(), *(None if (x := tensors.get(name)) is None else x.shape for name in expected))
-        if shapes not in expected.found:
-            if len(expected.found) == MOST_REMEMBERED:
-                expected.found.clear()
-            expected.found[shapes] = _sizes(expected, tensors, sizes)
-        sizes = expected.found[shapes]
+    # Shapes in a trace may hold symbols, which cannot serve as keys.
+    sizes = _sizes(layouts.expected, tensors, sizes) if is_traced() else _remembered_sizes(layouts, tensors, sizes)
     first = device = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -69,6 +65,19 @@ def check_tensors(expected: Layouts, tensors: Mapping[str, Tensor | None], **siz
         if tensor.device != device:
             raise ValueError(f"{name} must be on the device of {first}, {device}, but is on {tensor.device}")
     return sizes
+
+
+def _remembered_sizes(layouts: Layouts, tensors: Mapping[str, Tensor | None], sizes: dict[str, int]) -> dict[str, int]:
+    """Like `_sizes`, but microseconds faster for shapes that were found to fit before."""
+    given = (None if (x := tensors.get(name)) is None else x.shape for name in layouts.expected)
+    key = (*sizes.items(), *given)
+    found = layouts.found.get(key)
+    if found is None:
+        found = _sizes(layouts.expected, tensors, sizes)
+        if len(layouts.found) >= MOST_REMEMBERED:
+            layouts.found.clear()
+        layouts.found[key] = found
+    return found
 
 
 def _sizes(
