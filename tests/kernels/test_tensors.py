@@ -21,9 +21,9 @@ def test_a_shape_that_fitted_with_others_is_an_error_again() -> None:
     x, weight = torch.empty(2, 4), torch.empty(4)
     check_tensors(expected, dict(x=x, weight=weight))
     for change in (dict(weight=torch.empty(5)), dict(x=torch.empty(2, 5)), dict(x=torch.empty(4, 2))):
-        with pytest.raises(ValueError, match="^weight must have shape"):
+        with pytest.raises(ValueError, match=r"^weight must have shape"):
             check_tensors(expected, dict(x=x, weight=weight) | change)
-    with pytest.raises(ValueError, match="^x must have shape"):
+    with pytest.raises(ValueError, match=r"^x must have shape"):
         check_tensors(expected, dict(x=x, weight=weight), dim=5)
     with pytest.raises(TypeError, match="weight must be of a real floating-point type"):
         check_tensors(expected, dict(x=x, weight=weight.long()))
