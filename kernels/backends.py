@@ -181,14 +181,14 @@ def _is_transformed() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler, tracer or mode sees the calls of operators."""
+    """Whether a compiler, tracer or dispatch mode sees the calls of operators."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return torch._C._get_tracing_state() is not None
 
 
 def plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether PyTorch computes with these tensors and does nothing else: no compiler, tracer, mode or transform.
+    """Whether PyTorch only computes with these tensors: no compiler, tracer, dispatch mode or transform is at work.
 
     False for None, subclasses of tensors, sparse tensors, and views that negate their elements when they are read.
     """

@@ -32,8 +32,8 @@ def downsampling(
 ) -> Tensor:
     """``linear(relu(conv(relu(linear(x)))))``, with a depthwise 3x3 convolution of stride 2 and zero padding.
 
-    The convolution is computed in float32 (float64 for float64 input), also under autocast. The hidden map is computed
-    in parts that stay in the cache. The backward pass keeps only the inputs.
+    The convolution is computed in float32 (float64 for float64 input), also under autocast. The kernels for CPUs
+    compute the hidden map in parts that stay in the cache, and keep only the inputs for the backward pass.
 
     Args:
         x: (batch, H, W, dim).

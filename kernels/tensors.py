@@ -10,16 +10,16 @@ from torch import Tensor
 
 from .backends import is_traced
 
-MOST_REMEMBERED = 1024  # shapes per operator
+MOST_REMEMBERED = 1024  # combinations of shapes in a `Layouts`
 Layout = list[tuple[str, int, str, int]]  # per axis: text, factor, name, offset of factor * sizes[name] + offset
 
 
 @dataclass
 class Layouts:
-    """Layouts by name of the tensor, and the sizes of the axes for shapes that were found to fit."""
+    """Layouts by name of the tensor, and the axis sizes for shapes that were checked before."""
 
     expected: dict[str, Layout]
-    found: dict[tuple[Any, ...], dict[str, int]] = field(default_factory=dict)
+    checked: dict[tuple[Any, ...], dict[str, int]] = field(default_factory=dict)
 
 
 def layouts(**texts: str) -> Layouts:
@@ -68,15 +68,15 @@ def check_tensors(layouts: Layouts, tensors: Mapping[str, Tensor | None], **size
 
 
 def _remembered_sizes(layouts: Layouts, tensors: Mapping[str, Tensor | None], sizes: dict[str, int]) -> dict[str, int]:
-    """Like `_sizes`, but microseconds faster for shapes that were found to fit before."""
+    """Like `_sizes`, but microseconds faster for shapes that were checked before."""
     given = (None if (x := tensors.get(name)) is None else x.shape for name in layouts.expected)
     key = (*sizes.items(), *given)
-    found = layouts.found.get(key)
+    found = layouts.checked.get(key)
     if found is None:
         found = _sizes(layouts.expected, tensors, sizes)
-        if len(layouts.found) >= MOST_REMEMBERED:
-            layouts.found.clear()
-        layouts.found[key] = found
+        if len(layouts.checked) >= MOST_REMEMBERED:
+            layouts.checked.clear()
+        layouts.checked[key] = found
     return found
 
 

@@ -162,8 +162,8 @@ class FusedMlp(nn.Module):
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:
-    """Whether this is a linear layer with bias: a 1x1 convolution of stride 1 without padding and groups."""
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    """Whether this is a linear layer with bias: a 1x1 convolution of stride 1 without padding or groups."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)  # a bias of None is not plain
     return geometry == ((1, 1), (1, 1), (0, 0), 1) and plain_eager(conv.weight, conv.bias)
 
 
@@ -177,7 +177,8 @@ def is_downsampling(conv: nn.Conv2d) -> bool:
 class FusedDownsample(nn.Module):
     """Inverted bottleneck of stride 2: tokens (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C).
 
-    Its hidden activations, eight times as wide as the tokens, are the widest of the network, so it works in parts.
+    Its hidden activations, eight times as wide as the tokens, are the widest of the network. So it works in parts,
+    unless one operator computes all.
     """
 
     def __init__(self, expand: nn.Conv2d, depthwise: nn.Conv2d, project: nn.Conv2d) -> None:
@@ -189,8 +190,8 @@ class FusedDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         expand, project = self.expand, self.project
         conv: Any = self.depthwise
-        if is_downsampling(conv):
-            layers = (expand.weight, expand.bias, conv.weight, conv.bias, project.weight, project.bias)
+        layers = (expand.weight, expand.bias, conv.weight, conv.bias, project.weight, project.bias)
+        if is_downsampling(conv) and all(weight is not None and weight.dtype == x.dtype for weight in layers):
             if expand.packed and project.packed:
                 return packed_downsampling(x, *layers)
             if has_kernels("downsampling", x) and not expand.packed and not project.packed:

@@ -29,8 +29,8 @@ def recomputed(value: Tensor, module: nn.Module, argument: Tensor) -> AbstractCo
 def checkpointed(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
     """``second(first(x))``, without storing the result in between.
 
-    The modules must be cheap and deterministic: the backward pass calls them again. Has no effect if they have forward
-    hooks, and where `_stores` says so.
+    The modules must be cheap and deterministic: the backward pass calls them again. The result is stored if they have
+    forward hooks, and where `_stores` says so.
     """
     if _stores(x) or _has_forward_hooks(first) or _has_forward_hooks(second):
         return second(first(x))
@@ -52,7 +52,7 @@ def _stores(*tensors: Tensor) -> bool:
 
 
 # A tensor and its version; if it is the argument of the module, also the shape of the value. Named here, because
-# annotations of inner functions are evaluated in each call.
+# annotations of inner functions are evaluated in each call (before Python 3.14).
 _Stored = tuple[Tensor, int, torch.Size | None]
 
 

@@ -201,30 +201,38 @@ class Reduction(ConvLayer):
 class InvertedBottleneck(nn.Sequential):
     """Three layers, of which the first expands the maps (B, C, H, W). The expanded maps are not stored for training.
 
-    On a CPU one operator computes all except the last norm. If one of the layers has hooks, or is wrapped, sharded or
-    replaced in part, the layers are simply called.
+    On a CPU one operator computes everything but the last norm. If one of the layers has hooks, or is wrapped, sharded
+    or replaced in part, the layers are simply called; likewise if weights are frozen.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         layers: Any = self
         expand, reduce, project = layers
-        if not (_is_plain_conv(expand, ConvLayer, nn.Identity) and _is_plain_conv(reduce, Reduction, nn.ReLU)):
+        plain = _is_plain_conv(expand, ConvLayer, norm=nn.Identity, act=nn.Identity)
+        if not (plain and _is_plain_conv(reduce, Reduction, norm=nn.Identity, act=nn.ReLU)):
             return project(reduce(expand(x)))
-        if has_kernels("downsampling", x) and _is_plain_conv(project, ConvLayer, nn.Identity, norm=None):
-            weights = [weight for layer in layers for weight in (layer.conv.weight, layer.conv.bias)]
-            tokens = _as_operand(x.permute(0, 2, 3, 1), *weights)
-            fits = is_pointwise(expand.conv) and is_downsampling(reduce.conv) and is_pointwise(project.conv)
-            if fits and tokens is not None:
-                weights[0], weights[4] = weights[0].flatten(1), weights[4].flatten(1)
-                return project.norm(downsampling(tokens, *weights).permute(0, 3, 1, 2))
+        if has_kernels("downsampling", x) and _is_plain_conv(project, ConvLayer, act=nn.Identity):
+            maps = _downsample(expand.conv, reduce.conv, project.conv, x)
+            if maps is not None:
+                return project.norm(maps)
         return project(checkpointed(expand, reduce, x))
 
 
-def _is_plain_conv(layer: Any, kind: type[ConvLayer], act: type[nn.Module], norm: type | None = nn.Identity) -> bool:
-    """Whether the layer is a convolution with weights of its own, then this norm (None: any), and this activation."""
-    parts: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "act": act}
-    if norm is not None:
-        parts["norm"] = norm
+def _downsample(expand: nn.Conv2d, reduce: nn.Conv2d, project: nn.Conv2d, x: Tensor) -> Tensor | None:
+    """The three convolutions as one operator, which rectifies the maps in between; None if it cannot compute them."""
+    if not (is_pointwise(expand) and is_downsampling(reduce) and is_pointwise(project)):
+        return None
+    weights: list[Any] = [weight for conv in (expand, reduce, project) for weight in (conv.weight, conv.bias)]
+    tokens = _as_operand(x.permute(0, 2, 3, 1), *weights)
+    if tokens is None:
+        return None
+    weights[0], weights[4] = expand.weight.flatten(1), project.weight.flatten(1)
+    return downsampling(tokens, *weights).permute(0, 3, 1, 2)
+
+
+def _is_plain_conv(layer: Any, kind: type[ConvLayer], **parts: type[nn.Module]) -> bool:
+    """Whether the layer and these parts are of these types and unmodified, and the convolution has its own weights."""
+    parts["conv"] = nn.Conv2d
     return not (_is_modified(layer, kind) or _has_modified_parts(layer, parts) or is_parametrized(layer.conv))
 
 
@@ -429,19 +437,24 @@ def _project(layer: nn.Module, x: Tensor) -> Tensor:
     if _has_global_hooks() or _is_modified(layer, nn.Linear) or layer.bias is not None:
         return layer(x)
     weight: Any = layer.weight
-    frozen = torch.is_grad_enabled() and not weight.requires_grad  # the operator would compute its gradient
-    if frozen or weight.dtype != x.dtype or not plain_eager(weight):
-        return F.linear(x, weight)
-    return linear(x, weight)
+    return F.linear(x, weight) if _as_operand(x, weight) is None else linear(x, weight)
 
 
-def _as_operand(x: Tensor, *weights: Tensor | None) -> Tensor | None:
-    """``x`` as an operator takes it, under autocast in its dtype; None if the weights only suit layers."""
+def _as_operand(x: Tensor, *weights: Any) -> Tensor | None:
+    """``x`` in the dtype in which an operator computes with these weights, under autocast that of autocast.
+
+    None if layers should compute: if a weight is missing, of another type or dtype, or frozen while others are trained,
+    since operators compute the gradients of all.
+    """
     if not plain_eager(*weights):
         return None
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    needed = [tensor.requires_grad for tensor in (x, *weights)]
+    if torch.is_grad_enabled() and any(needed) and not all(needed[1:]):
+        return None
+    dtypes = {tensor.dtype for tensor in (x, *weights)}
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
         return x.to(torch.get_autocast_dtype(x.device.type))
-    return x if all(weight is not None and weight.dtype == x.dtype for weight in weights) else None
+    return x if len(dtypes) == 1 else None
 
 
 # Modules that are not called: an operator reads their weights.

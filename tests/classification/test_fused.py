@@ -235,6 +235,22 @@ def test_autocast_is_refused() -> None:
         model(images())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_downsampling_without_biases(dtype: torch.dtype) -> None:
+    model = filled_classifier().eval()
+    expand = model.layers[0].downsample.conv[0]
+    expand.conv = nn.Conv2d(expand.conv.in_channels, expand.conv.out_channels, 1, bias=False)
+    expected = model.double()(images().double())
+    assert_near(model.fuse().to(dtype)(images().to(dtype)), expected, 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_downsampling_refuses_tokens_of_another_dtype(dtype: torch.dtype) -> None:
+    downsample = filled_classifier().eval().fuse().to(dtype).layers[0].downsample
+    with pytest.raises(TypeError, match="a fused model computes in the dtype of its weights"):
+        downsample(torch.ones(1, 4, 4, downsample.expand.weight.shape[1], dtype=torch.float16))
+
+
 def test_fusing_again_and_copying_change_nothing() -> None:
     model = filled_classifier().eval().fuse()
     expected = model(images())

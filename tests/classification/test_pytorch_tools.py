@@ -307,15 +307,20 @@ def test_layers_of_another_dtype_are_refused(name: str) -> None:
         model(images())
 
 
-def test_frozen_projections_get_no_gradients() -> None:
-    mixer = filled_classifier(depths=(1,)).layers[0].blocks[0].self_attention
-    x = torch.ones(2, 3, 3, mixer.in_proj.in_features, requires_grad=True)
+@pytest.mark.parametrize(
+    ("part", "operator"),
+    [("blocks.0.self_attention", "linear"), ("blocks.0.mlp", "mlp"), ("downsample", "downsampling")],
+)
+def test_frozen_matrices_get_no_gradients(part: str, operator: str) -> None:
+    stage = filled_classifier(depths=(1, 1)).layers[0]
+    module = stage.get_submodule(part)
+    x = torch.ones(2, 3, 3, stage.blocks[0].ln_1.weight.numel(), requires_grad=True)
     for frozen in (False, True):
-        mixer.requires_grad_(not frozen)
+        module.requires_grad_(not frozen)
         with torch.profiler.profile() as profile:
-            mixer(x).sum().backward()
+            module(x).sum().backward()
         names = {event.key for event in profile.key_averages()}
-        assert ("spatial_mamba::linear_backward" in names) == (not frozen and not reference_serves(x, "linear"))
+        assert (f"spatial_mamba::{operator}_backward" in names) == (not frozen and not reference_serves(x, operator))
 
 
 def test_dropout_in_mlps_is_applied() -> None:

@@ -13,7 +13,7 @@ def test_shapes_that_fit_are_remembered_up_to_a_limit() -> None:
     for batch in range(MOST_REMEMBERED + 5):
         found = check_tensors(expected, dict(x=torch.empty(batch, 8), weight=torch.empty(4, 5)))
         assert found == dict(batch=batch, dim=4, R=3)
-    assert 0 < len(expected.found) <= MOST_REMEMBERED
+    assert 0 < len(expected.checked) <= MOST_REMEMBERED
 
 
 def test_a_shape_that_fitted_with_others_is_an_error_again() -> None:

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "downsampling_conv.h"
+#include "downsampling_row.h"
 #include "product.h"
 
 namespace spatial_mamba {
@@ -19,13 +19,13 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kHiddenBytes = 1 << 20;  // of the hidden map in a part, per thread
+constexpr int64_t kHiddenBytes = 1 << 20;  // of the hidden map in a part, per thread, except in half precision
 
 // Calls visit(first image, images, first channel, channels) for parts of the hidden map of `shape`.
 template <typename io, typename Visit>
 void for_parts(const Shape& shape, Visit&& visit) {
-  if (shape.batch == 0) return;
   const int64_t tokens = shape.height * shape.width;
+  if (shape.batch * tokens == 0) return;
   const auto split = [](int64_t all, int64_t most) { return at::divup(all, at::divup(all, std::max<int64_t>(most, 1))); };
   const int64_t images = split(shape.batch, at::divup(tile_size(shape.batch * tokens), tokens));
   int64_t channels = shape.dim;
@@ -56,7 +56,7 @@ void convolve(const Shape& shape, const io* hidden, const Weights<Compute<io>>& 
 
 // Gradients of one image, for a few neighbouring vectors of channels. The gradients of the sums are kept in a ring of
 // two rows of outputs; then those of the two rows of inputs between them can be computed, and replace the inputs.
-// Likewise, the outputs replace their gradients.
+// Likewise, the outputs replace their gradients in `sampled`.
 template <typename io>
 class BackwardTile {
  public:
@@ -176,7 +176,7 @@ void convolve_backward(const Shape& shape, io* hidden, const Weights<Compute<io>
 // Images of a contiguous map as rows of tokens.
 Tensor rows_of_images(const Tensor& x, int64_t first, int64_t count) { return x.narrow(0, first, count).flatten(0, 2); }
 
-// sums += a @ b. Sums in a wider type than the products are rounded only by these.
+// sums += a @ b. If the sums are of a wider type, only the product is rounded.
 void add_product(const Tensor& a, const Tensor& b, Tensor sums) {
   if (sums.scalar_type() == a.scalar_type()) {
     product(a, b, sums, sums);

@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "downsampling_conv.h"
+#include "downsampling_row.h"
 #include "packed_layer.h"
 #include "tokens.h"
 
