@@ -16,8 +16,6 @@ from .tensors import without_autocast
 
 _LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
 _AUTOGRAD_KEYS = [getattr(torch._C.DispatchKey, f"Autograd{name}") for name in ("CPU", "CUDA", "MPS", "XPU", "Other")]
-
-
 # The dispatch keys below autograd of ordinary tensors. Fake tensors and batches of gradients, for example, have more.
 _ORDINARY = {torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)}
 
