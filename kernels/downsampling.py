@@ -10,6 +10,10 @@ from .depthwise_conv import CONV_FLOPS
 from .registration import Operator
 from .tensors import check_tensors, compute_dtype_for, contiguous_as, layouts
 
+DOWNSAMPLING_TENSORS = (  # in schemas
+    "Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, Tensor project, "
+    "Tensor project_bias"
+)
 LAYOUTS = layouts(
     x="batch, H, W, dim",
     expand="hidden, dim",
@@ -106,8 +110,7 @@ def _backward(backend: ModuleType, grad_out: Tensor, *inputs: Tensor) -> tuple[T
 
 
 DOWNSAMPLING = Operator(
-    "downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, Tensor project, "
-    "Tensor project_bias) -> Tensor",
+    f"downsampling({DOWNSAMPLING_TENSORS}) -> Tensor",
     reference,
     fake,
     backward=_backward,

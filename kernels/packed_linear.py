@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
+from .downsampling import DOWNSAMPLING_TENSORS
 from .downsampling import fake as fake_downsampling
 from .downsampling import flops as downsampling_flops
 from .downsampling import reference as downsample
@@ -245,16 +246,9 @@ def mlp_reference(
     return linear_reference(F.gelu(hidden), project, project_bias, None, None, x, len(project_bias), 0.0, False)
 
 
-def downsampling_reference(
-    x: Tensor,
-    expand: Tensor,
-    expand_bias: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    project: Tensor,
-    project_bias: Tensor,
-) -> Tensor:
+def downsampling_reference(x: Tensor, expand: Tensor, expand_bias: Tensor, *others: Tensor) -> Tensor:
     """The reference implementation of `packed_downsampling`; the convolution is in float32."""
+    conv_weight, conv_bias, project, project_bias = others
     expand, project = unpack_weight(expand, len(expand_bias)), unpack_weight(project, len(project_bias))
     return downsample(x, expand, expand_bias, conv_weight, conv_bias, project, project_bias)
 
@@ -288,8 +282,7 @@ PACKED_MLP = Operator(
     flops=lambda x, *others: 4 * math.prod(x) * others[3][0],
 )
 PACKED_DOWNSAMPLING = Operator(
-    "packed_downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, "
-    "Tensor project, Tensor project_bias) -> Tensor",
+    f"packed_downsampling({DOWNSAMPLING_TENSORS}) -> Tensor",
     downsampling_reference,
     fake=fake_downsampling,
     forward=_packed_on("packed_downsampling", downsampling_reference),

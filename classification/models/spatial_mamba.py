@@ -222,12 +222,10 @@ def _downsample(expand: nn.Conv2d, reduce: nn.Conv2d, project: nn.Conv2d, x: Ten
     """The three convolutions as one operator, which rectifies the maps in between; None if it cannot compute them."""
     if not (is_pointwise(expand) and is_downsampling(reduce) and is_pointwise(project)):
         return None
-    weights: list[Any] = [weight for conv in (expand, reduce, project) for weight in (conv.weight, conv.bias)]
+    to_hidden, from_hidden = expand.weight.flatten(1), project.weight.flatten(1)
+    weights: Any = (to_hidden, expand.bias, reduce.weight, reduce.bias, from_hidden, project.bias)
     tokens = _as_operand(x.permute(0, 2, 3, 1), *weights)
-    if tokens is None:
-        return None
-    weights[0], weights[4] = expand.weight.flatten(1), project.weight.flatten(1)
-    return downsampling(tokens, *weights).permute(0, 3, 1, 2)
+    return None if tokens is None else downsampling(tokens, *weights).permute(0, 3, 1, 2)
 
 
 def _is_plain_conv(layer: Any, kind: type[ConvLayer], **parts: type[nn.Module]) -> bool:
