@@ -6,7 +6,6 @@ from .depthwise_conv import depthwise_conv
 from .downsampling import downsampling
 from .gated_norm import gated_norm
 from .layer_norm import layer_norm
-from .linear import linear
 from .mlp import mlp
 from .selective_scan import selective_scan
 from .spatial_mixer import spatial_mixer
@@ -18,7 +17,6 @@ __all__ = [
     "downsampling",
     "gated_norm",
     "layer_norm",
-    "linear",
     "mlp",
     "selective_scan",
     "spatial_mixer",

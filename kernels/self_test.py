@@ -29,8 +29,6 @@ CASES = [
     Case("odd sizes", "downsampling", batch=2, height=7, width=6, dim=20),
     Case("one row", "downsampling", batch=1, height=1, width=3, dim=8),
     Case("many tokens", "downsampling", batch=3, height=37, width=41, dim=50),
-    Case("small", "linear", batch=2, height=5, width=7, dim=36),
-    Case("many tokens", "linear", batch=2, height=25, width=24, dim=70),
     Case("small", "mlp", batch=2, height=5, width=7, dim=36),
     Case("small", "norm", batch=2, height=7, width=31, dim=150),
     Case("small", "layer", batch=2, height=7, width=31, dim=150),

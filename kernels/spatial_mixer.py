@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -164,15 +163,9 @@ def _forward(
         weights = (conv_weight, conv_bias, projection_weight, *core, norm_weight, norm_bias)
         return backend.spatial_mixer(x, gate, *weights, tap_offsets(sizes, dilations), eps, keep)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
-    projection = _project(backend, u, projection_weight)
+    projection = F.linear(u, projection_weight)
     y, row_states = STRUCTURE_AWARE_SCAN.run(u, projection, *core, sizes, dilations, conv_weight.dtype)
     return GATED_NORM.run(y, gate, norm_weight, norm_bias, eps), *_kept(y, row_states, keep)
-
-
-def _project(backend: ModuleType, u: Tensor, weight: Tensor) -> Tensor:
-    if u.device.type == "cpu" and u.dtype == torch.float32 and hasattr(backend, "linear"):  # faster
-        return backend.linear(u.view(-1, u.shape[3]), weight).view(*u.shape[:3], weight.shape[0])
-    return F.linear(u, weight)
 
 
 def _backward(
@@ -197,7 +190,7 @@ def _backward(
     if found is not grad_gate:
         grad_gate.copy_(found)
     u = DEPTHWISE_CONV.run(x, conv_weight, conv_bias, "silu")
-    projection = _project(backend, u, projection_weight)
+    projection = F.linear(u, projection_weight)
     inputs = (u, projection, *core, row_states, sizes, dilations, y.dtype)
     grad_u, grad_projection, *core_grads = STRUCTURE_AWARE_SCAN.run_backward(grad_y, *inputs)
     del grad_y

@@ -27,7 +27,6 @@ from ...kernels import (
     depthwise_conv,
     downsampling,
     layer_norm,
-    linear,
     mlp,
     selective_scan,
     spatial_mixer,
@@ -387,9 +386,9 @@ class StructureAwareSSM(nn.Module):
             self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        xz = _project(self.in_proj, x)  # (B, H, W, 2 D): tokens and gate
+        xz = self.in_proj(x)  # (B, H, W, 2 D): tokens and gate
         y = self._mix_by_module(xz) if _has_modified_parts(self, MIXER_PARTS) else self._mix(xz)
-        return _project(self.out_proj, y)
+        return self.out_proj(y)
 
     def _mix(self, xz: Tensor) -> Tensor:
         kernels, alpha, dilations = self.state_fusion.branches(self.Ds)
@@ -424,18 +423,6 @@ class StructureAwareSSM(nn.Module):
             h = self.state_fusion(h.squeeze(2).unflatten(2, u.shape[1:3])).permute(0, 2, 3, 1)
             y = self.out_norm((C * h + self.Ds * u).to(self.out_norm.weight.dtype))
             return (y * F.silu(gate.to(compute_dtype))).to(xz.dtype)
-
-
-def _project(layer: nn.Module, x: Tensor) -> Tensor:
-    """Call a linear layer. On CPUs `linear` computes it, unless the layer is modified, frozen or has a bias, and except
-    in half precision and under autocast.
-    """
-    if not has_kernels("linear", x) or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
-        return layer(x)
-    if _has_global_hooks() or _is_modified(layer, nn.Linear) or layer.bias is not None:
-        return layer(x)
-    weight: Any = layer.weight
-    return F.linear(x, weight) if _as_operand(x, weight) is None else linear(x, weight)
 
 
 def _as_operand(x: Tensor, *weights: Any) -> Tensor | None:

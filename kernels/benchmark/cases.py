@@ -9,7 +9,7 @@ from torch import Tensor
 DILATIONS = (1, 3, 5)
 WIDTHS = {"tiny": 64, "base": 96}  # of the first stage; small has the shapes of tiny
 MAMBA_STATES, MAMBA_BATCH = 16, 16  # N of Mamba's own scan, and the largest batch size that it is timed with
-SMALL = ("conv", "position", "downsampling", "linear", "mlp", "norm")
+SMALL = ("conv", "position", "downsampling", "mlp", "norm")
 LARGEST_CHECK = 2**23  # largest number of states to compare with float64, which takes seconds
 # Inputs with a batch dimension, which have the dtype of the activations; weights are float32.
 ACTIVATIONS = {"u", "projection", "xz", "x", "y", "gate", "h", "delta", "B", "C", "z"}
@@ -22,8 +22,7 @@ class Case:
     The operators are ``core`` (``structure_aware_scan``), ``states`` (``selective_scan`` without C, as Spatial-Mamba
     uses it), ``scan`` (``selective_scan`` with C, D and z, as Mamba uses it), ``fusion`` (``state_fusion``), ``mixer``
     (``spatial_mixer``), ``conv`` and ``position`` (``depthwise_conv`` with SiLU, and with the residual),
-    ``downsampling``, ``linear``, ``mlp``, ``norm`` (``gated_norm``), and ``layer``
-    (``layer_norm``).
+    ``downsampling``, ``mlp``, ``norm`` (``gated_norm``), and ``layer`` (``layer_norm``).
     """
 
     name: str
@@ -62,7 +61,6 @@ class Case:
             "conv": conv,
             "position": conv,
             "downsampling": downsampling,
-            "linear": {"x": tokens, "weight": (hidden, *dim)},
             "mlp": {"x": tokens, **mlp},
             "norm": {"y": tokens, "gate": tokens, "weight": dim, "bias": dim},
             "layer": {"x": tokens, "weight": dim, "bias": dim},
@@ -110,7 +108,7 @@ def all_cases(batch: int) -> list[Case]:
 def _case(operator: str, model: str, stage: int, image: tuple[int, int], batch: int) -> Case:
     width, stride = WIDTHS[model] * 2 ** (stage - 1), 4 * 2 ** (stage - 1)
     name = f"{operator}/{model}/stage{stage}/{image[0]}x{image[1]}"
-    dim = {"position": 1, "linear": 1, "mlp": 1, "downsampling": 1}.get(operator, 2) * width
+    dim = {"position": 1, "mlp": 1, "downsampling": 1}.get(operator, 2) * width
     return Case(name, operator, batch, image[0] // stride, image[1] // stride, dim, rank=math.ceil(width / 16))
 
 

@@ -20,7 +20,6 @@ from ..depthwise_conv import depthwise_conv
 from ..downsampling import downsampling
 from ..gated_norm import gated_norm
 from ..layer_norm import layer_norm
-from ..linear import linear
 from ..mlp import mlp
 from ..selective_scan import selective_scan
 from ..spatial_mixer import spatial_mixer
@@ -38,7 +37,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "conv": partial(depthwise_conv, epilogue="silu"),
     "position": partial(depthwise_conv, epilogue="residual"),
     "downsampling": downsampling,
-    "linear": linear,
     "mlp": mlp,
     "norm": gated_norm,
     "layer": layer_norm,
@@ -105,7 +103,7 @@ def has_kernels(backend: str, case: Case) -> bool:
     """
     if case.operator == "layer":
         return backend in ("cuda", "triton")
-    return case.operator not in ("downsampling", "linear", "mlp") or backend in ("cpu", "torch")
+    return case.operator not in ("downsampling", "mlp") or backend in ("cpu", "torch")
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -309,7 +309,7 @@ def test_layers_of_another_dtype_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("part", "operator"),
-    [("blocks.0.self_attention", "linear"), ("blocks.0.mlp", "mlp"), ("downsample", "downsampling")],
+    [("blocks.0.mlp", "mlp"), ("downsample", "downsampling")],
 )
 def test_frozen_matrices_get_no_gradients(part: str, operator: str) -> None:
     stage = filled_classifier(depths=(1, 1)).layers[0]

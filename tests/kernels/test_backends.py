@@ -18,7 +18,6 @@ from spatial_mamba.kernels import (
     downsampling,
     gated_norm,
     layer_norm,
-    linear,
     mlp,
     selective_scan,
     spatial_mixer,
@@ -224,14 +223,6 @@ def downsampling_case(
     return lambda **kw: (downsampling(**kw),), tensors
 
 
-def linear_case(batch: int = 9, inputs: int = 5, outputs: int = 7) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """A linear layer of ``batch`` tokens."""
-    g = generator()
-    shapes = {"x": (batch, inputs), "weight": (outputs, inputs)}
-    tensors = {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
-    return lambda **kw: (linear(**kw),), tensors
-
-
 def mlp_case(
     batch: int = 9, dim: int = 5, hidden: int = 7, outputs: int = 6
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
@@ -422,13 +413,6 @@ DOWNSAMPLINGS: dict[str, dict[str, Any]] = {
     "larger than a tile": {"batch": 1, "height": 19, "width": 22, "hidden": 150},
     "several parts": {"batch": 3, "height": 40, "width": 41, "hidden": 330},
 }
-LINEARS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "one token": {"batch": 1, "inputs": 1, "outputs": 1},
-    "more than a block": {"batch": 75, "inputs": 70, "outputs": 530},
-    "more than a tile": {"batch": 2600, "inputs": 20, "outputs": 67},
-    "deep": {"batch": 300, "inputs": 530, "outputs": 9},
-}
 MLPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one token": {"batch": 1, "dim": 1, "hidden": 1, "outputs": 1},
@@ -523,12 +507,6 @@ def test_downsampling(backend: torch.device, case: dict[str, Any]) -> None:
 
 
 @compiled_backends
-@cases(LINEARS)
-def test_linear(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*linear_case(**case), backend)
-
-
-@compiled_backends
 @cases(MLPS)
 def test_mlp(backend: torch.device, case: dict[str, Any]) -> None:
     assert_matches_reference(*mlp_case(**case), backend)
@@ -562,7 +540,7 @@ def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pyte
     assert_matches_reference(*layer_norm_case(**image, dim=8), backend, dtype)
     if not interpreted(request):  # it truncates where GPUs round: too coarse for several operators in sequence
         sampled = downsampling_case(batch=40, height=8, width=9, hidden=40)  # in several parts
-        for operator in (mixer_case(), linear_case(2600), mlp_case(2600), sampled):
+        for operator in (mixer_case(), mlp_case(2600), sampled):
             assert_matches_reference(*operator, backend, dtype, rounds_within=True)
 
 
@@ -685,7 +663,6 @@ def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
         norm_case(1, 2, 3, 3, margins=(3, 0)),
         layer_norm_case(1, 2, 3, 3),
         downsampling_case(1, 3, 4),
-        linear_case(3),
         mlp_case(3),
         mixer_case(1, 2, 3, 3, 2),
         mixer_case(1, 2, 3, 3, 2, merged=True),
@@ -770,7 +747,6 @@ OPERATORS = {
     "gated_norm": norm_case,
     "layer_norm": layer_norm_case,
     "downsampling": downsampling_case,
-    "linear": linear_case,
     "mlp": mlp_case,
     "spatial_mixer": mixer_case,
 }
@@ -785,7 +761,7 @@ def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
         arguments = (tensors["x"], tensors["weight"].flatten(1), tensors["bias"], "silu")
     elif name in ("gated_norm", "layer_norm"):
         arguments = (*tensors.values(), 1e-5)
-    elif name in ("downsampling", "linear"):
+    elif name == "downsampling":
         arguments = tuple(tensors.values())
     elif name == "mlp":
         arguments = (*tensors.values(), True)
@@ -906,7 +882,6 @@ WRAPPED = {
     "layer norm": (layer_norm_case(), ("x",)),
     "norm by a half": (norm_case(margins=(5, 0)), ("y", "gate")),
     "downsampling": (downsampling_case(), ("x",)),
-    "linear": (linear_case(), ("x",)),
     "mlp": (mlp_case(), ("x",)),
     "mixer": (mixer_case(), ("xz",)),
     "mixer, merged": (mixer_case(merged=True), ("xz",)),
@@ -937,7 +912,7 @@ def test_compile_export_checkpoint_and_autocast(backend: torch.device, wrapped: 
     with torch.autocast(backend.type, dtype=torch.bfloat16):
         found = run(module)
     # Where PyTorch serves, its backward pass computes matrix products in bfloat16 within autocast.
-    compared = 1 if backend.type == "cuda" and wrapped in ("linear", "mlp") else len(expected)
+    compared = 1 if backend.type == "cuda" and wrapped == "mlp" else len(expected)
     assert all(map(torch.equal, found[:compared], expected[:compared]))
 
 
@@ -954,7 +929,6 @@ def test_flops_are_counted(backend: torch.device) -> None:
         ("gated_norm", 0),
         ("layer_norm", 0),
         ("downsampling", 2 * batch * (height * width * 4 * dim + 3 * 4 * dim * (9 + 3))),
-        ("linear", 2 * 9 * 5 * 7),
         ("mlp", 2 * 9 * (5 * 7 + 7 * 6)),
         ("spatial_mixer", elements * (2 * 9 + 2 * (rank + 2) + 2 * rank + 7 + 2 * taps)),
     ):
@@ -1050,7 +1024,7 @@ def test_backend_that_serves_an_operator_on_a_gpu(monkeypatch: pytest.MonkeyPatc
     assert [serving(name, torch.float64) for name in native] == ["torch"] * 6
     for name in ("cuda", "triton", "torch"):
         with use_backend(name):
-            assert [serving(operator) for operator in (*native, "linear")] == [*[name] * 6, "torch"]
+            assert [serving(operator) for operator in (*native, "mlp")] == [*[name] * 6, "torch"]
     with use_backend("cuda"), pytest.raises(RuntimeError, match="no kernels for cpu tensors"):
         backends.serving("cpu", torch.float32, None, "gated_norm")
 

@@ -11,7 +11,7 @@ from spatial_mamba.kernels.__main__ import main
 from spatial_mamba.kernels.benchmark import implementations
 
 OPERATORS = ["structure_aware_scan", "selective_scan", "state_fusion", "spatial_mixer", "depthwise_conv"]
-OPERATORS += ["downsampling", "linear", "mlp", "gated_norm"]
+OPERATORS += ["downsampling", "mlp", "gated_norm"]
 
 
 def test_every_operator_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """The reference implementation of the mixer compared with its parts."""
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 
 from spatial_mamba.kernels import spatial_mixer, structure_aware_scan, use_backend
 from spatial_mamba.kernels.backends import why_not
-from spatial_mamba.kernels.spatial_mixer import _project
 from spatial_mamba.kernels.state_fusion import merge_taps
 
 from .inputs import BATCH, DIM, assert_near, assert_types_and_devices_are_refused, core_inputs, generator
@@ -132,13 +130,3 @@ def test_mixer_refuses(change: dict[str, Any], message: str) -> None:
 
 def test_mixer_refuses_types_and_devices() -> None:
     assert_types_and_devices_are_refused(spatial_mixer, mixer_inputs())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("has_linear", [True, False])
-def test_mixer_projects_with_no_backend_but_its_own(dtype: torch.dtype, has_linear: bool) -> None:
-    u, weight, backend = torch.ones(2, 3, 4, DIM, dtype=dtype), torch.ones(5, DIM, dtype=dtype), ModuleType("backend")
-    if has_linear:
-        backend.linear = lambda rows, weight: torch.zeros(len(rows), len(weight))  # type: ignore[attr-defined]
-    expected = 0 if has_linear and dtype == torch.float32 else DIM
-    assert torch.equal(_project(backend, u, weight), torch.full((2, 3, 4, 5), expected, dtype=dtype))

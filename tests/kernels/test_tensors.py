@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spatial_mamba.kernels import linear
+from spatial_mamba.kernels import layer_norm
 from spatial_mamba.kernels.tensors import MOST_REMEMBERED, check_tensors, layouts
 
 
@@ -30,5 +30,5 @@ def test_a_shape_that_fitted_with_others_is_an_error_again() -> None:
 
 
 def test_shapes_of_a_trace_may_be_symbols() -> None:
-    graph = make_fx(linear, tracing_mode="symbolic")(torch.ones(5, 4), torch.ones(3, 4))
-    assert graph(torch.ones(7, 2), torch.ones(6, 2)).shape == (7, 6)
+    graph = make_fx(layer_norm, tracing_mode="symbolic")(torch.ones(5, 4), torch.ones(4), torch.ones(4))
+    assert graph(torch.ones(7, 3), torch.ones(3), torch.ones(3)).shape == (7, 3)

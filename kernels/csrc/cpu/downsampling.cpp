@@ -20,6 +20,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kHiddenBytes = 1 << 20;  // of the hidden map in a part, per thread, except in half precision
+constexpr int64_t kChannels = 64;          // the channels of a part are a multiple of this
 
 // Calls visit(first image, images, first channel, channels) for parts of the hidden map of `shape`.
 template <typename io, typename Visit>
@@ -32,7 +33,7 @@ void for_parts(const Shape& shape, Visit&& visit) {
   // In half precision, sums over channels would be rounded after each part.
   if (sizeof(io) > 2) {
     const int64_t most = kHiddenBytes * at::get_num_threads() / (images * tokens * static_cast<int64_t>(sizeof(io)));
-    channels = at::divup(split(shape.dim, most), kColumns) * kColumns;
+    channels = at::divup(split(shape.dim, most), kChannels) * kChannels;
   }
   for_tiles(shape.batch, images, [&](int64_t b, int64_t count) {
     for_tiles(shape.dim, channels, [&](int64_t channel, int64_t width) { visit(b, count, channel, width); });

@@ -1,21 +1,30 @@
 // Weights packed for oneDNN's microkernels, and products with them on one thread.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <cstdint>
 
-#include "product.h"
+#include "transpose.h"
+
+// PyTorch defines this macro if it exports the microkernels. oneDNN has those in float32 for AVX2 and AVX-512.
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+#define SPATIAL_MAMBA_MICROKERNELS 1
+#endif
 
 namespace spatial_mamba {
+
+constexpr int64_t kColumns = 64;  // of a block of packed weights
 
 // Inputs are packed in words: pairs for the half-precision types, as matrix units read them.
 template <typename io>
 constexpr int64_t kPair = sizeof(io) == 2 ? 2 : 1;
 
 inline bool can_pack(at::ScalarType dtype) {
-#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
+#if defined(SPATIAL_MAMBA_MICROKERNELS)
 #if defined(__x86_64__)
   if (dtype == at::kFloat) return __builtin_cpu_supports("avx2") && at::globalContext().userEnabledMkldnn();
 #endif
@@ -43,13 +52,13 @@ void pack(const io* weight, int64_t outputs, int64_t inputs, io* packed) {
 template <typename io>
 void multiply_packed(const io* x, int64_t tokens, int64_t inputs, const io* block, int64_t columns, float* out,
                      int64_t stride) {
-#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
+#if defined(SPATIAL_MAMBA_MICROKERNELS)
   at::native::cpublas::brgemm(tokens, columns, inputs, inputs, kColumns, stride, false, x, block, out, kPair<io> == 2);
 #endif
 }
 
 inline void release_microkernels() {
-#if defined(SPATIAL_MAMBA_TILE_PRODUCTS)
+#if defined(SPATIAL_MAMBA_MICROKERNELS)
   at::native::cpublas::brgemm_release();
 #endif
 }

@@ -20,6 +20,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kBandBytes = 280 << 10;  // of u and y in a band of rows, per thread
+constexpr int64_t kBlockTokens = 64;       // to project at a time, at most
 
 // p = u times the transpose of a weight (R + 2, dim), rounded to the type of u.
 template <typename io>
@@ -43,8 +44,11 @@ class Projection {
         }
       }
     } else if constexpr (std::is_same_v<T, float>) {
-      for_tiles(tokens, kRows, [&](int64_t first, int64_t count) {
-        for_generated_sizes(count, [&](int64_t i, int64_t n) { multiply(u, first + i, n, p); });
+      // oneDNN generates code for each number of tokens: multiples of 8, and the rest.
+      for_tiles(tokens, kBlockTokens, [&](int64_t first, int64_t count) {
+        const int64_t rest = count % 8;
+        if (rest < count) multiply(u, first, count - rest, p);
+        if (rest > 0) multiply(u, first + count - rest, rest, p);
       });
       if constexpr (!std::is_same_v<io, T>) {
         for (int64_t k = 0; k < tokens * outputs_; ++k) p[k] = static_cast<io>(p[k]);

@@ -1,7 +1,6 @@
 // Transposes of matrices, in blocks of vectors.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -9,12 +8,6 @@
 #include "vec.h"
 
 namespace spatial_mamba {
-
-// Calls visit(first, count) for consecutive ranges of at most `size` of `total` elements.
-template <typename Visit>
-void for_tiles(int64_t total, int64_t size, Visit&& visit) {
-  for (int64_t first = 0; first < total; first += size) visit(first, std::min(size, total - first));
-}
 
 // Transposes a block of at most 8x8 values.
 template <typename T>

@@ -4,6 +4,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -193,13 +194,21 @@ inline Vec<T> negative_magnitude(const Vec<T>& x) {
   return (Vec<T>)((Bits)x | (Bits{} + 1) << kSign);
 }
 
-// --- exponentials to base 2, of n vectors in lockstep to hide latency -------------------------------------------------
+// --- loops -----------------------------------------------------------------------------------------------------------
 
 template <int n, typename Step>
 inline __attribute__((always_inline)) void each(Step&& step) {
 #pragma GCC unroll 16
   for (int k = 0; k < n; ++k) step(k);
 }
+
+// Calls visit(first, count) for consecutive ranges of at most `size` of `total` elements.
+template <typename Visit>
+void for_tiles(int64_t total, int64_t size, Visit&& visit) {
+  for (int64_t first = 0; first < total; first += size) visit(first, std::min(size, total - first));
+}
+
+// --- exponentials to base 2, of n vectors in lockstep to hide latency -------------------------------------------------
 
 // x = 2^x for x <= 0, with a relative error of 2e-7; 0 below 2^-126.5, and NaN stays NaN. Exact at 0, because errors of
 // decays near 1 accumulate over many tokens.
