@@ -1,4 +1,4 @@
-# Everyday commands. The first one creates the environment .venv with the interpreter PYTHON; the others reuse it.
+# Everyday commands. Most use the environment .venv, which the first of them creates with the interpreter PYTHON.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Operator
-from .tensors import check_last_axis, check_tensors, contiguous_as, keep_for_backward, layouts
+from .tensors import check_tensors, contiguous_as, keep_for_backward, layouts
 
 LAYOUTS = layouts(expand="hidden, dim", expand_bias="hidden", project="outputs, hidden", project_bias="outputs")
 
@@ -33,7 +33,9 @@ def mlp(x: Tensor, expand: Tensor, expand_bias: Tensor, project: Tensor, project
         TypeError: if a tensor is not of a real floating-point type.
     """
     weights = dict(expand=expand, expand_bias=expand_bias, project=project, project_bias=project_bias)
-    check_last_axis(x, check_tensors(LAYOUTS, dict(x=x, **weights))["dim"])
+    dim = check_tensors(LAYOUTS, dict(x=x, **weights))["dim"]
+    if x.shape[-1:] != (dim,):
+        raise ValueError(f"x must have shape (..., {dim}), got {tuple(x.shape)}")
     converted = [contiguous_as(weight, x.dtype) for weight in weights.values()]
     out = MLP(x.reshape(-1, x.shape[-1]).contiguous(), *converted, keep_for_backward(x, *converted))
     return out.view(*x.shape[:-1], out.shape[1])

@@ -20,23 +20,23 @@ from .downsampling import reference as downsample
 from .registration import Operator
 from .tensors import Layouts, check_tensors, layouts
 
-COLUMNS = 64  # outputs per block
-LINEAR_LAYOUTS = layouts(packed="blocks, inputs, 64", bias="outputs", norm_weight="inputs", norm_bias="inputs")
+COLUMNS = 64  # outputs per block, as in csrc/cpu/packing.h
+LINEAR_LAYOUTS = layouts(packed=f"blocks, inputs, {COLUMNS}", bias="outputs", norm_weight="inputs", norm_bias="inputs")
 MLP_LAYOUTS = layouts(
     norm_weight="dim",
     norm_bias="dim",
-    expand="hidden_blocks, dim, 64",
+    expand=f"hidden_blocks, dim, {COLUMNS}",
     expand_bias="hidden",
-    project="dim_blocks, hidden, 64",
+    project=f"dim_blocks, hidden, {COLUMNS}",
     project_bias="dim",
 )
 DOWNSAMPLING_LAYOUTS = layouts(
     x="batch, H, W, dim",
-    expand="hidden_blocks, dim, 64",
+    expand=f"hidden_blocks, dim, {COLUMNS}",
     expand_bias="hidden",
     conv_weight="hidden, 1, 3, 3",
     conv_bias="hidden",
-    project="output_blocks, hidden, 64",
+    project=f"output_blocks, hidden, {COLUMNS}",
     project_bias="outputs",
 )
 

@@ -37,7 +37,7 @@ def selective_scan(
 
     Args:
         u: (batch, dim, L), the tokens.
-        delta: (batch, dim, L), the step sizes, before ``delta_bias`` and softplus.
+        delta: (batch, dim, L), before ``delta_bias`` and softplus.
         A: (dim, N); negative values let the states decay.
         B: (dim, N), (batch, N, L) or (batch, groups, N, L); groups must divide dim.
         C: like B; ``None`` returns the states instead of the outputs.

@@ -1,4 +1,7 @@
-"""Compare every operator of every backend that can be used here, forward and backward, with float64."""
+"""Compare every operator of every backend that can be used here, forward and backward, with float64.
+
+The operators for packed weights are left to the tests.
+"""
 
 import os
 import subprocess
@@ -30,6 +33,7 @@ CASES = [
     Case("one row", "downsampling", batch=1, height=1, width=3, dim=8),
     Case("many tokens", "downsampling", batch=3, height=37, width=41, dim=50),
     Case("small", "mlp", batch=2, height=5, width=7, dim=36),
+    Case("many tokens", "mlp", batch=3, height=37, width=41, dim=20),
     Case("small", "norm", batch=2, height=7, width=31, dim=150),
     Case("small", "layer", batch=2, height=7, width=31, dim=150),
 ]

@@ -90,16 +90,6 @@ def _sizes(
     return sizes
 
 
-def check_last_axis(x: Tensor, size: int) -> None:
-    """Check the input of a linear layer.
-
-    Raises:
-        ValueError: if ``x`` does not have shape (..., size).
-    """
-    if x.shape[-1:] != (size,):
-        raise ValueError(f"x must have shape (..., {size}), got {tuple(x.shape)}")
-
-
 def _fits(shape: Sequence[int], layout: Layout, sizes: dict[str, int]) -> bool:
     """Whether a shape has this layout. Axes that are new are added to ``sizes``."""
     if len(shape) != len(layout):

@@ -22,7 +22,7 @@ COMBINATIONS = {  # name: (Python, calls of pip install)
     "newest": ("3.13", [["torch", "torchvision"], EXTRAS]),
 }
 OPERATORS = (
-    "depthwise_conv downsampling gated_norm layer_norm linear mlp recurrence selective_scan spatial_mixer "
+    "depthwise_conv downsampling gated_norm layer_norm mlp recurrence selective_scan spatial_mixer "
     "state_fusion structure_aware_scan"
 )
 TESTS = {  # folder: tests

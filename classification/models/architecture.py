@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +13,13 @@ PUBLISHED_KERNELS = {"kernel_3": (1, 3), "kernel_3_1": (3, 3), "kernel_3_2": (5,
 
 FIRST_CONV = "patch_embed.conv1.conv.weight"
 
-PUBLISHED_FUSION = "3x3 dilation 1, 3x3 dilation 3, 3x3 dilation 5"
+
+def _text(branches: Iterable[tuple[int, int]]) -> str:
+    """Fusion kernels, given by dilation and size, for messages."""
+    return ", ".join(f"{size}x{size} dilation {dilation}" for dilation, size in branches) or "none"
+
+
+PUBLISHED_FUSION = _text(PUBLISHED_KERNELS.values())
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,7 @@ class Architecture:
     @property
     def fusion(self) -> str:
         """The fusion kernels, for messages."""
-        branches = zip(self.fusion_kernel_sizes, self.fusion_dilations, strict=True)
-        return ", ".join(f"{size}x{size} dilation {d}" for size, d in branches) or "none"
+        return _text(zip(self.fusion_dilations, self.fusion_kernel_sizes, strict=True))
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``SpatialMamba``, or of ``SpatialMambaBackbone`` if there is no classifier."""

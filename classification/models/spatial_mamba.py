@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 LAYER_NORM_EPS = 1e-5
-FUSION_DILATIONS = (1, 3, 5)
+FUSION_DILATIONS = tuple(dilation for dilation, _ in PUBLISHED_KERNELS.values())
 FUSION_KERNEL_SIZE = 3
 
 # Leaves for torch.fx: their checks of shapes, devices and dtypes cannot be traced.
@@ -200,8 +200,8 @@ class Reduction(ConvLayer):
 class InvertedBottleneck(nn.Sequential):
     """Three layers, of which the first expands the maps (B, C, H, W). The expanded maps are not stored for training.
 
-    On a CPU one operator computes everything but the last norm. If one of the layers has hooks, or is wrapped, sharded
-    or replaced in part, the layers are simply called; likewise if weights are frozen.
+    On a CPU one operator computes everything except the last norm, unless weights are frozen. If one of the layers has
+    hooks or parametrisations, or is wrapped, sharded or replaced in part, the layers are called without recomputation.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -481,7 +481,7 @@ def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
 class Mlp(TimmMlp):
     """timm's MLP with the exact GELU, whose output is not stored for training.
 
-    On a CPU one operator computes it, unless a part has hooks, or is wrapped, sharded or replaced.
+    On a CPU one operator computes it, unless weights are frozen or a part is hooked, wrapped, sharded or replaced.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -115,9 +115,9 @@ void convolve_row(const Shape& shape, int64_t b, int64_t i, const Tokens<const i
 // small enough to keep all threads busy.
 template <typename T, typename Run>
 void for_channel_tiles(const Shape& shape, Run&& run) {
-  const int64_t wanted = (2 * at::get_num_threads() + shape.batch - 1) / std::max<int64_t>(shape.batch, 1);
+  const int64_t wanted = at::divup(2 * at::get_num_threads(), std::max<int64_t>(shape.batch, 1));
   const int64_t size = std::clamp<int64_t>(shape.chunks<T>() / std::max<int64_t>(wanted, 1), 1, 8);
-  const int64_t tiles = (shape.chunks<T>() + size - 1) / size;
+  const int64_t tiles = at::divup(shape.chunks<T>(), size);
   at::parallel_for(0, shape.batch * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % tiles * size;

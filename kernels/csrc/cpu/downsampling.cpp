@@ -20,7 +20,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kHiddenBytes = 1 << 20;  // of the hidden map in a part, per thread, except in half precision
-constexpr int64_t kChannels = 64;          // the channels of a part are a multiple of this
+constexpr int64_t kChannels = 64;          // of a part are a multiple of this, so that its rows start at cache lines
 
 // Calls visit(first image, images, first channel, channels) for parts of the hidden map of `shape`.
 template <typename io, typename Visit>

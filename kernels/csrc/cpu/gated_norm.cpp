@@ -19,11 +19,6 @@ using at::Tensor;
 constexpr int64_t kParts = 64;
 constexpr int64_t kGrain = 64;  // tokens that are worth a thread
 
-template <typename T>
-int64_t chunks_of(int64_t dim) {
-  return (dim + kLanes<T> - 1) / kLanes<T>;
-}
-
 template <typename io, typename yio>
 void forward(int64_t tokens, int64_t dim, const yio* y, const Tokens<const io>& gate, const Compute<io>* weight,
              const Compute<io>* bias, Compute<io> eps, io* out) {

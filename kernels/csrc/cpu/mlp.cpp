@@ -47,7 +47,7 @@ template <typename io>
 void activate_backward(const Tensor& hidden, const Tensor& bias, const Tensor& activated, const Tensor& grad,
                        Compute<io>* grad_bias) {
   using T = Compute<io>;
-  const int64_t tokens = hidden.size(0), dim = hidden.size(1), parts = (tokens + kPartTokens - 1) / kPartTokens;
+  const int64_t tokens = hidden.size(0), dim = hidden.size(1), parts = at::divup(tokens, kPartTokens);
   const io *from = hidden.const_data_ptr<io>(), *offsets = bias.const_data_ptr<io>();
   io *to = activated.mutable_data_ptr<io>(), *grads = grad.mutable_data_ptr<io>();
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& expand, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& grad_out, const Tensor& x,
                                                                 const Tensor& expand, const Tensor& expand_bias,
                                                                 const Tensor& project, const Tensor& hidden) {
-  const int64_t tokens = x.size(0), dim = expand.size(0), parts = (tokens + kPartTokens - 1) / kPartTokens;
+  const int64_t tokens = x.size(0), dim = expand.size(0), parts = at::divup(tokens, kPartTokens);
   // In half precision there is one tile, because sums over tiles would be rounded after each.
   const int64_t size = x.element_size() == 2 ? tokens : tile_size(tokens);
   Tensor grad_x = at::empty(x.sizes(), x.options());

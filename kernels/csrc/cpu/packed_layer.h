@@ -89,7 +89,7 @@ void apply(const Layer<io>& layer, const io* x, int64_t tokens, float* scratch, 
 
   if constexpr (std::is_same_v<io, c10::BFloat16>) {
     if (use_matrix_tiles(layer, tokens)) {
-      const int64_t steps = layer.inputs / kTileInputs * 2, per_step = (kTileRows + steps - 1) / steps;
+      const int64_t steps = layer.inputs / kTileInputs * 2, per_step = at::divup(kTileRows, steps);
       Sums last = {}, next = {scratch};
       float* spare = scratch + kTileRows * kColumns;
       for (next.first = 0; next.first < layer.outputs; next.first += kColumns) {

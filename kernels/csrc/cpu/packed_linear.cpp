@@ -19,7 +19,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kRound = 8;         // tile sizes are multiples of it, since each size needs a generated product
 constexpr int64_t kTileTokens = 200;  // their hidden activations fit into the cache, except in the widest layers
 
 // --- tiles ------------------------------------------------------------------------------------------------------------
@@ -27,11 +26,11 @@ constexpr int64_t kTileTokens = 200;  // their hidden activations fit into the c
 struct Tiling {
   explicit Tiling(int64_t tokens) : tokens(tokens) {
     const int64_t threads = at::get_num_threads();
-    const int64_t wanted = std::max<int64_t>((tokens + kTileTokens - 1) / kTileTokens, 1);
-    tiles = (wanted + threads - 1) / threads * threads;  // the same work for every thread
-    size = std::max<int64_t>((tokens + tiles - 1) / tiles, 1);
-    size = (size + kRound - 1) / kRound * kRound;
-    tiles = (tokens + size - 1) / size;
+    const int64_t wanted = std::max<int64_t>(at::divup(tokens, kTileTokens), 1);
+    tiles = at::divup(wanted, threads) * threads;  // the same work for every thread
+    size = std::max<int64_t>(at::divup(tokens, tiles), 1);
+    size = at::divup(size, kProductRows) * kProductRows;
+    tiles = at::divup(tokens, size);
   }
   // Calls visit(first token, number of tokens) for every tile of a thread's range, between set-up and release.
   template <typename Make>
@@ -112,7 +111,7 @@ void mlp(const Norm<io>& norm, const Layer<io>& expand, const Layer<io>& project
 
 Tensor pack_weight(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  Tensor packed = at::zeros({(outputs + kColumns - 1) / kColumns, inputs, kColumns}, weight.options());
+  Tensor packed = at::zeros({at::divup(outputs, kColumns), inputs, kColumns}, weight.options());
   DISPATCH_PACKED(weight.scalar_type(), "pack_weight", [&] {
     TORCH_CHECK_VALUE(inputs % kPair<scalar_t> == 0, "the inputs of packed weights must be even, got ", inputs);
     pack(weight.const_data_ptr<scalar_t>(), outputs, inputs, packed.mutable_data_ptr<scalar_t>());

@@ -17,7 +17,8 @@
 
 namespace spatial_mamba {
 
-constexpr int64_t kColumns = 64;  // of a block of packed weights
+constexpr int64_t kColumns = 64;     // of a block of packed weights
+constexpr int64_t kProductRows = 8;  // oneDNN generates code for each number of tokens, so most are multiples of this
 
 // Inputs are packed in words: pairs for the half-precision types, as matrix units read them.
 template <typename io>
@@ -40,7 +41,7 @@ void pack(const io* weight, int64_t outputs, int64_t inputs, io* packed) {
   const int64_t words = inputs / kPair<io>;
   const auto* from = reinterpret_cast<const float*>(weight);
   auto* to = reinterpret_cast<float*>(packed);
-  at::parallel_for(0, (outputs + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, at::divup(outputs, kColumns), 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kColumns; first < std::min(end * kColumns, outputs); first += kColumns) {
       const int64_t count = std::min(kColumns, outputs - first);
       transpose(from + first * words, words, count, words, to + first * words, kColumns);

@@ -51,7 +51,7 @@ struct Scan {
         bias(pointer<T>(delta_bias)) {}
 
   int64_t group_dim() const { return dim / groups; }
-  int64_t chunks_per_group() const { return (group_dim() + kLanes<T> - 1) / kLanes<T>; }
+  int64_t chunks_per_group() const { return chunks_of<T>(group_dim()); }
 
   int64_t batch, dim, length, d_state, groups;
   bool softplus;
@@ -233,7 +233,7 @@ class BackwardChannels {
   }
 
  private:
-  int64_t tiles() const { return (scan_.length + kTile - 1) / kTile; }
+  int64_t tiles() const { return at::divup(scan_.length, kTile); }
   int64_t weight(int lane) const { return channels_.b * scan_.dim + channels_.channel + lane; }
 
   // Keeps the states before every tile.

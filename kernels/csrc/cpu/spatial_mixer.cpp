@@ -31,7 +31,7 @@ class Projection {
   explicit Projection(const Tensor& weight)
       : outputs_(weight.size(0)), dim_(weight.size(1)), weight_(weight.const_data_ptr<io>()) {
     if (!can_pack(weight.scalar_type()) || dim_ % kPair<io> != 0) return;
-    packed_.reset(new io[(outputs_ + kColumns - 1) / kColumns * kColumns * dim_]);
+    packed_.reset(new io[at::divup(outputs_, kColumns) * kColumns * dim_]);
     pack(weight_, outputs_, dim_, packed_.get());
   }
 
@@ -44,9 +44,8 @@ class Projection {
         }
       }
     } else if constexpr (std::is_same_v<T, float>) {
-      // oneDNN generates code for each number of tokens: multiples of 8, and the rest.
       for_tiles(tokens, kBlockTokens, [&](int64_t first, int64_t count) {
-        const int64_t rest = count % 8;
+        const int64_t rest = count % kProductRows;
         if (rest < count) multiply(u, first, count - rest, p);
         if (rest > 0) multiply(u, first + count - rest, rest, p);
       });
@@ -199,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_mixer(const Tensor& x, const Tensor& 
       for (int64_t b = begin; b < end; ++b) images.run(b);
     };
     // Threads that take whole images should be busy for at least three quarters of the time.
-    const int64_t threads = at::get_num_threads(), rounds = (shape.batch + threads - 1) / threads;
+    const int64_t threads = at::get_num_threads(), rounds = at::divup(shape.batch, threads);
     if (4 * shape.batch >= 3 * threads * rounds) {
       at::parallel_for(0, shape.batch, 1, [&](int64_t begin, int64_t end) { run(begin, end, 1); });
     } else {

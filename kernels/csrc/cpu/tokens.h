@@ -16,7 +16,7 @@ namespace spatial_mamba {
 struct Shape {
   template <typename T>
   int64_t chunks() const {  // vectors of channels
-    return (dim + kLanes<T> - 1) / kLanes<T>;
+    return chunks_of<T>(dim);
   }
   template <typename T>
   int lanes(int64_t channel) const {  // number of channels in the vector that starts at `channel`
@@ -47,7 +47,7 @@ Rows<io> rows_of(io* data, const Shape& shape, int64_t b, int64_t dim) {
 
 // Parts of an image: just enough to keep all threads busy, and at most `most`.
 inline int64_t parts_per_image(int64_t batch, int64_t most) {
-  const int64_t wanted = (at::get_num_threads() + batch - 1) / std::max<int64_t>(batch, 1);
+  const int64_t wanted = at::divup(at::get_num_threads(), std::max<int64_t>(batch, 1));
   return std::clamp<int64_t>(wanted, 1, most);
 }
 

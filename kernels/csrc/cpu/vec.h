@@ -11,7 +11,7 @@
 #include <memory>
 #include <type_traits>
 
-#if defined(__AVX2__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -34,6 +34,12 @@ using Vec = typename VecOf<T>::type;
 
 template <typename T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
+
+// Number of vectors for `dim` channels.
+template <typename T>
+int64_t chunks_of(int64_t dim) {
+  return (dim + kLanes<T> - 1) / kLanes<T>;
+}
 
 // The type of states and accumulators for tensors of type io: float, or double for double.
 template <typename io>
