@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spatial_mamba.kernels import layer_norm
+from spatial_mamba.kernels import mlp
 from spatial_mamba.kernels.tensors import MOST_REMEMBERED, check_tensors, layouts
 
 
@@ -30,5 +31,10 @@ def test_a_shape_that_fitted_with_others_is_an_error_again() -> None:
 
 
 def test_shapes_of_a_trace_may_be_symbols() -> None:
-    graph = make_fx(layer_norm, tracing_mode="symbolic")(torch.ones(5, 4), torch.ones(4), torch.ones(4))
-    assert graph(torch.ones(7, 3), torch.ones(3), torch.ones(3)).shape == (7, 3)
+    def arguments(tokens: int, dim: int, hidden: int, outputs: int) -> list[Tensor]:
+        return [
+            torch.ones(*shape) for shape in ((tokens, dim), (hidden, dim), (hidden,), (outputs, hidden), (outputs,))
+        ]
+
+    graph = make_fx(mlp, tracing_mode="symbolic")(*arguments(5, 4, 6, 3))
+    assert graph(*arguments(7, 2, 8, 5)).shape == (7, 5)
