@@ -70,14 +70,20 @@ class Case:
         }[self.operator]
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Random inputs, the same at every call, distributed as in a model at the start of training."""
+        """Random inputs, the same at every call, distributed as in a model at the start of training.
+
+        Only the biases before a ReLU are larger: rounding must not move a value across 0, where the gradient jumps.
+        """
         generator = torch.Generator(device).manual_seed(0)
-        return {
+        inputs = {
             name: torch.randn(shape, generator=generator, device=device).to(dtype)
             if name in ACTIVATIONS
             else _initial(name, torch.rand(shape, generator=generator, device=device))
             for name, shape in self.shapes().items()
         }
+        if self.operator == "downsampling":
+            inputs |= {name: size * inputs[name].sign() for name, size in (("expand_bias", 4.0), ("conv_bias", 24.0))}
+        return inputs
 
     def cropped(self) -> "Case":
         """The case with fewer images and, if one is still too large, fewer channels of full-size images."""

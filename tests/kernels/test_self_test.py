@@ -14,10 +14,11 @@ OPERATORS = ["structure_aware_scan", "selective_scan", "state_fusion", "spatial_
 OPERATORS += ["downsampling", "mlp", "gated_norm"]
 
 
-def test_every_operator_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "--device", "cpu", "--backend", "torch", "--dtype", "float32"]) == 0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_operator_has_a_line(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--device", "cpu", "--backend", "torch", "--dtype", dtype]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[:4] for line in lines] == [["torch", "float32", name, "right,"] for name in OPERATORS]
+    assert [line[:4] for line in lines] == [["torch", dtype, name, "right,"] for name in OPERATORS]
 
 
 def test_wrong_and_failing_operators_are_named(
