@@ -307,10 +307,7 @@ def test_layers_of_another_dtype_are_refused(name: str) -> None:
         model(images())
 
 
-@pytest.mark.parametrize(
-    ("part", "operator"),
-    [("blocks.0.mlp", "mlp"), ("downsample", "downsampling")],
-)
+@pytest.mark.parametrize(("part", "operator"), [("blocks.0.mlp", "mlp"), ("downsample", "downsampling")])
 def test_frozen_matrices_get_no_gradients(part: str, operator: str) -> None:
     stage = filled_classifier(depths=(1, 1)).layers[0]
     module = stage.get_submodule(part)
