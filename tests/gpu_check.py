@@ -68,7 +68,7 @@ def sanitize(tool: str, backend: str, dtype: str) -> Step:
     command = ("compute-sanitizer", "--tool", tool, *options, *SELF_TEST, backend, "--dtype", dtype)
     # Memory checks give each tensor its own memory block; overruns inside PyTorch's pool would not be seen.
     unpooled = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in ("memcheck", "initcheck") else {}
-    return Step(f"sanitizer, {tool}, {backend}, {dtype}", command, 90, ONE_THREAD | unpooled, "sanitizer")
+    return Step(f"sanitizer, {tool}, {backend}, {dtype}", command, 240, ONE_THREAD | unpooled, "tests")
 
 
 KERNELS = (PYTHON, "-m", "spatial_mamba.kernels")
@@ -81,39 +81,61 @@ OPERATORS = (
 )  # fmt: skip
 MODELS = (
     PYTHON, "-m", "spatial_mamba.classification.benchmark", "--device", "cuda", "--dtype", "bfloat16", "--batch", "128",
-    "--limit", "{seconds}", "--models", "spatial_mamba_tiny",
+    "--limit", "{seconds}", "--models",
 )  # fmt: skip
-PEERS, BASELINE, TIMED = ("swin_tiny*", "convnext_tiny"), "baseline/spatial_mamba_tiny", ("--seconds", "5", "--out")
+TINY, PEERS, BASELINE = "spatial_mamba_tiny", ("swin_tiny*", "convnext_tiny"), "baseline/spatial_mamba_tiny"
+TIMED = ("--seconds", "5", "--out")
+COMPILED = {"inference": ("--form", "fused+compile"), "training": ("--form", "compile", "--mode", "train")}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for many processes at the same time
+FEW_COMPILERS = ONE_THREAD | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
 
-# The first step finds what would make the others fail. Benchmarks have the GPU to themselves.
+# The first step finds what would make the others fail. What takes the CPU's time runs at the same time, also the
+# compilation of models, which the benchmark finds in PyTorch's cache. Benchmarks have the GPU to themselves.
 STEPS = [
-    Step("build", (*KERNELS, "build", "cuda", "--missing"), 180),
-    Step("self-test, report", KERNELS, 150, together="tests"),
-    Step("self-test", (*SELF_TEST, "cuda", "triton"), 150, ONE_THREAD, "tests"),
-    Step("tests", (*PYTEST, *gpu_tests()), 150, ONE_THREAD, "tests"),
+    Step("build", (*KERNELS, "build", "cuda", "--missing"), 120),
+    Step("self-test, report", KERNELS, 240, together="tests"),
+    Step("self-test", (*SELF_TEST, "cuda", "triton"), 240, ONE_THREAD, "tests"),
+    Step("tests", (*PYTEST, *gpu_tests()), 240, ONE_THREAD, "tests"),
     *(sanitize("memcheck", *each) for each in itertools.product(("cuda", "triton"), ("float32", "bfloat16"))),
     *(sanitize("racecheck", *each) for each in itertools.product(("cuda", "triton"), ("float32", "bfloat16"))),
     sanitize("synccheck", "cuda", "float32"),
     sanitize("initcheck", "cuda", "float32"),
-    Step("operators", (*OPERATORS, "{out}"), 60),
+    *(
+        Step(
+            f"models, compilation of {model} for {purpose}",
+            (*MODELS, model, *form, "--seconds", "0.1", "--out", "{out}/models/compilation"),
+            240,
+            FEW_COMPILERS,
+            "tests",
+        )
+        for purpose, form in COMPILED.items()
+        for model in (TINY, *PEERS)
+    ),
+    Step("operators", (*OPERATORS, "{out}"), 45),
     Step(
         "operators, compiled",
         (*OPERATORS, "{out}/compiled", "--cases", "core/tiny/stage1/224x224", "--implementations", "*"),
-        30,
+        20,
     ),
     Step(
         "models, inference",
-        (*MODELS, *PEERS, BASELINE, "--form", "eager", "fused", *TIMED, "{out}/models/inference"),
-        45,
+        (*MODELS, TINY, *PEERS, BASELINE, "--form", "eager", "fused", *TIMED, "{out}/models/inference"),
+        35,
     ),
-    Step("models, training", (*MODELS, PEERS[0], BASELINE, "--mode", "train", *TIMED, "{out}/models/training"), 40),
+    Step("models, training", (*MODELS, TINY, *PEERS, BASELINE, "--mode", "train", *TIMED, "{out}/models/training"), 35),
     Step(
         "models, parts",
-        (*MODELS, "--parts", "--mode", "inference", "train", "--form", "fused", *TIMED, "{out}/models"),
-        30,
+        (*MODELS, TINY, "--parts", "--mode", "inference", "train", "--form", "fused", *TIMED, "{out}/models"),
+        25,
     ),
-    Step("models, compiled", (*MODELS, *PEERS, "--form", "fused+compile", *TIMED, "{out}/models/compiled"), 80),
+    *(
+        Step(
+            f"models, compiled {purpose}",
+            (*MODELS, TINY, *PEERS, *form, *TIMED, f"{{out}}/models/compiled_{purpose}"),
+            45,
+        )
+        for purpose, form in COMPILED.items()
+    ),
 ]
 
 

@@ -106,7 +106,7 @@ def test_gpu_check_calls_commands_as_they_are() -> None:
         if module in parsers:
             parsers[module]().parse_args(options)
             called.append(step.choice)
-    assert list(dict.fromkeys(called)) == ["build", "self-test", "sanitizer", "operators", "models"]
+    assert set(called) == {"build", "self-test", "sanitizer", "operators", "models"}
 
 
 @pytest.mark.slow

@@ -112,14 +112,18 @@ class ConvLayer(nn.Module):
         return self.act(self.norm(maps))
 
     def _runs_in_cublas(self, x: Tensor) -> bool:
-        """Whether this is a 1x1 convolution with bias in half precision on a GPU, without gradients.
+        """Whether this is a 1x1 convolution with bias in half precision on a GPU.
 
         There PyTorch's convolution adds the bias in a pass of its own. In float32 cuDNN uses TF32 by default, cuBLAS
-        does not. With gradients, the result would be a view, and an in-place ReLU on it makes autograd copy gradients.
+        does not. With gradients, this pays only where maps get wider. The result is then a view, and an in-place ReLU
+        on it would make autograd copy gradients.
         """
-        if torch.is_grad_enabled() or not plain_eager(x) or not calls_libraries(x):
+        if not plain_eager(x) or not calls_libraries(x):
             return False
         if _has_modified_parts(self, {"conv": nn.Conv2d}) or not is_pointwise(self.conv):
+            return False
+        narrows = self.conv.out_channels <= self.conv.in_channels
+        if torch.is_grad_enabled() and (narrows or not isinstance(self.act, nn.Identity)):
             return False
         in_half = x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
         return in_half and x.is_contiguous(memory_format=torch.channels_last)
@@ -194,6 +198,9 @@ class Reduction(ConvLayer):
         super().__init__(dim, dim, 3, stride=2, groups=dim, act=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        is_view = plain_eager(x) and torch.is_grad_enabled() and x._is_view()  # from a 1x1 convolution in cuBLAS
+        if is_view and not _has_modified_parts(self, {"act": nn.ReLU}):
+            return super().forward(F.relu(x))
         return super().forward(self.act(x))
 
 

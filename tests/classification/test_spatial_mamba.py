@@ -431,3 +431,30 @@ def test_pointwise_convolutions_as_linear_layers(as_autocast: bool, monkeypatch:
     called.clear()
     layer(x.to(layer.conv.weight.dtype))
     assert called == [layer.conv]
+
+
+def test_widening_convolution_as_linear_layer_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients are those of convolutions, and are not copied for a ReLU in place."""
+    torch.manual_seed(0)
+    layers = [model_file.ConvLayer(6, 48), model_file.Reduction(48), model_file.ConvLayer(48, 12, norm=True)]
+    bottleneck = model_file.InvertedBottleneck(*layers)
+    x = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last).requires_grad_()
+    rectified, relu = list[str](), F.relu
+
+    def gradients() -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16), use_backend("torch"):
+            loss = bottleneck(x).square().mean()
+        return torch.autograd.grad(loss, [x, *bottleneck.parameters()])
+
+    def record(maps: Tensor, *options: Any, **named: Any) -> Tensor:
+        result = relu(maps, *options, **named)
+        rectified.append(result.grad_fn.name() if result.grad_fn else "")
+        return result
+
+    expected = gradients()
+    monkeypatch.setattr(model_file, "calls_libraries", lambda x: True)
+    monkeypatch.setattr(F, "relu", record)
+    for found, wanted in zip(gradients(), expected, strict=True):
+        assert_near(found, wanted, 2e-2)
+    assert rectified
+    assert set(rectified) == {"ReluBackward0"}

@@ -11,13 +11,13 @@ from spatial_mamba.kernels import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("machine_code")]
 
-# For bfloat16 tokens and float32 results: elements per thread in a chunk of rows; at most, the registers that let three
-# or two blocks share a multiprocessor, bytes of stack for spilled registers, and instructions per element in the loop
-# over chunks (with one step of each inner loop, and all branches).
+# For bfloat16 tokens, float32 results and rows of whole runs: elements per thread in a chunk of rows; at most, the
+# registers that let three or two blocks share a multiprocessor, bytes of stack for spilled registers, and instructions
+# per element in the loop over chunks (with one step of each inner loop, and all branches).
 BUDGETS = {
-    "chunk_scan_kernel": (14, 80, 96, 120),
-    "read_out_gradients_kernel": (7, 80, 112, 195),
-    "chunk_gradients_kernel": (14, 128, 96, 195),
+    "chunk_scan_kernel": (14, 80, 16, 110),
+    "read_out_gradients_kernel": (7, 80, 32, 172),
+    "chunk_gradients_kernel": (14, 128, 64, 168),
 }
 QUICK = {".cu": "--Ofast-compile=max", ".cpp": "-O0"}
 
@@ -60,7 +60,7 @@ def longest_loop(code: str) -> int:
 def test_machine_code_keeps_within_its_budget(dumps: tuple[str, str], kernel: str) -> None:
     usage, disassembly = dumps
     elements, registers, stack, instructions = BUDGETS[kernel]
-    name = rf"\w*{kernel}I13__nv_bfloat16f\w*"
+    name = rf"\w*{kernel}I13__nv_bfloat16f\w*Lb1E\w*"
     used = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", usage)
     assert used is not None
     assert int(used[1]) <= registers

@@ -52,6 +52,14 @@ struct alignas(kChannelsOf<V> * sizeof(X)) Raw {
   __device__ V value() const {
     if constexpr (kChannelsOf<V> == 1) {
       return load(channels);
+    } else if constexpr (std::is_same_v<X, __nv_bfloat16>) {  // in two instructions instead of three
+      unsigned word;
+      memcpy(&word, channels, sizeof(word));
+      const unsigned low = word << 16, high = word & 0xffff0000u;
+      V both;
+      memcpy(&both.x, &low, sizeof(low));
+      memcpy(&both.y, &high, sizeof(high));
+      return both;
     } else {
       return {load(channels), load(channels + 1)};
     }

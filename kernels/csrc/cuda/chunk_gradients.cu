@@ -67,20 +67,18 @@ struct Adjoint {
 
 // grad_state is the full gradient of a state h = decay h_before + delta B u: that from its own row, grad_h, plus the
 // carry, decay times the grad_state of the next token.
-template <class T, class G, class V>
+template <class T, class G, class V, bool kWhole>
 __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
     chunk_gradients_kernel(const __grid_constant__ Recurrence recurrence, const __grid_constant__ Cut cut,
                            const G* grad_y, const float* taps, const float* row_states, T* grad_u, float* grad_step,
                            float* grad_B, float* grad_A_log, float* grad_D) {
   float* memory = shared_memory;
   const Map& map = recurrence.map;
-  const Walk<T, V> walk(recurrence, cut, memory);
-  const V* own_taps = walk.load_taps(taps, memory);
+  const Walk<T, V, kWhole> walk(recurrence, cut, taps, memory);
   const Ring ring(cut, 0, map.height, map.height, memory);
   const int columns = walk.columns, window = walk.run * kRun * kChannels;
   const bool has_row = walk.row_of_chunk < cut.rows;
   const V skip = walk.weight(recurrence.D);
-  const T* C = walk.image_of(static_cast<const T*>(recurrence.projection.data), recurrence.rank + 2) + recurrence.rank + 1;
   grad_y = walk.image_of(grad_y, map.dim);
   grad_u = walk.image_of(grad_u, map.dim);
   grad_step = walk.image_of(grad_step, map.dim);
@@ -98,12 +96,10 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
       Raw<V, G> grad[kRun];
       walk.load_run(grad, grad_y, i);
       V* target = reinterpret_cast<V*>(ring.row(i) + window + kReach * kChannels) + threadIdx.x;
-      const T* C_of_run = C + walk.token(i, walk.column) * (recurrence.rank + 2);
+      float C[kRun];
+      walk.load_C(C, i);
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) {
-        const float own_C = load(C_of_run + walk.existing(k) * (recurrence.rank + 2));
-        target[k * kLanes<V>] = k < columns ? V(own_C) * grad[k].value() : V(0.0f);
-      }
+      for (int k = 0; k < kRun; ++k) target[k * kLanes<V>] = k < columns ? V(C[k]) * grad[k].value() : V(0.0f);
     }
     loaded = needed;
 
@@ -112,14 +108,16 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
     const int row = min(start + walk.row_of_chunk, map.height - 1), count = exists ? columns : 0;
     Raw<V, T> u[kRun];
     walk.load_run(u, walk.u, row);
+    if (has_row) walk.prefetch(max(start - cut.rows + walk.row_of_chunk, 0));
     V steps[kRun], deltas[kRun], decays[kRun], before[kRun];
     walk.project(row, steps);
     walk.discretise(steps, count, deltas, decays);
     AffineMap<V> own;
+    const float own_B = walk.own_B();
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
       u[k].settle();
-      before[k] = deltas[k] * (kLn2 * walk.B(k)) * u[k].value();  // the input, until the state is known
+      before[k] = deltas[k] * (kLn2 * walk.of_column(own_B, k)) * u[k].value();  // the input, until the state is known
       own = own.then({decays[k], before[k]});
     }
     const V row_state = walk.weight(row_states + (walk.image * map.height + row) * map.dim);
@@ -136,7 +134,7 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
     // The gradients of states, first of each row alone; then the carries.
     V grad_h[kRun] = {}, right = 0.0f;
     const bool is_right = walk.column + columns == map.width;
-    const Adjoint<V> adjoint{ring, window, map.height, row, walk.column == 0, is_right, columns - 1, own_taps};
+    const Adjoint<V> adjoint{ring, window, map.height, row, walk.column == 0, is_right, columns - 1, walk.taps};
     if (count > 0) {
       adjoint.template add<-5, 0>(grad_h, right);
       adjoint.template add<-3, 3>(grad_h, right);
@@ -157,24 +155,27 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
     walk.load_run(grad, grad_y, row);
     V carry = walk.template enter<true>(reverse, walk.carry(chunk), walk.carry(chunk + 1));
 
-    const unsigned first = walk.element(row, walk.column);
+    V grad_of_u[kRun], grad_of_step[kRun];
 #pragma unroll
     for (int k = kRun - 1; k >= 0; --k) {
       const V grad_state = grad_h[k] + carry;
       carry = decays[k] * grad_state;
       const V grad_rate = carry * before[k];  // of delta * rate
       const V own_u = u[k].value(), own_grad = grad[k].value(), through_delta = grad_state * deltas[k];
-      const float B = walk.B(k);
-      const V grad_of_u = through_delta * (kLn2 * B) + skip * own_grad;
-      const V grad_of_step = (grad_state * own_u * B + grad_rate * walk.rate) * each(sigmoid_base2, steps[k]);
-      const bool exists = k < count && walk.has_channel;
-      if (exists) {
-        store_value(grad_u + first + k * map.dim, grad_of_u);
-        store_value(grad_step + first + k * map.dim, grad_of_step);
-      }
+      const float B = walk.of_column(own_B, k);
+      grad_of_u[k] = through_delta * (kLn2 * B) + skip * own_grad;
+      grad_of_step[k] = (grad_state * own_u * B + grad_rate * walk.rate) * each(sigmoid_base2, steps[k]);
       sum_A_log += grad_rate * deltas[k];
       sum_D += own_grad * (k < count ? own_u : V(0.0f));
-      grad_h[k] = through_delta * (exists ? own_u : V(0.0f));  // the gradient of B
+      grad_h[k] = through_delta * (k < count && walk.has_channel ? own_u : V(0.0f));  // the gradient of B
+    }
+    if (count > 0 && walk.has_channel) {
+      walk.over_run(grad_u, row, [&](int k, T* target) {
+        if (k < columns) store_value(target, grad_of_u[k]);
+      });
+      walk.over_run(grad_step, row, [&](int k, float* target) {
+        if (k < columns) store_value(target, grad_of_step[k]);
+      });
     }
     const float sum = sum_over_channels(grad_h);
     const int k = threadIdx.x * 8 / kLanes<V>;
@@ -194,9 +195,10 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
   }
 }
 
+template <class T>
 size_t shared_floats(const Recurrence& recurrence, const Cut& cut) {
   return std::max<size_t>(2 * threads_of<Pair>(cut).y * kChannels,
-                          Walk<float, Pair>::shared_floats(recurrence.rank, cut) + Ring::floats(cut));
+                          Walk<T, Pair, false>::shared_floats(recurrence.rank, cut) + Ring::floats(cut));
 }
 
 }  // namespace
@@ -204,7 +206,7 @@ size_t shared_floats(const Recurrence& recurrence, const Cut& cut) {
 bool chunk_gradients_serve(const Recurrence& recurrence, Activations grad_y) {
   const Cut cut = cut_into_chunks(recurrence.map, kRuns, /*undivided=*/true);
   return cut.strips.count == 1 && suits_chunks(recurrence, grad_y) &&
-         fits_shared_memory(shared_floats(recurrence, cut));
+         fits_shared_memory(shared_floats<float>(recurrence, cut));
 }
 
 void chunk_gradients(const Recurrence& recurrence, Activations grad_y, const float* taps, const float* row_states,
@@ -212,11 +214,13 @@ void chunk_gradients(const Recurrence& recurrence, Activations grad_y, const flo
   const Map& map = recurrence.map;
   const Cut cut = cut_into_chunks(map, kRuns, /*undivided=*/true);
   with_types(recurrence.u, grad_y, [&](auto* u, auto* grad) {
-    using T = Element<decltype(u)>;
-    using G = Element<decltype(grad)>;
-    launch("chunk_gradients", chunk_gradients_kernel<T, G, Pair>, grid_of(map, cut), threads_of<Pair>(cut),
-           shared_floats(recurrence, cut), stream, recurrence, cut, grad, taps, row_states,
-           static_cast<T*>(gradients.u.data), gradients.step, gradients.B, gradients.A_log, gradients.D);
+    with_whole_runs(map, cut, [&](auto whole) {
+      using T = Element<decltype(u)>;
+      using G = Element<decltype(grad)>;
+      launch("chunk_gradients", chunk_gradients_kernel<T, G, Pair, whole>, grid_of(map, cut), threads_of<Pair>(cut),
+             shared_floats<T>(recurrence, cut), stream, recurrence, cut, grad, taps, row_states,
+             static_cast<T*>(gradients.u.data), gradients.step, gradients.B, gradients.A_log, gradients.D);
+    });
   });
 }
 

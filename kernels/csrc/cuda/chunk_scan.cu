@@ -8,23 +8,23 @@ namespace {
 constexpr int kScanRuns = 32, kGradientRuns = 16;  // per block
 
 // Scans chunks of rows into a ring, and visits the rows whose neighbours are complete.
-template <class T, class V>
-class Scan : public Walk<T, V> {
+template <class T, class V, bool kWhole>
+class Scan : public Walk<T, V, kWhole> {
  public:
-  using Walk<T, V>::cut;
-  using Walk<T, V>::map;
+  using Base = Walk<T, V, kWhole>;
+  using Base::cut;
+  using Base::map;
 
   static size_t shared_floats(int rank, const Cut& cut) {
-    return Walk<T, V>::shared_floats(rank, cut) + Ring::floats(cut);
+    return Base::shared_floats(rank, cut) + Ring::floats(cut);
   }
 
   // `states`: before each row and strip, or null if the image is not divided; then row_states are written.
   __device__ Scan(const Recurrence& recurrence, const Cut& cut, const float* taps, const float* states,
                   float* row_states, float*& memory)
-      : Walk<T, V>(recurrence, cut, memory),
+      : Base(recurrence, cut, taps, memory),
         states_(states),
         row_states_(row_states),
-        taps_(this->load_taps(taps, memory)),
         ring_(cut, this->first_row, this->last_row, recurrence.map.height, memory) {}
 
   // Calls visit(row, is_own) for all rows of results; rows beyond the last one are not the thread's own.
@@ -34,6 +34,7 @@ class Scan : public Walk<T, V> {
     int next = this->first_row, chunk = 0;
     for (int start = max(this->first_row - kReach, 0); start < end; start += cut.rows, ++chunk) {
       scan(start, end, chunk);
+      if (this->row_of_chunk < cut.rows) this->prefetch(min(start + cut.rows + this->row_of_chunk, end - 1));
       const int scanned = min(start + cut.rows, end);
       const int ready = min(scanned == map.height ? scanned : scanned - kReach, this->last_row);
       for (; next < ready; next += min(cut.rows, ready - next)) {
@@ -59,7 +60,7 @@ class Scan : public Walk<T, V> {
 #pragma unroll
       for (int t = 0; t < (dilation == 0 ? 7 : 3); ++t) {
         const int offset = dilation == 0 ? kColumns[t] : (t - 1) * dilation;
-        const V tap = taps_[(kFirst[n] + t) * kLanes<V>];
+        const V tap = this->taps[(kFirst[n] + t) * kLanes<V>];
 #pragma unroll
         for (int k = 0; k < kRun; ++k) body(kFirst[n] + t, tap, k, states[k + kReach + offset]);
       }
@@ -73,7 +74,7 @@ class Scan : public Walk<T, V> {
   // Whether the k-th column of this run is one of the results.
   __device__ bool has_output(int k) const {
     const int own = this->column + k;
-    return k < this->columns && own >= this->first_output && own < this->last_output;
+    return k < this->columns && (kWhole || (own >= this->first_output && own < this->last_output));
   }
 
   __device__ void clear() const { ring_.clear(); }
@@ -89,10 +90,11 @@ class Scan : public Walk<T, V> {
     this->project(row, steps);
     this->discretise(steps, count, inputs, decays);
     AffineMap<V> own;
+    const float own_B = kLn2 * this->own_B();
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
       u[k].settle();
-      inputs[k] = inputs[k] * (kLn2 * this->B(k)) * u[k].value();
+      inputs[k] = inputs[k] * this->of_column(own_B, k) * u[k].value();
       own = k == 0 ? AffineMap<V>{decays[k], inputs[k]} : own.then({decays[k], inputs[k]});
     }
     const bool starts = this->run == 0;
@@ -108,7 +110,7 @@ class Scan : public Walk<T, V> {
       if (row_states_ != nullptr && starts && this->has_channel) {
         store_value(row_states_ + (this->image * map.height + row) * map.dim + this->channel, state);
       }
-      if (static_cast<int>(threadIdx.x) < kRun) ring_.C(row)[this->run * kRun + threadIdx.x] = this->C(threadIdx.x);
+      if (static_cast<int>(threadIdx.x) < kRun) ring_.C(row)[this->run * kRun + threadIdx.x] = this->own_C();
       V* target = reinterpret_cast<V*>(ring_.row(row) + (this->run * kRun + kReach) * kChannels) + threadIdx.x;
       const V first = decays[0] * state + inputs[0];
 #pragma unroll
@@ -131,43 +133,41 @@ class Scan : public Walk<T, V> {
 
   const float* states_;
   float* row_states_;
-  const V* taps_;
   const Ring ring_;
 };
 
-template <class T, class Y, class V>
+template <class T, class Y, class V, bool kWhole>
 __global__ void __launch_bounds__(kScanRuns* kLanes<V>, 3)
     chunk_scan_kernel(const __grid_constant__ Recurrence recurrence, const __grid_constant__ Cut cut,
                       const float* taps, const float* states, float* row_states, Y* y) {
   float* memory = shared_memory;
-  Scan<T, V> scan(recurrence, cut, taps, states, row_states, memory);
+  Scan<T, V, kWhole> scan(recurrence, cut, taps, states, row_states, memory);
   const V skip = scan.weight(recurrence.D);
   y = scan.image_of(y, scan.map.dim);
   scan.visit_rows([&](int row, bool is_own) {
-    Raw<V, T> u[kRun];
-    scan.load_run(u, scan.u, row);
+    scan.fetch_run(scan.u, row);
     V fused[kRun] = {};
     scan.over_stencil(row, [&](int, V tap, int k, V state) { fused[k] += tap * state; });
     const float* C = scan.C_of_run(row);
-    const unsigned first = scan.element(row, scan.column);
+    wait_for_copies();
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) {
-      u[k].settle();
-      const V value = V(C[k]) * fused[k] + skip * u[k].value();
-      if (is_own && scan.has_channel && scan.has_output(k)) store_value(y + first + k * scan.map.dim, value);
-    }
+    for (int k = 0; k < kRun; ++k) fused[k] = V(C[k]) * fused[k] + skip * scan.fetched(k);
+    if (!is_own || !scan.has_channel) return;
+    scan.over_run(y, row, [&](int k, Y* target) {
+      if (scan.has_output(k)) store_value(target, fused[k]);
+    });
   });
 }
 
 // Gradients: grad_C (groups of channels, batch, H, W), grad_taps (blocks, taps, dim).
-template <class T, class G, class V>
+template <class T, class G, class V, bool kWhole>
 __global__ void __launch_bounds__(kGradientRuns* kLanes<V>, 3)
     read_out_gradients_kernel(const __grid_constant__ Recurrence recurrence, const __grid_constant__ Cut cut,
                               const G* grad_y, const float* taps, const float* states, float* grad_C,
                               float* grad_taps) {
   static_assert(kChannelsOf<V> == 1);
   float* memory = shared_memory;
-  Scan<T, V> scan(recurrence, cut, taps, states, nullptr, memory);
+  Scan<T, V, kWhole> scan(recurrence, cut, taps, states, nullptr, memory);
   scan.clear();
   V sums[kTaps] = {};
   grad_y = scan.image_of(grad_y, scan.map.dim);
@@ -216,17 +216,20 @@ Cut chunk_scan_cut(const Map& map) { return cut_into_chunks(map, kScanRuns); }
 
 bool chunk_scan_serves(const Recurrence& recurrence, Activations y) {
   return suits_chunks(recurrence, y) &&
-         fits_shared_memory(Scan<float, Pair>::shared_floats(recurrence.rank, chunk_scan_cut(recurrence.map)));
+         fits_shared_memory(Scan<float, Pair, false>::shared_floats(recurrence.rank, chunk_scan_cut(recurrence.map)));
 }
 
 void chunk_scan(const Recurrence& recurrence, const float* taps, const float* states, float* row_states, Activations y,
                 cudaStream_t stream) {
   const Cut cut = chunk_scan_cut(recurrence.map);
   with_types(recurrence.u, y, [&](auto* u, auto* out) {
-    using T = Element<decltype(u)>;
-    using Y = Element<decltype(out)>;
-    launch("chunk_scan", chunk_scan_kernel<T, Y, Pair>, grid_of(recurrence.map, cut), threads_of<Pair>(cut),
-           Scan<T, Pair>::shared_floats(recurrence.rank, cut), stream, recurrence, cut, taps, states, row_states, out);
+    with_whole_runs(recurrence.map, cut, [&](auto whole) {
+      using T = Element<decltype(u)>;
+      using Y = Element<decltype(out)>;
+      launch("chunk_scan", chunk_scan_kernel<T, Y, Pair, whole>, grid_of(recurrence.map, cut), threads_of<Pair>(cut),
+             Scan<T, Pair, whole>::shared_floats(recurrence.rank, cut), stream, recurrence, cut, taps, states,
+             row_states, out);
+    });
   });
 }
 
@@ -236,13 +239,15 @@ void read_out_gradients(const Recurrence& recurrence, Activations grad_y, const 
                         float* grad_C, float* grad_taps, cudaStream_t stream) {
   const Cut cut = read_out_gradients_cut(recurrence.map);
   with_types(recurrence.u, grad_y, [&](auto* u, auto* grad) {
-    using T = Element<decltype(u)>;
-    using G = Element<decltype(grad)>;
-    const dim3 threads = threads_of<float>(cut);
-    const size_t sums = threads.y / 2 * kTaps * kChannels;
-    launch("read_out_gradients", read_out_gradients_kernel<T, G, float>, grid_of(recurrence.map, cut), threads,
-           std::max(sums, Scan<T, float>::shared_floats(recurrence.rank, cut)), stream, recurrence, cut, grad, taps,
-           states, grad_C, grad_taps);
+    with_whole_runs(recurrence.map, cut, [&](auto whole) {
+      using T = Element<decltype(u)>;
+      using G = Element<decltype(grad)>;
+      const dim3 threads = threads_of<float>(cut);
+      const size_t sums = threads.y / 2 * kTaps * kChannels;
+      launch("read_out_gradients", read_out_gradients_kernel<T, G, float, whole>, grid_of(recurrence.map, cut), threads,
+             std::max(sums, Scan<T, float, whole>::shared_floats(recurrence.rank, cut)), stream, recurrence, cut, grad,
+             taps, states, grad_C, grad_taps);
+    });
   });
 }
 

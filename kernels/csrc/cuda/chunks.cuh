@@ -51,7 +51,7 @@ dim3 threads_of(const Cut& cut) {
   return dim3(kLanes<V>, divide_up(cut.rows * cut.runs, kRunsOfWarp) * kRunsOfWarp);
 }
 
-// Whether threads can load pairs of channels, and index an image and a run's projections in few bits.
+// Whether threads can load pairs of channels, index a run's projections in few bits, and the bytes of an image in 32.
 inline bool suits_chunks(const Recurrence& recurrence, Activations other) {
   const Map& map = recurrence.map;
   const auto aligned = [](Activations x) {
@@ -59,7 +59,8 @@ inline bool suits_chunks(const Recurrence& recurrence, Activations other) {
   };
   const int channels = std::max(map.dim, recurrence.rank + 2);
   return map.dim % 2 == 0 && aligned(recurrence.u) && aligned(recurrence.projection) && aligned(other) &&
-         recurrence.rank <= 128 && static_cast<int64_t>(map.height) * map.width * channels < int64_t{1} << 31;
+         recurrence.rank <= 128 && map.batch * map.height * map.width < int64_t{1} << 32 &&
+         static_cast<int64_t>(map.height) * map.width * channels < int64_t{1} << 30;
 }
 
 // Rows of a map in shared memory, (ring, columns, channels), each followed by C of its tokens. The columns start kReach
@@ -105,31 +106,43 @@ class Ring {
   int* table_;
 };
 
+// Whether all columns of all runs exist, as with images of 224x224; this saves instructions.
+inline bool has_whole_runs(const Map& map, const Cut& cut) { return cut.strips.count == 1 && map.width % kRun == 0; }
+
+// Calls body(std::true_type()) or body(std::false_type()).
+template <class Body>
+void with_whole_runs(const Map& map, const Cut& cut, Body&& body) {
+  has_whole_runs(map, cut) ? body(std::true_type()) : body(std::false_type());
+}
+
 // The place of a block and of its threads, and the recurrence at the tokens of a run.
-template <class T, class V>
+template <class T, class V, bool kWhole>
 class Walk {
  public:
   // Floats of shared memory, including taps, besides rings.
   static size_t shared_floats(int rank, const Cut& cut) {
     const int runs = threads_of<V>(cut).y, warps = runs * kLanes<V> / kWarp;
-    return (padded(rank) + kTaps) * kChannels + runs * kRun * pitch_of(rank) + (2 * 2 * warps + 2) * kChannels;
+    return (padded(rank) + kTaps) * kChannels + runs * run_floats(rank) + (2 * 2 * warps + 2) * kChannels;
   }
 
-  __device__ Walk(const Recurrence& recurrence, const Cut& cut, float*& memory)
+  // A barrier must follow before `taps` are read.
+  __device__ Walk(const Recurrence& recurrence, const Cut& cut, const float* taps_of_map, float*& memory)
       : recurrence(recurrence), map(recurrence.map), cut(cut) {
     const int groups = divide_up(map.dim, kChannels), rank = recurrence.rank;
     group = blockIdx.x % groups;
     part = blockIdx.x / groups;
-    strip = part % cut.strips.count;
-    const int band = part / cut.strips.count % cut.bands;
-    image = part / cut.strips.count / cut.bands;
+    const int strips = kWhole ? 1 : cut.strips.count;
+    strip = part % strips;
+    const int band = part / strips % cut.bands;
+    image = part / strips / cut.bands;
     first_row = band * cut.band_rows;
     last_row = min(first_row + cut.band_rows, map.height);
-    const bool whole = cut.strips.count == 1;
-    first_output = whole ? 0 : strip * cut.strips.columns;
-    last_output = whole ? map.width : min(first_output + cut.strips.columns, map.width);
-    first_column = cut.strips.start(strip);
-    last_column = whole ? map.width : min(last_output + kReach, map.width);
+    const bool undivided = strips == 1;
+    first_output = undivided ? 0 : strip * cut.strips.columns;
+    last_output = undivided ? map.width : min(first_output + cut.strips.columns, map.width);
+    first_column = undivided ? 0 : cut.strips.start(strip);
+    last_column = undivided ? map.width : min(last_output + kReach, map.width);
+    first_token_ = static_cast<unsigned>(image * map.height * map.width);
     u = image_of(static_cast<const T*>(recurrence.u.data), map.dim);
     projections_ = image_of(static_cast<const T*>(recurrence.projection.data), rank + 2);
 
@@ -138,61 +151,93 @@ class Walk {
     channel = min(own_channel, map.dim - kChannelsOf<V>);
     row_of_chunk = threadIdx.y / cut.runs;
     run = threadIdx.y % cut.runs;
-    column = min(first_column + run * kRun, last_column - 1);
-    columns = row_of_chunk < cut.rows ? clamp(last_column - first_column - run * kRun, kRun + 1) : 0;
+    column = kWhole ? run * kRun : min(first_column + run * kRun, last_column - 1);
+    columns = kWhole ? kRun : clamp(last_column - first_column - run * kRun, kRun + 1);
     last_ = max(columns - 1, 0);
-    inverse_words_ = 65536 / (rank / 2 + 1) + 1;
+    inverse_ = (1 << kInverseBits) / (rank % 2 == 0 ? rank / 2 + 1 : rank + 2) + 1;
 
     rate = each(rate_of, weight(recurrence.A_log));
     bias_ = V(kLog2E) * weight(recurrence.step_bias);
     warps_ = blockDim.y * kLanes<V> / kWarp;
     warp_ = threadIdx.y * kLanes<V> / kWarp;
-    weights_ = take(memory, padded(rank) * kChannels);
-    projection_ = take(memory, blockDim.y * kRun * pitch_of(rank)) + threadIdx.y * kRun * pitch_of(rank);
-    segments_ = take(memory, 2 * 2 * warps_ * kChannels);
+    V* own_taps = reinterpret_cast<V*>(take(memory, kTaps * kChannels)) + threadIdx.x;
+    for (int t = threadIdx.y; t < kTaps; t += blockDim.y) {
+      own_taps[t * kLanes<V>] = weight(taps_of_map + static_cast<int64_t>(t) * map.dim);
+    }
+    taps = own_taps;
     carries_ = take(memory, 2 * kChannels);
+    weights_ = take(memory, padded(rank) * kChannels);
+    projection_ = take(memory, blockDim.y * run_floats(rank)) + threadIdx.y * run_floats(rank);
+    segments_ = take(memory, 2 * 2 * warps_ * kChannels);
     const int thread = threadIdx.y * kLanes<V> + threadIdx.x, threads = blockDim.y * kLanes<V>;
     for (int i = thread; i < padded(rank) * kChannels; i += threads) {
       const int r = i / kChannels, own = min(group * kChannels + i % kChannels, map.dim - 1);
       weights_[i] = r < rank ? kLog2E * recurrence.step_weight[static_cast<int64_t>(own) * rank + r] : 0.0f;
     }
     for (int i = thread; i < 2 * kChannels; i += threads) carries_[i] = 0.0f;
-    for (int i = threadIdx.x; i < kRun * pitch_of(rank); i += kLanes<V>) projection_[i] = 0.0f;  // also the padding
     __syncthreads();
   }
 
   // Weights of this thread's channels.
   __device__ V weight(const float* weights) const { return per_channel<V>(weights + channel); }
 
-  // Copy the taps of the block's channels to shared memory, since registers are scarce: tap t of this thread is at
-  // t * kLanes<V>. A barrier must follow.
-  __device__ V* load_taps(const float* taps, float*& memory) const {
-    V* own = reinterpret_cast<V*>(take(memory, kTaps * kChannels)) + threadIdx.x;
-    for (int t = threadIdx.y; t < kTaps; t += blockDim.y) {
-      own[t * kLanes<V>] = weight(taps + static_cast<int64_t>(t) * map.dim);
-    }
-    return own;
-  }
-
   // The image of this block in maps with `channels` channels.
   template <class X>
   __device__ X* image_of(X* maps, int channels) const {
-    return maps + image * map.height * map.width * channels;
+    return maps + static_cast<int64_t>(first_token_) * channels;
   }
 
   // A token of the image, and the thread's first channel there.
   __device__ unsigned token(int row, int column) const { return row * map.width + column; }
   __device__ unsigned element(int row, int column) const { return token(row, column) * map.dim + channel; }
 
-  // The k-th column of this run, or its last one.
-  __device__ int existing(int k) const { return min(k, last_); }
+  // Calls body(k, pointer) for this run of a row of an image, with its last column in place of missing ones. Offsets in
+  // 32 bits take fewer instructions and registers.
+  template <class X, class Body>
+  __device__ __forceinline__ void over_run(X* of_image, int row, const Body& body) const {
+    const unsigned step = map.dim * sizeof(X);
+    X* const first = at_byte(of_image, element(row, column) * static_cast<unsigned>(sizeof(X)));
+    if constexpr (kWhole) {
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) body(k, at_byte(first, k * step));
+    } else {
+      unsigned offset = 0;
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) {
+        body(k, at_byte(first, offset));
+        if (k < last_) offset += step;
+      }
+    }
+  }
 
   template <class X>
   __device__ __forceinline__ void load_run(Raw<V, X> (&values)[kRun], const X* of_image, int row) const {
-    const unsigned first = element(row, column);
-#pragma unroll
-    for (int k = 0; k < kRun; ++k) values[k] = load_raw<V>(of_image + first + existing(k) * map.dim);
+    over_run(of_image, row, [&](int k, const X* source) { values[k] = load_raw<V>(source); });
   }
+
+  // Move what `project` and loads of u will read of a row to the L2 cache.
+  __device__ __forceinline__ void prefetch(int row) const {
+    const int lane = threadIdx.x;
+    const void* address = u + token(row, column + min(lane, last_)) * map.dim + group * kChannels;
+    if (lane == kLanes<V> - 1) address = projections_ + token(row, column) * (recurrence.rank + 2);
+    if (lane < kRun || lane == kLanes<V> - 1) prefetch_to_cache(address);
+  }
+
+  // C at the tokens of this run in a row.
+  __device__ __forceinline__ void load_C(float (&C)[kRun], int row) const {
+    const int channels = recurrence.rank + 2;
+    const T* source = projections_ + token(row, column) * channels + channels - 1;
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) C[k] = load(source + (kWhole ? k : min(k, last_)) * channels);
+  }
+
+  // The same without registers: `fetched` returns the value of column k, after wait_for_copies(). Overwrites B and C.
+  __device__ __forceinline__ void fetch_run(const T* of_image, int row) const {
+    over_run(of_image, row, [&](int k, const T* source) {
+      copy_async(fetched_run() + k * kLanes<V>, reinterpret_cast<const Raw<V, T>*>(source));
+    });
+  }
+  __device__ V fetched(int k) const { return fetched_run()[k * kLanes<V>].value(); }
 
   // Deltas before softplus, in units of ln 2, at the tokens of this run in a row. B and C are kept until the next call.
   __device__ __forceinline__ void project(int row, V (&steps)[kRun]) const {
@@ -201,18 +246,28 @@ class Walk {
     const int count = (last_ + 1) * (rank + 2);
     __syncwarp();  // the previous values have been read
     if (rank % 2 == 0) {
+      constexpr int kBatch = kWarp / kLanes<V>;  // loads at a time
+      const int words = count / 2;
 #pragma unroll 1
-      for (int i = threadIdx.x; 2 * i < count; i += kLanes<V>) {
-        const int k = i * inverse_words_ >> 16;  // i / (rank / 2 + 1)
-        const Raw<Pair, T> word = load_raw<Pair>(source + 2 * i);
-        *reinterpret_cast<Pair*>(projection_ + 2 * i + k * (pitch - rank - 2)) = word.value();
+      for (int first = threadIdx.x; first < words; first += kBatch * kLanes<V>) {
+        Raw<Pair, T> batch[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) batch[j] = load_raw<Pair>(source + 2 * min(first + j * kLanes<V>, words - 1));
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int i = first + j * kLanes<V>;
+          const int k = column_of(i);
+          batch[j].settle();
+          if (i < words) *reinterpret_cast<Pair*>(projection_ + 2 * i + k * (pitch - rank - 2)) = batch[j].value();
+        }
       }
     } else {
 #pragma unroll 1
       for (int i = threadIdx.x; i < count; i += kLanes<V>) {
-        projection_[i + i / (rank + 2) * (pitch - rank - 2)] = load(source + i);
+        projection_[i + column_of(i) * (pitch - rank - 2)] = load(source + i);
       }
     }
+    if (padded(rank) > rank + 2 && threadIdx.x < kRun) projection_[threadIdx.x * pitch + rank + 2] = 0.0f;
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < kRun; ++k) steps[k] = bias_;
@@ -224,9 +279,10 @@ class Walk {
       for (int j = 0; j < kVector; ++j) {
         weights[j] = reinterpret_cast<const V*>(weights_ + (r + j) * kChannels)[threadIdx.x];
       }
+      const float* values_of_token = projection_ + r;
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) {
-        const float4 values = *reinterpret_cast<const float4*>(projection_ + k * pitch + r);
+      for (int k = 0; k < kRun; ++k, values_of_token += pitch) {
+        const float4 values = *reinterpret_cast<const float4*>(values_of_token);
         steps[k] += weights[0] * values.x;
         steps[k] += weights[1] * values.y;
         steps[k] += weights[2] * values.z;
@@ -248,8 +304,12 @@ class Walk {
     }
   }
 
-  __device__ float B(int k) const { return projection_[k * pitch_of(recurrence.rank) + recurrence.rank]; }
-  __device__ float C(int k) const { return projection_[k * pitch_of(recurrence.rank) + recurrence.rank + 1]; }
+  // B and C at the tokens of this run: lane k of the run has those of column k.
+  __device__ float own_B() const { return own_projection(0); }
+  __device__ float own_C() const { return own_projection(1); }
+
+  // The value of the lane that has column k, with the whole warp taking part.
+  __device__ static float of_column(float own, int k) { return __shfl_sync(kAllLanes, own, k, kLanes<V>); }
 
   // The state before this run, given the map of each run and the state before the first one; with kReverse, runs are in
   // reverse order. Contains a barrier. The state after all runs goes to `next_carry`, if that is not null.
@@ -278,7 +338,7 @@ class Walk {
     return rank == 0 ? state : before(state);
   }
 
-  __device__ float* carry(int chunk) const { return carries_ + chunk % 2 * kChannels; }
+  __device__ float* carry(unsigned chunk) const { return carries_ + chunk % 2 * kChannels; }
 
   const Recurrence& recurrence;
   const Map& map;
@@ -294,13 +354,30 @@ class Walk {
   int row_of_chunk, run;           // of this thread
   int column, columns;             // the run's first column, and how many exist
   V rate;                          // -exp(A_log)
+  const V* taps;  // tap t of this thread's channels is at t * kLanes<V>, in shared memory, since registers are scarce
 
  private:
   // Of a token in shared memory: r, B and C, padded to whole vectors.
   static __host__ __device__ int pitch_of(int rank) { return padded(rank + 2); }
+  // Of a run: the projection of its tokens, or fetched values.
+  static __host__ __device__ int run_floats(int rank) {
+    constexpr int kFetched = kRun * kLanes<V> * sizeof(Raw<V, T>) / sizeof(float);
+    const int projected = kRun * pitch_of(rank);
+    return projected < kFetched ? kFetched : projected;
+  }
+  // The column of the i-th word of a run's projection, which is a pair of values if their number is even. Exact, since
+  // there are at most 7 * 130 values.
+  __device__ int column_of(int i) const { return i * inverse_ >> kInverseBits; }
+  static constexpr int kInverseBits = 20;
 
+  __device__ float own_projection(int i) const {
+    return projection_[min(static_cast<int>(threadIdx.x), last_) * pitch_of(recurrence.rank) + recurrence.rank + i];
+  }
+  __device__ Raw<V, T>* fetched_run() const { return reinterpret_cast<Raw<V, T>*>(projection_) + threadIdx.x; }
+
+  unsigned first_token_;  // of the image
   const T* projections_;
-  int last_, warp_, warps_, inverse_words_;
+  int last_, warp_, warps_, inverse_;
   V bias_;
   float *weights_, *projection_, *segments_, *carries_;  // (padded rank, channels); (run, pitch); maps; states
 };

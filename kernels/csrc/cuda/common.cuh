@@ -27,6 +27,12 @@ __device__ inline float* take(float*& memory, int count) {
   return array;
 }
 
+template <class X>
+__device__ inline X* at_byte(X* array, unsigned offset) {
+  using Byte = std::conditional_t<std::is_const_v<X>, const char, char>;
+  return reinterpret_cast<X*>(reinterpret_cast<Byte*>(array) + offset);
+}
+
 __device__ inline float load(const float* source) { return *source; }
 __device__ inline float load(const __nv_bfloat16* source) { return __bfloat162float(*source); }
 __device__ inline float load(const __half* source) { return __half2float(*source); }
@@ -86,6 +92,31 @@ __device__ inline float rate_of(float A_log) {
   return rate < -FLT_MAX ? -FLT_MAX : rate;
 }
 
+// Starts to copy a value of 4, 8 or 16 bytes to shared memory; the thread can read it after `wait_for_copies`.
+template <class Value>
+__device__ inline void copy_async(Value* shared, const Value* global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(Value) >= 4) {
+    const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(sizeof(Value)) : "memory");
+    return;
+  }
+#endif
+  *shared = *global;
+}
+__device__ inline void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Moves the data at an address to the L2 cache.
+__device__ inline void prefetch_to_cache(const void* address) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
 // The compiler moves no access to memory across this: loads made too early would take too many registers.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 
@@ -126,12 +157,17 @@ __host__ __device__ constexpr T divide_up(T count, T by) {
   return (count + by - 1) / by;
 }
 
-// Whether a block on the current GPU can have this much shared memory.
-inline bool fits_shared_memory(size_t floats) {
-  int device = 0, most = 0;
+// Of the current GPU.
+inline int attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return floats * sizeof(float) <= static_cast<size_t>(most);
+  cudaDeviceGetAttribute(&value, name, device);
+  return value;
+}
+
+// Whether a block can have this much shared memory.
+inline bool fits_shared_memory(size_t floats) {
+  return floats * sizeof(float) <= static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 template <class... Parameters, class... Arguments>

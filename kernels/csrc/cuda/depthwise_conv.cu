@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kConvTaps = 9, kColumns = 2, kMostRows = 14;  // of a thread
 constexpr int kWarps = 4;                                    // of a block, which have different places
+constexpr int kRowsAhead = 3;                                // to the L2 cache
 constexpr int kGradientBlocks = 640;  // with five of them per multiprocessor, they fill a GPU
 
 // The division of maps into places: bands of rows, and a few columns.
@@ -69,6 +70,14 @@ __device__ __forceinline__ void load_row(const X* tokens, const Map& map, int64_
   }
 }
 
+// Move a row that will be loaded later to the L2 cache.
+template <class V, class X>
+__device__ __forceinline__ void prefetch_row(const X* tokens, const Map& map, int64_t stride, const Place<V>& place,
+                                             int i) {
+  const int k = min(static_cast<int>(threadIdx.x) % kColumns, map.width - 1 - place.column);
+  if (place.row + i < map.height) prefetch_to_cache(tokens + (i * map.width + k) * stride);
+}
+
 template <class V, class X>
 __device__ __forceinline__ void store_row(X* tokens, const Map& map, int64_t stride, const Place<V>& place, int i,
                                           const V (&values)[kColumns]) {
@@ -102,7 +111,7 @@ __device__ __forceinline__ V add_row(V sum, const V (&taps)[kConvTaps], const V 
 }
 
 template <class V, class T, bool kSilu>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 8)
     convolve_kernel(const DepthwiseConv conv, const Places places, const T* x, T* out, int64_t out_stride) {
   const Map& map = conv.map;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
@@ -117,6 +126,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 #pragma unroll 2
   for (int i = -1; i <= place.rows; ++i) {
     V values[kColumns + 2], done[kColumns];
+    prefetch_row(x, map, conv.stride, place, i + kRowsAhead);
     load_row<1>(x, map, conv.stride, place, i, values);
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
@@ -151,6 +161,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 5)
 #pragma unroll 1
     for (int i = 0; i < place.rows; ++i) {
       V grads[kColumns];
+      prefetch_row(of_out, map, map.dim, place, i + kRowsAhead);
+      prefetch_row(tokens, map, conv.stride, place, i + 1 + kRowsAhead);
       load_row<0>(of_out, map, map.dim, place, i, grads);
       load_row<1>(tokens, map, conv.stride, place, i + 1, rows[2]);
 #pragma unroll

@@ -3,7 +3,9 @@
 
 namespace spatial_mamba {
 
-int norm_partial_sums(const Norm& norm) { return norm_blocks(norm, kNormGradientBlocks); }
+int norm_partial_sums(const Norm& norm) {
+  return norm_blocks(norm, kGradientBlocksAtOnce * attribute(cudaDevAttrMultiProcessorCount));
+}
 
 void gated_norm(const Norm& norm, Activations gate, Activations out, cudaStream_t stream) {
   with_types(gate, norm.y, [&](auto* typed_gate, auto* y) {

@@ -9,7 +9,8 @@
 namespace spatial_mamba {
 
 constexpr int kNormThreads = 256, kMostNormThreads = 512;     // of a block
-constexpr int kNormBlocks = 2048, kNormGradientBlocks = 512;  // at most; enough to fill a GPU
+constexpr int kNormBlocks = 2048;         // at most; enough to fill a GPU
+constexpr int kGradientBlocksAtOnce = 3;  // per multiprocessor
 static_assert(kMostNormChannels == kMostNormThreads * kNormChannels);
 
 template <class X>
@@ -39,6 +40,12 @@ struct NormPlace {
 #pragma unroll
       for (int j = 0; j < kNormChannels; ++j) values[j] = has(j) ? load(token + first + j) : 0.0f;
     }
+  }
+
+  // Move a token that will be read later to the L2 cache.
+  template <class X>
+  __device__ __forceinline__ void prefetch(const X* token) const {
+    if (first < dim) prefetch_to_cache(token + first);
   }
 
   template <class X>
@@ -114,14 +121,14 @@ __device__ __forceinline__ float normalise(float (&y)[kNormChannels], const Norm
   return scale;
 }
 
-// Calls visit(token, exists) for the tokens of this thread. The whole block takes part in each call, with the last
+// Calls visit(token, exists, next) for the tokens of this thread. The whole block takes part in each call, with the last
 // token in place of missing ones.
 template <class Visit>
 __device__ __forceinline__ void over_tokens(int64_t tokens, const Visit& visit) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < tokens; first += step) {
     const int64_t token = first + threadIdx.y;
-    visit(min(token, tokens - 1), token < tokens);
+    visit(min(token, tokens - 1), token < tokens, min(token + step, tokens - 1));
   }
 }
 
@@ -131,10 +138,14 @@ __global__ void __launch_bounds__(kMostNormThreads) norm_kernel(const Norm norm,
   float weight[kNormChannels], bias[kNormChannels];
   read_weights(norm.weight, place, weight);
   read_weights(norm.bias, place, bias);
-  over_tokens(norm.tokens, [&](int64_t token, bool exists) {
+  over_tokens(norm.tokens, [&](int64_t token, bool exists, int64_t next) {
     float gates[kNormChannels], values[kNormChannels];
     place.read(y + token * norm.dim, values);
-    if constexpr (kGated) place.read(gate + token * norm.gate_stride, gates);
+    place.prefetch(y + next * norm.dim);
+    if constexpr (kGated) {
+      place.read(gate + token * norm.gate_stride, gates);
+      place.prefetch(gate + next * norm.gate_stride);
+    }
     normalise(values, place, norm.eps, shared_memory);
 #pragma unroll
     for (int j = 0; j < kNormChannels; ++j) {
@@ -146,19 +157,24 @@ __global__ void __launch_bounds__(kMostNormThreads) norm_kernel(const Norm norm,
 }
 
 // sums (2, blocks, dim): of the gradients of the weight, then of the bias.
-template <class G, class Y, bool kGated>
-__global__ void __launch_bounds__(kMostNormThreads)
+template <class G, class Y, bool kGated, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreads == kNormThreads ? kGradientBlocksAtOnce : 1)
     norm_backward_kernel(const Norm norm, const G* gate, const Y* y, const G* grad_out, Y* grad_y, G* grad_gate,
                          int64_t grad_gate_stride, float* sums) {
   const NormPlace place(norm);
   float weight[kNormChannels], bias[kNormChannels], of_weight[kNormChannels] = {}, of_bias[kNormChannels] = {};
   read_weights(norm.weight, place, weight);
   read_weights(norm.bias, place, bias);
-  over_tokens(norm.tokens, [&](int64_t token, bool exists) {
+  over_tokens(norm.tokens, [&](int64_t token, bool exists, int64_t next) {
     float grad[kNormChannels], gates[kNormChannels], normed[kNormChannels];
     place.read(y + token * norm.dim, normed);
     place.read(grad_out + token * norm.dim, grad);
-    if constexpr (kGated) place.read(gate + token * norm.gate_stride, gates);
+    place.prefetch(y + next * norm.dim);
+    place.prefetch(grad_out + next * norm.dim);
+    if constexpr (kGated) {
+      place.read(gate + token * norm.gate_stride, gates);
+      place.prefetch(gate + next * norm.gate_stride);
+    }
     const float scale = normalise(normed, place, norm.eps, shared_memory);
     float along[2] = {};  // sums of the gradient, and of its product with the normalised token
 #pragma unroll
@@ -226,7 +242,9 @@ template <bool kGated, class G, class Y>
 void launch_norm_backward(const char* name, const Norm& norm, const G* gate, const Y* y, const NormGradients& gradients,
                           cudaStream_t stream) {
   const dim3 block = norm_block(norm);
-  launch(name, norm_backward_kernel<G, Y, kGated>, dim3(norm_partial_sums(norm)), block,
+  const auto kernel = block.x * block.y <= kNormThreads ? norm_backward_kernel<G, Y, kGated, kNormThreads>
+                                                        : norm_backward_kernel<G, Y, kGated, kMostNormThreads>;
+  launch(name, kernel, dim3(norm_partial_sums(norm)), block,
          2 * kNormChannels * block.x * block.y, stream, norm, gate, y, static_cast<const G*>(gradients.out.data),
          static_cast<Y*>(gradients.y.data), static_cast<G*>(gradients.gate.data), gradients.gate_stride,
          gradients.sums);

@@ -45,7 +45,7 @@ using std::min;
 using cudaStream_t = void*;
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 struct cudaLaunchConfig_t {
@@ -74,12 +74,14 @@ uint32_t exchange(uint32_t bits, int source, const char* file, int line);
 
 int lane();
 
+// The source is counted within groups of `width` lanes.
 template <class T>
-T shuffle(T value, int source, const char* file, int line) {
+T shuffle(T value, const char* file, int line, int source, int width = 32) {
   static_assert(sizeof(T) == sizeof(uint32_t));
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  bits = exchange(bits, source >= 0 && source < 32 ? source : lane(), file, line);
+  const int first = lane() / width * width;
+  bits = exchange(bits, source >= 0 && source < width ? first + source : lane(), file, line);
   std::memcpy(&value, &bits, sizeof bits);
   return value;
 }
@@ -98,7 +100,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 #define __syncthreads() cuda_emulator::wait_for_block(__FILE__, __LINE__)
 #define __syncwarp() ((void)cuda_emulator::exchange(0, cuda_emulator::lane(), __FILE__, __LINE__))
-#define __shfl_sync(mask, value, source) cuda_emulator::shuffle(value, source, __FILE__, __LINE__)
+#define __shfl_sync(mask, value, ...) cuda_emulator::shuffle(value, __FILE__, __LINE__, __VA_ARGS__)
 #define __shfl_up_sync(mask, value, distance) __shfl_sync(mask, value, cuda_emulator::lane() - (distance))
 #define __shfl_down_sync(mask, value, distance) __shfl_sync(mask, value, cuda_emulator::lane() + (distance))
 #define __shfl_xor_sync(mask, value, bits) __shfl_sync(mask, value, cuda_emulator::lane() ^ (bits))

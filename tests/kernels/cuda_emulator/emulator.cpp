@@ -17,6 +17,7 @@
 namespace {
 
 constexpr size_t kSharedBytes = 227 * 1024, kSharedBytesWithoutAsking = 48 * 1024;
+constexpr int kMultiprocessors = 2;
 constexpr size_t kStackBytes = 64 * 1024, kArgumentBytes = 4096;
 constexpr unsigned kWarp = 32, kMostThreads = 1024;
 constexpr unsigned char kCanary = 0xA5;
@@ -156,8 +157,8 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = kSharedBytes;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : static_cast<int>(kSharedBytes);
   return cudaSuccess;
 }
 
