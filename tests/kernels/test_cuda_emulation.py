@@ -282,6 +282,8 @@ def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, branches
         pytest.param((1, 3, 130, 34), 2, BF16, BF16, PUBLISHED, id="strips of columns"),
         pytest.param((1, 7, 70, 33), 2, BF16, BF16, PUBLISHED, id="channels that do not pair up"),
         pytest.param((2, 29, 28, 16), 8, BF16, F32, PUBLISHED, id="chunks of rows"),
+        pytest.param((1, 13, 21, 18), 5, F32, F32, PUBLISHED, id="whole runs, odd rank"),
+        pytest.param((1, 70, 7, 16), 3, F16, F32, PUBLISHED, id="whole runs, bands of rows"),
         pytest.param((1, 6, 8, 6), 130, F32, F32, PUBLISHED, id="a step of very high rank"),
         pytest.param((1, 18, 130, 8), 5, F32, F32, PUBLISHED, id="bands and strips"),
         pytest.param((1, 2, 3, 8), 40, BF16, F32, PUBLISHED, id="a step of high rank"),

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
     const int row = min(start + walk.row_of_chunk, map.height - 1), count = exists ? columns : 0;
     Raw<V, T> u[kRun];
     walk.load_run(u, walk.u, row);
-    if (has_row) walk.prefetch(max(start - cut.rows + walk.row_of_chunk, 0));
+    if (has_row && chunk + 1 < chunks) walk.prefetch(start - cut.rows + walk.row_of_chunk);
     V steps[kRun], deltas[kRun], decays[kRun], before[kRun];
     walk.project(row, steps);
     walk.discretise(steps, count, deltas, decays);

@@ -34,7 +34,8 @@ class Scan : public Walk<T, V, kWhole> {
     int next = this->first_row, chunk = 0;
     for (int start = max(this->first_row - kReach, 0); start < end; start += cut.rows, ++chunk) {
       scan(start, end, chunk);
-      if (this->row_of_chunk < cut.rows) this->prefetch(min(start + cut.rows + this->row_of_chunk, end - 1));
+      const int next_row = start + cut.rows + this->row_of_chunk;
+      if (this->row_of_chunk < cut.rows && next_row < end) this->prefetch(next_row);
       const int scanned = min(start + cut.rows, end);
       const int ready = min(scanned == map.height ? scanned : scanned - kReach, this->last_row);
       for (; next < ready; next += min(cut.rows, ready - next)) {

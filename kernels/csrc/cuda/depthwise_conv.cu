@@ -111,7 +111,7 @@ __device__ __forceinline__ V add_row(V sum, const V (&taps)[kConvTaps], const V 
 }
 
 template <class V, class T, bool kSilu>
-__global__ void __launch_bounds__(kWarps* kWarp, 8)
+__global__ void __launch_bounds__(kWarps* kWarp)
     convolve_kernel(const DepthwiseConv conv, const Places places, const T* x, T* out, int64_t out_stride) {
   const Map& map = conv.map;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
@@ -126,7 +126,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 8)
 #pragma unroll 2
   for (int i = -1; i <= place.rows; ++i) {
     V values[kColumns + 2], done[kColumns];
-    prefetch_row(x, map, conv.stride, place, i + kRowsAhead);
     load_row<1>(x, map, conv.stride, place, i, values);
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {

@@ -8,9 +8,9 @@
 
 namespace spatial_mamba {
 
-constexpr int kNormThreads = 256, kMostNormThreads = 512;     // of a block
-constexpr int kNormBlocks = 2048;         // at most; enough to fill a GPU
-constexpr int kGradientBlocksAtOnce = 3;  // per multiprocessor
+constexpr int kNormThreads = 256, kMostNormThreads = 512;  // of a block
+constexpr int kNormBlocks = 2048;                          // at most; enough to fill a GPU
+constexpr int kGradientBlocksAtOnce = 3;                   // per multiprocessor
 static_assert(kMostNormChannels == kMostNormThreads * kNormChannels);
 
 template <class X>
@@ -138,14 +138,10 @@ __global__ void __launch_bounds__(kMostNormThreads) norm_kernel(const Norm norm,
   float weight[kNormChannels], bias[kNormChannels];
   read_weights(norm.weight, place, weight);
   read_weights(norm.bias, place, bias);
-  over_tokens(norm.tokens, [&](int64_t token, bool exists, int64_t next) {
+  over_tokens(norm.tokens, [&](int64_t token, bool exists, int64_t) {
     float gates[kNormChannels], values[kNormChannels];
     place.read(y + token * norm.dim, values);
-    place.prefetch(y + next * norm.dim);
-    if constexpr (kGated) {
-      place.read(gate + token * norm.gate_stride, gates);
-      place.prefetch(gate + next * norm.gate_stride);
-    }
+    if constexpr (kGated) place.read(gate + token * norm.gate_stride, gates);
     normalise(values, place, norm.eps, shared_memory);
 #pragma unroll
     for (int j = 0; j < kNormChannels; ++j) {
