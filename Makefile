@@ -56,7 +56,7 @@ lint: .venv/ready .venv/typing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Run everything that needs a GPU, within 8 minutes, and write the results to one folder:
+# Run everything that needs a GPU, within 13 minutes, and write the results to one folder:
 # make gpu OUT=folder [GPU="--steps self-test tests --seconds 250"]. This uses PYTHON with the packages it has.
 # It creates no environment and downloads nothing.
 gpu:

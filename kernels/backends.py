@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from . import native
+from . import failures, native
 
 # Fastest first; "torch", the reference implementation, serves everything.
 PREFERENCE = {"cpu": ("cpu", "triton", "torch"), "cuda": ("cuda", "triton", "torch")}
@@ -60,6 +60,7 @@ def _read_force_variable() -> str | None:
 # Why each backend is unavailable, or None if it is available. Computed once, at import: constants for torch.compile.
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _missing = {"cpu": native.load("cpu"), "cuda": native.load("cuda"), "triton": _why_no_triton(), "torch": None}
+_failed = failures.recorded()
 # A backend serves an operator if its folder contains a file of that name.
 _FOLDERS = {"cpu": "csrc/cpu", "cuda": "csrc/cuda", "triton": "triton"}
 _operators = {
@@ -74,11 +75,20 @@ _served: dict[tuple[str, torch.dtype, torch.device], str] = {}
 
 
 def why_not(
-    backend: str, device_type: str, dtype: torch.dtype, capability: tuple[int, int] | None = None
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None = None,
+    even_if_it_failed: bool = False,
 ) -> str | None:
     """Why a backend cannot serve tensors of this device type and dtype, or None if it can.
 
-    ``capability`` is the compute capability of the GPU, if known.
+    Args:
+        backend: its name.
+        device_type: ``"cpu"`` or ``"cuda"``.
+        dtype: of the tensors.
+        capability: the compute capability of the GPU, if known.
+        even_if_it_failed: ignore failures of the self-test.
     """
     if backend == "torch":
         return None
@@ -92,7 +102,18 @@ def why_not(
         return "built without code for compute capability {0}.{1}: {2} cuda --arch {0}.{1}".format(
             *capability, native.BUILD_COMMAND
         )
+    if _failed and _missing[backend] is None and not even_if_it_failed:
+        name = failures.name_of(backend, dtype, device_type, capability)
+        if any(failure.startswith(name) for failure in _failed):
+            return f"failed the self-test with {dtype}: spatial-mamba kernels check --device {device_type} tests again"
     return _missing[backend]
+
+
+def ignore_failures() -> None:
+    """Allow backends again that have failed the self-test, in this process."""
+    global _failed
+    _failed = ()
+    _served.clear()
 
 
 def serving(
@@ -109,7 +130,7 @@ def serving(
         RuntimeError: if the forced backend cannot be used, or native code is required but missing.
     """
     if _forced is not None:
-        reason = why_not(_forced, device_type, dtype, capability)
+        reason = why_not(_forced, device_type, dtype, capability, even_if_it_failed=True)
         if reason is not None:
             raise RuntimeError(f"the backend {_forced!r} is forced, but cannot be used: {reason}")
         if _implements(_forced, operator):

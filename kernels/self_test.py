@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from . import backends
+from . import backends, failures
 from .benchmark import implementations
 from .benchmark.cases import Case
 from .errors import UserError
@@ -46,6 +46,9 @@ ROUNDING_FACTOR = 4  # times the tolerance for these
 def check(device: torch.device, names: Sequence[str] = (), dtypes: Sequence[str] = ()) -> bool:
     """Print one line per backend, dtype and operator, and go on after errors.
 
+    A backend that fails is recorded: it is no longer chosen for this dtype on this device, until it passes the test or
+    is another version.
+
     On a GPU, each backend and dtype has its own process: Triton compiles in parallel, and a failed launch, after which
     a process cannot use the GPU, does not affect the others.
 
@@ -62,6 +65,7 @@ def check(device: torch.device, names: Sequence[str] = (), dtypes: Sequence[str]
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no usable GPU; use --device cpu")
+    backends.ignore_failures()
     chosen: list[tuple[str, str]] = []
     unusable: dict[str, None] = {}
     for name in names or backends.PREFERENCE[device.type][:-1]:
@@ -92,8 +96,11 @@ def _check_in_process(device: torch.device, backend: str, dtype: str) -> bool:
         text=True,
         errors="replace",
     )
-    crash = f"{backend:<8}{dtype:<10}crashed: exit status {done.returncode}\n" if done.returncode not in (0, 1) else ""
+    crashed = done.returncode not in (0, 1)
+    crash = f"{backend:<8}{dtype:<10}crashed: exit status {done.returncode}\n" if crashed else ""
     print(done.stdout + crash, end="", flush=True)
+    if crashed:
+        _record(device, backend, dtype, failed=True)
     return done.returncode == 0
 
 
@@ -119,7 +126,21 @@ def _check_operators(device: torch.device, backend: str, dtype: str) -> bool:
         verdict = f"WRONG: {'; '.join(wrong)}" if wrong else f"right, largest error {max(errors):.1e}"
         print(f"{backend:<8}{dtype:<10}{operator:<22}{verdict}", flush=True)
         right &= not wrong
+    _record(device, backend, dtype, failed=not right)
     return right
+
+
+def _record(device: torch.device, backend: str, dtype: str, failed: bool) -> None:
+    if backend == "torch":  # serves where no other backend does
+        return
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    try:
+        failures.record(failures.name_of(backend, getattr(torch, dtype), device.type, capability), backend, failed)
+    except OSError as error:
+        print(f"{backend:<8}{dtype:<10}cannot be recorded: {error}", flush=True)
+        return
+    if failed:
+        print(f"{backend:<8}{dtype:<10}no longer chosen on this device, as recorded in {failures.folder()}", flush=True)
 
 
 def _worst_error(case: Case, device: torch.device, backend: str, dtype: str) -> tuple[float, str]:

@@ -6,12 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from spatial_mamba.kernels import backends, self_test
+from spatial_mamba.kernels import backends, failures, gated_norm, self_test, use_backend
 from spatial_mamba.kernels.__main__ import main
 from spatial_mamba.kernels.benchmark import implementations
 
 OPERATORS = ["structure_aware_scan", "selective_scan", "state_fusion", "spatial_mixer", "depthwise_conv"]
 OPERATORS += ["downsampling", "mlp", "gated_norm"]
+
+
+@pytest.fixture(autouse=True)
+def _own_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep failures out of the real record."""
+    monkeypatch.setattr(failures, "folder", lambda: tmp_path / "failed")
+    monkeypatch.setattr(backends, "_failed", ())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -57,3 +64,50 @@ def test_unusable_backends_count_only_if_they_are_named(
     assert capsys.readouterr().out == "cpu     not checked: not built\n"
     assert main(["check", "--device", "cpu"]) == 2
     assert "nothing to check: only the reference implementation" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(bool(backends.why_not("cpu", "cpu", torch.float32)), reason="needs the cpu library")
+def test_failing_backends_are_not_chosen_until_they_pass(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(tolerance: float) -> int:
+        monkeypatch.setitem(self_test.TOLERANCES, "float32", tolerance)
+        return main(["check", "--device", "cpu", "--backend", "cpu", "--dtype", "float32"])
+
+    def reload() -> None:
+        monkeypatch.setattr(backends, "_failed", failures.recorded())
+        backends._served.clear()
+
+    assert check(1e-12) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"cpu     float32   no longer chosen on this device, as recorded in {failures.folder()}"
+    reload()
+    monkeypatch.setattr(backends, "_hinted", set())
+    with pytest.warns(UserWarning, match="run on the 'torch' backend; .* failed the self-test with torch.float32: "):
+        assert backends.serving("cpu", torch.float32) == "torch"
+    assert backends.serving("cpu", torch.bfloat16) == "cpu"
+    y = torch.randn(1, 2, 3, 8)
+    norm = torch.compile(lambda y: gated_norm(y, y, y[0, 0, 0], y[0, 0, 0]), backend="eager", fullgraph=True)
+    torch.testing.assert_close(norm(y), gated_norm(y, y, y[0, 0, 0], y[0, 0, 0]))
+    with use_backend("cpu"):
+        assert backends.serving("cpu", torch.float32) == "cpu"
+    assert main([]) == 0
+    assert "  cpu     on cpu   float32: failed the self-test with torch.float32: " in capsys.readouterr().out
+
+    assert check(1e-4) == 0
+    reload()
+    assert backends.serving("cpu", torch.float32) == "cpu"
+
+
+def test_failures_of_other_versions_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda-bfloat16-cuda-9.0", "triton-float16-cuda-9.0"):
+        failures.record(name, name.partition("-")[0], failed=True)
+    assert failures.recorded() == ("cuda-bfloat16-cuda-9.0", "triton-float16-cuda-9.0")
+    monkeypatch.setattr(backends, "_failed", failures.recorded())
+    monkeypatch.setitem(backends._missing, "cuda", None)
+    monkeypatch.setattr(backends.native, "kernels_for", lambda capability: True)
+    for capability, failed in (((9, 0), True), (None, True), ((8, 0), False)):
+        assert bool(backends.why_not("cuda", "cuda", torch.bfloat16, capability)) == failed
+        assert backends.why_not("cuda", "cuda", torch.float32, capability) is None
+    monkeypatch.setattr(backends.native, "loaded", lambda name: {"sources": "other"})
+    assert failures.recorded() == ("triton-float16-cuda-9.0",)

@@ -1,0 +1,48 @@
+"""Backends that failed the self-test on a device: a record, so that they are no longer chosen there."""
+
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from . import build, native
+
+
+def folder() -> Path:
+    """The folder of the record: one file per failure, with the version of the backend that failed."""
+    return build.library_folder() / "failed"
+
+
+def name_of(backend: str, dtype: torch.dtype, device_type: str, capability: tuple[int, int] | None) -> str:
+    """The file name of a failure. Without the compute capability of a GPU, the start of these names."""
+    place = device_type if capability is None else "{}-{}.{}".format(device_type, *capability)
+    return f"{backend}-{str(dtype).removeprefix('torch.')}-{place}"
+
+
+def record(name: str, backend: str, failed: bool) -> None:
+    """Add a failure, or remove it if the backend did not fail again.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    file = folder() / name
+    if failed:
+        folder().mkdir(parents=True, exist_ok=True)
+        file.write_text(_version_of(backend))
+    else:
+        file.unlink(missing_ok=True)
+
+
+def recorded() -> tuple[str, ...]:
+    """The names of the failures of the present libraries and versions."""
+    files = sorted(folder().glob("*-*-*"))
+    return tuple(file.name for file in files if file.read_text() == _version_of(file.name.partition("-")[0]))
+
+
+def _version_of(backend: str) -> str:
+    """What a failure depends on; a rebuilt library or another version has to fail again."""
+    if backend == "triton":
+        with suppress(PackageNotFoundError):
+            return f"Triton {version('triton')}, PyTorch {torch.__version__}"
+    return f"sources {native.loaded(backend).get('sources')}"
