@@ -106,13 +106,11 @@ class Ring {
   int* table_;
 };
 
-// Whether all columns of all runs exist, as with images of 224x224; this saves instructions.
-inline bool has_whole_runs(const Map& map, const Cut& cut) { return cut.strips.count == 1 && map.width % kRun == 0; }
-
-// Calls body(std::true_type()) or body(std::false_type()).
+// Calls body(std::true_type()) if all columns of all runs exist, as with images of 224x224, since this saves
+// instructions; else body(std::false_type()).
 template <class Body>
 void with_whole_runs(const Map& map, const Cut& cut, Body&& body) {
-  has_whole_runs(map, cut) ? body(std::true_type()) : body(std::false_type());
+  cut.strips.count == 1 && map.width % kRun == 0 ? body(std::true_type()) : body(std::false_type());
 }
 
 // The place of a block and of its threads, and the recurrence at the tokens of a run.
@@ -125,7 +123,6 @@ class Walk {
     return (padded(rank) + kTaps) * kChannels + runs * run_floats(rank) + (2 * 2 * warps + 2) * kChannels;
   }
 
-  // A barrier must follow before `taps` are read.
   __device__ Walk(const Recurrence& recurrence, const Cut& cut, const float* taps_of_map, float*& memory)
       : recurrence(recurrence), map(recurrence.map), cut(cut) {
     const int groups = divide_up(map.dim, kChannels), rank = recurrence.rank;
@@ -215,6 +212,14 @@ class Walk {
     over_run(of_image, row, [&](int k, const X* source) { values[k] = load_raw<V>(source); });
   }
 
+  // The same without registers: `fetched` returns the value of column k, after wait_for_copies(). Overwrites B and C.
+  __device__ __forceinline__ void fetch_run(const T* of_image, int row) const {
+    over_run(of_image, row, [&](int k, const T* source) {
+      copy_async(fetched_run() + k * kLanes<V>, reinterpret_cast<const Raw<V, T>*>(source));
+    });
+  }
+  __device__ V fetched(int k) const { return fetched_run()[k * kLanes<V>].value(); }
+
   // Move what `project` and loads of u will read of a row to the L2 cache.
   __device__ __forceinline__ void prefetch(int row) const {
     const int lane = threadIdx.x;
@@ -230,14 +235,6 @@ class Walk {
 #pragma unroll
     for (int k = 0; k < kRun; ++k) C[k] = load(source + (kWhole ? k : min(k, last_)) * channels);
   }
-
-  // The same without registers: `fetched` returns the value of column k, after wait_for_copies(). Overwrites B and C.
-  __device__ __forceinline__ void fetch_run(const T* of_image, int row) const {
-    over_run(of_image, row, [&](int k, const T* source) {
-      copy_async(fetched_run() + k * kLanes<V>, reinterpret_cast<const Raw<V, T>*>(source));
-    });
-  }
-  __device__ V fetched(int k) const { return fetched_run()[k * kLanes<V>].value(); }
 
   // Deltas before softplus, in units of ln 2, at the tokens of this run in a row. B and C are kept until the next call.
   __device__ __forceinline__ void project(int row, V (&steps)[kRun]) const {
