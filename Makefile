@@ -57,7 +57,7 @@ lint: .venv/ready .venv/typing
 	$(BIN)/mypy
 
 # Run everything that needs a GPU, within 13 minutes, and write the results to one folder:
-# make gpu OUT=folder [GPU="--steps self-test tests --seconds 250"]. This uses PYTHON with the packages it has.
+# make gpu OUT=folder [GPU="--steps self-test tests --seconds 300"]. This uses PYTHON with the packages it has.
 # It creates no environment and downloads nothing.
 gpu:
 	$(PYTHON) tests/gpu_check.py $(OUT) $(GPU)

@@ -103,7 +103,15 @@ STEPS = [
     *(
         Step(
             f"models, compilation of {model} for {purpose}",
-            (*MODELS, model, *form, "--seconds", "0.1", "--out", "{out}/models/compilation"),
+            (
+                *MODELS,
+                model,
+                *form,
+                "--seconds",
+                "0.1",
+                "--out",
+                f"{{out}}/models/compilation/{purpose}/{model.strip('*')}",
+            ),
             300,
             FEW_COMPILERS,
             "tests",

@@ -107,23 +107,23 @@ class ConvLayer(nn.Module):
         conv, norm = deepcopy(self.conv).to(compute_dtype), deepcopy(self.norm).to(compute_dtype)
         return fuse_conv_bn_eval(conv, norm).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        maps = pointwise_conv(x, self.conv.weight, self.conv.bias) if self._runs_in_cublas(x) else self.conv(x)
+    def forward(self, x: Tensor, in_cublas: bool | None = None) -> Tensor:
+        """``in_cublas`` chooses `pointwise_conv`; by default, where it is faster and there are no gradients."""
+        if in_cublas is None:
+            in_cublas = not torch.is_grad_enabled() and self.can_run_in_cublas(x)
+        maps = pointwise_conv(x, self.conv.weight, self.conv.bias) if in_cublas else self.conv(x)
         return self.act(self.norm(maps))
 
-    def _runs_in_cublas(self, x: Tensor) -> bool:
+    def can_run_in_cublas(self, x: Tensor) -> bool:
         """Whether this is a 1x1 convolution with bias in half precision on a GPU.
 
         There PyTorch's convolution adds the bias in a pass of its own. In float32 cuDNN uses TF32 by default, cuBLAS
-        does not. With gradients, this pays only where maps get wider. The result is then a view, and an in-place ReLU
-        on it would make autograd copy gradients.
+        does not. With gradients, this pays only where maps get wider, and the result must not be modified in place: it
+        is a view, so autograd would copy gradients.
         """
         if not plain_eager(x) or not calls_libraries(x):
             return False
         if _has_modified_parts(self, {"conv": nn.Conv2d}) or not is_pointwise(self.conv):
-            return False
-        narrows = self.conv.out_channels <= self.conv.in_channels
-        if torch.is_grad_enabled() and (narrows or not isinstance(self.act, nn.Identity)):
             return False
         in_half = x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
         return in_half and x.is_contiguous(memory_format=torch.channels_last)
@@ -197,11 +197,8 @@ class Reduction(ConvLayer):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 3, stride=2, groups=dim, act=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        is_view = plain_eager(x) and torch.is_grad_enabled() and x._is_view()  # from a 1x1 convolution in cuBLAS
-        if is_view and not _has_modified_parts(self, {"act": nn.ReLU}):
-            return super().forward(F.relu(x))
-        return super().forward(self.act(x))
+    def forward(self, x: Tensor, x_is_view: bool | None = None) -> Tensor:
+        return super().forward(F.relu(x) if x_is_view and x.requires_grad else self.act(x))
 
 
 class InvertedBottleneck(nn.Sequential):
@@ -221,7 +218,8 @@ class InvertedBottleneck(nn.Sequential):
             maps = _downsample(expand.conv, reduce.conv, project.conv, x)
             if maps is not None:
                 return project.norm(maps)
-        return project(checkpointed(expand, reduce, x))
+        # Decided once, since the backward pass computes the maps again, perhaps within hooks or modes.
+        return project(checkpointed(expand, reduce, x, expand.can_run_in_cublas(x)))
 
 
 def _downsample(expand: nn.Conv2d, reduce: nn.Conv2d, project: nn.Conv2d, x: Tensor) -> Tensor | None:

@@ -420,12 +420,16 @@ def test_order_of_threads_does_not_matter(operators: Any) -> None:
         ("if (threadIdx.x < 32) __syncthreads();", "divergence"),
         ("if (threadIdx.x != 3) __shfl_xor_sync(0xffffffffu, 1.0f, 1);", "divergence"),
         ("shared_memory[threadIdx.x + 1] = 0.0f;", "behind its end"),
+        ("alignas(8) float x[3]; __pipeline_memcpy_async(shared_memory, x, 8);", "did not wait for its copies"),
+        ("alignas(8) float x[3]; __pipeline_memcpy_async(shared_memory, x + 1, 8);", "not aligned"),
+        ("alignas(8) float x[3]; __pipeline_memcpy_async(shared_memory, x, 8); __pipeline_wait_prior(0);", ""),
         ("shared_memory[threadIdx.x] = 0.0f; __syncthreads(); __syncwarp();", ""),
     ],
 )
 def test_emulator_finds_faults(emulator: Path, tmp_path: Path, kernel: str, message: str) -> None:
     program, source = tmp_path / "program", tmp_path / "program.cpp"
     source.write_text(f"""
+        #include "cuda_pipeline_primitives.h"
         #include "cuda_runtime.h"
         extern float shared_memory[];
         void kernel() {{ {kernel} }}

@@ -206,7 +206,7 @@ size_t shared_floats(const Recurrence& recurrence, const Cut& cut) {
 bool chunk_gradients_serve(const Recurrence& recurrence, Activations grad_y) {
   const Cut cut = cut_into_chunks(recurrence.map, kRuns, /*undivided=*/true);
   return cut.strips.count == 1 && suits_chunks(recurrence, grad_y) &&
-         fits_shared_memory(shared_floats<float>(recurrence, cut));
+         fits_shared_memory(shared_floats<__nv_bfloat16>(recurrence, cut));
 }
 
 void chunk_gradients(const Recurrence& recurrence, Activations grad_y, const float* taps, const float* row_states,

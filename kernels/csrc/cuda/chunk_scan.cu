@@ -146,13 +146,21 @@ __global__ void __launch_bounds__(kScanRuns* kLanes<V>, 3)
   const V skip = scan.weight(recurrence.D);
   y = scan.image_of(y, scan.map.dim);
   scan.visit_rows([&](int row, bool is_own) {
-    scan.fetch_run(scan.u, row);
+    constexpr bool kFetches = sizeof(T) == 2;
+    Raw<V, T> u[kRun];
+    if constexpr (kFetches) {
+      scan.fetch_run(scan.u, row);
+    } else {
+      scan.load_run(u, scan.u, row);
+    }
     V fused[kRun] = {};
     scan.over_stencil(row, [&](int, V tap, int k, V state) { fused[k] += tap * state; });
     const float* C = scan.C_of_run(row);
     wait_for_copies();
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) fused[k] = V(C[k]) * fused[k] + skip * scan.fetched(k);
+    for (int k = 0; k < kRun; ++k) {
+      fused[k] = V(C[k]) * fused[k] + skip * (kFetches ? scan.fetched(k) : u[k].value());
+    }
     if (!is_own || !scan.has_channel) return;
     scan.over_run(y, row, [&](int k, Y* target) {
       if (scan.has_output(k)) store_value(target, fused[k]);
@@ -217,7 +225,8 @@ Cut chunk_scan_cut(const Map& map) { return cut_into_chunks(map, kScanRuns); }
 
 bool chunk_scan_serves(const Recurrence& recurrence, Activations y) {
   return suits_chunks(recurrence, y) &&
-         fits_shared_memory(Scan<float, Pair, false>::shared_floats(recurrence.rank, chunk_scan_cut(recurrence.map)));
+         fits_shared_memory(
+             Scan<__nv_bfloat16, Pair, false>::shared_floats(recurrence.rank, chunk_scan_cut(recurrence.map)));
 }
 
 void chunk_scan(const Recurrence& recurrence, const float* taps, const float* states, float* row_states, Activations y,

@@ -212,7 +212,8 @@ class Walk {
     over_run(of_image, row, [&](int k, const X* source) { values[k] = load_raw<V>(source); });
   }
 
-  // The same without registers: `fetched` returns the value of column k, after wait_for_copies(). Overwrites B and C.
+  // The same for half precision, without registers: `fetched` returns the value of column k, after wait_for_copies().
+  // Overwrites B and C.
   __device__ __forceinline__ void fetch_run(const T* of_image, int row) const {
     over_run(of_image, row, [&](int k, const T* source) {
       copy_async(fetched_run() + k * kLanes<V>, reinterpret_cast<const Raw<V, T>*>(source));
@@ -356,9 +357,9 @@ class Walk {
  private:
   // Of a token in shared memory: r, B and C, padded to whole vectors.
   static __host__ __device__ int pitch_of(int rank) { return padded(rank + 2); }
-  // Of a run: the projection of its tokens, or fetched values.
+  // Of a run: the projection of its tokens, or fetched values in half precision.
   static __host__ __device__ int run_floats(int rank) {
-    constexpr int kFetched = kRun * kLanes<V> * sizeof(Raw<V, T>) / sizeof(float);
+    constexpr int kFetched = sizeof(T) == 2 ? kRun * kChannels / 2 : 0;
     const int projected = kRun * pitch_of(rank);
     return projected < kFetched ? kFetched : projected;
   }

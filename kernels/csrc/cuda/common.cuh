@@ -9,6 +9,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include "launchers.h"
@@ -95,19 +96,11 @@ __device__ inline float rate_of(float A_log) {
 // Starts to copy a value of 4, 8 or 16 bytes to shared memory; the thread can read it after `wait_for_copies`.
 template <class Value>
 __device__ inline void copy_async(Value* shared, const Value* global) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (sizeof(Value) >= 4) {
-    const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(sizeof(Value)) : "memory");
-    return;
-  }
-#endif
-  *shared = *global;
+  __pipeline_memcpy_async(shared, global, sizeof(Value));
 }
 __device__ inline void wait_for_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 // Moves the data at an address to the L2 cache.

@@ -121,8 +121,8 @@ __device__ __forceinline__ float normalise(float (&y)[kNormChannels], const Norm
   return scale;
 }
 
-// Calls visit(token, exists, next) for the tokens of this thread. The whole block takes part in each call, with the last
-// token in place of missing ones.
+// Calls visit(token, exists, next) for the tokens of this thread. The whole block takes part in each call, with the
+// last token in place of missing ones.
 template <class Visit>
 __device__ __forceinline__ void over_tokens(int64_t tokens, const Visit& visit) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;

@@ -12,6 +12,7 @@
 
 #include <ucontext.h>
 
+#include "cuda_pipeline_primitives.h"
 #include "cuda_runtime.h"
 
 namespace {
@@ -31,6 +32,12 @@ namespace {
 
 enum class State { ready, at_barrier, at_exchange, done };
 
+struct Copy {
+  void* target;
+  const void* source;
+  size_t bytes;
+};
+
 // Entered once through its context; then jumps, which unlike swapcontext need no system call.
 struct Fiber {
   ucontext_t context;
@@ -43,6 +50,7 @@ struct Fiber {
   int line;
   uint32_t bits[2];  // of even and of odd exchanges: lanes are never two exchanges apart
   unsigned exchanges;
+  std::vector<Copy> copies;  // that have not happened
 };
 
 jmp_buf scheduler;
@@ -65,6 +73,7 @@ std::string place(const Fiber& fiber) {
 
 void enter() {
   (*body)();
+  if (!fibers[current].copies.empty()) fail("a thread did not wait for its copies");
   fibers[current].state = State::done;
   _longjmp(scheduler, 1);
 }
@@ -121,6 +130,7 @@ void run_block(size_t shared_bytes) {
     fiber.context.uc_link = nullptr;
     fiber.entered = false;
     fiber.exchanges = 0;
+    fiber.copies.clear();
     fiber.state = State::ready;
     makecontext(&fiber.context, enter, 0);
   }
@@ -212,5 +222,18 @@ uint32_t exchange(uint32_t bits, int source, const char* file, int line) {
 }
 
 int lane() { return static_cast<int>(current % kWarp); }
+
+void copy_later(void* target, const void* source, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(target) % bytes || reinterpret_cast<uintptr_t>(source) % bytes) {
+    fail("an asynchronous copy is not aligned");
+  }
+  std::memset(target, 0xFF, bytes);
+  fibers[current].copies.push_back({target, source, bytes});
+}
+
+void finish_copies() {
+  for (const Copy& copy : fibers[current].copies) std::memcpy(copy.target, copy.source, copy.bytes);
+  fibers[current].copies.clear();
+}
 
 }  // namespace cuda_emulator
