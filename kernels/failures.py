@@ -1,5 +1,6 @@
 """Backends that failed the self-test on a device: a record, so that they are no longer chosen there."""
 
+import hashlib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,8 +31,8 @@ def record(name: str, backend: str, failed: bool) -> None:
     if failed:
         folder().mkdir(parents=True, exist_ok=True)
         file.write_text(_version_of(backend))
-    else:
-        file.unlink(missing_ok=True)
+    elif name in recorded():
+        file.unlink()
 
 
 def recorded() -> tuple[str, ...]:
@@ -41,8 +42,9 @@ def recorded() -> tuple[str, ...]:
 
 
 def _version_of(backend: str) -> str:
-    """What a failure depends on; a rebuilt library or another version has to fail again."""
+    """What a failure depends on; a rebuilt library, another version or processor has to fail again."""
     if backend == "triton":
         with suppress(PackageNotFoundError):
             return f"Triton {version('triton')}, PyTorch {torch.__version__}"
-    return f"sources {native.loaded(backend).get('sources')}"
+    processor = hashlib.sha256(" ".join(sorted(build.cpu_features())).encode()).hexdigest()
+    return f"sources {native.loaded(backend).get('sources')}, processor {processor}"
