@@ -102,6 +102,7 @@ def test_failing_backends_are_not_chosen_until_they_pass(
 def test_failures_of_other_versions_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda-bfloat16-cuda-9.0", "triton-float16-cuda-9.0"):
         failures.record(name, name.partition("-")[0], failed=True)
+    (failures.folder() / "cuda-float32-cuda-9.0").write_bytes(b"\xff")
     assert failures.recorded() == ("cuda-bfloat16-cuda-9.0", "triton-float16-cuda-9.0")
     monkeypatch.setattr(backends, "_failed", failures.recorded())
     monkeypatch.setitem(backends._missing, "cuda", None)
