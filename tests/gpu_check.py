@@ -89,8 +89,16 @@ COMPILED = {"inference": ("--form", "fused+compile"), "training": ("--form", "co
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for many processes at the same time
 FEW_COMPILERS = ONE_THREAD | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
 
-# The first step finds what would make the others fail. What takes the CPU's time runs at the same time, also the
-# compilation of models, which the benchmark finds in PyTorch's cache. Benchmarks have the GPU to themselves.
+
+def compile_model(model: str, purpose: str) -> Step:
+    """Compile a model, next to the tests; the benchmark finds the result in PyTorch's cache."""
+    out = f"{{out}}/models/compilation/{purpose}/{model.strip('*')}"
+    command = (*MODELS, model, *COMPILED[purpose], "--seconds", "0.1", "--out", out)
+    return Step(f"models, compilation of {model} for {purpose}", command, 300, FEW_COMPILERS, "tests")
+
+
+# The first step finds what would make the others fail. What takes the CPU's time runs at the same time. Benchmarks have
+# the GPU to themselves.
 STEPS = [
     Step("build", (*KERNELS, "build", "cuda", "--missing"), 120),
     Step("self-test, report", KERNELS, 300, together="tests"),
@@ -100,25 +108,7 @@ STEPS = [
     *(sanitize("racecheck", *each) for each in itertools.product(("cuda", "triton"), ("float32", "bfloat16"))),
     sanitize("synccheck", "cuda", "float32"),
     sanitize("initcheck", "cuda", "float32"),
-    *(
-        Step(
-            f"models, compilation of {model} for {purpose}",
-            (
-                *MODELS,
-                model,
-                *form,
-                "--seconds",
-                "0.1",
-                "--out",
-                f"{{out}}/models/compilation/{purpose}/{model.strip('*')}",
-            ),
-            300,
-            FEW_COMPILERS,
-            "tests",
-        )
-        for purpose, form in COMPILED.items()
-        for model in (TINY, *PEERS)
-    ),
+    *(compile_model(model, purpose) for purpose in COMPILED for model in (TINY, *PEERS)),
     Step("operators", (*OPERATORS, "{out}"), 75),
     Step(
         "operators, compiled",
