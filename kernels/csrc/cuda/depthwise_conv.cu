@@ -48,44 +48,57 @@ struct Place {
     has_channel = own < map.dim;
     channel = min(own, map.dim - kChannelsOf<V>);
   }
-
-  // This place in maps whose tokens have a stride.
-  template <class X>
-  __device__ X* in(const Map& map, X* tokens, int64_t stride) const {
-    return tokens + (image_row * map.width + column) * stride + channel;
-  }
 };
 
-// Channels of a row i of a place, with kMargin columns on both sides; zero outside the map.
+// The columns of a place, with kMargin more on both sides, in one row after another. Those outside the map are zero.
 template <int kMargin, class V, class X>
-__device__ __forceinline__ void load_row(const X* tokens, const Map& map, int64_t stride, const Place<V>& place, int i,
-                                         V (&values)[kColumns + 2 * kMargin]) {
-  const bool in_map = place.row + i >= 0 && place.row + i < map.height;
-  const X* line = tokens + i * map.width * stride;
-#pragma unroll
-  for (int k = 0; k < kColumns + 2 * kMargin; ++k) {
-    const int column = place.column + k - kMargin;
-    const bool exists = in_map && column >= 0 && column < map.width;
-    values[k] = exists ? load_raw<V>(line + (k - kMargin) * stride).value() : V(0.0f);
-  }
-}
+class Columns {
+ public:
+  static constexpr int kCount = kColumns + 2 * kMargin;
+  using Row = Raw<V, std::remove_const_t<X>>[kCount];
 
-// Move a row that will be loaded later to the L2 cache.
-template <class V, class X>
-__device__ __forceinline__ void prefetch_row(const X* tokens, const Map& map, int64_t stride, const Place<V>& place,
-                                             int i) {
-  const int k = min(static_cast<int>(threadIdx.x) % kColumns, map.width - 1 - place.column);
-  if (place.row + i < map.height) prefetch_to_cache(tokens + (i * map.width + k) * stride);
-}
-
-template <class V, class X>
-__device__ __forceinline__ void store_row(X* tokens, const Map& map, int64_t stride, const Place<V>& place, int i,
-                                          const V (&values)[kColumns]) {
-  X* line = tokens + i * map.width * stride;
+  // Starts in row i of the place, of maps whose tokens have a stride.
+  __device__ Columns(const Map& map, X* tokens, int64_t stride, const Place<V>& place, int i)
+      : row_(tokens + ((place.image_row + i) * map.width + place.column - kMargin) * stride + place.channel),
+        pitch_(map.width * stride),
+        step_(static_cast<unsigned>(stride * sizeof(X))) {
 #pragma unroll
-  for (int k = 0; k < kColumns; ++k) {
-    if (place.has_channel && place.column + k < map.width) store_value(line + k * stride, values[k]);
+    for (int k = 0; k < kCount; ++k) {
+      const int column = place.column + k - kMargin;
+      exists_[k] = column >= 0 && column < map.width;
+    }
   }
+
+  // Load a row, or zeros if it is outside the map; then move to the next one.
+  __device__ __forceinline__ void load(bool in_map, Row& values) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      values[k] = {};
+      if (in_map && exists_[k]) values[k] = load_raw<V>(at_byte(row_, k * step_));
+    }
+    row_ += pitch_;
+  }
+
+  // Store a row, then move to the next one.
+  __device__ __forceinline__ void store(bool has_channel, const V (&values)[kCount]) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if (has_channel && exists_[k]) store_value(at_byte(row_, k * step_), values[k]);
+    }
+    row_ += pitch_;
+  }
+
+ private:
+  X* row_;
+  int64_t pitch_;
+  unsigned step_;  // bytes
+  bool exists_[kCount];
+};
+
+template <class V, class X, int kCount>
+__device__ __forceinline__ void values_of(const Raw<V, X> (&row)[kCount], V (&values)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) values[k] = row[k].value();
 }
 
 template <class V>
@@ -120,13 +133,17 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   V taps[kConvTaps];
   load_taps(conv, place.channel, taps);
   const V bias = load_bias<V>(conv, place.channel);
-  x = place.in(map, x, conv.stride);
-  out = place.in(map, out, out_stride);
+  Columns<1, V, const T> source(map, x, conv.stride, place, -1);
+  Columns<0, V, T> target(map, out, out_stride, place, 0);
+  const int end = min(place.rows + 1, map.height - place.row);  // of the rows to load
+  typename Columns<1, V, const T>::Row loaded;
+  source.load(place.row > 0, loaded);
   V before[kColumns] = {}, here[kColumns] = {};  // sums of the last row and of this one, so far
 #pragma unroll 2
   for (int i = -1; i <= place.rows; ++i) {
     V values[kColumns + 2], done[kColumns];
-    load_row<1>(x, map, conv.stride, place, i, values);
+    values_of(loaded, values);
+    source.load(i + 1 < end, loaded);  // the next row, while this one is used
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
       done[k] = add_row<6>(before[k], taps, values, k);
@@ -134,7 +151,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
       here[k] = add_row<0>(bias, taps, values, k);
       if constexpr (kSilu) done[k] = done[k] * each(sigmoid, done[k]);
     }
-    if (i > 0) store_row(out, map, out_stride, place, i - 1, done);
+    if (i > 0) target.store(place.has_channel, done);
   }
 }
 
@@ -152,18 +169,26 @@ __global__ void __launch_bounds__(kWarps* kWarp, 5)
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; index < places.count; index += step) {
     const Place<V> place(map, places, index);
-    const T* tokens = place.in(map, x, conv.stride);
-    const T* of_out = place.in(map, grad_out, map.dim);
+    Columns<1, V, const T> source(map, x, conv.stride, place, -1);
+    Columns<0, V, const T> of_out(map, grad_out, map.dim, place, 0);
+    Columns<0, V, T> target(map, grad_convolved, map.dim, place, 0);
+    const int end = min(place.rows + 1, map.height - place.row);  // of the rows to load
+    typename Columns<1, V, const T>::Row loaded;
+    typename Columns<0, V, const T>::Row loaded_grads;
     V rows[3][kColumns + 2];
-    load_row<1>(tokens, map, conv.stride, place, -1, rows[0]);
-    load_row<1>(tokens, map, conv.stride, place, 0, rows[1]);
+    source.load(place.row > 0, loaded);
+    values_of(loaded, rows[0]);
+    source.load(true, loaded);
+    values_of(loaded, rows[1]);
+    source.load(1 < end, loaded);
+    of_out.load(true, loaded_grads);
 #pragma unroll 1
     for (int i = 0; i < place.rows; ++i) {
       V grads[kColumns];
-      prefetch_row(of_out, map, map.dim, place, i + kRowsAhead);
-      prefetch_row(tokens, map, conv.stride, place, i + 1 + kRowsAhead);
-      load_row<0>(of_out, map, map.dim, place, i, grads);
-      load_row<1>(tokens, map, conv.stride, place, i + 1, rows[2]);
+      values_of(loaded, rows[2]);
+      values_of(loaded_grads, grads);
+      source.load(i + 2 < end, loaded);  // what is next, while this is used
+      of_out.load(i + 1 < place.rows, loaded_grads);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
         if constexpr (kSilu) {
@@ -177,7 +202,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 5)
         for (int t = 0; t < kConvTaps; ++t) sums[t] += grads[k] * rows[t / 3][k + t % 3];
         sums[kConvTaps] += grads[k];
       }
-      if constexpr (kSilu) store_row(place.in(map, grad_convolved, map.dim), map, map.dim, place, i, grads);
+      if constexpr (kSilu) target.store(place.has_channel, grads);
 #pragma unroll
       for (int k = 0; k < kColumns + 2; ++k) {
         rows[0][k] = rows[1][k];

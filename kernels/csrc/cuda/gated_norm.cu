@@ -3,9 +3,7 @@
 
 namespace spatial_mamba {
 
-int norm_partial_sums(const Norm& norm) {
-  return norm_blocks(norm, kGradientBlocksAtOnce * attribute(cudaDevAttrMultiProcessorCount));
-}
+int norm_partial_sums(const Norm& norm) { return norm_blocks(norm, kNormGradientBlocks); }
 
 void gated_norm(const Norm& norm, Activations gate, Activations out, cudaStream_t stream) {
   with_types(gate, norm.y, [&](auto* typed_gate, auto* y) {

@@ -4,57 +4,72 @@
 
 #include <algorithm>
 
-#include "common.cuh"
+#include "channels.cuh"
 
 namespace spatial_mamba {
 
 constexpr int kNormThreads = 256, kMostNormThreads = 512;  // of a block
-constexpr int kNormBlocks = 2048;                          // at most; enough to fill a GPU
-constexpr int kGradientBlocksAtOnce = 3;                   // per multiprocessor
+// Blocks of kNormThreads that share a multiprocessor; more are not launched.
+constexpr int kNormBlocks = 4, kGatedNormBlocks = 3, kNormGradientBlocks = 3;
+constexpr int blocks_at_once(int threads, int of_norm_threads) { return threads == kNormThreads ? of_norm_threads : 1; }
 static_assert(kMostNormChannels == kMostNormThreads * kNormChannels);
 
+// The channels of a thread as they are in memory.
 template <class X>
 struct alignas(kNormChannels * sizeof(X)) NormVector {
-  X channels[kNormChannels];
+  Raw<Pair, X> pairs[kNormChannels / 2] = {};
+
+  __device__ __forceinline__ void values(float (&values)[kNormChannels]) const {
+#pragma unroll
+    for (int j = 0; j < kNormChannels; j += 2) {
+      const Pair pair = pairs[j / 2].value();
+      values[j] = pair.x;
+      values[j + 1] = pair.y;
+    }
+  }
 };
 
-// The channels of a thread: of one token after another, from `first` on.
+// The channels of a thread: of one token after another, from `first` on. With kFull, all threads have kNormChannels, and
+// can read and write them at once; this saves instructions.
+template <bool kFull>
 struct NormPlace {
   int first, dim;
-  bool whole;  // whether they can be read and written at once
+  float per_channel;  // 1 / dim
+  bool aligned;       // whether they can be read and written at once
 
   __device__ NormPlace(const Norm& norm)
-      : first(threadIdx.x * kNormChannels), dim(norm.dim), whole(norm.aligned) {}
+      : first(threadIdx.x * kNormChannels), dim(norm.dim), per_channel(1.0f / norm.dim), aligned(norm.aligned) {}
 
-  __device__ bool has(int j) const { return first + j < dim; }
+  __device__ bool has(int j) const { return kFull || first + j < dim; }
 
   // Channels beyond the last one are zero.
   template <class X>
-  __device__ __forceinline__ void read(const X* token, float (&values)[kNormChannels]) const {
-    if (whole) {
-      NormVector<X> vector = {};
-      if (first < dim) vector = *reinterpret_cast<const NormVector<X>*>(token + first);
-#pragma unroll
-      for (int j = 0; j < kNormChannels; ++j) values[j] = load(vector.channels + j);
+  __device__ __forceinline__ NormVector<X> load(const X* token) const {
+    NormVector<X> vector;
+    if (kFull || aligned) {
+      if (has(0)) vector = *reinterpret_cast<const NormVector<X>*>(token + first);
     } else {
 #pragma unroll
-      for (int j = 0; j < kNormChannels; ++j) values[j] = has(j) ? load(token + first + j) : 0.0f;
+      for (int j = 0; j < kNormChannels; ++j) {
+        if (has(j)) vector.pairs[j / 2].channels[j % 2] = token[first + j];
+      }
     }
+    return vector;
   }
 
   // Move a token that will be read later to the L2 cache.
   template <class X>
   __device__ __forceinline__ void prefetch(const X* token) const {
-    if (first < dim) prefetch_to_cache(token + first);
+    if (has(0)) prefetch_to_cache(token + first);
   }
 
   template <class X>
   __device__ __forceinline__ void write(X* token, const float (&values)[kNormChannels]) const {
-    if (whole) {
+    if (kFull || aligned) {
       NormVector<X> vector;
 #pragma unroll
-      for (int j = 0; j < kNormChannels; ++j) store(vector.channels + j, values[j]);
-      if (first < dim) *reinterpret_cast<NormVector<X>*>(token + first) = vector;
+      for (int j = 0; j < kNormChannels; ++j) store(vector.pairs[j / 2].channels + j % 2, values[j]);
+      if (has(0)) *reinterpret_cast<NormVector<X>*>(token + first) = vector;
     } else {
 #pragma unroll
       for (int j = 0; j < kNormChannels; ++j) {
@@ -65,15 +80,16 @@ struct NormPlace {
 };
 
 // Weights of any type, in float32.
-__device__ __forceinline__ void read_weights(const Activations& weights, const NormPlace& place,
+template <class Place>
+__device__ __forceinline__ void read_weights(const Activations& weights, const Place& place,
                                              float (&values)[kNormChannels]) {
   switch (weights.type) {
     case Scalar::float32:
-      return place.read(static_cast<const float*>(weights.data), values);
+      return place.load(static_cast<const float*>(weights.data)).values(values);
     case Scalar::bfloat16:
-      return place.read(static_cast<const __nv_bfloat16*>(weights.data), values);
+      return place.load(static_cast<const __nv_bfloat16*>(weights.data)).values(values);
     case Scalar::float16:
-      return place.read(static_cast<const __half*>(weights.data), values);
+      return place.load(static_cast<const __half*>(weights.data)).values(values);
   }
 }
 
@@ -81,7 +97,9 @@ __device__ __forceinline__ void read_weights(const Activations& weights, const N
 template <int kCount>
 __device__ __forceinline__ void sum_over_token(float (&sums)[kCount], float* memory) {
   const int threads = blockDim.x;
-  for (int distance = min(threads, kWarp) / 2; distance > 0; distance /= 2) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    if (distance >= threads) continue;
 #pragma unroll
     for (float& sum : sums) sum += __shfl_xor_sync(kAllLanes, sum, distance);
   }
@@ -94,6 +112,7 @@ __device__ __forceinline__ void sum_over_token(float (&sums)[kCount], float* mem
     sums[i] = 0.0f;
   }
   __syncthreads();
+#pragma unroll 1
   for (int warp = 0; warp < warps; ++warp) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] += of_token[warp * kCount + i];
@@ -102,8 +121,8 @@ __device__ __forceinline__ void sum_over_token(float (&sums)[kCount], float* mem
 }
 
 // Normalises a token; returns the factor, 1 / sqrt(variance + eps).
-__device__ __forceinline__ float normalise(float (&y)[kNormChannels], const NormPlace& place, float eps,
-                                           float* memory) {
+template <class Place>
+__device__ __forceinline__ float normalise(float (&y)[kNormChannels], const Place& place, float eps, float* memory) {
   float mean[1] = {};
 #pragma unroll
   for (const float value : y) mean[0] += value;
@@ -111,65 +130,76 @@ __device__ __forceinline__ float normalise(float (&y)[kNormChannels], const Norm
   float variance[1] = {};
 #pragma unroll
   for (int j = 0; j < kNormChannels; ++j) {
-    y[j] = place.has(j) ? y[j] - mean[0] / place.dim : 0.0f;
+    y[j] = place.has(j) ? y[j] - mean[0] * place.per_channel : 0.0f;
     variance[0] += y[j] * y[j];
   }
   sum_over_token(variance, memory);
-  const float scale = rsqrtf(variance[0] / place.dim + eps);
+  const float scale = rsqrtf(variance[0] * place.per_channel + eps);
 #pragma unroll
   for (float& value : y) value *= scale;
   return scale;
 }
 
-// Calls visit(token, exists, next) for the tokens of this thread. The whole block takes part in each call, with the
-// last token in place of missing ones.
+// Calls visit(token, next) for the tokens of this thread. The whole block takes part in each call, so that the last
+// tokens may not exist.
 template <class Visit>
 __device__ __forceinline__ void over_tokens(int64_t tokens, const Visit& visit) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < tokens; first += step) {
-    const int64_t token = first + threadIdx.y;
-    visit(min(token, tokens - 1), token < tokens, min(token + step, tokens - 1));
+    visit(first + threadIdx.y, first + threadIdx.y + step);
   }
 }
 
-template <class G, class Y, bool kGated>
-__global__ void __launch_bounds__(kMostNormThreads) norm_kernel(const Norm norm, const G* gate, const Y* y, G* out) {
-  const NormPlace place(norm);
+template <class G, class Y, bool kGated, int kThreads, bool kFull>
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kGated ? kGatedNormBlocks : kNormBlocks))
+    norm_kernel(const Norm norm, const G* gate, const Y* y, G* out) {
+  const NormPlace<kFull> place(norm);
   float weight[kNormChannels], bias[kNormChannels];
   read_weights(norm.weight, place, weight);
   read_weights(norm.bias, place, bias);
-  over_tokens(norm.tokens, [&](int64_t token, bool exists, int64_t) {
+  NormVector<Y> next_y;
+  NormVector<G> next_gate;
+  const auto load = [&](int64_t token) {
+    if (token >= norm.tokens) return;
+    next_y = place.load(y + token * norm.dim);
+    if constexpr (kGated) next_gate = place.load(gate + token * norm.gate_stride);
+  };
+  load(static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y);
+  over_tokens(norm.tokens, [&](int64_t token, int64_t next) {
     float gates[kNormChannels], values[kNormChannels];
-    place.read(y + token * norm.dim, values);
-    if constexpr (kGated) place.read(gate + token * norm.gate_stride, gates);
+    next_y.values(values);
+    if constexpr (kGated) next_gate.values(gates);
+    load(next);
     normalise(values, place, norm.eps, shared_memory);
 #pragma unroll
     for (int j = 0; j < kNormChannels; ++j) {
       values[j] = values[j] * weight[j] + bias[j];
       if constexpr (kGated) values[j] *= gates[j] * sigmoid(gates[j]);
     }
-    if (exists) place.write(out + token * norm.dim, values);
+    if (token < norm.tokens) place.write(out + token * norm.dim, values);
   });
 }
 
 // sums (2, blocks, dim): of the gradients of the weight, then of the bias.
-template <class G, class Y, bool kGated, int kThreads>
-__global__ void __launch_bounds__(kThreads, kThreads == kNormThreads ? kGradientBlocksAtOnce : 1)
+template <class G, class Y, bool kGated, int kThreads, bool kFull>
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kNormGradientBlocks))
     norm_backward_kernel(const Norm norm, const G* gate, const Y* y, const G* grad_out, Y* grad_y, G* grad_gate,
                          int64_t grad_gate_stride, float* sums) {
-  const NormPlace place(norm);
+  const NormPlace<kFull> place(norm);
   float weight[kNormChannels], bias[kNormChannels], of_weight[kNormChannels] = {}, of_bias[kNormChannels] = {};
   read_weights(norm.weight, place, weight);
   read_weights(norm.bias, place, bias);
-  over_tokens(norm.tokens, [&](int64_t token, bool exists, int64_t next) {
+  over_tokens(norm.tokens, [&](int64_t own_token, int64_t next) {
+    const bool exists = own_token < norm.tokens;
+    const int64_t token = exists ? own_token : norm.tokens - 1;
     float grad[kNormChannels], gates[kNormChannels], normed[kNormChannels];
-    place.read(y + token * norm.dim, normed);
-    place.read(grad_out + token * norm.dim, grad);
-    place.prefetch(y + next * norm.dim);
-    place.prefetch(grad_out + next * norm.dim);
-    if constexpr (kGated) {
-      place.read(gate + token * norm.gate_stride, gates);
-      place.prefetch(gate + next * norm.gate_stride);
+    place.load(y + token * norm.dim).values(normed);
+    place.load(grad_out + token * norm.dim).values(grad);
+    if constexpr (kGated) place.load(gate + token * norm.gate_stride).values(gates);
+    if (next < norm.tokens) {
+      place.prefetch(y + next * norm.dim);
+      place.prefetch(grad_out + next * norm.dim);
+      if constexpr (kGated) place.prefetch(gate + next * norm.gate_stride);
     }
     const float scale = normalise(normed, place, norm.eps, shared_memory);
     float along[2] = {};  // sums of the gradient, and of its product with the normalised token
@@ -191,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == kNormThreads ? kGradient
     sum_over_token(along, shared_memory);
 #pragma unroll
     for (int j = 0; j < kNormChannels; ++j) {
-      grad[j] = scale * (grad[j] - along[0] / place.dim - normed[j] * (along[1] / place.dim));
+      grad[j] = scale * (grad[j] - along[0] * place.per_channel - normed[j] * (along[1] * place.per_channel));
     }
     if (!exists) return;
     place.write(grad_y + token * norm.dim, grad);
@@ -222,28 +252,40 @@ inline dim3 norm_block(const Norm& norm) {
   return dim3(threads, std::max(1, kNormThreads / threads));
 }
 
-inline int norm_blocks(const Norm& norm, int most) {
-  const int64_t tokens = norm_block(norm).y;
-  return static_cast<int>(std::min<int64_t>(most, divide_up(norm.tokens, tokens)));
+inline int norm_blocks(const Norm& norm, int blocks_at_once) {
+  const int64_t wanted = divide_up<int64_t>(norm.tokens, norm_block(norm).y);
+  return static_cast<int>(std::min<int64_t>(wanted, blocks_at_once * attribute(cudaDevAttrMultiProcessorCount)));
+}
+
+// Calls body with the threads of a block, at most, and whether they are full.
+template <class Body>
+void with_norm_kernel(const Norm& norm, Body&& body) {
+  const dim3 block = norm_block(norm);
+  const bool full = norm.aligned && norm.dim == static_cast<int>(block.x) * kNormChannels;
+  if (block.x * block.y > kNormThreads) return body(std::integral_constant<int, kMostNormThreads>(), std::false_type());
+  const std::integral_constant<int, kNormThreads> threads;
+  full ? body(threads, std::true_type()) : body(threads, std::false_type());
 }
 
 template <bool kGated, class G, class Y>
 void launch_norm(const char* name, const Norm& norm, const G* gate, const Y* y, G* out, cudaStream_t stream) {
-  const dim3 block = norm_block(norm);
-  launch(name, norm_kernel<G, Y, kGated>, dim3(norm_blocks(norm, kNormBlocks)), block, block.x * block.y / kWarp,
-         stream, norm, gate, y, out);
+  with_norm_kernel(norm, [&](auto threads, auto full) {
+    const dim3 block = norm_block(norm), grid(norm_blocks(norm, kGated ? kGatedNormBlocks : kNormBlocks));
+    launch(name, norm_kernel<G, Y, kGated, threads, full>, grid, block, block.x * block.y / kWarp, stream, norm, gate,
+           y, out);
+  });
 }
 
 template <bool kGated, class G, class Y>
 void launch_norm_backward(const char* name, const Norm& norm, const G* gate, const Y* y, const NormGradients& gradients,
                           cudaStream_t stream) {
-  const dim3 block = norm_block(norm);
-  const auto kernel = block.x * block.y <= kNormThreads ? norm_backward_kernel<G, Y, kGated, kNormThreads>
-                                                        : norm_backward_kernel<G, Y, kGated, kMostNormThreads>;
-  launch(name, kernel, dim3(norm_partial_sums(norm)), block,
-         2 * kNormChannels * block.x * block.y, stream, norm, gate, y, static_cast<const G*>(gradients.out.data),
-         static_cast<Y*>(gradients.y.data), static_cast<G*>(gradients.gate.data), gradients.gate_stride,
-         gradients.sums);
+  with_norm_kernel(norm, [&](auto threads, auto full) {
+    const dim3 block = norm_block(norm);
+    launch(name, norm_backward_kernel<G, Y, kGated, threads, full>, dim3(norm_partial_sums(norm)), block,
+           2 * kNormChannels * block.x * block.y, stream, norm, gate, y, static_cast<const G*>(gradients.out.data),
+           static_cast<Y*>(gradients.y.data), static_cast<G*>(gradients.gate.data), gradients.gate_stride,
+           gradients.sums);
+  });
 }
 
 }  // namespace spatial_mamba
