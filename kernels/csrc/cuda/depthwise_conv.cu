@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kConvTaps = 9, kColumns = 2, kMostRows = 14;  // of a thread
 constexpr int kWarps = 4;                                    // of a block, which have different places
-constexpr int kRowsAhead = 3;                                // to the L2 cache
 constexpr int kGradientBlocks = 640;  // with five of them per multiprocessor, they fill a GPU
 
 // The division of maps into places: bands of rows, and a few columns.
