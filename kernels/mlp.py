@@ -15,8 +15,9 @@ LAYOUTS = layouts(expand="hidden, dim", expand_bias="hidden", project="outputs, 
 def mlp(x: Tensor, expand: Tensor, expand_bias: Tensor, project: Tensor, project_bias: Tensor) -> Tensor:
     """``F.linear(F.gelu(F.linear(x, expand, expand_bias)), project, project_bias)``.
 
-    Tokens are processed in tiles, so that activations stay in the cache. The backward pass keeps the inputs and the
-    hidden layer before bias and GELU, and computes the activations again.
+    On CPUs, tokens are processed in tiles, so that activations stay in the cache. The backward pass keeps the inputs
+    and the hidden layer before bias and GELU, and computes the activations again; on GPUs one kernel does this together
+    with the gradients of GELU and bias.
 
     Args:
         x: (..., dim).

@@ -486,7 +486,8 @@ def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
 class Mlp(TimmMlp):
     """timm's MLP with the exact GELU, whose output is not stored for training.
 
-    On a CPU one operator computes it, unless weights are frozen or a part is hooked, wrapped, sharded or replaced.
+    One operator computes it where it has kernels, unless weights are frozen or a part is hooked, wrapped, sharded or
+    replaced.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_mamba.kernels import build, use_backend
 from spatial_mamba.kernels.depthwise_conv import DEPTHWISE_CONV, EPILOGUES
 from spatial_mamba.kernels.gated_norm import GATED_NORM
 from spatial_mamba.kernels.layer_norm import LAYER_NORM
+from spatial_mamba.kernels.mlp import MLP
 from spatial_mamba.kernels.registration import Operator
 from spatial_mamba.kernels.selective_scan import SELECTIVE_SCAN
 from spatial_mamba.kernels.spatial_mixer import SPATIAL_MIXER
@@ -181,6 +183,20 @@ def test_norms(operators: Any, dtype: torch.dtype, y_dtype: torch.dtype, dim: in
     if y_dtype == dtype:
         assert_matches_reference(operators, LAYER_NORM, (y, *weights))
         assert_matches_reference(operators, LAYER_NORM, (torch.randn_like(y), y, *weights), backward=True)
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(150, 512), (5, 296), (70, 37), (0, 16)])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_mlp(operators: Any, dtype: torch.dtype, tokens: int, hidden: int) -> None:
+    """More tokens than blocks have at once, warps with fewer channels, channels that are no vectors, and no tokens."""
+    torch.manual_seed(0)
+    shapes = [(tokens, 12), (hidden, 12), (hidden,), (10, hidden), (10,)]
+    arguments = [random_normal(*shape, dtype=dtype) for shape in shapes]
+    assert_matches_reference(operators, MLP, (*arguments, True), roundings=3)
+    assert len(operators.mlp(*arguments, False)[1]) == 0
+    kept = F.linear(arguments[0], arguments[1])
+    grad_out = random_normal(tokens, 10, dtype=dtype)
+    assert_matches_reference(operators, MLP, (grad_out, *arguments, kept, True), backward=True, roundings=4)
 
 
 def test_norms_of_too_many_channels_are_refused(operators: Any) -> None:

@@ -178,9 +178,28 @@ int depthwise_conv_partial_sums(const Map& map);
 void depthwise_conv_gradients(const DepthwiseConv& conv, Activations grad_out, Activations grad_convolved, float* sums,
                               cudaStream_t stream);
 
+constexpr int kVectorChannels = 8;  // that threads of the following kernels read and write at once
+
+// --- GELU of the hidden layer of an MLP ------------------------------------------------------------------------------
+
+struct HiddenLayer {
+  int64_t tokens;
+  int dim;
+  Activations values, bias;  // (tokens, dim), without the bias; (dim,)
+  bool aligned;              // whether all data can be read and written in vectors of kVectorChannels
+};
+
+// activated (tokens, dim) may be where the values are.
+void bias_gelu(const HiddenLayer& hidden, Activations activated, cudaStream_t stream);
+
+// grad (tokens, dim): that of the activated values before, of the hidden layer after. Also computes `activated` again.
+// sums (bias_gelu_partial_sums, dim): of the gradient of the bias, to be summed over the first dimension.
+int bias_gelu_partial_sums(const HiddenLayer& hidden);
+void bias_gelu_backward(const HiddenLayer& hidden, Activations grad, Activations activated, float* sums,
+                        cudaStream_t stream);
+
 // --- LayerNorm over channels, with or without a gate -----------------------------------------------------------------
 
-constexpr int kNormChannels = 8;  // of a thread
 constexpr int kMostNormChannels = 4096;
 
 struct Norm {
@@ -190,7 +209,7 @@ struct Norm {
   int64_t gate_stride;       // elements between the tokens of the gate
   Activations weight, bias;  // (dim,)
   float eps;
-  bool aligned;  // whether all data can be read and written in vectors of kNormChannels
+  bool aligned;  // whether all data can be read and written in vectors of kVectorChannels
 };
 
 struct NormGradients {

@@ -1,10 +1,10 @@
 // LayerNorm over the channels of tokens, with or without a gate, and its gradients. A row of threads, each with
-// kNormChannels, handles a token, so that it is read once.
+// kVectorChannels, handles a token, so that it is read once.
 #pragma once
 
 #include <algorithm>
 
-#include "channels.cuh"
+#include "channel_vectors.cuh"
 
 namespace spatial_mamba {
 
@@ -12,77 +12,22 @@ constexpr int kNormThreads = 256, kMostNormThreads = 512;  // of a block
 // Blocks of kNormThreads that share a multiprocessor; more are not launched.
 constexpr int kNormBlocks = 4, kGatedNormBlocks = 3, kNormGradientBlocks = 3;
 constexpr int blocks_at_once(int threads, int of_norm_threads) { return threads == kNormThreads ? of_norm_threads : 1; }
-static_assert(kMostNormChannels == kMostNormThreads * kNormChannels);
+static_assert(kMostNormChannels == kMostNormThreads * kVectorChannels);
 
-// The channels of a thread as they are in memory.
-template <class X>
-struct alignas(kNormChannels * sizeof(X)) NormVector {
-  Raw<Pair, X> pairs[kNormChannels / 2] = {};
-
-  __device__ __forceinline__ void values(float (&values)[kNormChannels]) const {
-#pragma unroll
-    for (int j = 0; j < kNormChannels; j += 2) {
-      const Pair pair = pairs[j / 2].value();
-      values[j] = pair.x;
-      values[j + 1] = pair.y;
-    }
-  }
-};
-
-// The channels of a thread: of one token after another, from `first` on. With kFull, all threads have kNormChannels, and
-// can read and write them at once; this saves instructions.
+// The channels of a thread.
 template <bool kFull>
-struct NormPlace {
-  int first, dim;
+struct NormPlace : ChannelPlace<kFull> {
   float per_channel;  // 1 / dim
-  bool aligned;       // whether they can be read and written at once
 
   __device__ NormPlace(const Norm& norm)
-      : first(threadIdx.x * kNormChannels), dim(norm.dim), per_channel(1.0f / norm.dim), aligned(norm.aligned) {}
-
-  __device__ bool has(int j) const { return kFull || first + j < dim; }
-
-  // Channels beyond the last one are zero.
-  template <class X>
-  __device__ __forceinline__ NormVector<X> load(const X* token) const {
-    NormVector<X> vector;
-    if (kFull || aligned) {
-      if (has(0)) vector = *reinterpret_cast<const NormVector<X>*>(token + first);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kNormChannels; ++j) {
-        if (has(j)) vector.pairs[j / 2].channels[j % 2] = token[first + j];
-      }
-    }
-    return vector;
-  }
-
-  // Move a token that will be read later to the L2 cache.
-  template <class X>
-  __device__ __forceinline__ void prefetch(const X* token) const {
-    if (has(0)) prefetch_to_cache(token + first);
-  }
-
-  template <class X>
-  __device__ __forceinline__ void write(X* token, const float (&values)[kNormChannels]) const {
-    if (kFull || aligned) {
-      NormVector<X> vector;
-#pragma unroll
-      for (int j = 0; j < kNormChannels; ++j) store(vector.pairs[j / 2].channels + j % 2, values[j]);
-      if (has(0)) *reinterpret_cast<NormVector<X>*>(token + first) = vector;
-    } else {
-#pragma unroll
-      for (int j = 0; j < kNormChannels; ++j) {
-        if (has(j)) store(token + first + j, values[j]);
-      }
-    }
-  }
+      : ChannelPlace<kFull>{static_cast<int>(threadIdx.x) * kVectorChannels, norm.dim, norm.aligned},
+        per_channel(1.0f / norm.dim) {}
 };
 
 // Weights of any type, in float32.
 template <class Place>
 __device__ __forceinline__ void read_weights(const Activations& weights, const Place& place,
-                                             float (&values)[kNormChannels]) {
+                                             float (&values)[kVectorChannels]) {
   switch (weights.type) {
     case Scalar::float32:
       return place.load(static_cast<const float*>(weights.data)).values(values);
@@ -122,14 +67,14 @@ __device__ __forceinline__ void sum_over_token(float (&sums)[kCount], float* mem
 
 // Normalises a token; returns the factor, 1 / sqrt(variance + eps).
 template <class Place>
-__device__ __forceinline__ float normalise(float (&y)[kNormChannels], const Place& place, float eps, float* memory) {
+__device__ __forceinline__ float normalise(float (&y)[kVectorChannels], const Place& place, float eps, float* memory) {
   float mean[1] = {};
 #pragma unroll
   for (const float value : y) mean[0] += value;
   sum_over_token(mean, memory);
   float variance[1] = {};
 #pragma unroll
-  for (int j = 0; j < kNormChannels; ++j) {
+  for (int j = 0; j < kVectorChannels; ++j) {
     y[j] = place.has(j) ? y[j] - mean[0] * place.per_channel : 0.0f;
     variance[0] += y[j] * y[j];
   }
@@ -154,11 +99,11 @@ template <class G, class Y, bool kGated, int kThreads, bool kFull>
 __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kGated ? kGatedNormBlocks : kNormBlocks))
     norm_kernel(const Norm norm, const G* gate, const Y* y, G* out) {
   const NormPlace<kFull> place(norm);
-  float weight[kNormChannels], bias[kNormChannels];
+  float weight[kVectorChannels], bias[kVectorChannels];
   read_weights(norm.weight, place, weight);
   read_weights(norm.bias, place, bias);
-  NormVector<Y> next_y;
-  NormVector<G> next_gate;
+  ChannelVector<Y> next_y;
+  ChannelVector<G> next_gate;
   const auto load = [&](int64_t token) {
     if (token >= norm.tokens) return;
     next_y = place.load(y + token * norm.dim);
@@ -166,13 +111,13 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kGated ? kG
   };
   load(static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y);
   over_tokens(norm.tokens, [&](int64_t token, int64_t next) {
-    float gates[kNormChannels], values[kNormChannels];
+    float gates[kVectorChannels], values[kVectorChannels];
     next_y.values(values);
     if constexpr (kGated) next_gate.values(gates);
     load(next);
     normalise(values, place, norm.eps, shared_memory);
 #pragma unroll
-    for (int j = 0; j < kNormChannels; ++j) {
+    for (int j = 0; j < kVectorChannels; ++j) {
       values[j] = values[j] * weight[j] + bias[j];
       if constexpr (kGated) values[j] *= gates[j] * sigmoid(gates[j]);
     }
@@ -186,13 +131,13 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kNormGradie
     norm_backward_kernel(const Norm norm, const G* gate, const Y* y, const G* grad_out, Y* grad_y, G* grad_gate,
                          int64_t grad_gate_stride, float* sums) {
   const NormPlace<kFull> place(norm);
-  float weight[kNormChannels], bias[kNormChannels], of_weight[kNormChannels] = {}, of_bias[kNormChannels] = {};
+  float weight[kVectorChannels], bias[kVectorChannels], of_weight[kVectorChannels] = {}, of_bias[kVectorChannels] = {};
   read_weights(norm.weight, place, weight);
   read_weights(norm.bias, place, bias);
   over_tokens(norm.tokens, [&](int64_t own_token, int64_t next) {
     const bool exists = own_token < norm.tokens;
     const int64_t token = exists ? own_token : norm.tokens - 1;
-    float grad[kNormChannels], gates[kNormChannels], normed[kNormChannels];
+    float grad[kVectorChannels], gates[kVectorChannels], normed[kVectorChannels];
     place.load(y + token * norm.dim).values(normed);
     place.load(grad_out + token * norm.dim).values(grad);
     if constexpr (kGated) place.load(gate + token * norm.gate_stride).values(gates);
@@ -204,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kNormGradie
     const float scale = normalise(normed, place, norm.eps, shared_memory);
     float along[2] = {};  // sums of the gradient, and of its product with the normalised token
 #pragma unroll
-    for (int j = 0; j < kNormChannels; ++j) {
+    for (int j = 0; j < kVectorChannels; ++j) {
       if constexpr (kGated) {
         const float opening = sigmoid(gates[j]), grad_silu = grad[j] * (normed[j] * weight[j] + bias[j]);
         grad[j] *= gates[j] * opening;
@@ -220,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kNormGradie
     }
     sum_over_token(along, shared_memory);
 #pragma unroll
-    for (int j = 0; j < kNormChannels; ++j) {
+    for (int j = 0; j < kVectorChannels; ++j) {
       grad[j] = scale * (grad[j] - along[0] * place.per_channel - normed[j] * (along[1] * place.per_channel));
     }
     if (!exists) return;
@@ -228,9 +173,9 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kNormGradie
     if constexpr (kGated) place.write(grad_gate + token * grad_gate_stride, gates);
   });
 
-  const int padded_dim = blockDim.x * kNormChannels, tokens = blockDim.y;
+  const int padded_dim = blockDim.x * kVectorChannels, tokens = blockDim.y;
 #pragma unroll
-  for (int j = 0; j < kNormChannels; ++j) {
+  for (int j = 0; j < kVectorChannels; ++j) {
     const int channel = threadIdx.y * padded_dim + place.first + j;
     shared_memory[channel] = of_weight[j];
     shared_memory[tokens * padded_dim + channel] = of_bias[j];
@@ -248,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kNormGradie
 // Threads per token, and tokens per block.
 inline dim3 norm_block(const Norm& norm) {
   int threads = 4;
-  while (threads * kNormChannels < norm.dim) threads *= 2;
+  while (threads * kVectorChannels < norm.dim) threads *= 2;
   return dim3(threads, std::max(1, kNormThreads / threads));
 }
 
@@ -261,7 +206,7 @@ inline int norm_blocks(const Norm& norm, int blocks_at_once) {
 template <class Body>
 void with_norm_kernel(const Norm& norm, Body&& body) {
   const dim3 block = norm_block(norm);
-  const bool full = norm.aligned && norm.dim == static_cast<int>(block.x) * kNormChannels;
+  const bool full = norm.aligned && norm.dim == static_cast<int>(block.x) * kVectorChannels;
   if (block.x * block.y > kNormThreads) return body(std::integral_constant<int, kMostNormThreads>(), std::false_type());
   const std::integral_constant<int, kNormThreads> threads;
   full ? body(threads, std::true_type()) : body(threads, std::false_type());
@@ -282,7 +227,7 @@ void launch_norm_backward(const char* name, const Norm& norm, const G* gate, con
   with_norm_kernel(norm, [&](auto threads, auto full) {
     const dim3 block = norm_block(norm);
     launch(name, norm_backward_kernel<G, Y, kGated, threads, full>, dim3(norm_partial_sums(norm)), block,
-           2 * kNormChannels * block.x * block.y, stream, norm, gate, y, static_cast<const G*>(gradients.out.data),
+           2 * kVectorChannels * block.x * block.y, stream, norm, gate, y, static_cast<const G*>(gradients.out.data),
            static_cast<Y*>(gradients.y.data), static_cast<G*>(gradients.gate.data), gradients.gate_stride,
            gradients.sums);
   });

@@ -26,7 +26,8 @@ using at::Tensor;
 using spatial_mamba::Activations;
 using spatial_mamba::Cut;
 using spatial_mamba::DepthwiseConv;
-using spatial_mamba::kNormChannels;
+using spatial_mamba::HiddenLayer;
+using spatial_mamba::kVectorChannels;
 using spatial_mamba::Map;
 using spatial_mamba::Norm;
 using spatial_mamba::Offsets;
@@ -74,6 +75,11 @@ const void* data(const OptionalTensor& x) { return x ? data(*x) : nullptr; }
 
 Tensor empty_floats(const Tensor& like, IntArrayRef shape) {
   return at::empty(shape, like.options().dtype(at::kFloat));
+}
+
+// Whether kernels can read and write vectors of kVectorChannels, if channels and strides are multiples of that.
+bool is_aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (kVectorChannels * x.element_size()) == 0;
 }
 
 // Sums over the first dimension of float32 tensors, added by a single kernel at the end.
@@ -327,6 +333,43 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const
   return {grad_weight.view_as(weight), grad_bias};
 }
 
+// --- MLP -------------------------------------------------------------------------------------------------------------
+
+// `others` are what is read or written besides.
+HiddenLayer hidden_layer(const Tensor& values, const Tensor& bias, std::initializer_list<const Tensor*> others) {
+  bool aligned = values.size(1) % kVectorChannels == 0 && is_aligned(values) && is_aligned(bias);
+  for (const Tensor* other : others) aligned = aligned && is_aligned(*other);
+  return {values.size(0), static_cast<int>(values.size(1)), activations(values), activations(bias), aligned};
+}
+
+std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& expand, const Tensor& expand_bias, const Tensor& project,
+                               const Tensor& project_bias, bool keep_hidden) {
+  const Guard guard(x);
+  const Tensor hidden = at::mm(x, expand.t()), activated = keep_hidden ? at::empty_like(hidden) : hidden;
+  spatial_mamba::bias_gelu(hidden_layer(hidden, expand_bias, {&activated}), activations(activated), current_stream());
+  return {at::addmm(project_bias, activated, project.t()),
+          keep_hidden ? hidden : at::empty({0, hidden.size(1)}, hidden.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& grad_out, const Tensor& x,
+                                                                const Tensor& expand, const Tensor& expand_bias,
+                                                                const Tensor& project, const Tensor& hidden) {
+  const Guard guard(x);
+  const Tensor grad_hidden = at::mm(grad_out, project);
+  Tensor activated = at::empty_like(hidden);
+  const HiddenLayer layer = hidden_layer(hidden, expand_bias, {&grad_hidden, &activated});
+  Tensor parts = empty_floats(x, {spatial_mamba::bias_gelu_partial_sums(layer), layer.dim});
+  spatial_mamba::bias_gelu_backward(layer, activations(grad_hidden), activations(activated), floats(parts),
+                                    current_stream());
+  Sums sums;
+  const Tensor grad_bias = sums.of(parts);
+  sums.run();
+  const Tensor grad_project = at::mm(grad_out.t(), activated);
+  activated.reset();
+  return {at::mm(grad_hidden, expand), at::mm(grad_hidden.t(), x), grad_bias.to(expand_bias.scalar_type()),
+          grad_project, grad_out.sum(0)};
+}
+
 // --- Norms -----------------------------------------------------------------------------------------------------------
 
 // `others` and `gate_strides` are all that is read or written besides, and the strides of those that may be channels of
@@ -337,12 +380,9 @@ Norm norm_of(const Tensor& y, const Tensor& weight, const Tensor& bias, double e
   TORCH_CHECK_VALUE(dim <= spatial_mamba::kMostNormChannels, "weight: CUDA norms support at most ",
                     spatial_mamba::kMostNormChannels,
                     " channels, got ", dim, "; SPATIAL_MAMBA_BACKEND=triton or torch selects another backend");
-  const auto aligned = [](const Tensor& x) {
-    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (kNormChannels * x.element_size()) == 0;
-  };
-  bool all_aligned = dim % kNormChannels == 0 && aligned(y) && aligned(weight) && aligned(bias);
-  for (const Tensor* other : others) all_aligned = all_aligned && aligned(*other);
-  for (const int64_t stride : gate_strides) all_aligned = all_aligned && stride % kNormChannels == 0;
+  bool all_aligned = dim % kVectorChannels == 0 && is_aligned(y) && is_aligned(weight) && is_aligned(bias);
+  for (const Tensor* other : others) all_aligned = all_aligned && is_aligned(*other);
+  for (const int64_t stride : gate_strides) all_aligned = all_aligned && stride % kVectorChannels == 0;
   const int64_t gate_stride = gate_strides.size() == 0 ? dim : *gate_strides.begin();
   return {dim == 0 ? 0 : y.numel() / dim, static_cast<int>(dim), activations(y), gate_stride,
           activations(weight), activations(bias), static_cast<float>(eps), all_aligned};
@@ -526,6 +566,12 @@ WITH_NAMESPACE(TORCH_LIBRARY, SPATIAL_MAMBA_NAMESPACE, library) {
       "layer_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, float eps) -> "
       "(Tensor, Tensor, Tensor)");
   library.def(
+      "mlp(Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, bool keep_hidden) -> "
+      "(Tensor, Tensor)");
+  library.def(
+      "mlp_backward(Tensor grad_out, Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor hidden) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
       "spatial_mixer(Tensor x, Tensor gate, Tensor conv_weight, Tensor conv_bias, Tensor projection_weight, "
       "Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, Tensor norm_weight, "
       "Tensor norm_bias, int[] offsets, float eps, bool keep) -> (Tensor, Tensor, Tensor)");
@@ -554,6 +600,8 @@ WITH_NAMESPACE(TORCH_LIBRARY_IMPL, SPATIAL_MAMBA_NAMESPACE, SPATIAL_MAMBA_DEVICE
   library.impl("gated_norm_backward", gated_norm_backward);
   library.impl("layer_norm", layer_norm);
   library.impl("layer_norm_backward", layer_norm_backward);
+  library.impl("mlp", mlp);
+  library.impl("mlp_backward", mlp_backward);
   library.impl("spatial_mixer", spatial_mixer);
   library.impl("spatial_mixer_backward", spatial_mixer_backward);
   library.impl("state_fusion", state_fusion);
