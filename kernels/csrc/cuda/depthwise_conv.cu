@@ -1,114 +1,9 @@
 // Depthwise 3x3 convolution with zero padding, its adjoint, and the gradients of its weights. A thread moves down two
 // columns of one or two channels, so that it reads each row once.
-#include <algorithm>
-
-#include "channels.cuh"
+#include "conv_places.cuh"
 
 namespace spatial_mamba {
 namespace {
-
-constexpr int kConvTaps = 9, kColumns = 2, kMostRows = 14;  // of a thread
-constexpr int kWarps = 4;                                    // of a block, which have different places
-constexpr int kGradientBlocks = 640;  // with five of them per multiprocessor, they fill a GPU
-
-// The division of maps into places: bands of rows, and a few columns.
-struct Places {
-  int rows, bands, across;
-  int64_t count;
-
-  explicit Places(const Map& map)
-      : rows(divide_up(map.height, divide_up(map.height, kMostRows))),
-        bands(divide_up(map.height, rows)),
-        across(divide_up(map.width, kColumns)),
-        count(map.batch * bands * across) {}
-};
-
-int64_t place_blocks(const Map& map) { return divide_up<int64_t>(Places(map).count, kWarps); }
-
-template <class V>
-unsigned channel_blocks(const Map& map) {
-  return divide_up(map.dim, kWarp * kChannelsOf<V>);
-}
-
-template <class V>
-struct Place {
-  int64_t image_row;  // of the first row, counted over all images
-  int row, rows, column;
-  int channel;  // the first one, at most the last of the map
-  bool has_channel;
-
-  __device__ Place(const Map& map, const Places& places, int64_t index) {
-    const int band = static_cast<int>(index / places.across % places.bands);
-    row = band * places.rows;
-    rows = min(places.rows, map.height - row);
-    column = static_cast<int>(index % places.across) * kColumns;
-    image_row = index / places.across / places.bands * map.height + row;
-    const int own = (blockIdx.y * kWarp + threadIdx.x) * kChannelsOf<V>;
-    has_channel = own < map.dim;
-    channel = min(own, map.dim - kChannelsOf<V>);
-  }
-};
-
-// The columns of a place, with kMargin more on both sides, in one row after another. Those outside the map are zero.
-template <int kMargin, class V, class X>
-class Columns {
- public:
-  static constexpr int kCount = kColumns + 2 * kMargin;
-  using Row = Raw<V, std::remove_const_t<X>>[kCount];
-
-  // Starts in row i of the place, of maps whose tokens have a stride.
-  __device__ Columns(const Map& map, X* tokens, int64_t stride, const Place<V>& place, int i)
-      : row_(tokens + ((place.image_row + i) * map.width + place.column - kMargin) * stride + place.channel),
-        pitch_(map.width * stride),
-        step_(static_cast<unsigned>(stride * sizeof(X))) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const int column = place.column + k - kMargin;
-      exists_[k] = column >= 0 && column < map.width;
-    }
-  }
-
-  // Load a row, or zeros if it is outside the map; then move to the next one.
-  __device__ __forceinline__ void load(bool in_map, Row& values) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      values[k] = {};
-      if (in_map && exists_[k]) values[k] = load_raw<V>(at_byte(row_, k * step_));
-    }
-    row_ += pitch_;
-  }
-
-  // Store a row, then move to the next one.
-  __device__ __forceinline__ void store(bool has_channel, const V (&values)[kCount]) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if (has_channel && exists_[k]) store_value(at_byte(row_, k * step_), values[k]);
-    }
-    row_ += pitch_;
-  }
-
- private:
-  X* row_;
-  int64_t pitch_;
-  unsigned step_;  // bytes
-  bool exists_[kCount];
-};
-
-template <class V, class X, int kCount>
-__device__ __forceinline__ void values_of(const Raw<V, X> (&row)[kCount], V (&values)[kCount]) {
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) values[k] = row[k].value();
-}
-
-template <class V>
-__device__ void load_taps(const DepthwiseConv& conv, int channel, V (&taps)[kConvTaps]) {
-#pragma unroll
-  for (int t = 0; t < kConvTaps; ++t) {
-    const int tap = conv.mirrored ? kConvTaps - 1 - t : t;
-    taps[t] = per_channel<V>(conv.weight + channel * kConvTaps + tap, kConvTaps);
-  }
-  if (conv.residual) taps[kConvTaps / 2] += 1.0f;
-}
 
 template <class V>
 __device__ V load_bias(const DepthwiseConv& conv, int channel) {
@@ -130,12 +25,14 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   if (index >= places.count) return;
   const Place<V> place(map, places, index);
   V taps[kConvTaps];
-  load_taps(conv, place.channel, taps);
+  load_taps(conv.weight, place.channel, taps, conv.mirrored);
+  if (conv.residual) taps[kConvTaps / 2] += 1.0f;
   const V bias = load_bias<V>(conv, place.channel);
-  Columns<1, V, const T> source(map, x, conv.stride, place, -1);
-  Columns<0, V, T> target(map, out, out_stride, place, 0);
+  Columns<kColumns + 2, V, const T> source(map, x, conv.stride, place.image, place.row - 1, place.column - 1,
+                                           place.channel);
+  Columns<kColumns, V, T> target(map, out, out_stride, place.image, place.row, place.column, place.channel);
   const int end = min(place.rows + 1, map.height - place.row);  // of the rows to load
-  typename Columns<1, V, const T>::Row loaded;
+  typename Columns<kColumns + 2, V, const T>::Row loaded;
   source.load(place.row > 0, loaded);
   V before[kColumns] = {}, here[kColumns] = {};  // sums of the last row and of this one, so far
 #pragma unroll 2
@@ -163,17 +60,18 @@ __global__ void __launch_bounds__(kWarps* kWarp, 5)
   V taps[kConvTaps], sums[kConvTaps + 1] = {};
   const Place<V> first(map, places, 0);
   const int channel = first.channel;
-  if constexpr (kSilu) load_taps(conv, channel, taps);
+  if constexpr (kSilu) load_taps(conv.weight, channel, taps);
   const V bias = load_bias<V>(conv, channel);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; index < places.count; index += step) {
     const Place<V> place(map, places, index);
-    Columns<1, V, const T> source(map, x, conv.stride, place, -1);
-    Columns<0, V, const T> of_out(map, grad_out, map.dim, place, 0);
-    Columns<0, V, T> target(map, grad_convolved, map.dim, place, 0);
+    Columns<kColumns + 2, V, const T> source(map, x, conv.stride, place.image, place.row - 1, place.column - 1,
+                                             channel);
+    Columns<kColumns, V, const T> of_out(map, grad_out, map.dim, place.image, place.row, place.column, channel);
+    Columns<kColumns, V, T> target(map, grad_convolved, map.dim, place.image, place.row, place.column, channel);
     const int end = min(place.rows + 1, map.height - place.row);  // of the rows to load
-    typename Columns<1, V, const T>::Row loaded;
-    typename Columns<0, V, const T>::Row loaded_grads;
+    typename Columns<kColumns + 2, V, const T>::Row loaded;
+    typename Columns<kColumns, V, const T>::Row loaded_grads;
     V rows[3][kColumns + 2];
     source.load(place.row > 0, loaded);
     values_of(loaded, rows[0]);
@@ -210,24 +108,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 5)
     }
   }
 
-  V* of_warps = reinterpret_cast<V*>(shared_memory);  // (warps, taps and bias, lanes)
-#pragma unroll
-  for (int t = 0; t <= kConvTaps; ++t) of_warps[(threadIdx.y * (kConvTaps + 1) + t) * kWarp + threadIdx.x] = sums[t];
-  __syncthreads();
-  sums_of_blocks += static_cast<int64_t>(blockIdx.x) * (kConvTaps + 1) * map.dim;
-  for (int t = threadIdx.y; t <= kConvTaps && first.has_channel; t += kWarps) {
-    V sum = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum += of_warps[(warp * (kConvTaps + 1) + t) * kWarp + threadIdx.x];
-    const int pitch = t < kConvTaps ? kConvTaps : 1;
-    float* target = sums_of_blocks + (t < kConvTaps ? channel * kConvTaps + t : kConvTaps * map.dim + channel);
-    if constexpr (kChannelsOf<V> == 1) {
-      target[0] = sum;
-    } else {
-      target[0] = sum.x;
-      target[pitch] = sum.y;
-    }
-  }
+  store_sums(sums, channel, first.has_channel, map.dim, sums_of_blocks);
 }
 
 // Call body(V(), T*) with Pair for V if all tokens can be read in pairs of channels.
@@ -235,10 +116,8 @@ template <class Body>
 void with_channels(const DepthwiseConv& conv, std::initializer_list<Activations> others, int64_t other_stride,
                    Body&& body) {
   with_type(conv.x, [&](auto* x) {
-    constexpr size_t kBytes = 2 * sizeof(*x);
-    bool paired = conv.map.dim % 2 == 0 && conv.stride % 2 == 0 && other_stride % 2 == 0;
-    paired = paired && reinterpret_cast<uintptr_t>(x) % kBytes == 0;
-    for (const Activations& other : others) paired = paired && reinterpret_cast<uintptr_t>(other.data) % kBytes == 0;
+    bool paired = conv.map.dim % 2 == 0 && conv.stride % 2 == 0 && other_stride % 2 == 0 && in_pairs(conv.x);
+    for (const Activations& other : others) paired = paired && in_pairs(other);
     paired ? body(Pair(), x) : body(0.0f, x);
   });
 }
@@ -255,10 +134,7 @@ void depthwise_conv(const DepthwiseConv& conv, Activations out, int64_t out_stri
   });
 }
 
-int depthwise_conv_partial_sums(const Map& map) {
-  const int64_t most = divide_up<int64_t>(kGradientBlocks, channel_blocks<Pair>(map));
-  return static_cast<int>(std::min(most, place_blocks(map)));
-}
+int depthwise_conv_partial_sums(const Map& map) { return gradient_blocks(map); }
 
 void depthwise_conv_gradients(const DepthwiseConv& conv, Activations grad_out, Activations grad_convolved, float* sums,
                               cudaStream_t stream) {
@@ -268,7 +144,7 @@ void depthwise_conv_gradients(const DepthwiseConv& conv, Activations grad_out, A
     const dim3 grid(depthwise_conv_partial_sums(conv.map), channel_blocks<V>(conv.map));
     const auto kernel = conv.silu ? conv_gradients_kernel<V, T, true> : conv_gradients_kernel<V, T, false>;
     launch("depthwise_conv_gradients", kernel, grid, dim3(kWarp, kWarps),
-           kWarps * (kConvTaps + 1) * kWarp * kChannelsOf<V>, stream, conv, Places(conv.map), x,
+           shared_floats_of_sums<V>(kConvTaps + 1), stream, conv, Places(conv.map), x,
            static_cast<const T*>(grad_out.data), static_cast<T*>(grad_convolved.data), sums);
   });
 }

@@ -178,6 +178,26 @@ int depthwise_conv_partial_sums(const Map& map);
 void depthwise_conv_gradients(const DepthwiseConv& conv, Activations grad_out, Activations grad_convolved, float* sums,
                               cudaStream_t stream);
 
+// --- Downsampling: ReLU, depthwise 3x3 convolution of stride 2 with zero padding, ReLU --------------------------------
+
+struct Downsampling {
+  Map map;                          // of the hidden layer
+  Activations hidden, hidden_bias;  // (batch, H, W, dim), without the bias; (dim,)
+  const float *weight, *bias;       // of the convolution, (dim, 9), (dim,)
+
+  constexpr Map halved() const { return {map.batch, (map.height + 1) / 2, (map.width + 1) / 2, map.dim}; }
+};
+
+// sampled (batch, ceil(H / 2), ceil(W / 2), dim).
+void downsample(const Downsampling& layer, Activations sampled, cudaStream_t stream);
+
+// grad_sampled: the gradient of `sampled`. Writes that of the hidden layer in its place.
+// sums (downsample_partial_sums, 11 dim), to be summed over its first dimension: the gradients of the weight, of the
+// bias, and of the hidden layer's bias.
+int downsample_partial_sums(const Downsampling& layer);
+void downsample_gradients(const Downsampling& layer, Activations sampled, Activations grad_sampled, float* sums,
+                          cudaStream_t stream);
+
 constexpr int kVectorChannels = 8;  // that threads of the following kernels read and write at once
 
 // --- GELU of the hidden layer of an MLP ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ using at::Tensor;
 using spatial_mamba::Activations;
 using spatial_mamba::Cut;
 using spatial_mamba::DepthwiseConv;
+using spatial_mamba::Downsampling;
 using spatial_mamba::HiddenLayer;
 using spatial_mamba::kVectorChannels;
 using spatial_mamba::Map;
@@ -333,6 +334,54 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const
   return {grad_weight.view_as(weight), grad_bias};
 }
 
+// --- Downsampling ----------------------------------------------------------------------------------------------------
+
+Downsampling downsampling_of(const Tensor& hidden, const Tensor& hidden_bias, const Tensor& weight,
+                             const Tensor& bias) {
+  return {map_of(hidden), activations(hidden), activations(hidden_bias), floats(weight), floats(bias)};
+}
+
+Tensor downsample(const Downsampling& layer, const Tensor& hidden) {
+  const Map halved = layer.halved();
+  Tensor sampled = at::empty({halved.batch, halved.height, halved.width, halved.dim}, hidden.options());
+  spatial_mamba::downsample(layer, activations(sampled), current_stream());
+  return sampled;
+}
+
+Tensor downsampling(const Tensor& x, const Tensor& expand, const Tensor& expand_bias, const Tensor& conv_weight,
+                    const Tensor& conv_bias, const Tensor& project, const Tensor& project_bias) {
+  const Guard guard(x);
+  const Tensor hidden = at::linear(x, expand);
+  return at::linear(downsample(downsampling_of(hidden, expand_bias, conv_weight, conv_bias), hidden), project,
+                    project_bias);
+}
+
+// Computes the hidden layer again.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> downsampling_backward(
+    const Tensor& grad_out, const Tensor& x, const Tensor& expand, const Tensor& expand_bias,
+    const Tensor& conv_weight, const Tensor& conv_bias, const Tensor& project) {
+  const Guard guard(x);
+  const int64_t dim = expand.size(0);
+  const Tensor hidden = at::linear(x, expand);
+  const Downsampling layer = downsampling_of(hidden, expand_bias, conv_weight, conv_bias);
+  const Tensor sampled = downsample(layer, hidden), grad = grad_out.flatten(0, 2);
+  const Tensor grad_project = at::mm(grad.t(), sampled.flatten(0, 2)), grad_sampled = at::mm(grad, project);
+  Tensor parts = empty_floats(x, {spatial_mamba::downsample_partial_sums(layer), 11 * dim});
+  spatial_mamba::downsample_gradients(layer, activations(sampled), activations(grad_sampled), floats(parts),
+                                      current_stream());
+  Sums sums;
+  const Tensor grad_weight = sums.of(parts.narrow(1, 0, 9 * dim)), grad_bias = sums.of(parts.narrow(1, 9 * dim, dim));
+  const Tensor grad_hidden_bias = sums.of(parts.narrow(1, 10 * dim, dim));
+  sums.run();
+  const Tensor grad_hidden = hidden.flatten(0, 2);
+  return {at::matmul(hidden, expand),
+          at::mm(grad_hidden.t(), x.flatten(0, 2)),
+          grad_hidden_bias.to(expand_bias.scalar_type()),
+          grad_weight.view_as(conv_weight),
+          grad_bias,
+          grad_project};
+}
+
 // --- MLP -------------------------------------------------------------------------------------------------------------
 
 // `others` are what is read or written besides.
@@ -557,6 +606,12 @@ WITH_NAMESPACE(TORCH_LIBRARY, SPATIAL_MAMBA_NAMESPACE, library) {
   library.def(
       "depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, str epilogue, "
       "Tensor(a!) grad_x) -> (Tensor, Tensor)");
+  library.def(
+      "downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, Tensor project, "
+      "Tensor project_bias) -> Tensor");
+  library.def(
+      "downsampling_backward(Tensor grad_out, Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, "
+      "Tensor conv_bias, Tensor project) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor");
   library.def(
       "gated_norm_backward(Tensor grad_out, Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps, "
@@ -596,6 +651,8 @@ WITH_NAMESPACE(TORCH_LIBRARY_IMPL, SPATIAL_MAMBA_NAMESPACE, SPATIAL_MAMBA_DEVICE
   library.impl("selective_scan_backward", selective_scan_backward);
   library.impl("depthwise_conv", depthwise_conv);
   library.impl("depthwise_conv_backward", depthwise_conv_backward);
+  library.impl("downsampling", downsampling);
+  library.impl("downsampling_backward", downsampling_backward);
   library.impl("gated_norm", gated_norm);
   library.impl("gated_norm_backward", gated_norm_backward);
   library.impl("layer_norm", layer_norm);
