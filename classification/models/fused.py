@@ -191,25 +191,28 @@ class FusedDownsample(nn.Module):
         expand, project = self.expand, self.project
         conv: Any = self.depthwise
         layers = (expand.weight, expand.bias, conv.weight, conv.bias, project.weight, project.bias)
+        compute: Callable[[Tensor], Tensor] = self._compute
         if is_downsampling(conv) and all(weight is not None and weight.dtype == x.dtype for weight in layers):
             if expand.packed and project.packed:
                 return packed_downsampling(x, *layers)
             if has_kernels("downsampling", x) and not expand.packed and not project.packed:
-                return downsampling(x, *layers)
+                if x.device.type == "cpu":  # the kernels work in parts themselves
+                    return downsampling(x, *layers)
+                compute = lambda part: downsampling(part, *layers)  # noqa: E731
         batch, height, width, _ = x.shape
         rows = items_in_budget(x, width * self.expand.outputs)
         if rows >= height or batch == 0:
             images = rows // height
             if not 0 < images < batch:
-                return self._compute(x)
-            return torch.cat([self._compute(part) for part in x.split(images)])
+                return compute(x)
+            return torch.cat([compute(part) for part in x.split(images)])
         # Bands of output rows. Each band also reads the two input rows before it; the extra output row they give has
         # wrong neighbours and is dropped.
         step = max(1, rows // 2 - 1)
         bands = []
         for first in range(0, (height + 1) // 2, step):
             start = max(0, 2 * first - 2)
-            band = torch.cat([self._compute(image[None]) for image in x[:, start : 2 * (first + step)]])
+            band = torch.cat([compute(image[None]) for image in x[:, start : 2 * (first + step)]])
             bands.append(band if first == 0 else band[:, 1:])
         return torch.cat(bands, dim=1)
 

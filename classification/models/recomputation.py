@@ -26,18 +26,18 @@ def recomputed(value: Tensor, module: nn.Module, argument: Tensor) -> AbstractCo
     return _Recomputed(value, module, argument)
 
 
-def checkpointed(first: nn.Module, second: nn.Module, x: Tensor, *options: Any) -> Tensor:
-    """``second(first(x, *options), *options)``, without storing the result in between.
+def checkpointed(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """``second(first(x))``, without storing the result in between.
 
     The modules must be cheap and deterministic: the backward pass calls them again. The result is stored if they have
     forward hooks, and where `_stores` says so.
     """
     if _stores(x) or _has_forward_hooks(first) or _has_forward_hooks(second):
-        return second(first(x, *options), *options)
+        return second(first(x))
     version, call_first, call_second = x._version, _with_present_weights(first), _with_present_weights(second)
 
     def compute(x: Tensor) -> Tensor:
-        return call_second(call_first(_unmodified(x, version), *options), *options)
+        return call_second(call_first(_unmodified(x, version)))
 
     return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
 

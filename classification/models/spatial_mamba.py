@@ -40,10 +40,8 @@ from .fused import (
     FusedBlock,
     FusedConv,
     FusedDownsample,
-    calls_libraries,
     is_downsampling,
     is_pointwise,
-    pointwise_conv,
     refuse_gradients,
     refuse_to_load,
 )
@@ -107,26 +105,8 @@ class ConvLayer(nn.Module):
         conv, norm = deepcopy(self.conv).to(compute_dtype), deepcopy(self.norm).to(compute_dtype)
         return fuse_conv_bn_eval(conv, norm).to(dtype)
 
-    def forward(self, x: Tensor, in_cublas: bool | None = None) -> Tensor:
-        """``in_cublas`` chooses `pointwise_conv`; by default, where it is faster and there are no gradients."""
-        if in_cublas is None:
-            in_cublas = not torch.is_grad_enabled() and self.can_run_in_cublas(x)
-        maps = pointwise_conv(x, self.conv.weight, self.conv.bias) if in_cublas else self.conv(x)
-        return self.act(self.norm(maps))
-
-    def can_run_in_cublas(self, x: Tensor) -> bool:
-        """Whether this is a 1x1 convolution with bias in half precision on a GPU.
-
-        There PyTorch's convolution adds the bias in a pass of its own. In float32 cuDNN uses TF32 by default, cuBLAS
-        does not. With gradients, this pays only where maps get wider, and the result must not be modified in place: it
-        is a view, so autograd would copy gradients.
-        """
-        if not plain_eager(x) or not calls_libraries(x):
-            return False
-        if _has_modified_parts(self, {"conv": nn.Conv2d}) or not is_pointwise(self.conv):
-            return False
-        in_half = x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
-        return in_half and x.is_contiguous(memory_format=torch.channels_last)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
 
 
 def checked_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
@@ -197,15 +177,16 @@ class Reduction(ConvLayer):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 3, stride=2, groups=dim, act=True)
 
-    def forward(self, x: Tensor, x_is_view: bool | None = None) -> Tensor:
-        return super().forward(F.relu(x) if x_is_view and x.requires_grad else self.act(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.act(x))
 
 
 class InvertedBottleneck(nn.Sequential):
     """Three layers, of which the first expands the maps (B, C, H, W). The expanded maps are not stored for training.
 
-    On a CPU one operator computes everything except the last norm, unless weights are frozen. If one of the layers has
-    hooks or parametrisations, or is wrapped, sharded or replaced in part, the layers are called without recomputation.
+    One operator computes everything except the last norm where it has kernels, unless weights are frozen. If one of the
+    layers has hooks or parametrisations, or is wrapped, sharded or replaced in part, the layers are called without
+    recomputation.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,8 +199,7 @@ class InvertedBottleneck(nn.Sequential):
             maps = _downsample(expand.conv, reduce.conv, project.conv, x)
             if maps is not None:
                 return project.norm(maps)
-        # Decided once, since the backward pass computes the maps again, perhaps within hooks or modes.
-        return project(checkpointed(expand, reduce, x, expand.can_run_in_cublas(x)))
+        return project(checkpointed(expand, reduce, x))
 
 
 def _downsample(expand: nn.Conv2d, reduce: nn.Conv2d, project: nn.Conv2d, x: Tensor) -> Tensor | None:

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -14,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
-from spatial_mamba.classification.models import spatial_mamba as model_file
 from spatial_mamba.kernels import selective_scan, state_fusion, use_backend
 
 from .micro_models import (
@@ -402,73 +399,3 @@ def test_autocast_takes_images_of_every_dtype_but_float64() -> None:
                 assert model(image.to(images)).dtype == torch.bfloat16
             with pytest.raises(TypeError, match=r"images are torch\.float64, but the weights are"):
                 model(image.double())
-
-
-@pytest.mark.parametrize("as_autocast", [True, False])
-def test_pointwise_convolutions_as_linear_layers(as_autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs cuBLAS computes 1x1 convolutions with bias in half precision. All others, and those with hooks, run."""
-    torch.manual_seed(0)
-    dtype = torch.float32 if as_autocast else torch.bfloat16
-    x = torch.randn(2, 6, 5, 7, dtype=dtype).to(memory_format=torch.channels_last)
-    layer, hooked, grouped, padded, unbiased = (model_file.ConvLayer(6, 12, act=True).to(dtype) for _ in range(5))
-    hooked.conv.register_forward_hook(lambda *_: None)
-    grouped.conv = nn.Conv2d(6, 12, 1, groups=2, dtype=dtype)
-    padded.conv = nn.Conv2d(6, 12, 1, padding=1, dtype=dtype)
-    unbiased.conv = nn.Conv2d(6, 12, 1, bias=False, dtype=dtype)
-    layers = [layer, hooked, grouped, padded, unbiased]
-    convolve, called = nn.Conv2d.forward, list[nn.Module]()
-
-    def forward(conv: nn.Conv2d, maps: Tensor) -> Tensor:
-        called.append(conv)
-        return convolve(conv, maps)
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=as_autocast), torch.no_grad():
-        expected = [each(x) for each in layers]
-        monkeypatch.setattr(model_file, "calls_libraries", lambda x: True)
-        monkeypatch.setattr(nn.Conv2d, "forward", forward)
-        for each, wanted in zip(layers, expected, strict=True):
-            assert_near(each(x), wanted, 1e-2)
-            assert each(x).is_contiguous(memory_format=torch.channels_last)
-    assert set(called) == {each.conv for each in layers[1:]}
-    called.clear()
-    layer(x.to(layer.conv.weight.dtype))
-    assert called == [layer.conv]
-
-
-@pytest.mark.parametrize("mode", [nullcontext, lambda: FlopCounterMode(display=False)], ids=["plain", "counting"])
-def test_widening_convolution_as_linear_layer_in_training(
-    mode: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The gradients are those of convolutions, are not copied for a ReLU in place, and may be computed in another mode.
-
-    The last bias is left out, as the norm removes it.
-    """
-    torch.manual_seed(0)
-    layers = [model_file.ConvLayer(6, 48), model_file.Reduction(48), model_file.ConvLayer(48, 12, norm=True)]
-    bottleneck = model_file.InvertedBottleneck(*layers)
-    x = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last).requires_grad_()
-    grad_out = torch.randn(2, 12, 3, 4)
-    rectified, relu = list[str](), F.relu
-
-    def gradients() -> list[Tensor]:
-        x.grad = None
-        bottleneck.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16), use_backend("torch"):
-            out = bottleneck(x)
-        with mode():
-            out.backward(grad_out.to(out.dtype))
-        weights = (weight for name, weight in bottleneck.named_parameters() if name != "2.conv.bias")
-        return [leaf.grad for leaf in (x, *weights)]
-
-    def record(maps: Tensor, *options: Any, **named: Any) -> Tensor:
-        result = relu(maps, *options, **named)
-        rectified.append(result.grad_fn.name() if result.grad_fn else "")
-        return result
-
-    expected = gradients()
-    monkeypatch.setattr(model_file, "calls_libraries", lambda x: True)
-    monkeypatch.setattr(F, "relu", record)
-    for found, wanted in zip(gradients(), expected, strict=True):
-        assert_near(found, wanted, 5e-2)
-    assert rectified
-    assert set(rectified) == {"ReluBackward0"}
