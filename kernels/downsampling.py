@@ -36,8 +36,8 @@ def downsampling(
 ) -> Tensor:
     """``linear(relu(conv(relu(linear(x)))))``, with a depthwise 3x3 convolution of stride 2 and zero padding.
 
-    The convolution is computed in float32 (float64 for float64 input), also under autocast. Native backends keep only the
-    inputs for the backward pass; on CPUs they compute the hidden map in parts that stay in the cache.
+    The convolution is computed in float32 (float64 for float64 input), also under autocast. Native backends keep only
+    the inputs for the backward pass; on CPUs they compute the hidden map in parts that stay in the cache.
 
     Args:
         x: (batch, H, W, dim).

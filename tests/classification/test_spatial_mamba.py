@@ -64,18 +64,29 @@ def test_golden_features(golden: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "zero"), [(torch.float32, 1e-3, 1e-5), (torch.float64, 1e-6, 1e-12)], ids=str
+    ("device", "dtype", "tolerance", "zero"),
+    [
+        ("cpu", torch.float32, 1e-3, 1e-5),
+        ("cpu", torch.float64, 1e-6, 1e-12),
+        pytest.param("cuda", torch.float32, 5e-3, 1e-4, marks=pytest.mark.gpu),
+    ],
+    ids=str,
 )
-def test_golden_training_step(golden: dict[str, np.ndarray], dtype: torch.dtype, tolerance: float, zero: float) -> None:
-    model = golden_fill.fill_(spatial_mamba_tiny(drop_path_rate=0.0)).to(dtype).train()
-    logits = model(golden_fill.image("c", (4, 3, 64, 64)).to(dtype))
-    loss = F.cross_entropy(logits, torch.arange(4) * 37 % 1000)
-    loss.backward()
+def test_golden_training_step(
+    golden: dict[str, np.ndarray], device: str, dtype: torch.dtype, tolerance: float, zero: float
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = golden_fill.fill_(spatial_mamba_tiny(drop_path_rate=0.0)).to(device, dtype).train()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        logits = model(golden_fill.image("c", (4, 3, 64, 64)).to(device, dtype))
+        loss = F.cross_entropy(logits, torch.arange(4, device=device) * 37 % 1000)
+        loss.backward()
 
     assert loss.item() == pytest.approx(golden["tiny_train_64_loss"].item(), rel=tolerance)
-    assert_near(logits, torch.from_numpy(golden["tiny_train_64_logits"]), tolerance)
+    assert_near(logits.cpu(), torch.from_numpy(golden["tiny_train_64_logits"]), tolerance)
 
-    gradients = {name: p.grad.double() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters()}
     names = golden["tiny_train_64_grad_names"].tolist()
     assert sorted(names) == sorted(gradients)
     norms, heads = golden["tiny_train_64_grad_norms"], golden["tiny_train_64_grad_head4"]
