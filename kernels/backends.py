@@ -124,7 +124,8 @@ def serving(
 ) -> str:
     """Name of the backend that serves an operator on tensors of this device type and dtype.
 
-    That is the forced backend, otherwise the fastest usable one, among the backends that implement the operator.
+    That is the fastest usable one among those that implement the operator, or the forced one, with the reference
+    implementation for operators that it lacks.
 
     Raises:
         RuntimeError: if the forced backend cannot be used, or native code is required but missing.
@@ -133,8 +134,7 @@ def serving(
         reason = why_not(_forced, device_type, dtype, capability, even_if_it_failed=True)
         if reason is not None:
             raise RuntimeError(f"the backend {_forced!r} is forced, but cannot be used: {reason}")
-        if _implements(_forced, operator):
-            return _forced
+        return _forced if _implements(_forced, operator) else "torch"
     # Interpreted Triton kernels are only for tests, which force them.
     candidates = [name for name in PREFERENCE.get(device_type, ("torch",)) if (name, device_type) != ("triton", "cpu")]
     fastest, *others = (name for name in candidates if _implements(name, operator))

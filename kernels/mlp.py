@@ -16,8 +16,8 @@ def mlp(x: Tensor, expand: Tensor, expand_bias: Tensor, project: Tensor, project
     """``F.linear(F.gelu(F.linear(x, expand, expand_bias)), project, project_bias)``.
 
     On CPUs, tokens are processed in tiles, so that activations stay in the cache. The backward pass keeps the inputs
-    and the hidden layer before bias and GELU, and computes the activations again; on GPUs one kernel does this together
-    with the gradients of GELU and bias.
+    and, in the dtype of ``x``, the hidden layer before bias and GELU. It computes the activations again; on GPUs one
+    kernel does this together with the gradients of GELU and bias.
 
     Args:
         x: (..., dim).

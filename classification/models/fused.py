@@ -6,6 +6,7 @@ no gradients, cannot be trained and loads no weights.
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,8 +178,7 @@ def is_downsampling(conv: nn.Conv2d) -> bool:
 class FusedDownsample(nn.Module):
     """Inverted bottleneck of stride 2: tokens (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C).
 
-    Its hidden activations, eight times as wide as the tokens, are the widest of the network. So it works in parts,
-    unless one operator computes all.
+    Its hidden activations, eight times as wide as the tokens, are the widest of the network. So it works in parts.
     """
 
     def __init__(self, expand: nn.Conv2d, depthwise: nn.Conv2d, project: nn.Conv2d) -> None:
@@ -190,15 +190,22 @@ class FusedDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         expand, project = self.expand, self.project
         conv: Any = self.depthwise
-        layers = (expand.weight, expand.bias, conv.weight, conv.bias, project.weight, project.bias)
+        weights = dict(
+            expand=expand.weight,
+            expand_bias=expand.bias,
+            conv_weight=conv.weight,
+            conv_bias=conv.bias,
+            project=project.weight,
+            project_bias=project.bias,
+        )
         compute: Callable[[Tensor], Tensor] = self._compute
-        if is_downsampling(conv) and all(weight is not None and weight.dtype == x.dtype for weight in layers):
+        if is_downsampling(conv) and all(w is not None and w.dtype == x.dtype for w in weights.values()):
             if expand.packed and project.packed:
-                return packed_downsampling(x, *layers)
+                return packed_downsampling(x, **weights)
             if has_kernels("downsampling", x) and not expand.packed and not project.packed:
+                compute = partial(downsampling, **weights)
                 if x.device.type == "cpu":  # the kernels work in parts themselves
-                    return downsampling(x, *layers)
-                compute = lambda part: downsampling(part, *layers)  # noqa: E731
+                    return compute(x)
         batch, height, width, _ = x.shape
         rows = items_in_budget(x, width * self.expand.outputs)
         if rows >= height or batch == 0:

@@ -10,17 +10,17 @@ template <class X>
 struct alignas(kVectorChannels * sizeof(X)) ChannelVector {
   Raw<Pair, X> pairs[kVectorChannels / 2] = {};
 
-  __device__ __forceinline__ void values(float (&values)[kVectorChannels]) const {
+  __device__ __forceinline__ void values(float (&all)[kVectorChannels]) const {
 #pragma unroll
     for (int j = 0; j < kVectorChannels; j += 2) {
       const Pair pair = pairs[j / 2].value();
-      values[j] = pair.x;
-      values[j + 1] = pair.y;
+      all[j] = pair.x;
+      all[j + 1] = pair.y;
     }
   }
 };
 
-// The channels of a thread: of one token after another, from `first` on. With kFull, all threads have kVectorChannels,
+// Where a thread's channels are in each token: from `first` on. With kFull, all threads have kVectorChannels,
 // and can read and write them at once; this saves instructions.
 template <bool kFull>
 struct ChannelPlace {

@@ -10,7 +10,6 @@ namespace spatial_mamba {
 
 constexpr int kConvTaps = 9, kColumns = 2, kMostRows = 14;  // of a thread
 constexpr int kWarps = 4;                                    // of a block, which have different places
-constexpr int kGradientBlocks = 640;  // with five of them per multiprocessor, they fill a GPU
 
 // The division of maps into places: bands of rows, and a few columns.
 struct Places {
@@ -31,9 +30,10 @@ unsigned channel_blocks(const Map& map) {
   return divide_up(map.dim, kWarp * kChannelsOf<V>);
 }
 
-// Blocks that leave partial sums, each with several places.
-inline int gradient_blocks(const Map& map) {
-  const int64_t most = divide_up<int64_t>(kGradientBlocks, channel_blocks<Pair>(map));
+// Blocks that leave partial sums, each with several places: as many as the GPU has at once.
+inline int gradient_blocks(const Map& map, int per_multiprocessor) {
+  const int at_once = per_multiprocessor * attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t most = divide_up<int64_t>(at_once, channel_blocks<Pair>(map));
   return static_cast<int>(std::min(most, place_blocks(map)));
 }
 
@@ -112,7 +112,7 @@ __device__ void load_taps(const float* weight, int channel, V (&taps)[kConvTaps]
   }
 }
 
-// Write the sums over the block of what threads have summed per tap, (dim, 9), and then of further sums, each (dim,).
+// Sum over the block and write: first the sums of the taps, (dim, 9), then each further sum, (dim,).
 template <class V, int kSums>
 __device__ __forceinline__ void store_sums(const V (&sums)[kSums], int channel, bool has_channel, int dim,
                                            float* sums_of_blocks) {

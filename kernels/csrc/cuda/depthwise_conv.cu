@@ -5,6 +5,8 @@
 namespace spatial_mamba {
 namespace {
 
+constexpr int kGradientBlocks = 5;  // per multiprocessor
+
 template <class V>
 __device__ V load_bias(const DepthwiseConv& conv, int channel) {
   return conv.bias == nullptr ? V(0.0f) : per_channel<V>(conv.bias + channel);
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 
 // sums (blocks, 10 dim): the gradients of the taps of all channels, (dim, 9), then of the biases.
 template <class V, class T, bool kSilu>
-__global__ void __launch_bounds__(kWarps* kWarp, 5)
+__global__ void __launch_bounds__(kWarps* kWarp, kGradientBlocks)
     conv_gradients_kernel(const DepthwiseConv conv, const Places places, const T* x, const T* grad_out,
                           T* grad_convolved, float* sums_of_blocks) {
   const Map& map = conv.map;
@@ -134,7 +136,7 @@ void depthwise_conv(const DepthwiseConv& conv, Activations out, int64_t out_stri
   });
 }
 
-int depthwise_conv_partial_sums(const Map& map) { return gradient_blocks(map); }
+int depthwise_conv_partial_sums(const Map& map) { return gradient_blocks(map, kGradientBlocks); }
 
 void depthwise_conv_gradients(const DepthwiseConv& conv, Activations grad_out, Activations grad_convolved, float* sums,
                               cudaStream_t stream) {

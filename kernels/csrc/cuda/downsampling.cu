@@ -5,6 +5,7 @@
 namespace spatial_mamba {
 namespace {
 
+constexpr int kGradientBlocks = 4;      // per multiprocessor
 constexpr int kInputs = 2 * kColumns;  // columns of the hidden layer per place
 
 template <class V>
@@ -78,10 +79,10 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   }
 }
 
-// Each place of the result owns two rows and columns of the hidden layer per token, which four tokens of the result read.
+// A thread owns, per token of the result, 2x2 tokens of the hidden layer, each read by up to four tokens of the result.
 // sums (blocks, 11 dim): the gradients of the taps of all channels, (dim, 9), of the bias, and of the hidden bias.
 template <class V, class T>
-__global__ void __launch_bounds__(kWarps* kWarp, 4)
+__global__ void __launch_bounds__(kWarps* kWarp, kGradientBlocks)
     downsample_gradients_kernel(const Downsampling layer, const Places places, T* hidden, const T* hidden_bias,
                                 const T* sampled, const T* grad_sampled, float* sums_of_blocks) {
   const Map& map = layer.map;
@@ -185,7 +186,7 @@ void downsample(const Downsampling& layer, Activations sampled, cudaStream_t str
   });
 }
 
-int downsample_partial_sums(const Downsampling& layer) { return gradient_blocks(layer.halved()); }
+int downsample_partial_sums(const Downsampling& layer) { return gradient_blocks(layer.halved(), kGradientBlocks); }
 
 void downsample_gradients(const Downsampling& layer, Activations sampled, Activations grad_sampled, float* sums,
                           cudaStream_t stream) {

@@ -16,7 +16,7 @@ namespace spatial_mamba {
 
 enum class Scalar { float32, bfloat16, float16 };
 
-// A buffer of activations; weights and states are always float32.
+// A buffer of a type of activations. States are always float32, and so are weights that are given as pointers.
 struct Activations {
   void* data;
   Scalar type;
@@ -191,7 +191,7 @@ struct Downsampling {
 // sampled (batch, ceil(H / 2), ceil(W / 2), dim).
 void downsample(const Downsampling& layer, Activations sampled, cudaStream_t stream);
 
-// grad_sampled: the gradient of `sampled`. Writes that of the hidden layer in its place.
+// grad_sampled: the gradient of `sampled`. Overwrites the hidden layer with its gradient.
 // sums (downsample_partial_sums, 11 dim), to be summed over its first dimension: the gradients of the weight, of the
 // bias, and of the hidden layer's bias.
 int downsample_partial_sums(const Downsampling& layer);
@@ -212,7 +212,7 @@ struct HiddenLayer {
 // activated (tokens, dim) may be where the values are.
 void bias_gelu(const HiddenLayer& hidden, Activations activated, cudaStream_t stream);
 
-// grad (tokens, dim): that of the activated values before, of the hidden layer after. Also computes `activated` again.
+// grad (tokens, dim): on entry the gradient of `activated`, on return that of the hidden layer. Recomputes `activated`.
 // sums (bias_gelu_partial_sums, dim): of the gradient of the bias, to be summed over the first dimension.
 int bias_gelu_partial_sums(const HiddenLayer& hidden);
 void bias_gelu_backward(const HiddenLayer& hidden, Activations grad, Activations activated, float* sums,

@@ -1,5 +1,5 @@
-// GELU of the hidden layer of an MLP, with its bias, and the gradients. A warp has 256 channels of one token after
-// another, and loads the next token while it computes.
+// GELU of the hidden layer of an MLP, with its bias, and the gradients. A warp has kWarpChannels channels of one token
+// after another, and loads the next token while it computes.
 #include <algorithm>
 
 #include "channel_vectors.cuh"

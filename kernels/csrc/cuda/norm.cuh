@@ -9,7 +9,7 @@
 namespace spatial_mamba {
 
 constexpr int kNormThreads = 256, kMostNormThreads = 512;  // of a block
-// Blocks of kNormThreads that share a multiprocessor; more are not launched.
+// Blocks of kNormThreads that share a multiprocessor, and that are launched per multiprocessor.
 constexpr int kNormBlocks = 4, kGatedNormBlocks = 3, kNormGradientBlocks = 3;
 constexpr int blocks_at_once(int threads, int of_norm_threads) { return threads == kNormThreads ? of_norm_threads : 1; }
 static_assert(kMostNormChannels == kMostNormThreads * kVectorChannels);
@@ -17,11 +17,11 @@ static_assert(kMostNormChannels == kMostNormThreads * kVectorChannels);
 // The channels of a thread.
 template <bool kFull>
 struct NormPlace : ChannelPlace<kFull> {
-  float per_channel;  // 1 / dim
+  float inverse_dim;
 
   __device__ NormPlace(const Norm& norm)
       : ChannelPlace<kFull>{static_cast<int>(threadIdx.x) * kVectorChannels, norm.dim, norm.aligned},
-        per_channel(1.0f / norm.dim) {}
+        inverse_dim(1.0f / norm.dim) {}
 };
 
 // Weights of any type, in float32.
@@ -75,18 +75,18 @@ __device__ __forceinline__ float normalise(float (&y)[kVectorChannels], const Pl
   float variance[1] = {};
 #pragma unroll
   for (int j = 0; j < kVectorChannels; ++j) {
-    y[j] = place.has(j) ? y[j] - mean[0] * place.per_channel : 0.0f;
+    y[j] = place.has(j) ? y[j] - mean[0] * place.inverse_dim : 0.0f;
     variance[0] += y[j] * y[j];
   }
   sum_over_token(variance, memory);
-  const float scale = rsqrtf(variance[0] * place.per_channel + eps);
+  const float scale = rsqrtf(variance[0] * place.inverse_dim + eps);
 #pragma unroll
   for (float& value : y) value *= scale;
   return scale;
 }
 
-// Calls visit(token, next) for the tokens of this thread. The whole block takes part in each call, so that the last
-// tokens may not exist.
+// Calls visit(token, next) for the tokens of this thread. The whole block takes part in each call, so it is also called
+// for tokens past the end.
 template <class Visit>
 __device__ __forceinline__ void over_tokens(int64_t tokens, const Visit& visit) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kNormGradie
     sum_over_token(along, shared_memory);
 #pragma unroll
     for (int j = 0; j < kVectorChannels; ++j) {
-      grad[j] = scale * (grad[j] - along[0] * place.per_channel - normed[j] * (along[1] * place.per_channel));
+      grad[j] = scale * (grad[j] - along[0] * place.inverse_dim - normed[j] * (along[1] * place.inverse_dim));
     }
     if (!exists) return;
     place.write(grad_y + token * norm.dim, grad);

@@ -351,12 +351,13 @@ Tensor downsample(const Downsampling& layer, const Tensor& hidden) {
 Tensor downsampling(const Tensor& x, const Tensor& expand, const Tensor& expand_bias, const Tensor& conv_weight,
                     const Tensor& conv_bias, const Tensor& project, const Tensor& project_bias) {
   const Guard guard(x);
-  const Tensor hidden = at::linear(x, expand);
-  return at::linear(downsample(downsampling_of(hidden, expand_bias, conv_weight, conv_bias), hidden), project,
-                    project_bias);
+  Tensor hidden = at::linear(x, expand);
+  const Tensor sampled = downsample(downsampling_of(hidden, expand_bias, conv_weight, conv_bias), hidden);
+  hidden.reset();
+  return at::linear(sampled, project, project_bias);
 }
 
-// Computes the hidden layer again.
+// Recomputes the hidden layer, which its gradient then overwrites.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> downsampling_backward(
     const Tensor& grad_out, const Tensor& x, const Tensor& expand, const Tensor& expand_bias,
     const Tensor& conv_weight, const Tensor& conv_bias, const Tensor& project) {
@@ -364,8 +365,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> downsampling_backward
   const int64_t dim = expand.size(0);
   const Tensor hidden = at::linear(x, expand);
   const Downsampling layer = downsampling_of(hidden, expand_bias, conv_weight, conv_bias);
-  const Tensor sampled = downsample(layer, hidden), grad = grad_out.flatten(0, 2);
-  const Tensor grad_project = at::mm(grad.t(), sampled.flatten(0, 2)), grad_sampled = at::mm(grad, project);
+  const Tensor grad = grad_out.flatten(0, 2);
+  Tensor sampled = downsample(layer, hidden), grad_sampled = at::mm(grad, project);
+  const Tensor grad_project = at::mm(grad.t(), sampled.flatten(0, 2));
   Tensor parts = empty_floats(x, {spatial_mamba::downsample_partial_sums(layer), 11 * dim});
   spatial_mamba::downsample_gradients(layer, activations(sampled), activations(grad_sampled), floats(parts),
                                       current_stream());
@@ -373,8 +375,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> downsampling_backward
   const Tensor grad_weight = sums.of(parts.narrow(1, 0, 9 * dim)), grad_bias = sums.of(parts.narrow(1, 9 * dim, dim));
   const Tensor grad_hidden_bias = sums.of(parts.narrow(1, 10 * dim, dim));
   sums.run();
+  sampled.reset();
+  grad_sampled.reset();
   const Tensor grad_hidden = hidden.flatten(0, 2);
-  return {at::matmul(hidden, expand),
+  return {at::mm(grad_hidden, expand).view_as(x),
           at::mm(grad_hidden.t(), x.flatten(0, 2)),
           grad_hidden_bias.to(expand_bias.scalar_type()),
           grad_weight.view_as(conv_weight),
