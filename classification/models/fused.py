@@ -190,7 +190,7 @@ class FusedDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         expand, project = self.expand, self.project
         conv: Any = self.depthwise
-        weights = dict(
+        weights: dict[str, Any] = dict(
             expand=expand.weight,
             expand_bias=expand.bias,
             conv_weight=conv.weight,
