@@ -6,7 +6,6 @@ no gradients, cannot be trained and loads no weights.
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,14 +197,18 @@ class FusedDownsample(nn.Module):
             project=project.weight,
             project_bias=project.bias,
         )
-        compute: Callable[[Tensor], Tensor] = self._compute
+
+        def by_operator(part: Tensor) -> Tensor:
+            return downsampling(part, **weights)
+
+        compute = self._by_layers
         if is_downsampling(conv) and all(w is not None and w.dtype == x.dtype for w in weights.values()):
             if expand.packed and project.packed:
                 return packed_downsampling(x, **weights)
             if has_kernels("downsampling", x) and not expand.packed and not project.packed:
-                compute = partial(downsampling, **weights)
                 if x.device.type == "cpu":  # the kernels work in parts themselves
-                    return compute(x)
+                    return by_operator(x)
+                compute = by_operator
         batch, height, width, _ = x.shape
         rows = items_in_budget(x, width * self.expand.outputs)
         if rows >= height or batch == 0:
@@ -223,8 +226,8 @@ class FusedDownsample(nn.Module):
             bands.append(band if first == 0 else band[:, 1:])
         return torch.cat(bands, dim=1)
 
-    def _compute(self, x: Tensor) -> Tensor:
-        hidden = self.expand(x, relu=True)
+    def _by_layers(self, part: Tensor) -> Tensor:
+        hidden = self.expand(part, relu=True)
         return self.project(F.relu_(self.depthwise(hidden.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
 
 
