@@ -11,23 +11,33 @@ from spatial_mamba.kernels import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("machine_code")]
 
-# For bfloat16 tokens and float32 results, with rows of whole runs or any rows: elements per thread in a chunk of rows;
-# at most, the registers that let three or two blocks share a multiprocessor, bytes of stack for spilled registers, and
-# instructions per element in the loop over chunks (with one step of each inner loop, and all branches).
+# Names and template arguments of kernels, as mangled, for bfloat16 tokens. Those of the scan have float32 results, and
+# rows of whole runs (Lb1E) or any rows. Then the elements per thread in a step of the longest loop; at most, registers,
+# bytes of stack for spilled ones, and instructions per element in that loop (with one step of each inner loop, and all
+# branches). Up to 64, 80 and 128 registers let 32, 24 and 16 warps share a multiprocessor.
 BUDGETS = {
-    ("chunk_scan_kernel", "whole runs"): (14, 80, 16, 110),
-    ("chunk_scan_kernel", "any rows"): (14, 80, 96, 120),
-    ("read_out_gradients_kernel", "whole runs"): (7, 80, 32, 172),
-    ("read_out_gradients_kernel", "any rows"): (7, 80, 112, 195),
-    ("chunk_gradients_kernel", "whole runs"): (14, 128, 64, 168),
-    ("chunk_gradients_kernel", "any rows"): (14, 128, 96, 195),
+    r"chunk_scan_kernelI13__nv_bfloat16f\w*Lb1E": (14, 80, 16, 110),
+    r"chunk_scan_kernelI13__nv_bfloat16f\w*Lb0E": (14, 80, 96, 120),
+    r"read_out_gradients_kernelI13__nv_bfloat16f\w*Lb1E": (7, 80, 32, 172),
+    r"read_out_gradients_kernelI13__nv_bfloat16f\w*Lb0E": (7, 80, 112, 195),
+    r"chunk_gradients_kernelI13__nv_bfloat16f\w*Lb1E": (14, 128, 64, 168),
+    r"chunk_gradients_kernelI13__nv_bfloat16f\w*Lb0E": (14, 128, 96, 195),
+    r"convolve_kernelI\w*4PairE13__nv_bfloat16Lb0E": (8, 72, 0, 22),
+    r"convolve_kernelI\w*4PairE13__nv_bfloat16Lb1E": (8, 72, 0, 28),
+    r"downsample_kernelI\w*4PairE13__nv_bfloat16E": (16, 80, 0, 18),
+    r"\d+norm_kernelI13__nv_bfloat16S1_Lb0ELi256ELb1E": (8, 64, 0, 28),
+    r"\d+norm_kernelI13__nv_bfloat16fLb1ELi256ELb1E": (8, 80, 0, 36),
+    r"norm_backward_kernelI13__nv_bfloat16fLb1ELi256ELb1E": (8, 80, 0, 59),
+    r"\d+bias_gelu_kernelI13__nv_bfloat16Lb1E": (8, 64, 0, 34),
+    r"bias_gelu_backward_kernelI13__nv_bfloat16Lb1E": (8, 64, 0, 46),
 }
+OPTIMISED = ("chunk_scan", "chunk_gradients", "depthwise_conv", "downsampling", "gated_norm", "layer_norm", "mlp")
 QUICK = {".cu": "--Ofast-compile=max", ".cpp": "-O0"}
 
 
 @pytest.fixture(scope="module")
 def dumps(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The resource usage and the disassembly of all kernels; only those with a budget are optimised."""
+    """The resource usage and the disassembly of all kernels; only files with a budget are optimised."""
     folder = tmp_path_factory.mktemp("cuda")
     try:
         build.prepare("cuda", ["9.0"])
@@ -37,7 +47,7 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
     def run_quickly(name: str, command: Sequence[str]) -> float:
         source = Path(name)
-        if source.suffix in QUICK and not any(f" {kernel}(" in source.read_text() for kernel, _ in BUDGETS):
+        if source.suffix in QUICK and source.stem not in OPTIMISED:
             command = [*command, QUICK[source.suffix]]
         return run(name, command)
 
@@ -59,15 +69,15 @@ def longest_loop(code: str) -> int:
     return max(i - position[int(jump[1], 16)] + 1 for i, jump in jumps if jump and int(jump[1], 16) in position)
 
 
-@pytest.mark.parametrize(("kernel", "rows"), BUDGETS)
-def test_machine_code_keeps_within_its_budget(dumps: tuple[str, str], kernel: str, rows: str) -> None:
+@pytest.mark.parametrize("kernel", BUDGETS)
+def test_machine_code_keeps_within_its_budget(dumps: tuple[str, str], kernel: str) -> None:
     usage, disassembly = dumps
-    elements, registers, stack, instructions = BUDGETS[kernel, rows]
-    name = rf"\w*{kernel}I13__nv_bfloat16f\w*Lb{int(rows == 'whole runs')}E\w*"
+    elements, registers, stack, instructions = BUDGETS[kernel]
+    name = rf"\w*{kernel}\w*"
     used = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", usage)
     assert used is not None
     assert int(used[1]) <= registers
     assert int(used[2]) <= stack
     code = re.search(rf"Function : {name}\n(.*?)(?=Function :|\Z)", disassembly, re.DOTALL)
     assert code is not None
-    assert 50 * elements < longest_loop(code[1]) <= instructions * elements
+    assert instructions * elements / 2 < longest_loop(code[1]) <= instructions * elements
