@@ -33,17 +33,17 @@ struct Adjoint {
 #pragma unroll
       for (int j = 0; j < kRunWindow; ++j) values[j] = gradients[j * kLanes<V>];
       constexpr int kDilation = kOffset < 0 ? -kOffset : kOffset, kCount = kDilation == 0 ? 7 : 3;
-      constexpr int kColumns[] = {-5, -3, -1, 0, 1, 3, 5};
 #pragma unroll
       for (int t = 0; t < kCount; ++t) {
-        const int offset = kDilation == 0 ? kColumns[t] : (t - 1) * kDilation;
 #pragma unroll
-        for (int k = 0; k < kRun; ++k) grad_h[k] += taps[(kFirst + t) * kLanes<V>] * values[k + kReach - offset];
+        for (int k = 0; k < kRun; ++k) {
+          grad_h[k] += taps[(kFirst + t) * kLanes<V>] * values[k + kReach - tap_column(kDilation, t)];
+        }
       }
       if (is_left) {
 #pragma unroll
         for (int t = kCount / 2 - 1; t >= 0; --t) {
-          const int reach = kDilation == 0 ? -kColumns[t] : (1 - t) * kDilation;
+          const int reach = -tap_column(kDilation, t);
           V beyond = 0.0f;
 #pragma unroll
           for (int j = 0; j < reach; ++j) beyond += values[kReach + j];
@@ -54,7 +54,7 @@ struct Adjoint {
         const V* end_of_row = gradients + (kReach + last) * kLanes<V>;
 #pragma unroll
         for (int t = kCount / 2 + 1; t < kCount; ++t) {
-          const int reach = kDilation == 0 ? kColumns[t] : (t - 1) * kDilation;
+          const int reach = tap_column(kDilation, t);
           V beyond = 0.0f;
 #pragma unroll
           for (int j = 0; j < reach; ++j) beyond += end_of_row[-j * kLanes<V>];
@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kRuns* kLanes<V>, 2)
     V sum = 0.0f;
     for (unsigned i = 0; i < blockDim.y; ++i) sum += sums[(threadIdx.y * blockDim.y + i) * kLanes<V> + threadIdx.x];
     if (threadIdx.y == 0) sum = sum * walk.rate * kLn2;
-    store_value((threadIdx.y == 0 ? grad_A_log : grad_D) + static_cast<int64_t>(walk.part) * map.dim + walk.channel, sum);
+    float* const sums_of_blocks = threadIdx.y == 0 ? grad_A_log : grad_D;
+    store_value(sums_of_blocks + static_cast<int64_t>(walk.part) * map.dim + walk.channel, sum);
   }
 }
 

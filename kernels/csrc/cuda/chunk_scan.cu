@@ -49,7 +49,6 @@ class Scan : public Walk<T, V, kWhole> {
   template <class Body>
   __device__ __forceinline__ void over_stencil(int row, const Body& body) const {
     constexpr int kRows[] = {-5, -3, -1, 0, 1, 3, 5}, kFirst[] = {0, 3, 6, 9, 16, 19, 22};
-    constexpr int kColumns[] = {-5, -3, -1, 0, 1, 3, 5};
     const int window = this->run * kRun * kChannels;
 #pragma unroll
     for (int n = 0; n < 7; ++n) {
@@ -60,10 +59,9 @@ class Scan : public Walk<T, V, kWhole> {
       const int dilation = kRows[n] < 0 ? -kRows[n] : kRows[n];
 #pragma unroll
       for (int t = 0; t < (dilation == 0 ? 7 : 3); ++t) {
-        const int offset = dilation == 0 ? kColumns[t] : (t - 1) * dilation;
         const V tap = this->taps[(kFirst[n] + t) * kLanes<V>];
 #pragma unroll
-        for (int k = 0; k < kRun; ++k) body(kFirst[n] + t, tap, k, states[k + kReach + offset]);
+        for (int k = 0; k < kRun; ++k) body(kFirst[n] + t, tap, k, states[k + kReach + tap_column(dilation, t)]);
       }
       keep_order();
     }
@@ -214,7 +212,9 @@ __global__ void __launch_bounds__(kGradientRuns* kLanes<V>, 3)
   __syncthreads();
   for (int t = threadIdx.y; t < kTaps && scan.has_channel; t += blockDim.y) {
     float sum = 0.0f;
-    for (unsigned warp = 0; warp < blockDim.y / 2; ++warp) sum += of_warps[(warp * kTaps + t) * kChannels + threadIdx.x];
+    for (unsigned warp = 0; warp < blockDim.y / 2; ++warp) {
+      sum += of_warps[(warp * kTaps + t) * kChannels + threadIdx.x];
+    }
     grad_taps[(static_cast<int64_t>(scan.part) * kTaps + t) * scan.map.dim + scan.channel] = sum;
   }
 }

@@ -54,12 +54,9 @@ dim3 threads_of(const Cut& cut) {
 // Whether threads can load pairs of channels, index a run's projections in few bits, and the bytes of an image in 32.
 inline bool suits_chunks(const Recurrence& recurrence, Activations other) {
   const Map& map = recurrence.map;
-  const auto aligned = [](Activations x) {
-    return reinterpret_cast<uintptr_t>(x.data) % (x.type == Scalar::float32 ? sizeof(float2) : sizeof(float)) == 0;
-  };
   const int channels = std::max(map.dim, recurrence.rank + 2);
-  return map.dim % 2 == 0 && aligned(recurrence.u) && aligned(recurrence.projection) && aligned(other) &&
-         recurrence.rank <= 128 && map.batch * map.height * map.width < int64_t{1} << 32 &&
+  return are_aligned(2, {map.dim}, {recurrence.u, recurrence.projection, other}) && recurrence.rank <= 128 &&
+         map.batch * map.height * map.width < int64_t{1} << 32 &&
          static_cast<int64_t>(map.height) * map.width * channels < int64_t{1} << 30;
 }
 

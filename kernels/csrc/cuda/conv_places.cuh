@@ -141,10 +141,4 @@ size_t shared_floats_of_sums(int count) {
   return static_cast<size_t>(kWarps) * count * kWarp * kChannelsOf<V>;
 }
 
-// Whether tokens can be read in pairs of channels.
-inline bool in_pairs(const Activations& x) {
-  const size_t bytes = x.type == Scalar::float32 ? sizeof(float) : sizeof(__nv_bfloat16);
-  return reinterpret_cast<uintptr_t>(x.data) % (2 * bytes) == 0;
-}
-
 }  // namespace spatial_mamba

@@ -118,8 +118,8 @@ template <class Body>
 void with_channels(const DepthwiseConv& conv, std::initializer_list<Activations> others, int64_t other_stride,
                    Body&& body) {
   with_type(conv.x, [&](auto* x) {
-    bool paired = conv.map.dim % 2 == 0 && conv.stride % 2 == 0 && other_stride % 2 == 0 && in_pairs(conv.x);
-    for (const Activations& other : others) paired = paired && in_pairs(other);
+    const bool paired =
+        are_aligned(2, {conv.map.dim, conv.stride, other_stride}, {conv.x}) && are_aligned(2, {}, others);
     paired ? body(Pair(), x) : body(0.0f, x);
   });
 }

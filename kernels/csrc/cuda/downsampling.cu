@@ -21,7 +21,8 @@ __device__ inline Pair through_relu(Pair value, Pair gradient) {
 
 template <class V, class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    downsample_kernel(const Downsampling layer, const Places places, const T* hidden, const T* hidden_bias, T* sampled) {
+    downsample_kernel(const Downsampling layer, const Places places, const T* hidden, const T* hidden_bias,
+                      T* sampled) {
   const Map& map = layer.map;
   const Map halved = layer.halved();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
@@ -167,8 +168,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kGradientBlocks)
 template <class Body>
 void with_channels(const Downsampling& layer, std::initializer_list<Activations> others, Body&& body) {
   with_type(layer.hidden, [&](auto* hidden) {
-    bool paired = layer.map.dim % 2 == 0 && in_pairs(layer.hidden) && in_pairs(layer.hidden_bias);
-    for (const Activations& other : others) paired = paired && in_pairs(other);
+    const bool paired =
+        are_aligned(2, {layer.map.dim}, {layer.hidden, layer.hidden_bias}) && are_aligned(2, {}, others);
     paired ? body(Pair(), hidden) : body(0.0f, hidden);
   });
 }

@@ -2,7 +2,9 @@
 // the headers of the other.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include <cuda_runtime_api.h>
 
@@ -21,6 +23,14 @@ struct Activations {
   void* data;
   Scalar type;
 };
+
+// Whether maps can be read and written in vectors of `channels`: all data, and the numbers of channels and strides.
+inline bool are_aligned(int channels, std::initializer_list<int64_t> sizes, std::initializer_list<Activations> maps) {
+  return std::all_of(sizes.begin(), sizes.end(), [&](int64_t size) { return size % channels == 0; }) &&
+         std::all_of(maps.begin(), maps.end(), [&](const Activations& x) {
+           return reinterpret_cast<uintptr_t>(x.data) % (channels * (x.type == Scalar::float32 ? 4 : 2)) == 0;
+         });
+}
 
 // Maps (batch, H, W, dim), channels last.
 struct Map {
@@ -154,8 +164,8 @@ bool chunk_gradients_serve(const Recurrence& recurrence, Activations grad_y);
 void chunk_gradients(const Recurrence& recurrence, Activations grad_y, const float* taps, const float* row_states,
                      const RecurrenceGradients& gradients, cudaStream_t stream);
 
-// The same without the fusion, for any map; on entry `gradients.step` is the gradient of h. There are 32 channels per sum
-// for B, and `partial_sums`. row_maps and row_carries are scratch memory, like piece_maps and row_states above.
+// The same without the fusion, for any map; on entry `gradients.step` is the gradient of h. There are 32 channels per
+// sum for B, and `partial_sums`. row_maps and row_carries are scratch memory, like piece_maps and row_states above.
 void recurrence_gradients(const Recurrence& recurrence, Activations grad_y, const float* h, const float* row_states,
                           float* row_maps, float* row_carries, const RecurrenceGradients& gradients,
                           cudaStream_t stream);
@@ -178,7 +188,7 @@ int depthwise_conv_partial_sums(const Map& map);
 void depthwise_conv_gradients(const DepthwiseConv& conv, Activations grad_out, Activations grad_convolved, float* sums,
                               cudaStream_t stream);
 
-// --- Downsampling: ReLU, depthwise 3x3 convolution of stride 2 with zero padding, ReLU --------------------------------
+// --- Downsampling: ReLU, depthwise 3x3 convolution of stride 2 with zero padding, ReLU -------------------------------
 
 struct Downsampling {
   Map map;                          // of the hidden layer
@@ -206,7 +216,6 @@ struct HiddenLayer {
   int64_t tokens;
   int dim;
   Activations values, bias;  // (tokens, dim), without the bias; (dim,)
-  bool aligned;              // whether all data can be read and written in vectors of kVectorChannels
 };
 
 // activated (tokens, dim) may be where the values are.
@@ -229,7 +238,6 @@ struct Norm {
   int64_t gate_stride;       // elements between the tokens of the gate
   Activations weight, bias;  // (dim,)
   float eps;
-  bool aligned;  // whether all data can be read and written in vectors of kVectorChannels
 };
 
 struct NormGradients {

@@ -16,8 +16,8 @@ __device__ inline float cumulative(float x) { return 0.5f + 0.5f * erff(0.707106
 __device__ inline float density(float x) { return 0.398942280f * fast_exp(-0.5f * x * x); }
 
 template <bool kFull>
-__device__ ChannelPlace<kFull> place_in(const HiddenLayer& hidden) {
-  return {static_cast<int>(blockIdx.y * kWarp + threadIdx.x) * kVectorChannels, hidden.dim, hidden.aligned};
+__device__ ChannelPlace<kFull> place_in(const HiddenLayer& hidden, bool aligned) {
+  return {static_cast<int>(blockIdx.y * kWarp + threadIdx.x) * kVectorChannels, hidden.dim, aligned};
 }
 
 __device__ inline int64_t first_token() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; }
@@ -25,8 +25,8 @@ __device__ inline int64_t token_step() { return static_cast<int64_t>(gridDim.x) 
 
 template <class T, bool kFull>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    bias_gelu_kernel(const HiddenLayer hidden, const T* values, const T* bias, T* activated) {
-  const ChannelPlace<kFull> place = place_in<kFull>(hidden);
+    bias_gelu_kernel(const HiddenLayer hidden, bool aligned, const T* values, const T* bias, T* activated) {
+  const ChannelPlace<kFull> place = place_in<kFull>(hidden, aligned);
   const int64_t step = token_step();
   int64_t token = first_token();
   ChannelVector<T> next;
@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 
 template <class T, bool kFull>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    bias_gelu_backward_kernel(const HiddenLayer hidden, const T* values, const T* bias, T* grads, T* activated,
-                              float* sums_of_blocks) {
-  const ChannelPlace<kFull> place = place_in<kFull>(hidden);
+    bias_gelu_backward_kernel(const HiddenLayer hidden, bool aligned, const T* values, const T* bias, T* grads,
+                              T* activated, float* sums_of_blocks) {
+  const ChannelPlace<kFull> place = place_in<kFull>(hidden, aligned);
   const int64_t step = token_step();
   int64_t token = first_token();
   ChannelVector<T> next, next_grad;
@@ -102,10 +102,10 @@ dim3 grid_of(const HiddenLayer& hidden) {
 
 // Calls body(full, values, bias) with typed pointers.
 template <class Body>
-void with_hidden(const HiddenLayer& hidden, Body&& body) {
+void with_hidden(const HiddenLayer& hidden, bool aligned, Body&& body) {
   with_type(hidden.values, [&](auto* values) {
     const auto* bias = static_cast<decltype(values)>(hidden.bias.data);
-    const bool full = hidden.aligned && hidden.dim % kWarpChannels == 0;
+    const bool full = aligned && hidden.dim % kWarpChannels == 0;
     full ? body(std::true_type(), values, bias) : body(std::false_type(), values, bias);
   });
 }
@@ -113,10 +113,11 @@ void with_hidden(const HiddenLayer& hidden, Body&& body) {
 }  // namespace
 
 void bias_gelu(const HiddenLayer& hidden, Activations activated, cudaStream_t stream) {
-  with_hidden(hidden, [&](auto full, auto* values, auto* bias) {
+  const bool aligned = are_aligned(kVectorChannels, {hidden.dim}, {hidden.values, hidden.bias, activated});
+  with_hidden(hidden, aligned, [&](auto full, auto* values, auto* bias) {
     using T = Element<decltype(values)>;
-    launch("bias_gelu", bias_gelu_kernel<T, full>, grid_of(hidden), dim3(kWarp, kWarps), 0, stream, hidden, values,
-           bias, static_cast<T*>(activated.data));
+    launch("bias_gelu", bias_gelu_kernel<T, full>, grid_of(hidden), dim3(kWarp, kWarps), 0, stream, hidden, aligned,
+           values, bias, static_cast<T*>(activated.data));
   });
 }
 
@@ -124,10 +125,11 @@ int bias_gelu_partial_sums(const HiddenLayer& hidden) { return static_cast<int>(
 
 void bias_gelu_backward(const HiddenLayer& hidden, Activations grad, Activations activated, float* sums,
                         cudaStream_t stream) {
-  with_hidden(hidden, [&](auto full, auto* values, auto* bias) {
+  const bool aligned = are_aligned(kVectorChannels, {hidden.dim}, {hidden.values, hidden.bias, grad, activated});
+  with_hidden(hidden, aligned, [&](auto full, auto* values, auto* bias) {
     using T = Element<decltype(values)>;
     launch("bias_gelu_backward", bias_gelu_backward_kernel<T, full>, grid_of(hidden), dim3(kWarp, kWarps),
-           kWarps * kWarpChannels, stream, hidden, values, bias, static_cast<T*>(grad.data),
+           kWarps * kWarpChannels, stream, hidden, aligned, values, bias, static_cast<T*>(grad.data),
            static_cast<T*>(activated.data), sums);
   });
 }

@@ -19,8 +19,8 @@ template <bool kFull>
 struct NormPlace : ChannelPlace<kFull> {
   float inverse_dim;
 
-  __device__ NormPlace(const Norm& norm)
-      : ChannelPlace<kFull>{static_cast<int>(threadIdx.x) * kVectorChannels, norm.dim, norm.aligned},
+  __device__ NormPlace(const Norm& norm, bool aligned)
+      : ChannelPlace<kFull>{static_cast<int>(threadIdx.x) * kVectorChannels, norm.dim, aligned},
         inverse_dim(1.0f / norm.dim) {}
 };
 
@@ -97,8 +97,8 @@ __device__ __forceinline__ void over_tokens(int64_t tokens, const Visit& visit) 
 
 template <class G, class Y, bool kGated, int kThreads, bool kFull>
 __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kGated ? kGatedNormBlocks : kNormBlocks))
-    norm_kernel(const Norm norm, const G* gate, const Y* y, G* out) {
-  const NormPlace<kFull> place(norm);
+    norm_kernel(const Norm norm, bool aligned, const G* gate, const Y* y, G* out) {
+  const NormPlace<kFull> place(norm, aligned);
   float weight[kVectorChannels], bias[kVectorChannels];
   read_weights(norm.weight, place, weight);
   read_weights(norm.bias, place, bias);
@@ -128,9 +128,9 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kGated ? kG
 // sums (2, blocks, dim): of the gradients of the weight, then of the bias.
 template <class G, class Y, bool kGated, int kThreads, bool kFull>
 __global__ void __launch_bounds__(kThreads, blocks_at_once(kThreads, kNormGradientBlocks))
-    norm_backward_kernel(const Norm norm, const G* gate, const Y* y, const G* grad_out, Y* grad_y, G* grad_gate,
-                         int64_t grad_gate_stride, float* sums) {
-  const NormPlace<kFull> place(norm);
+    norm_backward_kernel(const Norm norm, bool aligned, const G* gate, const Y* y, const G* grad_out, Y* grad_y,
+                         G* grad_gate, int64_t grad_gate_stride, float* sums) {
+  const NormPlace<kFull> place(norm, aligned);
   float weight[kVectorChannels], bias[kVectorChannels], of_weight[kVectorChannels] = {}, of_bias[kVectorChannels] = {};
   read_weights(norm.weight, place, weight);
   read_weights(norm.bias, place, bias);
@@ -202,34 +202,57 @@ inline int norm_blocks(const Norm& norm, int blocks_at_once) {
   return static_cast<int>(std::min<int64_t>(wanted, blocks_at_once * attribute(cudaDevAttrMultiProcessorCount)));
 }
 
-// Calls body with the threads of a block, at most, and whether they are full.
+// Calls body(gate, y) with typed pointers: without a gate, both are y.
+template <bool kGated, class Body>
+void with_gate_and_tokens(const Norm& norm, Activations gate, Body&& body) {
+  if constexpr (kGated) {
+    with_types(gate, norm.y, body);
+  } else {
+    with_type(norm.y, [&](auto* y) { body(y, y); });
+  }
+}
+
+// Calls body(threads, full): the threads of a block, at most, and whether they are full.
 template <class Body>
-void with_norm_kernel(const Norm& norm, Body&& body) {
+void with_norm_kernel(const Norm& norm, bool aligned, Body&& body) {
   const dim3 block = norm_block(norm);
-  const bool full = norm.aligned && norm.dim == static_cast<int>(block.x) * kVectorChannels;
+  const bool full = aligned && norm.dim == static_cast<int>(block.x) * kVectorChannels;
   if (block.x * block.y > kNormThreads) return body(std::integral_constant<int, kMostNormThreads>(), std::false_type());
   const std::integral_constant<int, kNormThreads> threads;
   full ? body(threads, std::true_type()) : body(threads, std::false_type());
 }
 
-template <bool kGated, class G, class Y>
-void launch_norm(const char* name, const Norm& norm, const G* gate, const Y* y, G* out, cudaStream_t stream) {
-  with_norm_kernel(norm, [&](auto threads, auto full) {
-    const dim3 block = norm_block(norm), grid(norm_blocks(norm, kGated ? kGatedNormBlocks : kNormBlocks));
-    launch(name, norm_kernel<G, Y, kGated, threads, full>, grid, block, block.x * block.y / kWarp, stream, norm, gate,
-           y, out);
+// `gate`: y, if there is none.
+template <bool kGated>
+void launch_norm(const char* name, const Norm& norm, Activations gate, Activations out, cudaStream_t stream) {
+  const bool aligned =
+      are_aligned(kVectorChannels, {norm.dim, norm.gate_stride}, {norm.y, norm.weight, norm.bias, gate, out});
+  with_gate_and_tokens<kGated>(norm, gate, [&](auto* typed_gate, auto* y) {
+    with_norm_kernel(norm, aligned, [&](auto threads, auto full) {
+      using G = Element<decltype(typed_gate)>;
+      using Y = Element<decltype(y)>;
+      const dim3 block = norm_block(norm), grid(norm_blocks(norm, kGated ? kGatedNormBlocks : kNormBlocks));
+      launch(name, norm_kernel<G, Y, kGated, threads, full>, grid, block, block.x * block.y / kWarp, stream, norm,
+             aligned, static_cast<const G*>(typed_gate), static_cast<const Y*>(y), static_cast<G*>(out.data));
+    });
   });
 }
 
-template <bool kGated, class G, class Y>
-void launch_norm_backward(const char* name, const Norm& norm, const G* gate, const Y* y, const NormGradients& gradients,
+template <bool kGated>
+void launch_norm_backward(const char* name, const Norm& norm, Activations gate, const NormGradients& gradients,
                           cudaStream_t stream) {
-  with_norm_kernel(norm, [&](auto threads, auto full) {
-    const dim3 block = norm_block(norm);
-    launch(name, norm_backward_kernel<G, Y, kGated, threads, full>, dim3(norm_partial_sums(norm)), block,
-           2 * kVectorChannels * block.x * block.y, stream, norm, gate, y, static_cast<const G*>(gradients.out.data),
-           static_cast<Y*>(gradients.y.data), static_cast<G*>(gradients.gate.data), gradients.gate_stride,
-           gradients.sums);
+  const bool aligned = are_aligned(kVectorChannels, {norm.dim, norm.gate_stride, gradients.gate_stride},
+                                   {norm.y, norm.weight, norm.bias, gate, gradients.out, gradients.y, gradients.gate});
+  with_gate_and_tokens<kGated>(norm, gate, [&](auto* typed_gate, auto* y) {
+    with_norm_kernel(norm, aligned, [&](auto threads, auto full) {
+      using G = Element<decltype(typed_gate)>;
+      using Y = Element<decltype(y)>;
+      const dim3 block = norm_block(norm);
+      launch(name, norm_backward_kernel<G, Y, kGated, threads, full>, dim3(norm_partial_sums(norm)), block,
+             2 * kVectorChannels * block.x * block.y, stream, norm, aligned, static_cast<const G*>(typed_gate),
+             static_cast<const Y*>(y), static_cast<const G*>(gradients.out.data), static_cast<Y*>(gradients.y.data),
+             static_cast<G*>(gradients.gate.data), gradients.gate_stride, gradients.sums);
+    });
   });
 }
 

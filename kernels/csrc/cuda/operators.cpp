@@ -28,7 +28,6 @@ using spatial_mamba::Cut;
 using spatial_mamba::DepthwiseConv;
 using spatial_mamba::Downsampling;
 using spatial_mamba::HiddenLayer;
-using spatial_mamba::kVectorChannels;
 using spatial_mamba::Map;
 using spatial_mamba::Norm;
 using spatial_mamba::Offsets;
@@ -76,11 +75,6 @@ const void* data(const OptionalTensor& x) { return x ? data(*x) : nullptr; }
 
 Tensor empty_floats(const Tensor& like, IntArrayRef shape) {
   return at::empty(shape, like.options().dtype(at::kFloat));
-}
-
-// Whether kernels can read and write vectors of kVectorChannels, if channels and strides are multiples of that.
-bool is_aligned(const Tensor& x) {
-  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (kVectorChannels * x.element_size()) == 0;
 }
 
 // Sums over the first dimension of float32 tensors, added by a single kernel at the end.
@@ -388,18 +382,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> downsampling_backward
 
 // --- MLP -------------------------------------------------------------------------------------------------------------
 
-// `others` are what is read or written besides.
-HiddenLayer hidden_layer(const Tensor& values, const Tensor& bias, std::initializer_list<const Tensor*> others) {
-  bool aligned = values.size(1) % kVectorChannels == 0 && is_aligned(values) && is_aligned(bias);
-  for (const Tensor* other : others) aligned = aligned && is_aligned(*other);
-  return {values.size(0), static_cast<int>(values.size(1)), activations(values), activations(bias), aligned};
+HiddenLayer hidden_layer(const Tensor& values, const Tensor& bias) {
+  return {values.size(0), static_cast<int>(values.size(1)), activations(values), activations(bias)};
 }
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& expand, const Tensor& expand_bias, const Tensor& project,
                                const Tensor& project_bias, bool keep_hidden) {
   const Guard guard(x);
   const Tensor hidden = at::mm(x, expand.t()), activated = keep_hidden ? at::empty_like(hidden) : hidden;
-  spatial_mamba::bias_gelu(hidden_layer(hidden, expand_bias, {&activated}), activations(activated), current_stream());
+  spatial_mamba::bias_gelu(hidden_layer(hidden, expand_bias), activations(activated), current_stream());
   return {at::addmm(project_bias, activated, project.t()),
           keep_hidden ? hidden : at::empty({0, hidden.size(1)}, hidden.options())};
 }
@@ -410,7 +401,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
   const Guard guard(x);
   const Tensor grad_hidden = at::mm(grad_out, project);
   Tensor activated = at::empty_like(hidden);
-  const HiddenLayer layer = hidden_layer(hidden, expand_bias, {&grad_hidden, &activated});
+  const HiddenLayer layer = hidden_layer(hidden, expand_bias);
   Tensor parts = empty_floats(x, {spatial_mamba::bias_gelu_partial_sums(layer), layer.dim});
   spatial_mamba::bias_gelu_backward(layer, activations(grad_hidden), activations(activated), floats(parts),
                                     current_stream());
@@ -425,26 +416,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
 
 // --- Norms -----------------------------------------------------------------------------------------------------------
 
-// `others` and `gate_strides` are all that is read or written besides, and the strides of those that may be channels of
-// wider maps: first the gate, then its gradient. Data is read in vectors if all of these allow it.
-Norm norm_of(const Tensor& y, const Tensor& weight, const Tensor& bias, double eps,
-             std::initializer_list<const Tensor*> others, std::initializer_list<int64_t> gate_strides) {
+// The tokens of a gate may be channels of a wider map.
+Norm norm_of(const Tensor& y, int64_t gate_stride, const Tensor& weight, const Tensor& bias, double eps) {
   const int64_t dim = weight.numel();
   TORCH_CHECK_VALUE(dim <= spatial_mamba::kMostNormChannels, "weight: CUDA norms support at most ",
                     spatial_mamba::kMostNormChannels,
                     " channels, got ", dim, "; SPATIAL_MAMBA_BACKEND=triton or torch selects another backend");
-  bool all_aligned = dim % kVectorChannels == 0 && is_aligned(y) && is_aligned(weight) && is_aligned(bias);
-  for (const Tensor* other : others) all_aligned = all_aligned && is_aligned(*other);
-  for (const int64_t stride : gate_strides) all_aligned = all_aligned && stride % kVectorChannels == 0;
-  const int64_t gate_stride = gate_strides.size() == 0 ? dim : *gate_strides.begin();
-  return {dim == 0 ? 0 : y.numel() / dim, static_cast<int>(dim), activations(y), gate_stride,
-          activations(weight), activations(bias), static_cast<float>(eps), all_aligned};
+  return {dim == 0 ? 0 : y.numel() / dim, static_cast<int>(dim),  activations(y), gate_stride,
+          activations(weight),            activations(bias), static_cast<float>(eps)};
 }
 
 Tensor gated_norm(const Tensor& y, const Tensor& gate, const Tensor& weight, const Tensor& bias, double eps) {
   const Guard guard(y);
   Tensor out = at::empty_like(gate, at::MemoryFormat::Contiguous);
-  const Norm norm = norm_of(y, weight, bias, eps, {&gate, &out}, {gate.stride(2)});
+  const Norm norm = norm_of(y, gate.stride(2), weight, bias, eps);
   spatial_mamba::gated_norm(norm, activations(gate), activations(out), current_stream());
   return out;
 }
@@ -454,8 +439,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad_out, c
                                                        Tensor& grad_gate) {
   const Guard guard(y);
   Tensor grad_y = at::empty_like(y);
-  const Norm norm = norm_of(y, weight, bias, eps, {&grad_out, &gate, &grad_y, &grad_gate},
-                            {gate.stride(2), grad_gate.stride(2)});
+  const Norm norm = norm_of(y, gate.stride(2), weight, bias, eps);
   Tensor parts = empty_floats(y, {2, spatial_mamba::norm_partial_sums(norm), norm.dim});
   spatial_mamba::gated_norm_backward(
       norm, activations(gate),
@@ -467,7 +451,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad_out, c
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
   const Guard guard(x);
   Tensor out = at::empty_like(x);
-  spatial_mamba::layer_norm(norm_of(x, weight, bias, eps, {&out}, {}), activations(out), current_stream());
+  spatial_mamba::layer_norm(norm_of(x, weight.numel(), weight, bias, eps), activations(out), current_stream());
   return out;
 }
 
@@ -475,7 +459,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_out, c
                                                        const Tensor& bias, double eps) {
   const Guard guard(x);
   Tensor grad_x = at::empty_like(x);
-  const Norm norm = norm_of(x, weight, bias, eps, {&grad_out, &grad_x}, {});
+  const Norm norm = norm_of(x, weight.numel(), weight, bias, eps);
   Tensor parts = empty_floats(x, {2, spatial_mamba::norm_partial_sums(norm), norm.dim});
   spatial_mamba::layer_norm_backward(
       norm, {activations(grad_out), activations(grad_x), activations(x), norm.dim, floats(parts)}, current_stream());

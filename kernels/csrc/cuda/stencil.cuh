@@ -15,6 +15,12 @@ constexpr int kChannels = 16;  // per block: 16 values of float32 or bfloat16 ar
 constexpr int kPitch = kChannels + 4;
 static_assert(kRunOfColumns * kPitch % 32 == 16);
 
+// The column offset of tap t of a row that is `dilation` rows away: row 0 has taps of all dilations, the others three.
+constexpr int tap_column(int dilation, int t) {
+  constexpr int kOwnRow[] = {-5, -3, -1, 0, 1, 3, 5};
+  return dilation == 0 ? kOwnRow[t] : (t - 1) * dilation;
+}
+
 // Sums of the five unfinished rows of one parity, two rows apart.
 struct Sums {
   float rows[5][kRunOfColumns] = {};
@@ -45,11 +51,10 @@ struct Stencil {
     add_three<3, 3>(needed(i + 3), window, above[4], above[3]);
     add_three<0, 5>(needed(i + 5), window, nothing, above[4]);
     if (!needed(i)) return;
-    constexpr int kColumns[] = {-5, -3, -1, 0, 1, 3, 5};
 #pragma unroll
     for (int k = 0; k < kRunOfColumns; ++k) {
 #pragma unroll
-      for (int t = 0; t < 7; ++t) same.rows[2][k] += taps[9 + t] * window[k + kReach + kColumns[t]];
+      for (int t = 0; t < 7; ++t) same.rows[2][k] += taps[9 + t] * window[k + kReach + tap_column(0, t)];
     }
   }
 
@@ -64,7 +69,7 @@ struct Stencil {
 #pragma unroll
     for (int k = 0; k < kRunOfColumns; ++k) {
 #pragma unroll
-      for (int t = 0; t < 3; ++t) to[k] += taps[kFirst + t] * window[k + kReach + (t - 1) * kDilation];
+      for (int t = 0; t < 3; ++t) to[k] += taps[kFirst + t] * window[k + kReach + tap_column(kDilation, t)];
     }
   }
 };
