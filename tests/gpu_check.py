@@ -76,9 +76,11 @@ SELF_TEST = (*KERNELS, "check", "--device", "cuda", "--backend")
 PARALLEL = ("-n", str(min(12, os.cpu_count() or 1)), "--dist", "load") if importlib.util.find_spec("xdist") else ()
 PYTEST = (PYTHON, "-m", "pytest", "-m", "gpu", "--gpu-check", "-q", "--tb=short", "-p", "no:cacheprovider", *PARALLEL)
 OPERATORS = (
-    PYTHON, "-m", "spatial_mamba.kernels.benchmark", "--device", "cuda", "--dtype", "float32", "bfloat16",
-    "--seconds", "0.3", "--limit", "{seconds}", "--out",
+    PYTHON, "-m", "spatial_mamba.kernels.benchmark", "--device", "cuda", "--seconds", "0.3", "--limit", "{seconds}",
+    "--out",
 )  # fmt: skip
+EACH_OPERATOR = ("--dtype", "bfloat16", "--cases", "*/tiny/stage1/224x224", "core/tiny/*/224x224")
+CORE_IN_FULL = ("--dtype", "float32", "--cases", "core/tiny/stage1/224x224", "--implementations", "*")
 MODELS = (
     PYTHON, "-m", "spatial_mamba.classification.benchmark", "--device", "cuda", "--dtype", "bfloat16", "--batch", "128",
     "--limit", "{seconds}", "--models",
@@ -109,12 +111,8 @@ STEPS = [
     sanitize("synccheck", "cuda", "float32"),
     sanitize("initcheck", "cuda", "float32"),
     *(compile_model(model, purpose) for purpose in COMPILED for model in (TINY, *PEERS)),
-    Step("operators", (*OPERATORS, "{out}"), 75),
-    Step(
-        "operators, compiled",
-        (*OPERATORS, "{out}/compiled", "--cases", "core/tiny/stage1/224x224", "--implementations", "*"),
-        45,
-    ),
+    Step("operators", (*OPERATORS, "{out}", *EACH_OPERATOR), 75),
+    Step("operators, compiled", (*OPERATORS, "{out}/compiled", *CORE_IN_FULL), 45),
     Step(
         "models, inference",
         (*MODELS, TINY, *PEERS, BASELINE, "--form", "eager", "fused", *TIMED, "{out}/models/inference"),
