@@ -1,8 +1,8 @@
 """The CUDA kernels without a GPU: their sources compiled by a C++ compiler and run on the CPU, thread by thread.
 
 ``cuda_emulator/`` stands in for the CUDA runtime. It aborts the process where threads diverge at a barrier or shuffle,
-or write behind their shared memory, which else holds NaN; threads take turns in a random order. Inputs end at a page
-that must not be touched, and memory the operators allocate starts as NaN.
+or write behind their shared memory, which else holds NaN; threads take turns in a random order. Misaligned accesses end
+the process. Inputs end at a page that must not be touched, and memory the operators allocate starts as NaN.
 """
 
 import ctypes
@@ -38,6 +38,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cuda_emulation")]
 
 NAMESPACE = "spatial_mamba_cuda_emulated"
 TORCH = Path(torch.__file__).parent
+
+TRAP_MISALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ROUNDING = {F32: 8e-6, BF16: 2**-8, F16: 2**-11}  # of the result's dtype, relative to its largest magnitude
@@ -77,7 +79,9 @@ def operators(emulator: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     for source in [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp"))]:
         objects.append(folder / f"{source.stem}.o")
         level = "-O0" if source.name == "operators.cpp" else "-O1"  # the time goes into the headers of PyTorch
-        compile_with([level, "-fPIC", *includes, abi, *names, "-x", "c++", "-c", source, "-o", objects[-1]])
+        compile_with(
+            [level, *TRAP_MISALIGNED, "-fPIC", *includes, abi, *names, "-x", "c++", "-c", source, "-o", objects[-1]]
+        )
     library = folder / "emulated.so"
     compile_with(["-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", library])
     torch.ops.load_library(library)
