@@ -8,8 +8,10 @@ the process. Inputs end at a page that must not be touched, and memory the opera
 import ctypes
 import mmap
 import os
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_mamba.kernels import build, use_backend
+from spatial_mamba.kernels import backends, build, use_backend
 from spatial_mamba.kernels.depthwise_conv import DEPTHWISE_CONV, EPILOGUES
 from spatial_mamba.kernels.downsampling import DOWNSAMPLING
 from spatial_mamba.kernels.gated_norm import GATED_NORM
@@ -70,7 +72,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def operators(emulator: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def library(emulator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled operators."""
     folder = tmp_path_factory.mktemp("cuda_emulated")
     includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
@@ -82,8 +85,13 @@ def operators(emulator: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         compile_with(
             [level, *TRAP_MISALIGNED, "-fPIC", *includes, abi, *names, "-x", "c++", "-c", source, "-o", objects[-1]]
         )
-    library = folder / "emulated.so"
-    compile_with(["-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", library])
+    compiled = folder / "emulated.so"
+    compile_with(["-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", compiled])
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def operators(library: Path) -> Any:
     torch.ops.load_library(library)
     return getattr(torch.ops, NAMESPACE)
 
@@ -146,6 +154,42 @@ def assert_matches_reference(
 
 def random_normal(*shape: int, dtype: torch.dtype = F32) -> Tensor:
     return torch.randn(*shape).to(dtype)
+
+
+# --- What holds for every backend -------------------------------------------------------------------------------------
+
+IN_PLACE_OF_CPU_KERNELS = f"""
+import pytest, sys, torch
+from spatial_mamba.kernels import backends
+
+torch.ops.load_library(sys.argv.pop(1))
+chosen = backends.module_for
+
+def module_for(tensor, operator):
+    module = chosen(tensor, operator)
+    has_kernels = tensor.dtype in backends.DTYPES["cuda"] and backends._implements("cuda", operator)
+    return torch.ops.{NAMESPACE} if module and has_kernels else module
+
+backends.module_for = module_for
+sys.exit(pytest.main())
+"""
+
+
+def test_what_holds_for_every_backend(library: Path) -> None:
+    if why := backends.why_not("cpu", "cpu", F32):
+        pytest.skip(f"runs the tests of the CPU kernels: {why}")
+    options = ("-q", "-p", "no:cacheprovider", "-k", "cpu-on-cpu", "tests/kernels/test_backends.py")
+    result = subprocess.run(
+        [sys.executable, "-c", IN_PLACE_OF_CPU_KERNELS, library, *options],
+        cwd=HERE.parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed
+    assert int(passed[1]) > 100
 
 
 # --- The operators ----------------------------------------------------------------------------------------------------
