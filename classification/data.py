@@ -3,8 +3,10 @@
 import io
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -282,9 +284,20 @@ def _build_loader(
         pin_memory=config.DATA.PIN_MEMORY and process.device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=workers > 0,
-        worker_init_fn=ignore_signals if workers > 0 else None,
+        worker_init_fn=_start_loader_process if workers > 0 else None,
         generator=torch.Generator(),  # not the global one, which would be used only when the workers first start
     )
+
+
+def _start_loader_process(worker: int) -> None:
+    ignore_signals(worker)
+    sys.excepthook = _ignore_lost_connections
+
+
+def _ignore_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A loader process loses its connection when the process that loads fails, which reports the reason itself."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:

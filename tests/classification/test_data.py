@@ -1,6 +1,8 @@
 """Samplers, augmentation, images that cannot be read."""
 
 import itertools
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -130,3 +132,12 @@ def test_augmentation_of_any_strength_works(policy: str) -> None:
     for operation in operations:
         if operation.name == "PosterizeIncreasing" and operation.magnitude == 10:
             assert operation(photo).getextrema() == ((0, 0),) * 3  # it keeps no bits
+
+
+def test_loader_processes_keep_quiet_about_lost_connections() -> None:
+    """A thread of theirs would print its own traceback below the error that stops the run."""
+    script = "from spatial_mamba.classification import data; data._start_loader_process(0); raise "
+    for error, printed in (("ConnectionResetError", False), ("EOFError", False), ("ValueError", True)):
+        result = subprocess.run([sys.executable, "-c", script + error], capture_output=True, text=True)
+        assert result.returncode == 1
+        assert (error in result.stderr) == printed
