@@ -205,17 +205,22 @@ def test_state_fusion(operators: Any, shape: tuple[int, ...], dtype: torch.dtype
     assert_matches_reference(operators, STATE_FUSION, (torch.randn_like(h), h, taps, *branches), backward=True)
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize(
+maps = pytest.mark.parametrize(
     "shape",
     [
         pytest.param((2, 5, 7, 40), id="pairs of channels"),
         pytest.param((1, 30, 3, 70), id="bands of rows"),
+        pytest.param((1, 62, 6, 70), id="more bands, an even width"),
         pytest.param((2, 4, 2, 33), id="channels that do not pair up"),
+        pytest.param((2, 4, 3, 33), id="the same, an odd width"),
         pytest.param((1, 1, 1, 2), id="one token"),
     ],
 )
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@maps
 def test_depthwise_conv(operators: Any, shape: tuple[int, ...], dtype: torch.dtype, epilogue: str) -> None:
     torch.manual_seed(0)
     dim = shape[-1]
@@ -225,7 +230,7 @@ def test_depthwise_conv(operators: Any, shape: tuple[int, ...], dtype: torch.dty
     assert_matches_reference(operators, DEPTHWISE_CONV, backward, True, roundings=2 if epilogue == "silu" else 1)
 
 
-@pytest.mark.parametrize("dim", [3, 68, 96, 256, 512, 2052])
+@pytest.mark.parametrize("dim", [3, 36, 68, 96, 256, 270, 512, 1500, 2052])
 @pytest.mark.parametrize(("dtype", "y_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)], ids=str)
 def test_norms(operators: Any, dtype: torch.dtype, y_dtype: torch.dtype, dim: int) -> None:
     torch.manual_seed(0)
@@ -239,15 +244,7 @@ def test_norms(operators: Any, dtype: torch.dtype, y_dtype: torch.dtype, dim: in
         assert_matches_reference(operators, LAYER_NORM, (torch.randn_like(y), y, *weights), backward=True)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        pytest.param((2, 5, 7, 40), id="pairs of channels"),
-        pytest.param((1, 62, 6, 70), id="bands of rows"),
-        pytest.param((2, 4, 3, 33), id="channels that do not pair up"),
-        pytest.param((1, 1, 1, 2), id="one token"),
-    ],
-)
+@maps
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_downsampling(operators: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)

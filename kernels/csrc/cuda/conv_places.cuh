@@ -141,4 +141,10 @@ size_t shared_floats_of_sums(int count) {
   return static_cast<size_t>(kWarps) * count * kWarp * kChannelsOf<V>;
 }
 
+// Call body(V(), T*) with the typed tokens, and with Pair for V if they can be read in pairs of channels.
+template <class Body>
+void with_channels(Activations tokens, bool paired, Body&& body) {
+  with_type(tokens, [&](auto* typed) { paired ? body(Pair(), typed) : body(0.0f, typed); });
+}
+
 }  // namespace spatial_mamba

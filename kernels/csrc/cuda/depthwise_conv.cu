@@ -113,21 +113,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, kGradientBlocks)
   store_sums(sums, channel, first.has_channel, map.dim, sums_of_blocks);
 }
 
-// Call body(V(), T*) with Pair for V if all tokens can be read in pairs of channels.
-template <class Body>
-void with_channels(const DepthwiseConv& conv, std::initializer_list<Activations> others, int64_t other_stride,
-                   Body&& body) {
-  with_type(conv.x, [&](auto* x) {
-    const bool paired =
-        are_aligned(2, {conv.map.dim, conv.stride, other_stride}, {conv.x}) && are_aligned(2, {}, others);
-    paired ? body(Pair(), x) : body(0.0f, x);
-  });
-}
-
 }  // namespace
 
 void depthwise_conv(const DepthwiseConv& conv, Activations out, int64_t out_stride, cudaStream_t stream) {
-  with_channels(conv, {out}, out_stride, [&](auto channels, auto* x) {
+  const bool paired = are_aligned(2, {conv.map.dim, conv.stride, out_stride}, {conv.x, out});
+  with_channels(conv.x, paired, [&](auto channels, auto* x) {
     using V = decltype(channels);
     using T = Element<decltype(x)>;
     const dim3 grid(static_cast<unsigned>(place_blocks(conv.map)), channel_blocks<V>(conv.map));
@@ -140,7 +130,8 @@ int depthwise_conv_partial_sums(const Map& map) { return gradient_blocks(map, kG
 
 void depthwise_conv_gradients(const DepthwiseConv& conv, Activations grad_out, Activations grad_convolved, float* sums,
                               cudaStream_t stream) {
-  with_channels(conv, {grad_out, grad_convolved}, conv.map.dim, [&](auto channels, auto* x) {
+  const bool paired = are_aligned(2, {conv.map.dim, conv.stride}, {conv.x, grad_out, grad_convolved});
+  with_channels(conv.x, paired, [&](auto channels, auto* x) {
     using V = decltype(channels);
     using T = Element<decltype(x)>;
     const dim3 grid(depthwise_conv_partial_sums(conv.map), channel_blocks<V>(conv.map));

@@ -164,21 +164,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, kGradientBlocks)
   store_sums(sums, channel, first.has_channel, map.dim, sums_of_blocks);
 }
 
-// Call body(V(), T*) with Pair for V if all tokens can be read in pairs of channels.
-template <class Body>
-void with_channels(const Downsampling& layer, std::initializer_list<Activations> others, Body&& body) {
-  with_type(layer.hidden, [&](auto* hidden) {
-    const bool paired =
-        are_aligned(2, {layer.map.dim}, {layer.hidden, layer.hidden_bias}) && are_aligned(2, {}, others);
-    paired ? body(Pair(), hidden) : body(0.0f, hidden);
-  });
-}
-
 }  // namespace
 
 void downsample(const Downsampling& layer, Activations sampled, cudaStream_t stream) {
   const Map halved = layer.halved();
-  with_channels(layer, {sampled}, [&](auto channels, auto* hidden) {
+  const bool paired = are_aligned(2, {layer.map.dim}, {layer.hidden, layer.hidden_bias, sampled});
+  with_channels(layer.hidden, paired, [&](auto channels, auto* hidden) {
     using V = decltype(channels);
     using T = Element<decltype(hidden)>;
     const dim3 grid(static_cast<unsigned>(place_blocks(halved)), channel_blocks<V>(halved));
@@ -192,7 +183,8 @@ int downsample_partial_sums(const Downsampling& layer) { return gradient_blocks(
 void downsample_gradients(const Downsampling& layer, Activations sampled, Activations grad_sampled, float* sums,
                           cudaStream_t stream) {
   const Map halved = layer.halved();
-  with_channels(layer, {sampled, grad_sampled}, [&](auto channels, auto* hidden) {
+  const bool paired = are_aligned(2, {layer.map.dim}, {layer.hidden, layer.hidden_bias, sampled, grad_sampled});
+  with_channels(layer.hidden, paired, [&](auto channels, auto* hidden) {
     using V = decltype(channels);
     using T = Element<decltype(hidden)>;
     const dim3 grid(downsample_partial_sums(layer), channel_blocks<V>(halved));
