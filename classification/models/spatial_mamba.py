@@ -18,9 +18,8 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all_modules
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import (
@@ -32,7 +31,7 @@ from ...kernels import (
     spatial_mixer,
     state_fusion,
 )
-from ...kernels.backends import has_kernels, plain_eager
+from ...kernels.backends import has_kernels
 from ...kernels.state_fusion import check_dilations
 from ...kernels.tensors import compute_dtype_for, without_autocast
 from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
@@ -46,6 +45,7 @@ from .fused import (
     refuse_to_load,
 )
 from .hub import HubModule
+from .operands import as_operand, has_modified_parts, is_modified
 from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
 from .recomputation import checkpointed, recomputed
 from .stand_ins import allow_permanently, config_types
@@ -208,14 +208,14 @@ def _downsample(expand: nn.Conv2d, reduce: nn.Conv2d, project: nn.Conv2d, x: Ten
         return None
     to_hidden, from_hidden = expand.weight.flatten(1), project.weight.flatten(1)
     weights: Any = (to_hidden, expand.bias, reduce.weight, reduce.bias, from_hidden, project.bias)
-    tokens = _as_operand(x.permute(0, 2, 3, 1), *weights)
+    tokens = as_operand(x.permute(0, 2, 3, 1), *weights)
     return None if tokens is None else downsampling(tokens, *weights).permute(0, 3, 1, 2)
 
 
 def _is_plain_conv(layer: Any, kind: type[ConvLayer], **parts: type[nn.Module]) -> bool:
     """Whether the layer and these parts are of these types and unmodified, and the convolution has its own weights."""
     parts["conv"] = nn.Conv2d
-    return not (_is_modified(layer, kind) or _has_modified_parts(layer, parts) or is_parametrized(layer.conv))
+    return not (is_modified(layer, kind) or has_modified_parts(layer, parts) or is_parametrized(layer.conv))
 
 
 class Downsample(nn.Module):
@@ -372,7 +372,7 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         xz = self.in_proj(x)  # (B, H, W, 2 D): tokens and gate
-        y = self._mix_by_module(xz) if _has_modified_parts(self, MIXER_PARTS) else self._mix(xz)
+        y = self._mix_by_module(xz) if has_modified_parts(self, MIXER_PARTS) else self._mix(xz)
         return self.out_proj(y)
 
     def _mix(self, xz: Tensor) -> Tensor:
@@ -410,57 +410,12 @@ class StructureAwareSSM(nn.Module):
             return (y * F.silu(gate.to(compute_dtype))).to(xz.dtype)
 
 
-def _as_operand(x: Tensor, *weights: Any) -> Tensor | None:
-    """``x`` in the dtype in which an operator computes with these weights, under autocast that of autocast.
-
-    None if layers should compute: if a weight is missing, of another type or dtype, or frozen while others are trained,
-    since operators compute the gradients of all.
-    """
-    if not plain_eager(*weights):
-        return None
-    needed = [tensor.requires_grad for tensor in (x, *weights)]
-    if torch.is_grad_enabled() and any(needed) and not all(needed[1:]):
-        return None
-    dtypes = {tensor.dtype for tensor in (x, *weights)}
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x if len(dtypes) == 1 else None
-
-
 # Modules that are not called: an operator reads their weights.
 MIXER_PARTS: dict[str, type[nn.Module]] = {
     "conv2d": DepthwiseConv,
     "state_fusion": StateFusion,
     "out_norm": LayerNorm,
 }
-
-
-def _has_global_hooks() -> bool:
-    """Whether any hook applies to every module, such as one of ``register_module_forward_hook``."""
-    every = hooks_of_all_modules
-    return bool(
-        every._global_forward_pre_hooks
-        or every._global_forward_hooks
-        or every._global_backward_pre_hooks
-        or every._global_backward_hooks
-    )
-
-
-def _has_modified_parts(module: nn.Module, parts: Mapping[str, type[nn.Module]]) -> bool:
-    """Whether hooks apply to every module, or a part is modified; ``parts`` gives the type of each by its name."""
-    return _has_global_hooks() or any(_is_modified(getattr(module, name), kind) for name, kind in parts.items())
-
-
-def _is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module has hooks, has another ``forward``, or is no longer of type ``kind``: wrapped or sharded.
-
-    Parametrised weights (``torch.nn.utils.parametrize``) do not count: reading them gives the right values.
-    """
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
-        return True
-    if "forward" in module.__dict__:
-        return True
-    return type(module) is not kind and type_before_parametrizations(module) is not kind
 
 
 class Mlp(TimmMlp):
@@ -473,7 +428,7 @@ class Mlp(TimmMlp):
     def forward(self, x: Tensor) -> Tensor:
         if has_kernels("mlp", x) and self._is_plain():
             weights: list[Any] = [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias]
-            if (tokens := _as_operand(x, *weights)) is not None:
+            if (tokens := as_operand(x, *weights)) is not None:
                 return mlp(tokens, *weights)
         x = self.fc1(x)
         activated = self.act(x)
@@ -483,7 +438,7 @@ class Mlp(TimmMlp):
 
     def _is_plain(self) -> bool:
         """Whether the modules compute what `mlp` does, and nothing else."""
-        if _has_modified_parts(self, MLP_PARTS):
+        if has_modified_parts(self, MLP_PARTS):
             return False
         return self.act.approximate == "none" and not (self.training and (self.drop1.p > 0.0 or self.drop2.p > 0.0))
 
@@ -896,7 +851,7 @@ def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
     for name, block in blocks:
         for part, kind in parts.items():
             module = block.get_submodule(part)
-            if _is_modified(module, kind):
+            if is_modified(module, kind):
                 raise RuntimeError(
                     f"{name}.{part} has hooks or is wrapped ({type(module).__name__}): "
                     "only its weights would be used; remove the hooks, or merge and unwrap the layer"
