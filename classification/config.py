@@ -227,7 +227,7 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
     if key in _FIXED_KEYS:
         value = CfgNode._decode_cfg_value(value)
         if value not in _FIXED_KEYS[key]:
-            raise UserError(f"{source}: {key} is {value!r}, but only this is supported: {_FIXED_KEYS[key][-1]!r}")
+            raise UserError(f"{source}: {key} is {value!r}; only {_FIXED_KEYS[key][-1]!r} is supported")
         return
 
     *sections, leaf = key.split(".")

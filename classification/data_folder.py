@@ -45,7 +45,8 @@ def run_demo_data(package: str, write: Callable[[Path], str], argv: Sequence[str
     """
 
     def command() -> None:
-        parser = Parser(f"python -m spatial_mamba.{package}.demo_data", write.__doc__)
+        purpose = (write.__doc__ or "").partition("\n\n")[0]
+        parser = Parser(f"python -m spatial_mamba.{package}.demo_data", purpose)
         parser.add_argument("folder", type=Path, help="where to write the data set; a new folder")
         folder = parser.parse_args(argv).folder
         try:

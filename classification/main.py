@@ -1,4 +1,4 @@
-"""Command line of the ImageNet trainer: train, evaluate or time a Spatial-Mamba classifier."""
+"""Train, evaluate or time a Spatial-Mamba classifier."""
 
 import argparse
 import os

@@ -169,13 +169,13 @@ SETTINGS = (
     Setting("AMP_ENABLE", True, ANY, "train in mixed precision"),
     Setting(
         "AMP_DTYPE", "auto", one_of("auto", "bfloat16", "float16"),
-        "auto: bfloat16 if the device supports it, else float16", "--amp-dtype", "DTYPE",
+        "auto: bfloat16 if the device supports it, else float16 on a GPU and float32 on a CPU", "--amp-dtype", "DTYPE",
     ),
     Setting("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "auto: a GPU if there is one", "--device", "DEVICE"),
     Setting("DETERMINISTIC", False, ANY, "repeat to the same bits, with one thread; slower", "--deterministic"),
     Setting(
         "TIMEOUT_MINUTES", 10.0, Allowed(lambda value: 0 < value <= 10**5, "above 0, and at most 100,000"),
-        "a run of several processes ends when none makes progress for so long", "--timeout-minutes", "M",
+        "end a run of several processes in which none makes progress for this time", "--timeout-minutes", "M",
     ),
     Setting("COMPILE", False, ANY, "torch.compile the model", "--compile"),
     Setting("OUTPUT", "output", ANY, "root of the results: OUTPUT/MODEL.NAME/TAG", "--output", "FOLDER"),

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of Mask R-CNN: ``python -m spatial_mamba.detection.complexity [CONFIG ...]``."""
+"""Count the parameters and FLOPs of detectors."""
 
 import sys
 from collections.abc import Sequence

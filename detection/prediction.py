@@ -1,6 +1,6 @@
-"""Detects objects in images, for ``python -m spatial_mamba.detection``.
+"""Detect objects in images.
 
-For every image NAME.* the output folder gets NAME.png, the image with boxes and masks drawn over it, and NAME.json.
+For every image NAME.*, the output folder gets NAME.png, the image with boxes and masks drawn over it, and NAME.json.
 """
 
 import argparse

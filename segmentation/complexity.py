@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of UPerNet: ``python -m spatial_mamba.segmentation.complexity [CONFIG ...]``."""
+"""Count the parameters and FLOPs of segmentors."""
 
 import sys
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""Classifies the pixels of images, for ``python -m spatial_mamba.segmentation``.
+"""Classify the pixels of images.
 
-For every image NAME.* the output folder gets NAME.png, the image with the classes drawn over it, NAME_labels.png, the
+For every image NAME.*, the output folder gets NAME.png, the image with the classes drawn over it, NAME_labels.png, the
 class index of every pixel, and NAME.json.
 """
 

@@ -64,7 +64,7 @@ def _command(argv: Sequence[str] | None) -> None:
             tolerance = INT8_TOLERANCE if args.int8 else TOLERANCE
             if not difference <= tolerance:
                 raise UserError(
-                    f"{args.output}: not written, since its outputs differ from the model's by {difference:.2g} of the "
+                    f"{args.output}: not written, since its logits differ from the model's by {difference:.2g} of the "
                     f"largest, more than {tolerance:g}; please report the model and the versions of the packages"
                 )
     except OSError as error:

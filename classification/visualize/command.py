@@ -106,7 +106,7 @@ def _add_image_options(parser: argparse.ArgumentParser, default_layer: str) -> N
 
 def _finish(parser: argparse.ArgumentParser, output: str, run: object) -> None:
     parser.add_argument(
-        "--output", type=_picture, default=Path(output), metavar="FILE", help="ends in .png, .pdf or .svg (%(default)s)"
+        "--output", type=_picture, default=Path(output), metavar="FILE", help="PNG, PDF or SVG (default: %(default)s)"
     )
     parser.set_defaults(run=run)
 

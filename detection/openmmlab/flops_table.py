@@ -7,7 +7,6 @@ size) and the mask head on the first 100 of them. For UPerNet it covers backbone
 which is used only in training, is part of the parameters but not of the FLOPs.
 """
 
-import argparse
 import warnings
 from collections.abc import Sequence
 
@@ -70,12 +69,11 @@ def print_table(
         f"python -m spatial_mamba.{FOLDERS[package]}.complexity",
         description,
         f"{recipes[0]} --size {size[0]} {size[1]}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "configs", nargs="*", default=recipes, metavar="CONFIG", help="config files, or names of those in the package"
-    )
-    parser.add_argument("--size", nargs=2, type=int, default=size, metavar=("HEIGHT", "WIDTH"), help="image, in pixels")
+    text = "config files, or names of shipped configs (default: those with published results)"
+    parser.add_argument("configs", nargs="*", default=recipes, metavar="CONFIG", help=text)
+    text = f"size of the image in pixels (default: {size[0]} {size[1]})"
+    parser.add_argument("--size", nargs=2, type=int, default=size, metavar=("HEIGHT", "WIDTH"), help=text)
     args = parser.parse_args(argv)
     size = tuple(args.size)
     if min(size) < SMALLEST_SIZE:
