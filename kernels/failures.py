@@ -48,7 +48,7 @@ def _counts(file: Path) -> bool:
 
 
 def _version_of(backend: str) -> str:
-    """What a failure depends on; a rebuilt library, another version or processor has to fail again."""
+    """What a failure depends on: versions, or the sources of the library and the processor."""
     if backend == "triton":
         with suppress(PackageNotFoundError):
             return f"Triton {version('triton')}, PyTorch {torch.__version__}"
