@@ -6,9 +6,10 @@ import os
 import posixpath
 import tarfile
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol
+from typing import IO
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -22,21 +23,34 @@ _DANGLING = " (a broken link)"
 logger = logging.getLogger(__name__)
 
 
-class Reader(Protocol):
-    """A split of a data set: numbered images, each with a class."""
+class Reader(ABC):
+    """A split of a data set: numbered images, each with a class.
 
+    Attributes:
+        path: of the folder or archive.
+        classes: their names.
+        has_names: False if ``classes`` are only the numbers of a list.
+        samples: for each image the name of its file or archive member, relative to ``path``, and its class number.
+    """
+
+    path: Path
     classes: list[str]
-    has_names: bool  # False if ``classes`` are only the numbers of a list
+    has_names = True
+    samples: list[tuple[str, int]]
 
     def __len__(self) -> int:
         """Number of images."""
+        return len(self.samples)
 
     def label(self, index: int) -> int:
         """Class number of an image."""
+        return self.samples[index][1]
 
     def name(self, index: int) -> str:
         """Name of an image's file or archive member, for messages."""
+        return f"{self.path}/{self.samples[index][0]}"
 
+    @abstractmethod
     def read(self, index: int) -> bytes:
         """The encoded image; raises exceptions of many kinds if it cannot be read."""
 
@@ -74,10 +88,8 @@ def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
     raise UserError(f"{data_path}: the {split} split is missing; expected {split}/, {split}.tar or {split}.zip in it")
 
 
-class FolderReader:
+class FolderReader(Reader):
     """``root/class/**/image``: the layout of ImageNet."""
-
-    has_names = True
 
     def __init__(self, root: Path) -> None:
         try:
@@ -85,25 +97,16 @@ class FolderReader:
         except OSError as error:
             raise UserError(f"{root}: cannot be listed ({error})") from error
         members = ((name.partition("/")[0] if "/" in name else "", name) for name in files)
-        self.root = root
+        self.path = root
         self.classes, self.samples = _label_members(members, folders, root)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def label(self, index: int) -> int:
-        return self.samples[index][1]
-
-    def name(self, index: int) -> str:
-        return str(self.root / self.samples[index][0])
-
     def read(self, index: int) -> bytes:
-        path = self.root / self.samples[index][0]
+        path = self.path / self.samples[index][0]
         _check_size(path.stat().st_size)
         return path.read_bytes()
 
 
-class ZipReader:
+class ZipReader(Reader):
     """Images in one zip archive, opened once per process because forked processes cannot share a handle."""
 
     def __init__(self, path: Path, map_file: Path, needs_all_classes: bool = True) -> None:
@@ -127,15 +130,6 @@ class ZipReader:
             members = [(parts[0] if len(parts) > 1 else "", name) for name, parts in inner if parts[-1]]
             self.classes, self.samples = _label_members(members, folders, path)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def label(self, index: int) -> int:
-        return self.samples[index][1]
-
-    def name(self, index: int) -> str:
-        return f"{self.path}/{self.samples[index][0]}"
-
     def read(self, index: int) -> bytes:
         if self._archive is None or self._archive[0] != os.getpid():
             self._archive = (os.getpid(), zipfile.ZipFile(self.path))
@@ -144,10 +138,8 @@ class ZipReader:
         return self._archive[1].read(name)
 
 
-class TarReader:
+class TarReader(Reader):
     """Images in one tar, in tars inside it, or in a folder of one tar per class; the innermost folder is the class."""
-
-    has_names = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -178,15 +170,6 @@ class TarReader:
         members = [(_class_of(posixpath.dirname(name)), name) for name in self._places]
         self.classes, self.samples = _label_members(members, folders, path)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def label(self, index: int) -> int:
-        return self.samples[index][1]
-
-    def name(self, index: int) -> str:
-        return f"{self.path}/{self.samples[index][0]}"
-
     def read(self, index: int) -> bytes:
         archive, first, size = self._places[self.samples[index][0]]
         _check_size(size)
@@ -195,12 +178,12 @@ class TarReader:
             return file.read(size)
 
 
-class CachedReader:
+class CachedReader(Reader):
     """Keeps the encoded bytes of the images ``indices`` in memory; forked workers share them."""
 
     def __init__(self, reader: Reader, indices: Iterable[int]) -> None:
         self._reader = reader
-        self.classes = reader.classes
+        self.path, self.classes, self.samples = reader.path, reader.classes, reader.samples
         self.has_names = reader.has_names
         self._cache = {}
         for index in indices:
@@ -208,15 +191,6 @@ class CachedReader:
                 self._cache[index] = reader.read(index)
             except Exception:
                 continue  # it is read again when needed, and then reported or skipped
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def label(self, index: int) -> int:
-        return self._reader.label(index)
-
-    def name(self, index: int) -> str:
-        return self._reader.name(index)
 
     def read(self, index: int) -> bytes:
         return self._cache[index] if index in self._cache else self._reader.read(index)
