@@ -8,7 +8,6 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, Runner
-from torch import nn
 
 from ...classification.models.stand_ins import DamagedFileError
 from ...classification.models.weights import WeightsError, describe_misfit, is_state_dict, plain_names, read_checkpoint
@@ -59,37 +58,28 @@ class StrictLoadHook(Hook):
         if not isinstance(meta, dict):
             raise WeightsError(f"{path}: its meta is not a dictionary; save it again with mmengine")
         meta.pop("config", None)
-        if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = _own_names(_unwrapped(runner.model), checkpoint["state_dict"], path)
-        check_fit(runner.model, checkpoint, path, self.may_differ)
+        # Also for weights at the top level: mmengine would silently ignore those under other names.
+        checkpoint["state_dict"] = fitting_weights(runner.model, checkpoint, path, self.may_differ)
 
 
-def check_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, may_differ: tuple[str, ...] = ()) -> None:
-    """Check that a checkpoint fits a model, wrapped or not, in every name and shape.
+def fitting_weights(
+    model: Any, checkpoint: dict[str, Any], path: str, may_differ: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The weights of a checkpoint, if they fit a model, wrapped or not, in every name and shape.
+
+    The names of wrappers are removed from those of the weights, unless the model has the same names.
 
     Raises:
-        WeightsError: naming the first differences.
+        WeightsError: if there are no weights, or naming the first differences.
     """
-    model = _unwrapped(model)
-    state = _own_names(model, checkpoint.get("state_dict", checkpoint), path)
-    own = model.state_dict()
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    own, state = model.state_dict(), checkpoint.get("state_dict", checkpoint)
+    if not is_state_dict(state):
+        raise WeightsError(f"{path}: found no model weights; expected them under state_dict, or at the top level")
+    if state.keys() != own.keys():
+        state = plain_names(state, path)
     kept = [{name: t for name, t in s.items() if not name.startswith(may_differ or "\0")} for s in (own, state)]
     if problem := describe_misfit(*kept):
         raise WeightsError(f"{path}: {problem}")
-
-
-def _unwrapped(model: Any) -> nn.Module:
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
-
-
-def _own_names(model: nn.Module, state: dict[str, Any], path: str) -> dict[str, Any]:
-    """Remove the names of wrappers from those of the weights, unless the model has the same names.
-
-    Raises:
-        WeightsError: if there are no weights.
-    """
-    if not is_state_dict(state):
-        raise WeightsError(f"{path}: found no model weights; expected them under state_dict, or at the top level")
-    return state if state.keys() == model.state_dict().keys() else plain_names(state, path)
+    return state

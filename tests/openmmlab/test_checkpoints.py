@@ -20,7 +20,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader
 
 from spatial_mamba.classification.models.weights import WeightsError, read_checkpoint
-from spatial_mamba.detection.openmmlab.checkpoints import check_fit
+from spatial_mamba.detection.openmmlab.checkpoints import fitting_weights
 
 load_checkpoint = CheckpointLoader.load_checkpoint
 
@@ -186,10 +186,11 @@ def test_a_forged_history_is_refused(tmp_path: Path, attributes: dict) -> None:
         load_checkpoint(str(tmp_path / "a.pth"))
 
 
-def test_prefixes_of_wrappers_are_removed_before_mmengine_loads() -> None:
+@pytest.mark.parametrize("at_top", [False, True], ids=["under state_dict", "at the top level"])
+def test_prefixes_of_wrappers_are_removed_before_mmengine_loads(at_top: bool) -> None:
     model = nn.Sequential(nn.BatchNorm2d(2))
     state = nn.DataParallel(nn.Sequential(torch.compile(model[0]))).state_dict()
-    checkpoint = {"state_dict": state}
+    checkpoint = state if at_top else {"state_dict": state}
     runner = SimpleNamespace(model=model, _load_from="a.pth")
     HOOKS.build(dict(type="StrictLoadHook")).after_load_checkpoint(runner, checkpoint)
     assert checkpoint["state_dict"].keys() == model.state_dict().keys()
@@ -199,9 +200,9 @@ def test_prefixes_of_wrappers_are_removed_before_mmengine_loads() -> None:
 def test_a_checkpoint_must_fit_in_every_entry() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     state = model.state_dict()
-    check_fit(model, {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, "x.pth")
+    fitting_weights(model, {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, "x.pth")
     del state["1.bias"]
     with pytest.raises(WeightsError, match=r"x\.pth: does not fit this model in 1 entries: 1\.bias is missing"):
-        check_fit(model, {"state_dict": state}, "x.pth")
-    check_fit(model, {"state_dict": state}, "x.pth", may_differ=("1.",))
+        fitting_weights(model, {"state_dict": state}, "x.pth")
+    fitting_weights(model, {"state_dict": state}, "x.pth", may_differ=("1.",))
     assert HOOKS.build(dict(type="StrictLoadHook", may_differ=["1."])).may_differ == ("1.",)

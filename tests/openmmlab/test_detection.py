@@ -27,7 +27,7 @@ from spatial_mamba.classification.models.weights import WeightsError
 from spatial_mamba.detection import complexity
 from spatial_mamba.detection.__main__ import main
 from spatial_mamba.detection.openmmlab import inference
-from spatial_mamba.detection.openmmlab.checkpoints import check_fit
+from spatial_mamba.detection.openmmlab.checkpoints import fitting_weights
 from spatial_mamba.detection.openmmlab.flops_table import build_model
 from spatial_mamba.detection.openmmlab.tools import load_config
 
@@ -285,7 +285,7 @@ def test_weights_for_other_classes_name_the_remedy(micro: nn.Module, files: Path
     message += r"set num_classes of the heads .* or start from its backbone alone with model\.backbone\.pretrained=FILE"
     checkpoint = {"state_dict": micro.state_dict()}
     with pytest.raises(WeightsError, match=message):
-        check_fit(model, checkpoint, "micro.pth")
+        fitting_weights(model, checkpoint, "micro.pth")
     with pytest.raises(WeightsError, match=message):
         inference.load_weights(model, checkpoint, Path("micro.pth"), config)
     model.init_weights()  # the remedy
@@ -293,7 +293,7 @@ def test_weights_for_other_classes_name_the_remedy(micro: nn.Module, files: Path
     assert weights[0].equal(weights[1])
     config.model.backbone.update(in_chans=1)
     with pytest.raises(WeightsError, match=r"micro\.pth: holds another model, .* 1 channels; .* with in_chans=3$"):
-        check_fit(build_model(config), checkpoint, "micro.pth")
+        fitting_weights(build_model(config), checkpoint, "micro.pth")
 
 
 def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
