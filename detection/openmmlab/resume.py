@@ -2,12 +2,9 @@
 
 import inspect
 import itertools
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine.dataset import Compose, InfiniteSampler
 from mmengine.dist import broadcast, get_rank
 from mmengine.hooks import Hook
@@ -15,6 +12,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Sampler
+
+from ...classification.seeding import seed_everything
 
 
 @HOOKS.register_module()
@@ -74,7 +73,7 @@ class ExactResumeHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seed the update."""
-        _seed_everything(runner.seed, get_rank(), runner.iter)
+        seed_everything(runner.seed, get_rank(), runner.iter)
 
     def after_train_iter(self, runner: Runner, **_: Any) -> None:
         """Count the batch."""
@@ -176,12 +175,5 @@ def _seed_augmentation(results: dict[str, Any]) -> dict[str, Any]:
     """Seed the random numbers of a pipeline, as its first transform."""
     index = results.get("sample_idx")
     if isinstance(index, _SeededIndex):
-        _seed_everything(*index.seed)
+        seed_everything(*index.seed)
     return results
-
-
-def _seed_everything(*key: int) -> None:
-    seeds = np.random.SeedSequence((len(key), *key)).generate_state(3)
-    random.seed(int(seeds[0]))
-    np.random.seed(seeds[1])
-    torch.manual_seed(int(seeds[2]))
