@@ -125,9 +125,9 @@ def leaves(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return flat
 
 
-def to_plain(config: CfgNode) -> dict[str, Any]:
-    """The config as plain containers, for checkpoints and JSON."""
-    return {key: to_plain(value) if isinstance(value, CfgNode) else value for key, value in config.items()}
+def to_plain(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested sections as plain dictionaries, for checkpoints and JSON."""
+    return {key: to_plain(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
 
 def _merge_file(config: CfgNode, path: Path, notes: list[str], seen: tuple[Path, ...]) -> None:
@@ -235,7 +235,8 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
     for section in sections:
         node = node.get(section) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or leaf not in node:
-        raise UserError(f"{source}: unknown config key {key}{_suggestion(key)}")
+        known = [setting.key for setting in SETTINGS]
+        raise UserError(f"{source}: unknown config key {key}{_closest(key.upper(), known)}")
     if isinstance(node[leaf], CfgNode):
         raise UserError(f"{source}: {key} is a section; set one of its keys, such as {key}.{next(iter(node[leaf]))}")
     current = node[leaf]
@@ -266,10 +267,6 @@ def _meaning_of(name: str, value: Any) -> tuple[str, Any]:
         gain = CfgNode._decode_cfg_value(value)
         value = 0.0 if isinstance(gain, int | float) and gain < 0 else value
     return key, value
-
-
-def _suggestion(key: str) -> str:
-    return _closest(key.upper(), [setting.key for setting in SETTINGS])
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

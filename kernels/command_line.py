@@ -73,17 +73,12 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def positive(text: str, kind: str = "number") -> float:
-    """A finite number above 0."""
+def seconds(text: str) -> float:
+    """A finite time above 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a {kind} above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
     return value
-
-
-def seconds(text: str) -> float:
-    """A finite time above 0."""
-    return positive(text, "number of seconds")

@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 
 from ...kernels.errors import UserError
 from ..atomic_write import atomic_write
+from ..config import to_plain
 from ..models.architecture import PUBLISHED_FUSION, architecture_of
 from ..models.safetensors_files import write_safetensors
 from ..models.weights import (
@@ -55,7 +56,8 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
         with atomic_write(target) as unfinished:
             if is_safetensors(target):
                 about = {key: content[key] for key in _ABOUT if key in content}
-                write_safetensors(content[_entry(layout)], unfinished, about)
+                weights = content["state_dict" if layout == "openmmlab" else "model"]
+                write_safetensors(weights, unfinished, about)
             else:
                 torch.save(content, unfinished)
     except TypeError as error:
@@ -107,14 +109,5 @@ def converted(
     if record is not None:
         content["max_accuray_ema" if layout == "published" else "max_accuracy_ema"] = record
     if layout == "published" and "config" in about:
-        about["config"] = CfgNode(_plain(about["config"]))
+        about["config"] = CfgNode(to_plain(about["config"]))
     return content | about
-
-
-def _entry(layout: str) -> str:
-    """The key of the weights in the result of ``converted``."""
-    return "state_dict" if layout == "openmmlab" else "model"
-
-
-def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _plain(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
