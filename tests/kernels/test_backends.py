@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from spatial_mamba.kernels import (
     use_backend,
 )
 from spatial_mamba.kernels.layer_norm import LAYER_NORM
+from spatial_mamba.kernels.registration import Operator
 from spatial_mamba.kernels.state_fusion import merge_taps
 
 gpu = pytest.mark.gpu
@@ -79,10 +81,7 @@ def scan_case(
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """A selective scan with ``options``: the function, and its tensors in float64."""
     g = generator()
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
+    normal = partial(torch.randn, generator=g, dtype=torch.float64)
     shapes = {"grouped": (batch, groups, n, length), "shared": (batch, n, length), "constant": (dim, n)}
     B, C = (shapes[layout] for layout in (matrices.split(", ") * 2)[:2])
     tensors = {
@@ -124,10 +123,7 @@ def core_case(
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """The scan with state fusion, steps around softplus(``step``): the function, and its tensors in float64."""
     g = generator()
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
+    normal = partial(torch.randn, generator=g, dtype=torch.float64)
     tensors = {
         "u": normal(batch, height, width, dim),
         "projection": normal(batch, height, width, rank + 2),
@@ -252,10 +248,7 @@ def mixer_case(
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """Everything between the projections of a block, with kernels or with ``merged`` taps."""
     g = generator()
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
+    normal = partial(torch.randn, generator=g, dtype=torch.float64)
     tensors = {
         "xz": normal(batch, height, width, 2 * dim),
         "conv_weight": 0.5 * normal(dim, 1, 3, 3),
@@ -433,7 +426,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 
 # Batch sizes in Triton's interpreter, which takes up to seconds per image. On GPUs, all cases are run.
-INTERPRETED = {
+INTERPRETED_CASES = {
     "all options": 2,
     "states": 1,
     "one channel, one state": 1,
@@ -460,9 +453,9 @@ def case(request: pytest.FixtureRequest, backend: torch.device) -> dict[str, Any
     name, options = request.param
     if not interpreted(request):
         return options
-    if name not in INTERPRETED:
+    if name not in INTERPRETED_CASES:
         pytest.skip("the interpreter is slow: only some cases")
-    return options | {"batch": INTERPRETED[name]}
+    return options | {"batch": INTERPRETED_CASES[name]}
 
 
 @all_backends
@@ -753,42 +746,33 @@ OPERATORS = {
 }
 
 
-def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
-    """Arguments of ``torch.ops.spatial_mamba.<name>`` that require gradients."""
-    tensors = {k: t.float().to(device) for k, t in OPERATORS[name]()[1].items()}
-    if name == "spatial_mixer":
-        tensors["conv_weight"] = tensors["conv_weight"].flatten(1)
-    if name == "depthwise_conv":
-        arguments = (tensors["x"], tensors["weight"].flatten(1), tensors["bias"], "silu")
-    elif name in ("gated_norm", "layer_norm"):
-        arguments = (*tensors.values(), 1e-5)
-    elif name == "downsampling":
-        arguments = tuple(tensors.values())
-    elif name == "mlp":
-        arguments = (*tensors.values(), True)
-    elif name == "selective_scan":
-        arguments = (*(tensors[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")), True)
-    else:
-        kernels = [tensors[f"kernel_{k}"] for k in range(3)]
-        taps, branches = merge_taps(kernels, tensors["alpha"], (1, 3, 5)), ([3, 3, 3], [1, 3, 5])
-        if name == "state_fusion":
-            arguments = (tensors["h"].permute(0, 2, 3, 1).contiguous(), taps, *branches)
-        elif name == "spatial_mixer":
-            *weights, norm_weight, norm_bias = list(tensors.values())[:10]
-            arguments = (*weights, taps, norm_weight, norm_bias, *branches, 1e-5, True)
-        else:
-            names = ("u", "projection", "step_weight", "step_bias", "A_log", "D")
-            arguments = (*(tensors[k] for k in names), taps, *branches, torch.float32)
-    return tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in arguments)
+def operator_call(name: str, device: torch.device) -> tuple[Operator, tuple[Any, ...]]:
+    """The operator that a public function calls, and its arguments; the tensors require gradients."""
+    function, tensors = OPERATORS[name]()
+    calls: list[tuple[Operator, tuple[Any, ...]]] = []
+    call = Operator.__call__
+
+    def record(self: Operator, *arguments: Any) -> Any:
+        calls.append((self, arguments))
+        return call(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Operator, "__call__", record)
+        function(**{k: t.float().to(device).requires_grad_() for k, t in tensors.items()})
+    ((operator, arguments),) = calls
+    assert operator.name == name
+    return operator, tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in arguments)
 
 
 @compiled_backends
 @pytest.mark.parametrize("name", ["spatial_mixer", "mlp"])
 def test_what_was_not_kept_is_computed_again(backend: torch.device, name: str) -> None:
-    operator, (*arguments, keep) = getattr(torch.ops.spatial_mamba, name).default, operator_arguments(name, backend)
+    operator, (*arguments, keep) = operator_call(name, backend)
     assert keep is True
     expected, actual = (
-        torch.autograd.grad(operator(*arguments, keep)[0].sum(), [x for x in arguments if isinstance(x, Tensor)])
+        torch.autograd.grad(
+            operator.operator(*arguments, keep)[0].sum(), [x for x in arguments if isinstance(x, Tensor)]
+        )
         for keep in (True, False)
     )
     assert all(map(torch.equal, actual, expected))
@@ -796,7 +780,7 @@ def test_what_was_not_kept_is_computed_again(backend: torch.device, name: str) -
 
 @compiled_backends
 def test_an_mlp_is_traced_with_and_without_gradients(backend: torch.device) -> None:
-    *tensors, _ = operator_arguments("mlp", backend)
+    _, (*tensors, _) = operator_call("mlp", backend)
     traced = torch.jit.trace(mlp, tuple(tensors))  # which compares this trace with one without gradients
     assert torch.equal(traced(*tensors), mlp(*tensors))
 
@@ -804,37 +788,29 @@ def test_an_mlp_is_traced_with_and_without_gradients(backend: torch.device) -> N
 @compiled_backends
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_pass_opcheck(backend: torch.device, name: str) -> None:
-    operator = getattr(torch.ops.spatial_mamba, name).default
-    opcheck(operator, operator_arguments(name, backend))
+    operator, arguments = operator_call(name, backend)
+    opcheck(operator.operator, arguments)
 
 
 @compiled_backends
 @pytest.mark.parametrize("name", OPERATORS)
 def test_backward_operators_pass_opcheck(backend: torch.device, name: str) -> None:
-    operator = getattr(torch.ops.spatial_mamba, f"{name}_backward").default
-    arguments = [x.detach() if isinstance(x, Tensor) else x for x in operator_arguments(name, backend)]
-    outputs = getattr(torch.ops.spatial_mamba, name)(*arguments)
-    if name == "selective_scan":
-        arguments = [*outputs, *arguments]
-    elif name == "spatial_mixer":
-        out, *intermediates = outputs
-        arguments = [out, *arguments[:11], *intermediates, *arguments[11:]]
-    elif name == "mlp":
-        out, hidden = outputs
-        arguments = [out, *arguments[:5], hidden, *arguments[5:]]
-    elif name != "structure_aware_scan":
-        arguments = [outputs, *arguments]
-    else:
-        y, row_states = outputs
-        arguments = [y, *arguments[:7], row_states, *arguments[7:]]
-    opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    operator, arguments = operator_call(name, backend)
+    arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    outputs = operator.operator(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads, kept = outputs[: operator.num_differentiable], outputs[operator.num_differentiable :]
+    tensors, others = arguments[: operator.num_tensors], arguments[operator.num_tensors :]
+    backward = getattr(torch.ops.spatial_mamba, f"{name}_backward").default
+    opcheck(backward, (*grads, *tensors, *kept, *others), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_run_without_any_native_code(name: str) -> None:
     """A graph recorded with a native backend still runs and trains without one."""
     with use_backend("torch"):
-        opcheck(getattr(torch.ops.spatial_mamba, name).default, operator_arguments(name, torch.device("cpu")))
+        operator, arguments = operator_call(name, torch.device("cpu"))
+        opcheck(operator.operator, arguments)
 
 
 def test_an_operator_without_gradients_says_so() -> None:
@@ -934,9 +910,9 @@ def test_flops_are_counted(backend: torch.device) -> None:
         ("mlp", 2 * 9 * (5 * 7 + 7 * 6)),
         ("spatial_mixer", elements * (2 * 9 + 2 * (rank + 2) + 2 * rank + 7 + 2 * taps)),
     ):
-        arguments = operator_arguments(name, backend)
+        operator, arguments = operator_call(name, backend)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            getattr(torch.ops.spatial_mamba, name)(*arguments)
+            operator.operator(*arguments)
         assert counter.get_total_flops() == expected
 
 
