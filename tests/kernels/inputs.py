@@ -17,13 +17,13 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def scan_inputs(n: int, length: int, groups: int = 1, scale: str = "normal", dim: int = DIM) -> dict[str, Tensor]:
+def scan_inputs(n: int, length: int, groups: int = 1, scale: str = "normal") -> dict[str, Tensor]:
     """Inputs in float64 that float32 represents exactly, so that errors do not include their rounding."""
     g = generator()
     inputs = {
-        "u": torch.randn(BATCH, dim, length, generator=g),
-        "delta": DELTA_SCALES[scale] * (0.5 + torch.rand(BATCH, dim, length, generator=g)),
-        "A": -0.5 - torch.rand(dim, n, generator=g),
+        "u": torch.randn(BATCH, DIM, length, generator=g),
+        "delta": DELTA_SCALES[scale] * (0.5 + torch.rand(BATCH, DIM, length, generator=g)),
+        "A": -0.5 - torch.rand(DIM, n, generator=g),
         "B": torch.randn(BATCH, groups, n, length, generator=g),
         "C": torch.randn(BATCH, groups, n, length, generator=g),
     }
@@ -103,16 +103,16 @@ def fuse_by_gathering(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor, dilat
     return fused
 
 
-def core_inputs(dim: int = DIM, rank: int = 3, height: int = 4, width: int = 5) -> dict[str, Any]:
+def core_inputs() -> dict[str, Any]:
     g = generator()
     return dict(
-        u=torch.randn(BATCH, height, width, dim, generator=g),
-        projection=torch.randn(BATCH, height, width, rank + 2, generator=g),
-        step_weight=torch.randn(dim, rank, generator=g),
-        step_bias=torch.randn(dim, generator=g),
-        A_log=torch.randn(dim, generator=g),
-        D=torch.randn(dim, generator=g),
-        kernels=[torch.randn(dim, 1, 3, 3, generator=g) for _ in range(3)],
+        u=torch.randn(BATCH, 4, 5, DIM, generator=g),
+        projection=torch.randn(BATCH, 4, 5, 5, generator=g),
+        step_weight=torch.randn(DIM, 3, generator=g),
+        step_bias=torch.randn(DIM, generator=g),
+        A_log=torch.randn(DIM, generator=g),
+        D=torch.randn(DIM, generator=g),
+        kernels=[torch.randn(DIM, 1, 3, 3, generator=g) for _ in range(3)],
         alpha=torch.randn(3, generator=g),
     )
 

@@ -612,7 +612,7 @@ def test_an_empty_batch(backend: torch.device) -> None:
         assert all((grad == 0).all() for name, grad in found.items() if name.startswith("gradient"))
 
 
-@all_backends
+@pytest.mark.parametrize("backend", [*COMPILED, INTERPRETED, ("torch", "cpu")], ids="-on-".join, indirect=True)
 def test_one_underflowing_decay_forgets_the_past(backend: torch.device) -> None:
     _, tensors = scan_case(options="")
     tensors = {name: t.float().to(backend) for name, t in tensors.items()}

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck
 
 from spatial_mamba.kernels import selective_scan
 
@@ -69,19 +68,6 @@ def test_scan_gradients_match_the_loop(n: int, groups: int, scale: str, length: 
     assert_same_results(lambda **kw: (selective_scan(**kw),), lambda **kw: scan_loop(**kw)[:1], inputs, 1e-9)
 
 
-@all_state_sizes
-@all_groups
-@all_delta_scales
-@pytest.mark.parametrize("length", LENGTHS)
-def test_scan_gradcheck(n: int, groups: int, scale: str, length: int) -> None:
-    inputs = [value.requires_grad_() for value in scan_inputs(n, length, groups, scale, dim=2).values()]
-    # At tiny delta the gradient of A is about 1e-11, far below the default tolerance. At huge delta, finite
-    # differences are still exact: the scan is linear in every input except A, and no longer depends on A.
-    atol = {"tiny": 1e-13, "normal": 1e-6, "huge": 1e-5}[scale]
-    # Beyond a few tokens gradcheck compares along a random direction instead of entry by entry.
-    assert gradcheck(selective_scan, inputs, atol=atol, fast_mode=scale != "tiny" or length > 7)
-
-
 @pytest.mark.parametrize("layout", ["dim-N", "batch-N-L", "batch-G-N-L"])
 @pytest.mark.parametrize(
     "options",
@@ -118,16 +104,6 @@ def test_scan_options_and_layouts_match_the_loop(options: tuple[str, ...], layou
 def test_scan_accepts_different_layouts_of_b_and_c() -> None:
     inputs = scan_inputs(3, 9) | {"C": torch.randn(DIM, 3, generator=generator(), dtype=torch.float64)}
     assert_near(selective_scan(**inputs), scan_loop(**inputs)[0], 1e-9)
-
-
-def test_one_underflowing_decay_forgets_the_past() -> None:
-    inputs = scan_inputs(2, 40) | {"C": None}
-    inputs["delta"][..., 17] = 1e4
-    changed = inputs | {"u": inputs["u"].clone()}
-    changed["u"][..., :17] *= -1e6
-    states, changed_states = selective_scan(**inputs), selective_scan(**changed)
-    assert torch.equal(states[..., 17:], changed_states[..., 17:])
-    assert not torch.equal(states[..., :17], changed_states[..., :17])
 
 
 @half_types
