@@ -104,6 +104,7 @@ def fuse_by_gathering(h: Tensor, kernels: Sequence[Tensor], alpha: Tensor, dilat
 
 
 def core_inputs() -> dict[str, Any]:
+    """H = 4, W = 5 and R = 3."""
     g = generator()
     return dict(
         u=torch.randn(BATCH, 4, 5, DIM, generator=g),
