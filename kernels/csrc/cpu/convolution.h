@@ -37,7 +37,8 @@ class Weights {
   Vectors<T> vectors_;
 };
 
-// The neighbours of n tokens of a row, as pointers to their channels, or to zeros outside the map.
+// The neighbours of n tokens of a row, as pointers to their channels, or to zeros outside the map. With vectors as io,
+// for a map in memory of vectors.
 template <typename io, int n>
 struct Neighbours {
   template <typename At>
@@ -118,11 +119,9 @@ void for_channel_tiles(const Shape& shape, Run&& run) {
   const int64_t wanted = at::divup(2 * at::get_num_threads(), std::max<int64_t>(shape.batch, 1));
   const int64_t size = std::clamp<int64_t>(shape.chunks<T>() / std::max<int64_t>(wanted, 1), 1, 8);
   const int64_t tiles = at::divup(shape.chunks<T>(), size);
-  at::parallel_for(0, shape.batch * tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % tiles * size;
-      run(item / tiles, first, std::min(first + size, shape.chunks<T>()));
-    }
+  for_items(shape.batch * tiles, 1, [&](int64_t item) {
+    const int64_t first = item % tiles * size;
+    run(item / tiles, first, std::min(first + size, shape.chunks<T>()));
   });
 }
 

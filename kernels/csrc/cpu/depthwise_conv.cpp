@@ -13,13 +13,6 @@ namespace {
 
 using at::Tensor;
 
-Epilogue parse_epilogue(c10::string_view name) {
-  if (name == "none") return Epilogue::kNone;
-  if (name == "silu") return Epilogue::kSilu;
-  TORCH_CHECK_VALUE(name == "residual", "epilogue must be none, silu or residual, got ", name);
-  return Epilogue::kResidual;
-}
-
 // The gradients of the taps, row by row: sums[3 row + k] += grad[j] * x(row, j + k).
 template <typename T, int n, typename Load>
 inline __attribute__((always_inline)) void correlate(Load&& x, const Vec<T> (&grad)[n], Vec<T>* sums) {
@@ -43,11 +36,9 @@ inline __attribute__((always_inline)) void correlate(Load&& x, const Vec<T> (&gr
 template <Epilogue epilogue, typename io>
 void forward(const Shape& shape, const Tokens<const io>& x, const Weights<Compute<io>>& weights, io* out) {
   const std::vector<io> zeros(shape.dim, io(0));
-  at::parallel_for(0, shape.batch * shape.height, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line) {
-      const int64_t b = line / shape.height, i = line % shape.height;
-      convolve_row<epilogue>(shape, b, i, x, weights, zeros.data(), out + line * shape.width * shape.dim);
-    }
+  for_items(shape.batch * shape.height, 4, [&](int64_t line) {
+    const int64_t b = line / shape.height, i = line % shape.height;
+    convolve_row<epilogue>(shape, b, i, x, weights, zeros.data(), out + line * shape.width * shape.dim);
   });
 }
 
@@ -123,19 +114,13 @@ class BackwardTile {
 
   template <int n>
   void inputs(int64_t i, int64_t j, const Tokens<io>& grad_x) {
-    const Vec<T>* near_tokens[3][n + 2];
-    for (int row = 0; row < 3; ++row) {
-      const bool inside = i + row >= 1 && i + row <= shape_.height;
-      for (int column = 0; column < n + 2; ++column) {
-        const bool here = inside && j + column >= 1 && j + column <= shape_.width;
-        near_tokens[row][column] = here ? grads(i + row - 1, j + column - 1) : none_.data();
-      }
-    }
+    const Neighbours<Vec<T>, n> around(shape_, i, j, none_.data(),
+                                       [&](int64_t row, int64_t column) { return grads(row, column); });
     for (int64_t c = 0; c < count_; ++c) {
       const int64_t channel = (first_ + c) * kLanes<T>;
       const int lanes = shape_.lanes<T>((first_ + c) * kLanes<T>);
       const Vec<T>* taps = weights_[first_ + c];
-      const auto near = [&](int row, int column) { return near_tokens[row][column][c]; };
+      const auto near = [&](int row, int column) { return around.tokens[row][column][c]; };
       Vec<T> sums[n];
       each<n>([&](int k) { sums[k] = epilogue == Epilogue::kResidual ? near(1, k + 1) : Vec<T>{}; });
       convolve<T, n>(near, [&](int row, int column) { return taps[kTaps - 1 - 3 * row - column]; }, sums);
@@ -166,16 +151,13 @@ void backward(const Shape& shape, const io* grad_out, const Tokens<const io>& x,
 
 // --- tensors ----------------------------------------------------------------------------------------------------------
 
+// Calls `run` with the epilogue as a type.
 template <typename Run>
-void with_epilogue(Epilogue epilogue, Run&& run) {
-  switch (epilogue) {
-    case Epilogue::kNone:
-      return run(std::integral_constant<Epilogue, Epilogue::kNone>{});
-    case Epilogue::kSilu:
-      return run(std::integral_constant<Epilogue, Epilogue::kSilu>{});
-    case Epilogue::kResidual:
-      return run(std::integral_constant<Epilogue, Epilogue::kResidual>{});
-  }
+void with_epilogue(c10::string_view name, Run&& run) {
+  if (name == "none") return run(std::integral_constant<Epilogue, Epilogue::kNone>{});
+  if (name == "silu") return run(std::integral_constant<Epilogue, Epilogue::kSilu>{});
+  TORCH_CHECK_VALUE(name == "residual", "epilogue must be none, silu or residual, got ", name);
+  run(std::integral_constant<Epilogue, Epilogue::kResidual>{});
 }
 
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias, c10::string_view epilogue) {
@@ -184,7 +166,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "depthwise_conv", [&] {
     using T = Compute<scalar_t>;
     const Weights<T> weights(shape, weight.const_data_ptr<T>(), bias.const_data_ptr<T>());
-    with_epilogue(parse_epilogue(epilogue), [&](auto kind) {
+    with_epilogue(epilogue, [&](auto kind) {
       forward<kind, scalar_t>(shape, read_tokens<scalar_t>(x, "x"), weights, out.mutable_data_ptr<scalar_t>());
     });
   });
@@ -200,7 +182,7 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "depthwise_conv_backward", [&] {
     using T = Compute<scalar_t>;
     const Weights<T> weights(shape, weight.const_data_ptr<T>(), bias.const_data_ptr<T>());
-    with_epilogue(parse_epilogue(epilogue), [&](auto kind) {
+    with_epilogue(epilogue, [&](auto kind) {
       backward<scalar_t, kind>(shape, grad_out.const_data_ptr<scalar_t>(), read_tokens<scalar_t>(x, "x"), weights,
                                write_tokens<scalar_t>(grad_x, "grad_x"), grad_weight.mutable_data_ptr<T>(),
                                grad_bias.mutable_data_ptr<T>());
@@ -212,15 +194,13 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor bias, str epilogue) -> Tensor");
+  m.def(
+      "depthwise_conv(Tensor x, Tensor weight, Tensor bias, str epilogue) -> Tensor",
+      torch::dispatch(at::kCPU, &depthwise_conv));
   m.def(
       "depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, str epilogue, "
-      "Tensor(a!) grad_x) -> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
-  m.impl("depthwise_conv", &depthwise_conv);
-  m.impl("depthwise_conv_backward", &depthwise_conv_backward);
+      "Tensor(a!) grad_x) -> (Tensor, Tensor)",
+      torch::dispatch(at::kCPU, &depthwise_conv_backward));
 }
 
 }  // namespace spatial_mamba

@@ -45,13 +45,10 @@ template <typename io>
 void convolve(const Shape& shape, const io* hidden, const Weights<Compute<io>>& weights, io* sampled) {
   const Shape outputs = halved(shape);
   const std::vector<io> zeros(shape.dim, io(0));
-  at::parallel_for(0, outputs.batch * outputs.height, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line) {
-      const io* image = hidden + shape.token(line / outputs.height, 0) * shape.dim;
-      const auto row = [&](int64_t i) { return image + i * shape.width * shape.dim; };
-      downsample_row(shape, row, line % outputs.height, weights, zeros.data(),
-                     sampled + line * outputs.width * shape.dim);
-    }
+  for_items(outputs.batch * outputs.height, 1, [&](int64_t line) {
+    const io* image = hidden + shape.token(line / outputs.height, 0) * shape.dim;
+    const auto row = [&](int64_t i) { return image + i * shape.width * shape.dim; };
+    downsample_row(shape, row, line % outputs.height, weights, zeros.data(), sampled + line * outputs.width * shape.dim);
   });
 }
 
@@ -258,15 +255,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> downsampling_backward
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
   m.def(
       "downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, Tensor project, "
-      "Tensor project_bias) -> Tensor");
+      "Tensor project_bias) -> Tensor",
+      torch::dispatch(at::kCPU, &downsampling));
   m.def(
       "downsampling_backward(Tensor grad_out, Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, "
-      "Tensor conv_bias, Tensor project) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
-  m.impl("downsampling", &downsampling);
-  m.impl("downsampling_backward", &downsampling_backward);
+      "Tensor conv_bias, Tensor project) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      torch::dispatch(at::kCPU, &downsampling_backward));
 }
 
 }  // namespace spatial_mamba

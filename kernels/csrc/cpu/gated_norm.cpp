@@ -133,15 +133,13 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad_out, c
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def("gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def(
+      "gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor",
+      torch::dispatch(at::kCPU, &gated_norm));
   m.def(
       "gated_norm_backward(Tensor grad_out, Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps, "
-      "Tensor(a!) grad_gate) -> (Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
-  m.impl("gated_norm", &gated_norm);
-  m.impl("gated_norm_backward", &gated_norm_backward);
+      "Tensor(a!) grad_gate) -> (Tensor, Tensor, Tensor)",
+      torch::dispatch(at::kCPU, &gated_norm_backward));
 }
 
 }  // namespace spatial_mamba

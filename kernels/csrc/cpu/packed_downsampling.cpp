@@ -78,9 +78,8 @@ Tensor packed_downsampling(const Tensor& x, const Tensor& expand, const Tensor& 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
   m.def(
       "packed_downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, "
-      "Tensor project, Tensor project_bias) -> Tensor");
+      "Tensor project, Tensor project_bias) -> Tensor",
+      torch::dispatch(at::kCPU, &packed_downsampling));
 }
-
-TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) { m.impl("packed_downsampling", &packed_downsampling); }
 
 }  // namespace spatial_mamba

@@ -44,15 +44,13 @@ int64_t channel_groups(const Map& map) {
 // per row, and some more until fusion has read all neighbours of the last row.
 template <typename T, typename Make>
 void run_passes(const Map& map, int64_t groups, Make&& make) {
-  at::parallel_for(0, map.batch * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / groups, group = item % groups;
-      const int64_t last = (group + 1) * map.chunks<T>() / groups;
-      for (int64_t chunk = group * map.chunks<T>() / groups; chunk < last; ++chunk) {
-        auto pass = make(b, chunk * kLanes<T>, group);
-        for (int64_t step = 0; step < map.height + map.around.row_reach; ++step) pass.advance(step);
-        pass.finish();
-      }
+  for_items(map.batch * groups, 1, [&](int64_t item) {
+    const int64_t b = item / groups, group = item % groups;
+    const int64_t last = (group + 1) * map.chunks<T>() / groups;
+    for (int64_t chunk = group * map.chunks<T>() / groups; chunk < last; ++chunk) {
+      auto pass = make(b, chunk * kLanes<T>, group);
+      for (int64_t step = 0; step < map.height + map.around.row_reach; ++step) pass.advance(step);
+      pass.finish();
     }
   });
 }

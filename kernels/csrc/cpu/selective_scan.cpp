@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "tokens.h"
 #include "vec.h"
 
 namespace spatial_mamba {
@@ -327,13 +328,6 @@ class BackwardChannels {
 
 // --- tensors ----------------------------------------------------------------------------------------------------------
 
-template <typename Work>
-void for_items(int64_t items, Work&& work) {
-  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) work(item);
-  });
-}
-
 std::tuple<Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
                                           const OptionalTensor& C, const OptionalTensor& D, const OptionalTensor& z,
                                           const OptionalTensor& delta_bias, bool delta_softplus) {
@@ -346,7 +340,7 @@ std::tuple<Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, 
     scalar_t* outputs = C ? out.mutable_data_ptr<scalar_t>() : nullptr;
     T* states = C ? nullptr : out.mutable_data_ptr<T>();
     T* last_states = last.mutable_data_ptr<T>();
-    for_items(batch * scan.groups * scan.chunks_per_group(),
+    for_items(batch * scan.groups * scan.chunks_per_group(), 1,
               [&](int64_t item) { forward_channels(scan, item, outputs, states, last_states); });
   });
   return {out, last};
@@ -382,7 +376,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
     const scalar_t* grad_outputs = C ? grad_out.const_data_ptr<scalar_t>() : nullptr;
     const T* grad_states = C ? nullptr : grad_out.const_data_ptr<T>();
     const T* grad_last_states = grad_last.const_data_ptr<T>();
-    for_items(batch * scan.groups * scan.chunks_per_group(), [&](int64_t item) {
+    for_items(batch * scan.groups * scan.chunks_per_group(), 1, [&](int64_t item) {
       BackwardChannels<scalar_t>(scan, item, grad_outputs, grad_states, grad_last_states, grads).run();
     });
   });
@@ -405,16 +399,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? z, "
-      "Tensor? delta_bias, bool delta_softplus) -> (Tensor, Tensor)");
+      "Tensor? delta_bias, bool delta_softplus) -> (Tensor, Tensor)",
+      torch::dispatch(at::kCPU, &selective_scan));
   m.def(
       "selective_scan_backward(Tensor grad_out, Tensor grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, "
       "Tensor? C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
-  m.impl("selective_scan", &selective_scan);
-  m.impl("selective_scan_backward", &selective_scan_backward);
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      torch::dispatch(at::kCPU, &selective_scan_backward));
 }
 
 }  // namespace spatial_mamba

@@ -173,13 +173,10 @@ std::tuple<Tensor, Tensor> state_fusion_backward(const Tensor& grad_out, const T
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def("state_fusion(Tensor h, Tensor taps, int[] offsets) -> Tensor");
-  m.def("state_fusion_backward(Tensor grad_out, Tensor h, Tensor taps, int[] offsets) -> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
-  m.impl("state_fusion", &state_fusion);
-  m.impl("state_fusion_backward", &state_fusion_backward);
+  m.def("state_fusion(Tensor h, Tensor taps, int[] offsets) -> Tensor", torch::dispatch(at::kCPU, &state_fusion));
+  m.def(
+      "state_fusion_backward(Tensor grad_out, Tensor h, Tensor taps, int[] offsets) -> (Tensor, Tensor)",
+      torch::dispatch(at::kCPU, &state_fusion_backward));
 }
 
 }  // namespace spatial_mamba

@@ -318,16 +318,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> structure_awa
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
   m.def(
       "structure_aware_scan(Tensor u, Tensor projection, Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, "
-      "Tensor taps, int[] offsets, ScalarType out_dtype) -> (Tensor, Tensor)");
+      "Tensor taps, int[] offsets, ScalarType out_dtype) -> (Tensor, Tensor)",
+      torch::dispatch(at::kCPU, &structure_aware_scan));
   m.def(
       "structure_aware_scan_backward(Tensor grad_out, Tensor u, Tensor projection, Tensor step_weight, "
       "Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, Tensor row_states, int[] offsets) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(spatial_mamba_cpu, CPU, m) {
-  m.impl("structure_aware_scan", &structure_aware_scan);
-  m.impl("structure_aware_scan_backward", &structure_aware_scan_backward);
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      torch::dispatch(at::kCPU, &structure_aware_scan_backward));
 }
 
 }  // namespace spatial_mamba

@@ -51,6 +51,14 @@ inline int64_t parts_per_image(int64_t batch, int64_t most) {
   return std::clamp<int64_t>(wanted, 1, most);
 }
 
+// Calls work(item) for all items, on all threads; a thread gets at least `grain` of them.
+template <typename Work>
+void for_items(int64_t items, int64_t grain, Work&& work) {
+  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) work(item);
+  });
+}
+
 template <typename io>
 struct Tokens {
   io* data;
