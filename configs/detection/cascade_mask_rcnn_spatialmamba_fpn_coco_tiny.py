@@ -1,13 +1,6 @@
 """Cascade Mask R-CNN with FPN on Spatial-Mamba-T, COCO, 1x (12 epochs): mmdet's recipe for ResNet-50, with AdamW."""
 
-_base_ = "mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"
-custom_imports = dict(imports=["spatial_mamba.detection"])
-custom_hooks = [
-    dict(type="ExactResumeHook"),
-    dict(type="StrictLoadHook"),
-    dict(type="SameBuffersHook"),
-    dict(type="PreemptionHook"),
-]
+_base_ = ["mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py", "_base_/spatialmamba.py"]
 
 pretrained = "data/pretrained/spatialmamba_tiny.pth"  # or --cfg-options model.backbone.pretrained=FILE
 model = dict(

@@ -1,13 +1,6 @@
 """Mask R-CNN with FPN on Spatial-Mamba-T, COCO, 3x (36 epochs, multi-scale, crops): mmdet's recipe for Swin-T."""
 
-_base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
-custom_imports = dict(imports=["spatial_mamba.detection"])
-custom_hooks = [
-    dict(type="ExactResumeHook"),
-    dict(type="StrictLoadHook"),
-    dict(type="SameBuffersHook"),
-    dict(type="PreemptionHook"),
-]
+_base_ = ["mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py", "_base_/spatialmamba.py"]
 
 pretrained = "data/pretrained/spatialmamba_tiny.pth"  # or --cfg-options model.backbone.pretrained=FILE
 model = dict(

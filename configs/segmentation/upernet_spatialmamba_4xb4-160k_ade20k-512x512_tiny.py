@@ -1,12 +1,8 @@
 """UPerNet on Spatial-Mamba-T, ADE20K at 512x512, 160k iterations, 16 images: mmseg's recipe for Swin-T."""
 
-_base_ = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
-custom_imports = dict(imports=["spatial_mamba.segmentation"])
-custom_hooks = [
-    dict(type="ExactResumeHook"),
-    dict(type="StrictLoadHook"),
-    dict(type="SameBuffersHook"),
-    dict(type="PreemptionHook"),
+_base_ = [
+    "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+    "../detection/_base_/spatialmamba.py",
 ]
 
 checkpoint_file = "data/pretrained/spatialmamba_tiny.pth"  # or --cfg-options model.backbone.pretrained=FILE
