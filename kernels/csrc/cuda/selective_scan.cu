@@ -2,7 +2,7 @@
 // few neighbouring tokens per thread, and in each chunk over the states.
 #include <algorithm>
 
-#include "common.cuh"
+#include "channels.cuh"
 
 namespace spatial_mamba {
 namespace {
@@ -67,26 +67,14 @@ template <bool kReverse>
 __device__ Affine scan_block(Affine own, Affine* totals, int& half, Affine& all) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int rank = kReverse ? kWarp - 1 - lane : lane;
-  Affine inclusive = own, exclusive;
+  constexpr int kStep = kReverse ? -1 : 1;
+  Affine inclusive = own;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
-    Affine earlier;
-    if (kReverse) {
-      earlier.decay = __shfl_down_sync(kAllLanes, inclusive.decay, distance);
-      earlier.input = __shfl_down_sync(kAllLanes, inclusive.input, distance);
-    } else {
-      earlier.decay = __shfl_up_sync(kAllLanes, inclusive.decay, distance);
-      earlier.input = __shfl_up_sync(kAllLanes, inclusive.input, distance);
-    }
+    const Affine earlier = shift(inclusive, kStep * distance);
     if (rank >= distance) inclusive = earlier.then(inclusive);
   }
-  if (kReverse) {
-    exclusive.decay = __shfl_down_sync(kAllLanes, inclusive.decay, 1);
-    exclusive.input = __shfl_down_sync(kAllLanes, inclusive.input, 1);
-  } else {
-    exclusive.decay = __shfl_up_sync(kAllLanes, inclusive.decay, 1);
-    exclusive.input = __shfl_up_sync(kAllLanes, inclusive.input, 1);
-  }
+  Affine exclusive = shift(inclusive, kStep);
   if (rank == 0) exclusive = Affine();
 
   Affine* warps = totals + half * kWarps;

@@ -12,7 +12,7 @@ constexpr int kWarpsPerBlock = 8;
 constexpr int kThreads = kWarp * kWarpsPerBlock;
 constexpr int kTapsPerBlock = 8;  // for the gradients of taps: one register each
 
-int64_t runs_of(const Map& map) { return map.batch * map.height * divide_up(map.width, kRun); }
+__host__ __device__ int64_t runs_of(const Map& map) { return map.batch * map.height * divide_up(map.width, kRun); }
 
 // The position of a warp: up to kRun neighbouring columns of a row, one channel per lane.
 struct Run {
@@ -68,7 +68,7 @@ __device__ void gather(float (&fused)[kRun], const Map& map, const Run& run, con
 template <class H, class Out>
 __global__ void __launch_bounds__(kThreads)
     fuse_kernel(Map map, const H* h, const float* taps, const __grid_constant__ Offsets offsets, Out* out) {
-  if (first_run() >= map.batch * map.height * divide_up(map.width, kRun)) return;
+  if (first_run() >= runs_of(map)) return;
   const Run run(map, first_run());
   float fused[kRun];
   gather(fused, map, run, h, taps, offsets);
@@ -80,7 +80,7 @@ template <class U, class Y>
 __global__ void __launch_bounds__(kThreads)
     fuse_and_read_out_kernel(Map map, const float* h, const float* taps, const __grid_constant__ Offsets offsets,
                              const float* C, const U* u, const float* D, Y* y) {
-  if (first_run() >= map.batch * map.height * divide_up(map.width, kRun)) return;
+  if (first_run() >= runs_of(map)) return;
   const Run run(map, first_run());
   float fused[kRun];
   gather(fused, map, run, h, taps, offsets);
@@ -96,7 +96,7 @@ template <class G>
 __global__ void __launch_bounds__(kThreads)
     read_out_gradient_kernel(Map map, const G* grad_y, const float* h, const float* taps,
                              const __grid_constant__ Offsets offsets, float* grad_C) {
-  if (first_run() >= map.batch * map.height * divide_up(map.width, kRun)) return;  // the same for the whole warp
+  if (first_run() >= runs_of(map)) return;  // the same for the whole warp
   const Run run(map, first_run());
   float fused[kRun];
   gather(fused, map, run, h, taps, offsets);
@@ -120,7 +120,7 @@ template <class G, class H>
 __global__ void __launch_bounds__(kThreads)
     fuse_adjoint_kernel(Map map, const G* grad, const float* C, const float* taps,
                         const __grid_constant__ Offsets offsets, H* grad_h) {
-  if (first_run() >= map.batch * map.height * divide_up(map.width, kRun)) return;
+  if (first_run() >= runs_of(map)) return;
   const Run run(map, first_run());
   const int64_t image_token = run.token - static_cast<int64_t>(run.row) * map.width - run.column;
   float sums[kRun] = {};
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
                          float* grad_taps) {
   const int first_tap = blockIdx.z * kTapsPerBlock;
   float sums[kTapsPerBlock] = {};
-  const int64_t runs = map.batch * map.height * divide_up(map.width, kRun);
+  const int64_t runs = runs_of(map);
   for (int64_t index = first_run(); index < runs; index += static_cast<int64_t>(gridDim.x) * kWarpsPerBlock) {
     const Run run(map, index);
     float grad_fused[kRun] = {};

@@ -278,17 +278,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 #pragma unroll
                 for (int k = 0; k < kRunOfColumns; ++k) sums[tap] += of_row[k] * window[k + kReach + column_offset];
               };
-              constexpr int kColumns[] = {-5, -3, -1, 0, 1, 3, 5};
 #pragma unroll
-              for (int t = 0; t < 7; ++t) add(9 + t, kColumns[t], same.rows[2]);
+              for (int t = 0; t < 7; ++t) add(9 + t, tap_column(0, t), same.rows[2]);
 #pragma unroll
               for (int t = 0; t < 3; ++t) {
-                add(22 + t, (t - 1) * 5, above[0]);
-                add(19 + t, (t - 1) * 3, above[1]);
-                add(16 + t, t - 1, above[2]);
-                add(6 + t, t - 1, above[3]);
-                add(3 + t, (t - 1) * 3, above[4]);
-                add(t, (t - 1) * 5, entering);
+                add(22 + t, tap_column(5, t), above[0]);
+                add(19 + t, tap_column(3, t), above[1]);
+                add(16 + t, tap_column(1, t), above[2]);
+                add(6 + t, tap_column(1, t), above[3]);
+                add(3 + t, tap_column(3, t), above[4]);
+                add(t, tap_column(5, t), entering);
               }
 #pragma unroll
               for (int k = 0; k < kRunOfColumns; ++k) {
