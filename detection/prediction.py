@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from torch import nn
 
@@ -22,7 +23,7 @@ class Detector(inference.Predictor):
     package = "mmdet"
     endings = (".png", ".json")
 
-    def build(self, config: Config, device: str) -> nn.Module:
+    def build(self, config: Config, device: torch.device) -> nn.Module:
         from mmdet.apis import init_detector
 
         return init_detector(config, palette="random", device=device)  # the checkpoint's replaces it

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from PIL import Image
 from torch import nn
@@ -22,7 +23,7 @@ class Segmentor(inference.Predictor):
     package = "mmseg"
     endings = (".png", "_labels.png", ".json")
 
-    def build(self, config: Config, device: str) -> nn.Module:
+    def build(self, config: Config, device: torch.device) -> nn.Module:
         from mmengine.model import revert_sync_batchnorm
         from mmseg.apis import init_model
 

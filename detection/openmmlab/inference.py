@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
 
+from ...classification.command_line import chosen_device
 from ...classification.models import image_files
 from ...classification.models.weights import load_strictly, read_checkpoint, state_dict_of
 from ...kernels.errors import UserError
@@ -26,7 +27,7 @@ class Predictor(ABC):
 
     Args:
         config: the model's config.
-        device: ``cpu`` or ``cuda:0``.
+        device: of the model.
         args: the options of the command line.
     """
 
@@ -34,13 +35,13 @@ class Predictor(ABC):
     endings: ClassVar[tuple[str, ...]]  # of the output files: an image NAME gives NAME + ending
     model: Any  # nn.Module with dataset_meta
 
-    def __init__(self, config: Config, device: str, args: Namespace) -> None:
+    def __init__(self, config: Config, device: torch.device, args: Namespace) -> None:
         with warnings.catch_warnings(record=True):  # about the missing checkpoint, which is loaded next
             self.model = self.build(config, device)
         self.args = args
 
     @abstractmethod
-    def build(self, config: Config, device: str) -> nn.Module:
+    def build(self, config: Config, device: torch.device) -> nn.Module:
         """Build the model in evaluation mode, without loading weights."""
 
     @abstractmethod
@@ -110,17 +111,6 @@ def plan_outputs(images: Sequence[Path], folder: Path, endings: Sequence[str]) -
     return {image: folder / image.stem for image in images}
 
 
-def choose_device(name: str) -> str:
-    """Return ``cpu`` or ``cuda:0``; ``auto`` uses a GPU if there is one.
-
-    Raises:
-        UserError: if a GPU is requested but there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU; use auto or cpu")
-    return "cuda:0" if name != "cpu" and torch.cuda.is_available() else "cpu"
-
-
 def load_weights(model: Any, checkpoint: Mapping[str, Any], path: Path, config: Config) -> None:
     """Load the weights of a checkpoint strictly, and set ``model.dataset_meta``: names and colours of the classes.
 
@@ -152,7 +142,7 @@ def predict(kind: type[Predictor], parser: Parser, argv: Sequence[str] | None) -
     """
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="mm(cv|engine|det|seg)")  # meant for the developers of these packages
-    device = choose_device(args.device)
+    device = chosen_device(args.device)
     config = load_config(kind.package, args.config)
     images = find_images(args.images)
     outputs = plan_outputs(images, args.out_dir, kind.endings)

@@ -337,7 +337,7 @@ def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
         "classes that do not fit": ([wide, "--checkpoint", tmp_path / "nameless.pth"], "names 80 classes, but"),
         "threshold": ([wide, "--score-threshold", "1.5"], "--score-threshold: must be in [0, 1]"),
         "option": ([wide, "--no-such-option"], "--no-such-option"),
-        "device": ([wide, "--device", "cuda"], "PyTorch finds no GPU"),
+        "device": ([wide, "--device", "cuda"], "PyTorch finds no usable GPU"),
     }
 
 
