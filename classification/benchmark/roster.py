@@ -8,6 +8,7 @@ import timm
 from torch import nn
 
 from ...kernels.benchmark.report import matching
+from ..models.spatial_mamba import PUBLISHED_TOP1
 from .baseline import as_baseline
 
 BASE_RESOLUTION = 224  # of the published accuracies
@@ -64,11 +65,10 @@ class Model:
         return as_baseline(module) if self.family == BASELINE else module
 
 
-ACCURACIES = {"spatial_mamba_tiny": 83.5, "spatial_mamba_small": 84.6, "spatial_mamba_base": 85.3}
 MODELS = {
     model.name: model
     for model in (
-        *(Model(name, OURS, accuracy) for name, accuracy in ACCURACIES.items()),
+        *(Model(name, OURS, accuracy) for name, accuracy in PUBLISHED_TOP1.items()),
         Model("swin_tiny_patch4_window7_224", "Swin", 81.3),
         Model("swin_small_patch4_window7_224", "Swin", 83.0),
         Model("swin_base_patch4_window7_224", "Swin", 83.5),
@@ -79,7 +79,7 @@ MODELS = {
         Model("mambaout_small", "MambaOut", 84.1),
         Model("mambaout_base", "MambaOut", 84.2),
         Model("resnet50", "ResNet (A1)", 80.4),
-        *(Model(f"baseline/{name}", BASELINE, accuracy) for name, accuracy in ACCURACIES.items()),
+        *(Model(f"baseline/{name}", BASELINE, accuracy) for name, accuracy in PUBLISHED_TOP1.items()),
     )
 }
 

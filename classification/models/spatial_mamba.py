@@ -908,13 +908,8 @@ def _cfg(accuracy: float, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "spatial_mamba_tiny.in1k": _cfg(accuracy=83.5),
-        "spatial_mamba_small.in1k": _cfg(accuracy=84.6),
-        "spatial_mamba_base.in1k": _cfg(accuracy=85.3),
-    }
-)
+PUBLISHED_TOP1 = {"spatial_mamba_tiny": 83.5, "spatial_mamba_small": 84.6, "spatial_mamba_base": 85.3}
+default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(accuracy) for name, accuracy in PUBLISHED_TOP1.items()})
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -91,11 +91,11 @@ def selective_scan_backward(
             **blocks,
         )
 
-    def total(part: Tensor | None, like: Tensor | None) -> Tensor:
-        return u.new_empty(0) if part is None or like is None else part.sum(0).to(like.dtype)
+    def total(part: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return u.new_empty(0) if part is None else part.sum(0).to(dtype)
 
-    grad_A, grad_D, grad_bias = (total(p, A) for p in weight_parts)
-    grad_B, grad_C = (total(p, B) for p in matrix_parts)
+    grad_A, grad_D, grad_bias = (total(part, A.dtype) for part in weight_parts)
+    grad_B, grad_C = (total(part, B.dtype) for part in matrix_parts)
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, u.new_empty(0) if grad_z is None else grad_z, grad_bias
 
 
