@@ -4,6 +4,7 @@ _base_ = [
     "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
     "../detection/_base_/spatialmamba.py",
 ]
+custom_imports = dict(imports=["spatial_mamba.segmentation"])
 
 checkpoint_file = "data/pretrained/spatialmamba_tiny.pth"  # or --cfg-options model.backbone.pretrained=FILE
 backbone_norm_cfg = None  # the base config sets it for its own backbone

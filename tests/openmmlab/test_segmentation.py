@@ -87,7 +87,7 @@ def test_recipe_is_that_of_swin_with_the_backbone_exchanged(variant: str, tmp_pa
         {"type": "TestTimeAug", "transforms": transforms},
     ]
     expected["checkpoint_file"], expected["backbone_norm_cfg"] = weights, None
-    expected["custom_imports"] = {"imports": ["spatial_mamba.detection"]}
+    expected["custom_imports"] = {"imports": ["spatial_mamba.segmentation"]}
     expected["custom_hooks"] = [
         {"type": f"{hook}Hook"} for hook in ("ExactResume", "StrictLoad", "SameBuffers", "Preemption")
     ]

@@ -1,4 +1,4 @@
-"""What all configs for detection and segmentation share: the registration of the backbone, and the hooks."""
+"""Shared by all configs for detection and segmentation: registration of the backbone, and hooks."""
 
 custom_imports = dict(imports=["spatial_mamba.detection"])
 custom_hooks = [
