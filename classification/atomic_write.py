@@ -5,7 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import torch
 
 
 @contextmanager
@@ -24,8 +26,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def save(content: Any, path: Path) -> None:
+    """``torch.save``, as an atomic write.
+
+    Raises:
+        OSError: if the file cannot be written, such as on a full disk.
+    """
+    with atomic_write(path) as unfinished, unfinished.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # hidden by PyTorch's writer, which cannot end its archive
+                raise error.__context__ from None
+            raise
+
+
 def lock(file: IO) -> None:
-    """Lock an open file for this process, without waiting; the lock ends with the process.
+    """Lock a file, opened for writing, for this process, without waiting.
+
+    The lock ends with the process, even if its children, such as loader processes, live on.
 
     Raises:
         BlockingIOError: if another process holds the lock.
@@ -40,4 +59,7 @@ def lock(file: IO) -> None:
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except PermissionError as error:  # on some systems
+            raise BlockingIOError(str(error)) from error

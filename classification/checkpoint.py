@@ -18,7 +18,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from ..kernels.errors import UserError
-from .atomic_write import atomic_write
+from .atomic_write import atomic_write, save
 from .config import RATES, by_meaning, images_per_update, is_published_run, leaves, to_plain
 from .data import difference
 from .distributed import Process
@@ -46,6 +46,8 @@ _FREE_SETTINGS = {
 }  # fmt: skip
 
 # The fix if a run cannot be resumed, also if its checkpoint was found automatically.
+# Updates that some of timm's optimisers (LAMB, Adan, Lookahead) count in their groups, not per parameter.
+_COUNTERS = ("step", "lookahead_step")
 _NEW_RUN = "start a new run from its weights, under another --tag, with --pretrained instead of --resume"
 
 logger = logging.getLogger(__name__)
@@ -142,8 +144,8 @@ def save_checkpoint(
         "progress": progress,
         "config": to_plain(config),
     }
-    with _reported(path), atomic_write(path) as unfinished:
-        torch.save(content, unfinished)
+    with _reported(path):
+        save(content, path)
 
 
 def save_latest(
@@ -182,8 +184,9 @@ def _reported(path: Path) -> Iterator[None]:
     """Turn failures to write a checkpoint into UserError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
-        raise UserError(f"{path}: cannot be written ({error}); the previous checkpoint is kept") from error
+    except (OSError, RuntimeError) as error:
+        kept = "; the previous checkpoint is kept" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written ({error}){kept}") from error
 
 
 def restore_checkpoint(
@@ -379,7 +382,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) ->
         state: dict[int, dict[str, Any]] = {}
         groups = []
         for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
-            groups.append({**group, "params": saved_group["params"]})
+            counters = {key: _counter(saved_group[key], key) for key in _COUNTERS if key in saved_group}
+            groups.append({**group, **counters, "params": saved_group["params"]})
             for number, parameter in zip(saved_group["params"], group["params"], strict=True):
                 if saved["state"]:
                     values = saved["state"][number]
@@ -393,6 +397,14 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) ->
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: its optimiser does not fit this run ({error!s:.200}); {_NEW_RUN}") from error
+
+
+def _counter(value: Any, name: str) -> int | torch.Tensor:
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        return value.clone()
+    if type(value) is not int:
+        raise ValueError(f"{name} is not a number")
+    return value
 
 
 def _fitted(value: Any, name: str, parameter: torch.Tensor, is_fused: bool | None) -> Any:

@@ -145,20 +145,23 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
     if policy not in ("", "none") and not policy.startswith(("rand", "augmix", "3a", "original", "v0")):
         raise UserError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm, such as rand-m9")
     color_jitter: Any = aug.COLOR_JITTER or None  # None, which skips the step, is missing in timm's annotation
-    transform = create_transform(
-        input_size=config.DATA.IMG_SIZE,
-        is_training=True,
-        interpolation=config.DATA.INTERPOLATION,
-        **NORMALISATION,
-        scale=tuple(aug.SCALE),
-        ratio=tuple(aug.RATIO),
-        hflip=aug.HFLIP,
-        color_jitter=color_jitter,
-        auto_augment=None if policy in ("", "none") else policy,
-        re_prob=aug.REPROB,
-        re_mode=aug.REMODE,
-        re_count=aug.RECOUNT,
-    )
+    try:
+        transform = create_transform(
+            input_size=config.DATA.IMG_SIZE,
+            is_training=True,
+            interpolation=config.DATA.INTERPOLATION,
+            **NORMALISATION,
+            scale=tuple(aug.SCALE),
+            ratio=tuple(aug.RATIO),
+            hflip=aug.HFLIP,
+            color_jitter=color_jitter,
+            auto_augment=None if policy in ("", "none") else policy,
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+        )
+    except (AssertionError, ValueError, LookupError) as error:
+        raise UserError(f"AUG.AUTO_AUGMENT is {policy!r}, which timm does not accept ({error})") from error
     for step in transform.transforms:
         for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
             if operation.aug_fn is auto_augment.posterize:

@@ -2,7 +2,7 @@
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -28,7 +28,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
     PyTorch's optimisers run fused: one pass over a parameter and its state instead of one per operation.
 
     Raises:
-        UserError: for an optimiser that timm does not know.
+        UserError: for an optimiser that timm does not know, or that needs second derivatives, or other betas.
     """
     optimizer = config.TRAIN.OPTIMIZER
     name = optimizer.NAME.lower()
@@ -38,6 +38,11 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
     if name in FUSED_OPTIMIZERS:
         arguments["fused"] = True
     try:
+        info = get_optimizer_info(name.removeprefix("lookahead_"))
+        if info.second_order:
+            raise ValueError("it needs second derivatives")
+        if info.has_betas and len(optimizer.BETAS) != info.num_betas:
+            raise ValueError(f"it takes {info.num_betas} numbers as TRAIN.OPTIMIZER.BETAS")
         return create_optimizer_v2(
             model,
             opt=name,
@@ -47,7 +52,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
             **arguments,
         )
     except (ValueError, AssertionError, TypeError, IndexError, RuntimeError) as error:
-        raise UserError(f"TRAIN.OPTIMIZER.NAME is {optimizer.NAME!r}: timm cannot build it ({error})") from error
+        raise UserError(f"TRAIN.OPTIMIZER.NAME is {optimizer.NAME!r}: it cannot be used ({error})") from error
 
 
 def build_scheduler(

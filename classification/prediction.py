@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from ..kernels.command_line import Parser, printable, run_command, whole_number
+from ..kernels.command_line import Parser, print_error, printable, run_command, whole_number
 from ..kernels.errors import UserError
 from .command_line import add_model_options, chosen_model
 from .models.image_files import ImageFileError, find_images, read_image
@@ -110,7 +110,7 @@ def _command(argv: Sequence[str] | None) -> None:
     for result in tqdm(results, total=len(images), unit="image", disable=bar):
         if isinstance(result, ImageFileError):
             unreadable += 1
-            print(f"error: {result}", file=sys.stderr)
+            print_error(result)
         else:
             print(json.dumps(result) if args.json else _line(result), flush=True)
     if unreadable:
@@ -119,7 +119,7 @@ def _command(argv: Sequence[str] | None) -> None:
 
 def _line(result: dict[str, Any]) -> str:
     classes = "; ".join(f"{printable(entry['name'])} {entry['probability']:.1%}" for entry in result["classes"])
-    return f"{result['image']}: {classes}"
+    return f"{printable(result['image'])}: {classes}"
 
 
 def _parser() -> Parser:

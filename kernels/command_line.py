@@ -46,7 +46,7 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
         # Usually every process finds the same error. The first one reports it, and the launcher stops the others.
         if launched_rank() > 0:
             time.sleep(5)
-        print(f"error: {printable(' '.join(str(error).split())):.2000}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,6 +54,11 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
     except BrokenPipeError:  # the reader of the output, such as head, has closed it
         sys.stdout = None  # Python would fail to flush it on exit
         return 141
+
+
+def print_error(error: Exception) -> None:
+    """Print ``error: ...`` as one line on standard error."""
+    print(f"error: {printable(' '.join(str(error).split())):.2000}", file=sys.stderr)
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import glob
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +40,9 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """
     images: list[Path] = []
     for path in map(Path, paths):
+        if re.match(r"https?:/", str(path)):
+            url = str(path).replace(":/", "://", 1)  # Path has removed a slash
+            raise ImageFileError(f"{url}: is a URL; download the image and give its path")
         if path.is_dir():
             visible = [p for p in path.iterdir() if not is_hidden(p.name)]
             found = [p for p in visible if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]

@@ -930,6 +930,8 @@ def _create_model(
     # returned; only .npz files go to the model's own load_pretrained. So the types of published checkpoints cannot be
     # allowed for that call alone.
     allow_permanently(config_types())
+    if kwargs.get("feature_cls", "getter") != "getter":
+        raise ValueError(f"feature_cls must be 'getter', got {kwargs['feature_cls']!r}: stages return two tensors")
     dims, depths = VARIANTS[variant]
     options: dict[str, Any] = {"dims": dims, "depths": depths, **kwargs}
     with nullcontext() if device is None else torch.device(device):

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from yacs.config import CfgNode
 
 from ...kernels.errors import UserError
-from ..atomic_write import atomic_write
+from ..atomic_write import atomic_write, save
 from ..config import to_plain
 from ..models.architecture import PUBLISHED_FUSION, architecture_of
 from ..models.safetensors_files import write_safetensors
@@ -53,13 +52,13 @@ def convert_file(source: Path, target: Path, layout: str, ema: bool = False, pre
         raise UserError(f"{target}: is the file to convert; name another output")
     content = converted(read_checkpoint(source), source, layout, ema, prefix)
     try:
-        with atomic_write(target) as unfinished:
-            if is_safetensors(target):
-                about = {key: content[key] for key in _ABOUT if key in content}
-                weights = content["state_dict" if layout == "openmmlab" else "model"]
+        if is_safetensors(target):
+            about = {key: content[key] for key in _ABOUT if key in content}
+            weights = content["state_dict" if layout == "openmmlab" else "model"]
+            with atomic_write(target) as unfinished:
                 write_safetensors(weights, unfinished, about)
-            else:
-                torch.save(content, unfinished)
+        else:
+            save(content, target)
     except TypeError as error:
         raise UserError(f"{target}: the config of the source holds more than text and numbers; write a .pth") from error
     except (OSError, RuntimeError) as error:

@@ -1,22 +1,30 @@
 """Checkpoints: written atomically, read from the published trainer and frameworks, refused if they do not fit."""
 
+import copy
 import json
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
 import torch
 
 from spatial_mamba.classification import engine
-from spatial_mamba.classification.checkpoint import BEST, BEST_EMA, LATEST, find_resumable, save_checkpoint
+from spatial_mamba.classification.checkpoint import (
+    BEST,
+    BEST_EMA,
+    LATEST,
+    _load_optimizer,
+    find_resumable,
+    save_checkpoint,
+)
 from spatial_mamba.classification.config import load_config
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
-from spatial_mamba.classification.optim import build_scheduler
+from spatial_mamba.classification.optim import build_optimizer, build_scheduler
 from spatial_mamba.classification.trainer import prepare
 from spatial_mamba.kernels.errors import UserError
 
@@ -36,13 +44,13 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: 
         model, None, optimizer, build_scheduler(config, optimizer, 1, 1), torch.amp.GradScaler(enabled=False), ["a"]
     )
 
-    def torn(content: Any, path: Path) -> None:
-        path.write_bytes(b"half a checkpoint")
+    def torn(content: Any, file: IO[bytes]) -> None:
+        file.write(b"half a checkpoint")
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", torn)
-        with pytest.raises(UserError, match=r"cannot be written \(disk full\)"):
+        with pytest.raises(UserError, match=r"cannot be written \(disk full\); the previous checkpoint is kept"):
             save_checkpoint(state, config, folder / LATEST)
     assert not [path for path in folder.iterdir() if "unfinished" in path.name]
     assert (folder / LATEST).read_bytes() == before
@@ -50,17 +58,39 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: 
     assert set(read_checkpoint(folder / LATEST)["model"]) == {"weight", "bias"}
 
 
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lookahead_adamw"])
+def test_an_optimiser_continues_exactly(name: str) -> None:
+    config, _ = load_config("spatialmamba_digits", [("TRAIN.OPTIMIZER.NAME", name)])
+    models = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]
+    optimizers = [build_optimizer(config, model, 1) for model in models]
+
+    def update(which: int) -> None:
+        optimizers[which].zero_grad()
+        models[which](torch.linspace(-1, 1, 4)).square().sum().backward()
+        optimizers[which].step()
+
+    for _ in range(4):
+        update(0)
+    models[1].load_state_dict(models[0].state_dict())
+    _load_optimizer(optimizers[1], copy.deepcopy(optimizers[0].state_dict()), Path("latest.pth"))
+    for _ in range(4):  # Lookahead acts on the sixth update
+        update(0)
+        update(1)
+    assert_same(models[0].state_dict(), models[1].state_dict())
+
+
 def test_a_failure_of_the_first_save_does_not_block_the_run(
     micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(content: Any, path: Path) -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     arguments = options(micro, photos, tmp_path, "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         assert main(arguments) == 2
-    assert "No space left on device" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "No space left on device" in error and "kept" not in error
     assert main(arguments) == 0
     assert len((tmp_path / "micro/default/metrics.jsonl").read_text().splitlines()) == 1
 

@@ -111,6 +111,12 @@ def test_features_only_gives_the_requested_maps() -> None:
     torch.testing.assert_close(features(x), [expected[0], expected[2]])
 
 
+@pytest.mark.parametrize("kind", ["fx", "hook", "list"])
+def test_features_have_one_extractor(kind: str) -> None:
+    with pytest.raises(ValueError, match="feature_cls must be 'getter'"):
+        timm.create_model("spatial_mamba_tiny", dims=16, depths=(1, 1), features_only=True, feature_cls=kind)
+
+
 def test_layer_groups_run_from_the_stem_to_the_head() -> None:
     model = micro_classifier(depths=(1, 2))
     layers = group_parameters(model, model.group_matcher(), reverse=True)

@@ -1,10 +1,11 @@
 """Training, evaluation and resumption, in one process."""
 
-import fcntl
 import functools
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,13 @@ def test_two_runs_cannot_write_to_one_folder(
 ) -> None:
     folder = tmp_path / "micro" / "default"
     shutil.copytree(trained, folder)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    script = "import fcntl, sys; fcntl.lockf(sys.stdout, fcntl.LOCK_EX); print(file=sys.stderr, flush=True); input()"
+    with (folder / ".lock").open("w") as file:
+        holder = subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=file, stderr=-1)
+    with holder:
+        assert holder.stderr and holder.stderr.readline()
         assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 2
+        holder.kill()
     assert "another training run writes here" in capfd.readouterr().err
     assert read_checkpoint(folder / LATEST)["epoch"] == 1
 

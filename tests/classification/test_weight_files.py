@@ -720,7 +720,7 @@ def classify(*arguments: object) -> int:
     return prediction.main([str(argument) for argument in arguments])
 
 
-def test_images_are_classified(files: Path, images: Path, capsys: Capture) -> None:
+def test_images_are_classified(files: Path, images: Path, tmp_path: Path, capsys: Capture) -> None:
     ours = ("--checkpoint", files / "ours.pth")
     assert classify(images, images / "*.png", images / "a.png", *ours, "--json", "--top-k", "9") == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -739,6 +739,13 @@ def test_images_are_classified(files: Path, images: Path, capsys: Capture) -> No
     assert classify(images / "a.png", "--checkpoint", files / "published.pth", "--ema", "--top-k", "2") == 0
     line = capsys.readouterr().out
     assert line.startswith(f"{images / 'a.png'}: class ") and line.count("%") == 2
+
+    shutil.copy(images / "a.png", tmp_path / "a\nb.png")
+    shutil.copy(images / "notes.txt", tmp_path / "c\nd.png")
+    assert classify(tmp_path, "--checkpoint", files / "published.pth") == 2
+    output = capsys.readouterr()
+    assert r"a\nb.png: class " in output.out and output.out.count("\n") == 1
+    assert "d.png: cannot be read" in output.err and output.err.count("\n") == 2
 
 
 def test_class_names_come_from_a_file_the_checkpoint_or_imagenet(files: Path, tmp_path: Path) -> None:
@@ -760,6 +767,7 @@ def test_wrong_images_and_names_get_one_line(files: Path, images: Path, tmp_path
     damaged.write_bytes((images / "a.png").read_bytes()[:300])
     for arguments, message in (
         ((images / "absent.png",), "no such image or folder"),
+        (("https://example.org/a.png",), "https://example.org/a.png: is a URL; download the image"),
         ((images / "notes.txt",), "not an image file"),
         ((empty,), "no images in this folder"),
         ((empty.parent,), f"; for those in its subfolders: '{empty.parent}/**/*'"),
