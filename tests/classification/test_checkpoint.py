@@ -69,11 +69,11 @@ def test_an_optimiser_continues_exactly(name: str) -> None:
         models[which](torch.linspace(-1, 1, 4)).square().sum().backward()
         optimizers[which].step()
 
-    for _ in range(4):
+    for _ in range(8):
         update(0)
     models[1].load_state_dict(models[0].state_dict())
     _load_optimizer(optimizers[1], copy.deepcopy(optimizers[0].state_dict()), Path("latest.pth"))
-    for _ in range(4):  # Lookahead acts on the sixth update
+    for _ in range(8):  # Lookahead changes the weights in update 12
         update(0)
         update(1)
     assert_same(models[0].state_dict(), models[1].state_dict())
