@@ -109,10 +109,6 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
         except PreemptedError as stop:
             job.process.close()
             return stop.status
-        except UserError as error:
-            # An error from a loader process starts with that process's traceback.
-            line = str(error).strip().splitlines()[-1]
-            raise UserError(line.split(f"{UserError.__module__}.{UserError.__qualname__}: ")[-1]) from error
         job.process.close()
     return 0
 

@@ -58,7 +58,10 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
 
 def print_error(error: Exception) -> None:
     """Print ``error: ...`` as one line on standard error."""
-    print(f"error: {printable(' '.join(str(error).split())):.2000}", file=sys.stderr)
+    message = str(error).strip()
+    if "Original Traceback (most recent call last)" in message:  # of a loader process; the error follows
+        message = message.splitlines()[-1].split("UserError: ")[-1]
+    print(f"error: {printable(' '.join(message.split())):.2000}", file=sys.stderr)
 
 
 def printable(text: str) -> str:

@@ -162,12 +162,9 @@ def _benchmark(argv: Sequence[str] | None) -> int:
         if not args.data_path:
             write_photos(Path(folder), max(2, config.DATA.BATCH_SIZE))  # at least one batch per epoch
         report = Report("loading", args, keep_freed=False)  # like the trainer
-        try:
-            cores = os.cpu_count() or 1
-            workers = args.workers or [*(2**i for i in range(cores.bit_length())), cores]
-            _measure(report, config, sorted(set(workers)), args.seconds)
-        except UserError as error:  # from a loader process, it starts with a traceback
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
+        cores = os.cpu_count() or 1
+        workers = args.workers or [*(2**i for i in range(cores.bit_length())), cores]
+        _measure(report, config, sorted(set(workers)), args.seconds)
     return report.finish()
 
 

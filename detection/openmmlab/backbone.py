@@ -64,8 +64,8 @@ class MMSpatialMamba(SpatialMambaBackbone, BaseModule):
             super().__init__(**{"use_checkpoint": with_cp, **options})
         except ValueError as error:
             raise UserError(f"MM_SpatialMamba: {error}") from error
-        if not -1 <= frozen_stages <= len(self.layers):
-            raise UserError(f"frozen_stages must be -1 (none) to {len(self.layers)} (all), got {frozen_stages}")
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= len(self.layers):
+            raise UserError(f"frozen_stages must be -1 (none) to {len(self.layers)} (all), got {frozen_stages!r}")
         self.init_cfg = _single_pretrained(init_cfg) if init_cfg else None
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval

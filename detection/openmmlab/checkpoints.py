@@ -1,5 +1,6 @@
 """Reads OpenMMLab's checkpoints safely and loads them strictly."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,8 @@ class StrictLoadHook(Hook):
             a detector is fine-tuned for other classes.
     """
 
-    def __init__(self, may_differ: tuple[str, ...] = ()) -> None:
-        self.may_differ = tuple(may_differ)
+    def __init__(self, may_differ: str | Sequence[str] = ()) -> None:
+        self.may_differ = (may_differ,) if isinstance(may_differ, str) else tuple(may_differ)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare names and shapes before the weights are loaded, and remove the config.

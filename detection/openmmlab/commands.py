@@ -41,6 +41,10 @@ def run_command(package: str, module: str, function: str, *args: Any) -> int:
             getattr(importlib.import_module(f"spatial_mamba.{module}"), function)(*args)
         except (MissingOperatorError, OSError) as error:
             raise UserError(str(error)) from error
+        except Exception as error:
+            if "in DataLoader worker process" in str(error):  # a damaged image, for example
+                raise UserError(str(error)) from error
+            raise
 
     try:
         return command_line.run_command(command)

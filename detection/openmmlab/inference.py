@@ -19,6 +19,7 @@ from ...classification.models import image_files
 from ...classification.models.weights import load_strictly, read_checkpoint, state_dict_of
 from ...kernels.errors import UserError
 from .commands import Parser
+from .data_checks import head_classes
 from .tools import load_config
 
 
@@ -127,10 +128,13 @@ def load_weights(model: Any, checkpoint: Mapping[str, Any], path: Path, config: 
     if not meta.get("classes"):
         source = "the config's test data set"
         meta = dict(DATASETS.build({**config.test_dataloader.dataset, "lazy_init": True}).metainfo)
-    count = max(getattr(module, "num_classes", 0) or 0 for module in model.modules())  # an RPN has one
     names = meta.get("classes") or ()
-    if len(names) != count:
-        raise UserError(f"{source} names {len(names)} classes, but the model has {count}; use the matching config")
+    for head, count in head_classes(model).items():
+        if len(names) != count:
+            raise UserError(
+                f"{source} names {len(names)} classes, but model.{head} has {count}; use the matching config, or set "
+                "its num_classes before training"
+            )
     model.dataset_meta = meta
 
 

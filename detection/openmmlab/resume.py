@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dataset import Compose, InfiniteSampler
-from mmengine.dist import broadcast, get_rank
+from mmengine.dist import broadcast, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Sampler
 
 from ...classification.seeding import seed_everything
+from ...kernels.errors import UserError
 
 
 @HOOKS.register_module()
@@ -37,13 +38,24 @@ class ExactResumeHook(Hook):
     finished = 0  # batches of the current epoch
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Read the position within the epoch. Only checkpoints of this hook have one."""
-        finished = checkpoint.get("meta", {}).get("finished_batches")
+        """Read the position within the epoch. Only checkpoints of this hook have one.
+
+        Raises:
+            UserError: if updates of another size are resumed within an epoch.
+        """
+        meta = checkpoint.get("meta", {})
+        finished, before, now = meta.get("finished_batches"), meta.get("update"), _update_of(runner)
         self.finished = finished if type(finished) is int and finished > 0 else 0
+        if not runner._resume or not isinstance(before, dict) or before == now:
+            return
+        change = f"{runner._load_from}: an update had {before}, and now has {now}"
+        if self.finished and isinstance(runner.train_loop, EpochBasedTrainLoop):
+            raise UserError(f"{change}; resume within an epoch as before, or from a checkpoint between two epochs")
+        runner.logger.warning(f"{change}: the run continues, but not exactly")
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Store the position within the epoch."""
-        checkpoint["meta"]["finished_batches"] = self.finished
+        """Store the position within the epoch, and what it counts."""
+        checkpoint["meta"] |= {"finished_batches": self.finished, "update": _update_of(runner)}
 
     def before_train(self, runner: Runner) -> None:
         """Prepare the loader. Runs after resuming, so seed and iteration are those of the checkpoint."""
@@ -82,6 +94,10 @@ class ExactResumeHook(Hook):
     def after_train_epoch(self, runner: Runner) -> None:
         """Start to count again."""
         self.finished = 0
+
+
+def _update_of(runner: Runner) -> dict[str, int | None]:
+    return {"processes": get_world_size(), "images per process": runner.cfg.train_dataloader.get("batch_size")}
 
 
 @HOOKS.register_module()

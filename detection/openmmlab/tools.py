@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ...classification.models.weights import read_checkpoint
 from ...kernels.errors import UserError
 from ...kernels.home import with_home
 from .commands import Parser
+from .data_checks import check_data, dataset_configs
 from .processes import prepare_processes, process_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -44,9 +46,9 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
         _expand_home(config._cfg_dict)
     except Exception as error:  # a config is a program
         raise UserError(f"{path}: cannot be read as a config ({type(error).__name__}: {error})") from error
-    scope = config.get("default_scope", package)
-    if scope != package:
-        raise UserError(f"{path}: is a config for {scope}; this command needs one for {package}")
+    config.default_scope = config.get("default_scope") or package  # None in configs written as Python modules
+    if config.default_scope != package:
+        raise UserError(f"{path}: is a config for {config.default_scope}; this command needs one for {package}")
     config.setdefault("launcher", "none")
     return config
 
@@ -90,7 +92,12 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     if args.resume:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
-    _build_runner(config).train()
+    runner = _build_runner(config)
+    check_data(runner)
+    if isinstance(runner, Runner):  # its own train() would do so next
+        with _named(config):
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.train()
 
 
 def test(package: str, argv: Sequence[str] | None = None) -> None:
@@ -119,10 +126,8 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     if args.tta:
         if "tta_model" not in config or "tta_pipeline" not in config:
             raise UserError(f"--tta: {args.config} has no tta_model and tta_pipeline")
-        dataset = config.test_dataloader.dataset
-        while "dataset" in dataset:  # a wrapper
-            dataset = dataset.dataset
-        dataset.pipeline = config.tta_pipeline
+        for dataset in dataset_configs(config.test_dataloader.dataset):
+            dataset.pipeline = config.tta_pipeline
         config.model = {**config.tta_model, "module": config.model}
     if args.out and package == "mmdet":
         if not args.out.endswith((".pkl", ".pickle")):
@@ -234,4 +239,16 @@ def _build_runner(config: Config) -> Runner:
     if start and "://" not in start:
         read_checkpoint(start)
     prepare_processes(config)
-    return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    with _named(config):
+        return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+
+
+@contextmanager
+def _named(config: Config) -> Iterator[None]:
+    """Turn the errors of mmengine's registries and of constructors into a UserError that names the config."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{config.filename}: {type(error).__name__}: {error}") from error

@@ -13,10 +13,11 @@ pytest.importorskip("mmseg", exc_type=ImportError)
 from mmdet.datasets.samplers import AspectRatioBatchSampler
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, InfiniteSampler
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 
 from spatial_mamba.detection.openmmlab.resume import ExactResumeHook
+from spatial_mamba.kernels.errors import UserError
 
 
 class Noise(BaseDataset):
@@ -52,3 +53,31 @@ def test_a_resumed_loop_continues_with_the_same_images_and_augmentation(group: t
     resumed = batches(group, workers=2, done=4)
     assert resumed[4:] == expected[4:]
     assert resumed[:4] == [None] * 4  # not loaded
+
+
+@pytest.mark.parametrize("images", [2, 4])
+@pytest.mark.parametrize("kind", [EpochBasedTrainLoop, IterBasedTrainLoop])
+def test_an_update_of_another_size_is_reported(images: int, kind: type) -> None:
+    warnings: list[str] = []
+    runner = SimpleNamespace(
+        cfg=Config(dict(train_dataloader=dict(batch_size=images))), train_loop=object.__new__(kind), _resume=True,
+        _load_from="a.pth", logger=SimpleNamespace(warning=warnings.append),
+    )  # fmt: skip
+    saved, hook = {"meta": {}}, ExactResumeHook()
+    hook.finished = 3
+    hook.before_save_checkpoint(runner, saved)
+    hook.after_load_checkpoint(runner, saved)
+    assert hook.finished == 3 and not warnings
+    saved["meta"]["update"]["images per process"] = 2
+    if images == 2:
+        hook.after_load_checkpoint(runner, saved)
+        assert not warnings
+    elif kind is EpochBasedTrainLoop:
+        with pytest.raises(UserError, match=r"had .*: 2\}, and now has .*: 4\}; resume within an epoch"):
+            hook.after_load_checkpoint(runner, saved)
+        hook.finished = saved["meta"]["finished_batches"] = 0
+        hook.after_load_checkpoint(runner, saved)
+        assert len(warnings) == 1
+    else:
+        hook.after_load_checkpoint(runner, saved)
+        assert warnings[0].endswith("the run continues, but not exactly")

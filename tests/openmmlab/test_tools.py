@@ -3,15 +3,17 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -23,6 +25,7 @@ from mmengine.registry import HOOKS
 from spatial_mamba.classification.models.weights import read_checkpoint
 from spatial_mamba.detection.demo_data import write_digits as write_coco_digits
 from spatial_mamba.detection.openmmlab import tools
+from spatial_mamba.detection.openmmlab.data_checks import dataset_configs
 from spatial_mamba.segmentation.demo_data import write_digits as write_ade_digits
 
 from .forking import Forking
@@ -263,10 +266,34 @@ def test_slurm_scripts_pass_on_their_arguments_and_pictures_are_drawn(task: Task
     assert len(list((task.folder / "shown").rglob("*.png"))) == 5
 
 
+def copied(source: Path, target: Path, change: Callable[[Path], object]) -> None:
+    """Copy a folder, and change all of its files."""
+    shutil.copytree(source, target)
+    for path in target.iterdir():
+        change(path)
+
+
+def test_data_sets_are_found_in_wrappers() -> None:
+    inner = [{"type": "A"}, {"type": "B", "dataset": {"type": "C"}}]
+    config = {"type": "RepeatDataset", "dataset": {"type": "ConcatDataset", "datasets": inner}}
+    assert [dataset["type"] for dataset in dataset_configs(config)] == ["A", "C"]
+
+
+def test_a_config_without_scope_is_for_the_package_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("default_scope = None")
+    assert tools.load_config("mmseg", str(tmp_path / "own.py")).default_scope == "mmseg"
+
+
 def test_wrong_input_gets_one_line(task: Task) -> None:
     (task.folder / "broken.py").write_text("_base_ = 'mmdet::absent.py'")
     (task.folder / "program.py").write_text("model = undefined")
     (task.folder / "empty.pth").write_bytes(b"")
+    other = "_base_ = 'small.py'\ntrain_dataloader = dict(dataset={})"
+    (task.folder / "few.py").write_text(other.format("dict(metainfo=dict(classes=('0', '1')))"))
+    empty = "dict(img_suffix='.bmp')"
+    if task.name == "detection":  # no category has these names
+        empty = "dict(metainfo=dict(classes=tuple('abcdefghij')), filter_cfg=dict(filter_empty_gt=True))"
+    (task.folder / "none.py").write_text(other.format(empty))
     torch.save(mmengine_checkpoint(), task.folder / "misfit.pth")
     checkpoint = f"undisturbed/{task.last}"
     data = "train_dataloader.dataset.data_root=absent"
@@ -274,9 +301,15 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
         ("train", ["absent.py"], r"absent\.py: no such config; give a path, or one of .*_digits"),
         ("train", ["small.py", "--cfg-options", data], r"No such file or directory: '.*absent"),
         ("test", ["small.py", "misfit.pth"], r"misfit\.pth: does not fit this model in \d+ entries: "),
+        ("train", ["few.py"], r"Dataset of train_dataloader has 2 classes, but model\.\S*\.num_classes is 1[01]; set"),
+        ("train", ["none.py"], r"train_dataloader \(\S+Dataset, .*\): no image is left; compare"),
     ]
     if task.name == "detection":  # both tasks share the code of these checks
         pool = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
+        (task.folder / "data/annotations/cut.json").write_text('{"images": [')
+        annotations = "train_dataloader.dataset.ann_file=annotations/cut.json"
+        copied(task.folder / "data/train", task.folder / "data/cut", lambda path: path.write_bytes(b"cut"))
+        images = "train_dataloader.dataset.data_prefix.img=cut/"
         cases += [
             ("train", ["broken.py"], r"broken\.py: cannot be read as a config \("),
             ("train", ["program.py"], r"program\.py: cannot be read as a config \(NameError: "),
@@ -289,11 +322,33 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
             ("train", ["small.py", "--cfg-options", "model.backbone.pretrained=absent.pth"], r"absent\.pth: no such"),
             ("train", ["small.py", "--data-path", "absent"], r"No such file or directory: '.*absent"),
             ("train", ["small.py", "--amp"], r"--amp: .* GPU"),
+            ("train", ["small.py", "--cfg-options", "model.backbone.frozen_stages=two"], r"frozen_stages .* got 'two'"),
+            ("train", ["small.py", "--cfg-options", "optim_wrapper.type=Foo"], r"small\.py: KeyError: .*Foo"),
+            (
+                "train",
+                ["small.py", "--cfg-options", "train_cfg.max_epoch=1"],
+                r"TypeError: .*'max_epoch'",
+            ),
+            ("train", ["small.py", "--cfg-options", annotations], r"ann_file annotations/cut\.json.*: JSONDecodeError"),
+            ("train", ["small.py", "--cfg-options", images], r"^error: AssertionError: failed to load image: .*cut/0"),
             ("test", ["small.py", "empty.pth"], r"empty\.pth: the file is empty"),
             ("test", ["small.py", checkpoint, "--launcher", "boat"], r"argument --launcher: invalid choice: 'boat'"),
             ("test", ["small.py", checkpoint, "--out", "a.json"], r"--out: a\.json must end in \.pkl"),
             ("test", ["small.py", checkpoint, "--tta"], r"--tta: small\.py has no tta_model"),
             ("train", ["small.py", "--cfg-options", pool], r"pool_mode='max' needs mmcv's compiled operators"),
+        ]
+    else:
+        labels = task.folder / "data/annotations/training"
+        copied(labels, task.folder / "data/high", lambda path: Image.open(path).point(lambda _: 200).save(path))
+        copied(labels, task.folder / "data/rgb", lambda path: Image.open(path).convert("RGB").save(path))
+        high, rgb = (f"train_dataloader.dataset.data_prefix.seg_map_path={name}" for name in ("high", "rgb"))
+        cases += [
+            (
+                "train",
+                ["small.py", "--cfg-options", high],
+                r"^error: \S+/high/\d+\.png: has the label 199, but .* 11",
+            ),
+            ("train", ["small.py", "--cfg-options", rgb], r"^error: \S+/rgb/\d+\.png: has shape \(\d+, \d+, 3\), but"),
         ]
     calls = [(tool, [*arguments, "--work-dir", "wrong"]) for tool, arguments, _ in cases]
     code = "from spatial_mamba.detection.openmmlab.commands import run_command as run\n"
