@@ -1,6 +1,7 @@
 """The command lines of tools/train.py and tools/test.py, with the flags of OpenMMLab's own tools."""
 
 import argparse
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from .data_checks import check_data, dataset_configs
 from .processes import prepare_processes, process_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+# The top-level keys of configs that take effect.
+SETTINGS = {*inspect.signature(Runner).parameters, "auto_scale_lr", "custom_imports", "total_batch"}
+SETTINGS |= {"default_scope", "runner_type", "tta_model", "tta_pipeline"}
 FOLDERS = {"mmdet": "detection", "mmseg": "segmentation"}
 
 
@@ -160,6 +164,12 @@ def _configure(package: str, args: argparse.Namespace) -> Config:
     """Read the config and apply the common options."""
     if args.launcher == "pytorch":
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    for key in args.cfg_options or ():
+        if "." not in key and key not in SETTINGS:
+            raise UserError(
+                f"--cfg-options {key}: changes a variable of the config, whose value has been copied; give the full "
+                "key of the setting, such as model.backbone.pretrained, or --data-path for data_root"
+            )
     config = load_config(package, args.config, args.cfg_options)
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"

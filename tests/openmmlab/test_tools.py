@@ -329,6 +329,7 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
                 ["small.py", "--cfg-options", "train_cfg.max_epoch=1"],
                 r"TypeError: .*'max_epoch'",
             ),
+            ("train", ["small.py", "--cfg-options", "data_root=a"], r"data_root: changes a variable .* --data-path"),
             ("train", ["small.py", "--cfg-options", annotations], r"ann_file annotations/cut\.json.*: JSONDecodeError"),
             ("train", ["small.py", "--cfg-options", images], r"^error: AssertionError: failed to load image: .*cut/0"),
             ("test", ["small.py", "empty.pth"], r"empty\.pth: the file is empty"),
