@@ -45,9 +45,9 @@ _FREE_SETTINGS = {
     "KEEP_CHECKPOINTS", "TIMEOUT_MINUTES", "TAG", "EVAL_MODE", "TRAIN.ACCUMULATION_STEPS",
 }  # fmt: skip
 
-# The fix if a run cannot be resumed, also if its checkpoint was found automatically.
 # Updates that some of timm's optimisers (LAMB, Adan, Lookahead) count in their groups, not per parameter.
 _COUNTERS = ("step", "lookahead_step")
+# The fix if a run cannot be resumed, also if its checkpoint was found automatically.
 _NEW_RUN = "start a new run from its weights, under another --tag, with --pretrained instead of --resume"
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -59,8 +60,8 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
 def print_error(error: Exception) -> None:
     """Print ``error: ...`` as one line on standard error."""
     message = str(error).strip()
-    if "Original Traceback (most recent call last)" in message:  # of a loader process; the error follows
-        message = message.splitlines()[-1].split("UserError: ")[-1]
+    if "Original Traceback (most recent call last)" in message:  # of a loader process, in indented lines
+        message = re.split(r"\n +[^\n]*\n(?! )", message)[-1].split("UserError: ")[-1]
     print(f"error: {printable(' '.join(message.split())):.2000}", file=sys.stderr)
 
 

@@ -41,8 +41,8 @@ def run_command(package: str, module: str, function: str, *args: Any) -> int:
             getattr(importlib.import_module(f"spatial_mamba.{module}"), function)(*args)
         except (MissingOperatorError, OSError) as error:
             raise UserError(str(error)) from error
-        except Exception as error:
-            if "in DataLoader worker process" in str(error):  # a damaged image, for example
+        except AssertionError as error:
+            if "failed to load image" in str(error):  # how mmcv reports a damaged one
                 raise UserError(str(error)) from error
             raise
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from mmcv.transforms import LoadAnnotations
 from mmengine.dataset import Compose
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
@@ -12,8 +14,8 @@ from spatial_mamba_mmcv import MissingOperatorError
 
 from ...kernels.errors import UserError
 
-# Parts of the names of modules whose ``num_classes`` is not the number of the data set's classes.
-_OTHER_CLASSES = ("backbone", "rpn_head", "semantic_head", "fusion_head", "loss")
+# Heads that classify something else than the data set's classes: objects, edges, words of a text.
+_OTHER_HEADS = ("RPNHead", "STDCHead", "SideAdapterCLIPHead", "GroundingDINOHead", "ATSSVLFusionHead")
 
 
 def check_data(runner: Runner) -> None:
@@ -38,57 +40,67 @@ def check_data(runner: Runner) -> None:
         if loop is None:
             continue
         for dataset in _leaves(loop.dataloader.dataset):
-            if classes := dataset.metainfo.get("classes"):
+            if classes := getattr(dataset, "metainfo", {}).get("classes"):
                 _check_heads(runner.model, len(classes), f"the {type(dataset).__name__} of {part}_dataloader")
-                _check_label_maps(dataset, len(classes))
+                _check_label_maps(dataset, len(classes), runner.model)
 
 
-def head_classes(model: nn.Module) -> dict[str, int]:
-    """The number of classes of each module that classifies those of the data set, by name."""
-    counts = {name: getattr(module, "num_classes", None) for name, module in model.named_modules()}
+def head_classes(model: Any) -> dict[str, int]:
+    """The number of classes of each head that classifies those of the data set, by its name in the config."""
+    if is_model_wrapper(model):
+        model = model.module
+    heads = {f"model.{name}": head for name, head in model.named_modules() if name and "loss" not in name}
     return {
-        name: count
-        for name, count in counts.items()
-        if isinstance(count, int) and not any(other in name for other in _OTHER_CLASSES)
+        name: head.num_classes
+        for name, head in heads.items()
+        if isinstance(getattr(head, "num_classes", None), int)
+        and type(head).__name__ not in _OTHER_HEADS
+        and getattr(head, "out_channels", None) != 1  # two classes in one channel
     }
 
 
 def _check_heads(model: nn.Module, classes: int, source: str) -> None:
-    for name, count in head_classes(model).items():
-        if count != classes:
-            key = f"model.{name.removeprefix('module.')}.num_classes"
-            raise UserError(f"{source} has {classes} classes, but {key} is {count}; set it to {classes}")
+    """Panoptic models have heads for things, for stuff and for all classes, so one of them must have the number."""
+    heads = head_classes(model)
+    if heads and classes not in heads.values():
+        found = ", ".join(f"{name}.num_classes is {count}" for name, count in heads.items())
+        raise UserError(f"{source} has {classes} classes, but {found}: set num_classes of the heads to {classes}")
 
 
 class _LabelCheck:
     """A transform that checks the label map of an image, which loss functions would index out of bounds."""
 
-    def __init__(self, classes: int, ignored: int) -> None:
+    def __init__(self, classes: int, ignored: list[int]) -> None:
         self.classes, self.ignored = classes, ignored
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        labels = results.get("gt_seg_map")
+        labels, size = results.get("gt_seg_map"), results.get("ori_shape")
         if labels is None:
             return results
-        path, size = results.get("seg_map_path"), tuple(results["img"].shape[:2])
-        if labels.shape != size:
+        path = results.get("seg_map_path")
+        if size is not None and labels.shape != tuple(size):
             raise UserError(f"{path}: has shape {labels.shape}, but one label per pixel of its image is needed, {size}")
-        largest = labels[labels != self.ignored].max(initial=0)
-        if largest >= self.classes:
+        large = labels[labels >= self.classes]
+        wrong = large[~np.isin(large, self.ignored)]
+        if wrong.size:
             raise UserError(
-                f"{path}: has the label {largest}, but the data set has {self.classes} classes; labels must be "
-                f"0 to {self.classes - 1}, or {self.ignored} for pixels to ignore (reduce_zero_label subtracts 1)"
+                f"{path}: has the label {wrong.max()}, but the data set has {self.classes} classes; labels must be "
+                f"0 to {self.classes - 1}, or {self.ignored[0]} for pixels to ignore (reduce_zero_label subtracts 1)"
             )
         return results
 
 
-def _check_label_maps(dataset: Any, classes: int) -> None:
+def _check_label_maps(dataset: Any, classes: int, model: nn.Module) -> None:
+    """Insert the check after maps are loaded. Iteration-based loops have started their loader processes by now, and
+    start them again only with ``ExactResumeHook``.
+    """
     pipeline, ignored = getattr(dataset, "pipeline", None), getattr(dataset, "ignore_index", None)
     if ignored is None or not isinstance(pipeline, Compose):
         return
+    of_heads = {index for head in model.modules() if isinstance(index := getattr(head, "ignore_index", None), int)}
     steps = pipeline.transforms
     for position in reversed([i for i, step in enumerate(steps) if isinstance(step, LoadAnnotations)]):
-        steps.insert(position + 1, _LabelCheck(classes, ignored))
+        steps.insert(position + 1, _LabelCheck(classes, [ignored, *of_heads]))
 
 
 def _leaves(dataset: Any) -> Iterator[Any]:

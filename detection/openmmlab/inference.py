@@ -129,12 +129,10 @@ def load_weights(model: Any, checkpoint: Mapping[str, Any], path: Path, config: 
         source = "the config's test data set"
         meta = dict(DATASETS.build({**config.test_dataloader.dataset, "lazy_init": True}).metainfo)
     names = meta.get("classes") or ()
-    for head, count in head_classes(model).items():
-        if len(names) != count:
-            raise UserError(
-                f"{source} names {len(names)} classes, but model.{head} has {count}; use the matching config, or set "
-                "its num_classes before training"
-            )
+    counts = head_classes(model)
+    if counts and len(names) not in counts.values():
+        found = ", ".join(f"{name}.num_classes is {count}" for name, count in counts.items())
+        raise UserError(f"{source} names {len(names)} classes, but {found}; use the matching config")
     model.dataset_meta = meta
 
 

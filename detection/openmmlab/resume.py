@@ -44,11 +44,11 @@ class ExactResumeHook(Hook):
             UserError: if updates of another size are resumed within an epoch.
         """
         meta = checkpoint.get("meta", {})
-        finished, before, now = meta.get("finished_batches"), meta.get("update"), _update_of(runner)
+        finished, before = meta.get("finished_batches"), meta.get("update")
         self.finished = finished if type(finished) is int and finished > 0 else 0
-        if not runner._resume or not isinstance(before, dict) or before == now:
+        if not runner._resume or not isinstance(before, dict) or before == (now := _update_of(runner)):
             return
-        change = f"{runner._load_from}: an update had {before}, and now has {now}"
+        change = f"{runner._load_from or runner.work_dir}: an update had {before}, and now has {now}"
         if self.finished and isinstance(runner.train_loop, EpochBasedTrainLoop):
             raise UserError(f"{change}; resume within an epoch as before, or from a checkpoint between two epochs")
         runner.logger.warning(f"{change}: the run continues, but not exactly")

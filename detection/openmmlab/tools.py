@@ -1,7 +1,6 @@
 """The command lines of tools/train.py and tools/test.py, with the flags of OpenMMLab's own tools."""
 
 import argparse
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +21,9 @@ from .data_checks import check_data, dataset_configs
 from .processes import prepare_processes, process_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# The top-level keys of configs that take effect.
-SETTINGS = {*inspect.signature(Runner).parameters, "auto_scale_lr", "custom_imports", "total_batch"}
-SETTINGS |= {"default_scope", "runner_type", "tta_model", "tta_pipeline"}
+# Variables of configs, whose values were copied when the config was read, and what changes the copies.
+VARIABLES = {"data_root": "use --data-path FOLDER"}
+VARIABLES |= dict.fromkeys(("pretrained", "checkpoint_file"), "give model.backbone.pretrained=FILE")
 FOLDERS = {"mmdet": "detection", "mmseg": "segmentation"}
 
 
@@ -97,8 +96,8 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
     runner = _build_runner(config)
-    check_data(runner)
-    if isinstance(runner, Runner):  # its own train() would do so next
+    if isinstance(runner, Runner):  # its train() would build these next
+        check_data(runner)
         with _named(config):
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.train()
@@ -165,11 +164,8 @@ def _configure(package: str, args: argparse.Namespace) -> Config:
     if args.launcher == "pytorch":
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     for key in args.cfg_options or ():
-        if "." not in key and key not in SETTINGS:
-            raise UserError(
-                f"--cfg-options {key}: changes a variable of the config, whose value has been copied; give the full "
-                "key of the setting, such as model.backbone.pretrained, or --data-path for data_root"
-            )
+        if key in VARIABLES:
+            raise UserError(f"--cfg-options {key}: is a variable that nothing reads any more; {VARIABLES[key]}")
     config = load_config(package, args.config, args.cfg_options)
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"

@@ -55,13 +55,18 @@ def test_a_resumed_loop_continues_with_the_same_images_and_augmentation(group: t
     assert resumed[:4] == [None] * 4  # not loaded
 
 
+def test_a_config_without_training_can_be_tested() -> None:
+    runner = SimpleNamespace(cfg=Config(dict()), _resume=False)
+    ExactResumeHook().after_load_checkpoint(runner, {"meta": {"update": {"processes": 2}}})
+
+
 @pytest.mark.parametrize("images", [2, 4])
 @pytest.mark.parametrize("kind", [EpochBasedTrainLoop, IterBasedTrainLoop])
 def test_an_update_of_another_size_is_reported(images: int, kind: type) -> None:
     warnings: list[str] = []
     runner = SimpleNamespace(
         cfg=Config(dict(train_dataloader=dict(batch_size=images))), train_loop=object.__new__(kind), _resume=True,
-        _load_from="a.pth", logger=SimpleNamespace(warning=warnings.append),
+        _load_from=None, work_dir="work", logger=SimpleNamespace(warning=warnings.append),
     )  # fmt: skip
     saved, hook = {"meta": {}}, ExactResumeHook()
     hook.finished = 3
@@ -73,7 +78,7 @@ def test_an_update_of_another_size_is_reported(images: int, kind: type) -> None:
         hook.after_load_checkpoint(runner, saved)
         assert not warnings
     elif kind is EpochBasedTrainLoop:
-        with pytest.raises(UserError, match=r"had .*: 2\}, and now has .*: 4\}; resume within an epoch"):
+        with pytest.raises(UserError, match=r"^work: .* had .*: 2\}, and now has .*: 4\}; resume within"):
             hook.after_load_checkpoint(runner, saved)
         hook.finished = saved["meta"]["finished_batches"] = 0
         hook.after_load_checkpoint(runner, saved)

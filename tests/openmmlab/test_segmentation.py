@@ -15,11 +15,12 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.structures import PixelData
 from mmseg.datasets import ADE20KDataset
+from mmseg.registry import DATASETS, MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
 
 from spatial_mamba.classification.models.flops import count_parameters
-from spatial_mamba.detection.openmmlab import flops_table, tools
+from spatial_mamba.detection.openmmlab import data_checks, flops_table, tools
 from spatial_mamba.detection.openmmlab.flops_table import build_model
 from spatial_mamba.detection.openmmlab.tools import _keep_total_batch, _move_data, load_config
 from spatial_mamba.kernels.errors import UserError
@@ -172,6 +173,44 @@ def test_only_norms_have_no_weight_decay(micro: nn.Module) -> None:
     assert len(decays) == len(named) and {group["lr"] for group in groups} == {6e-5}
     assert named == {name: 0.0 if "norm" in name else 0.01 for name in named}
     assert named["backbone.outnorm3.weight"] == 0 and named["decode_head.bottleneck.bn.weight"] == 0.01
+
+
+def test_label_maps_are_checked_at_their_own_size(
+    micro: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation resizes images, but not label maps. Labels that a head ignores are right."""
+    for kind, name, size, value in (
+        ("images", "a.jpg", (40, 30), 0),
+        ("images", "b.jpg", (9, 9), 0),
+        ("annotations", "a.png", (40, 30), 255),
+        ("annotations", "b.png", (9, 8), 1),
+    ):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        Image.new("L", size, value).save(tmp_path / kind / name)
+    config = load_config("mmseg", RECIPE.format("tiny")).val_dataloader.dataset
+    prefix = dict(img_path="images", seg_map_path="annotations")
+    dataset = DATASETS.build({**config, "data_root": str(tmp_path), "data_prefix": prefix})
+    monkeypatch.setattr(micro.decode_head, "ignore_index", 200)
+    data_checks._check_label_maps(dataset, 150, micro)
+    assert dataset[0]["inputs"].shape != (3, 30, 40)
+    with pytest.raises(UserError, match=r"b\.png: has shape \(8, 9\), .*, \(9, 9\)"):
+        dataset[1]
+    Image.new("L", (40, 30), 201).save(tmp_path / "annotations/a.png")  # less 1 by reduce_zero_label
+    assert dataset[0]
+    Image.new("L", (40, 30), 151).save(tmp_path / "annotations/a.png")
+    with pytest.raises(UserError, match=r"a\.png: has the label 150, but the data set has 150 classes; .* or 255"):
+        dataset[0]
+
+
+def test_heads_of_other_classes_do_not_count(micro: nn.Module) -> None:
+    heads = {"model.decode_head": 150, "model.auxiliary_head": 150}
+    assert data_checks.head_classes(micro) == heads
+    data_checks._check_heads(micro, 150, "the data set")
+    with pytest.raises(UserError, match=r"the data set has 11 classes, but model\.decode_head\.num_classes is 150, "):
+        data_checks._check_heads(micro, 11, "the data set")
+    binary = MODELS.build(dict(type="FCNHead", in_channels=8, channels=8, num_classes=2, out_channels=1, threshold=0.3))
+    edges = MODELS.build(dict(type="STDCHead", in_channels=8, channels=8, num_classes=2, boundary_threshold=0.1))
+    assert data_checks.head_classes(nn.ModuleDict(dict(a=binary, b=edges))) == {}
 
 
 def test_complexity_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
