@@ -309,7 +309,7 @@ def test_a_wrong_file_is_not_kept(tmp_path: Path, capsys: Capture, monkeypatch: 
     path.write_bytes(b"an earlier file")
     monkeypatch.setattr(check, "fixed_images", lambda model, size, batch: torch.full((batch, 3, *size), math.nan))
     assert status("--checkpoint", checkpoint(tmp_path), "--output", path) == 2
-    assert "micro.pt2: not written, since its outputs differ from the model's by nan" in capsys.readouterr().err
+    assert "micro.pt2: not written, since its logits differ from the model's by nan" in capsys.readouterr().err
     assert path.read_bytes() == b"an earlier file"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["micro.pt2", "micro.pth"]
 
