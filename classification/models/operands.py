@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as hooks_of_all_modules
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ...kernels.backends import plain_eager
 
 
 def as_operand(x: Tensor, *weights: Any) -> Tensor | None:
-    """``x`` in the dtype in which an operator computes with these weights, under autocast that of autocast.
+    """``x`` in the dtype in which the operator computes with these weights; under autocast, the dtype of autocast.
 
-    None if layers should compute: if a weight is missing, of another type or dtype, or frozen while others are trained,
-    since operators compute the gradients of all.
+    None if the modules must be called instead: if a weight is missing, of another type or dtype, or frozen while others
+    are trained, since operators compute the gradients of all.
     """
     if not plain_eager(*weights):
         return None
@@ -30,7 +30,7 @@ def as_operand(x: Tensor, *weights: Any) -> Tensor | None:
 
 def has_modified_parts(module: nn.Module, parts: Mapping[str, type[nn.Module]]) -> bool:
     """Whether hooks apply to every module, or a part is modified; ``parts`` gives the type of each by its name."""
-    return _has_any_global_hook() or any(is_modified(getattr(module, name), kind) for name, kind in parts.items())
+    return _has_global_hooks() or any(is_modified(getattr(module, name), kind) for name, kind in parts.items())
 
 
 def is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -43,3 +43,14 @@ def is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
     if "forward" in module.__dict__:
         return True
     return type(module) is not kind and type_before_parametrizations(module) is not kind
+
+
+def _has_global_hooks() -> bool:
+    """Whether any hook applies to every module, such as one of ``register_module_forward_hook``."""
+    every = hooks_of_all_modules
+    return bool(
+        every._global_forward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_backward_pre_hooks
+        or every._global_backward_hooks
+    )
