@@ -36,7 +36,7 @@ def save(content: Any, path: Path) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # hidden by PyTorch's writer, which cannot end its archive
+            if isinstance(error.__context__, OSError):  # the cause, hidden by PyTorch's failure to close the archive
                 raise error.__context__ from None
             raise
 
@@ -61,5 +61,5 @@ def lock(file: IO) -> None:
 
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except PermissionError as error:  # on some systems
+        except PermissionError as error:  # POSIX allows this for a lock that is held
             raise BlockingIOError(str(error)) from error

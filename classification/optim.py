@@ -28,7 +28,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
     PyTorch's optimisers run fused: one pass over a parameter and its state instead of one per operation.
 
     Raises:
-        UserError: for an optimiser that timm does not know, or that needs second derivatives, or other betas.
+        UserError: for an optimiser that timm does not know, that needs second derivatives, or another number of betas.
     """
     optimizer = config.TRAIN.OPTIMIZER
     name = optimizer.NAME.lower()

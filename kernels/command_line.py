@@ -1,6 +1,7 @@
 """What all commands share: the parser, errors in one line, and types of options."""
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -60,9 +61,14 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
 def print_error(error: Exception) -> None:
     """Print ``error: ...`` as one line on standard error."""
     message = str(error).strip()
-    if "Original Traceback (most recent call last)" in message:  # of a loader process, in indented lines
-        message = re.split(r"\n +[^\n]*\n(?! )", message)[-1].split("UserError: ")[-1]
+    if "Original Traceback (most recent call last)" in message:  # from a loader process: drop it, but not the error
+        lines = message.split("Traceback (most recent call last):\n")[-1].splitlines()
+        message = re.sub(r"^spatial_mamba[\w.]*: ", "", "\n".join(itertools.dropwhile(_is_indented, lines)))
     print(f"error: {printable(' '.join(message.split())):.2000}", file=sys.stderr)
+
+
+def _is_indented(line: str) -> bool:
+    return line.startswith(" ")
 
 
 def printable(text: str) -> str:

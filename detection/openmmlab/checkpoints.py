@@ -63,19 +63,24 @@ class StrictLoadHook(Hook):
         checkpoint["state_dict"] = fitting_weights(runner.model, checkpoint, path, self.may_differ)
 
 
+def unwrapped(model: Any) -> Any:
+    """The model in wrappers for several processes or for test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
 def fitting_weights(
     model: Any, checkpoint: dict[str, Any], path: str, may_differ: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The weights of a checkpoint, if they fit a model, wrapped or not, in every name and shape.
+    """Return the weights of a checkpoint, after checking that every name and shape fits the model, wrapped or not.
 
-    The names of wrappers are removed from those of the weights, unless the model has the same names.
+    Prefixes added by wrappers (``module.``) are removed, unless the model has the same names.
 
     Raises:
         WeightsError: if there are no weights, or naming the first differences.
     """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    own, state = model.state_dict(), checkpoint.get("state_dict", checkpoint)
+    own, state = unwrapped(model).state_dict(), checkpoint.get("state_dict", checkpoint)
     if not is_state_dict(state):
         raise WeightsError(f"{path}: found no model weights; expected them under state_dict, or at the top level")
     if state.keys() != own.keys():

@@ -42,7 +42,7 @@ def run_command(package: str, module: str, function: str, *args: Any) -> int:
         except (MissingOperatorError, OSError) as error:
             raise UserError(str(error)) from error
         except AssertionError as error:
-            if "failed to load image" in str(error):  # how mmcv reports a damaged one
+            if "failed to load image" in str(error):  # how mmcv reports a damaged image
                 raise UserError(str(error)) from error
             raise
 

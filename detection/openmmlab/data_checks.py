@@ -6,101 +6,114 @@ from typing import Any
 import numpy as np
 from mmcv.transforms import LoadAnnotations
 from mmengine.dataset import Compose
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 from spatial_mamba_mmcv import MissingOperatorError
 
 from ...kernels.errors import UserError
+from .checkpoints import unwrapped
 
-# Heads that classify something else than the data set's classes: objects, edges, words of a text.
-_OTHER_HEADS = ("RPNHead", "STDCHead", "SideAdapterCLIPHead", "GroundingDINOHead", "ATSSVLFusionHead")
+# Heads whose ``num_classes`` is not that of the data set: they classify objects and background, edges, or words.
+_OTHER_HEADS = {"RPNHead", "GARPNHead", "STDCHead", "SideAdapterCLIPHead", "GroundingDINOHead", "ATSSVLFusionHead"}
+# Likewise the modules whose names contain these words; those in "semantic_head" are for stuff.
+_OTHER_NAMES = ("backbone", "semantic_head", "loss")
 
 
-def check_data(runner: Runner) -> None:
-    """Build the loops of a training run, compare the classes of their data sets with those of the heads, and have label
-    maps checked as they are loaded.
+def check_data(runner: Runner, *parts: str) -> None:
+    """Build the loops of a run, compare the classes of their data sets with those of the heads, and have label maps
+    checked as they are loaded.
+
+    Args:
+        parts: the loops: ``"train"``, ``"val"``, ``"test"``.
 
     Raises:
         UserError: naming a data set that cannot be read or has no images, or a head with another number of classes.
         OSError: for a missing file.
     """
-    for part in ("train", "val"):
+    for part in parts:
         try:
             loop = getattr(runner, f"{part}_loop")
         except (UserError, OSError, MissingOperatorError):
             raise
-        except Exception as error:  # of many types: annotation files are programs' input
+        except Exception as error:  # parsers of annotation files raise many types
             reason = f"{type(error).__name__}: {error}"
             if "need at least one array to concatenate" in str(error):
-                reason = "no image is left; compare metainfo.classes, data_prefix and the endings with the files"
+                reason = "no images remain; check metainfo.classes, data_prefix and the endings of the files"
             sources = map(_source, dataset_configs(runner.cfg[f"{part}_dataloader"]["dataset"]))
             raise UserError(f"{part}_cfg, {part}_dataloader ({'; '.join(sources)}): {reason}") from error
         if loop is None:
             continue
         for dataset in _leaves(loop.dataloader.dataset):
-            if classes := getattr(dataset, "metainfo", {}).get("classes"):
+            classes = getattr(dataset, "metainfo", {}).get("classes")
+            if classes and type(dataset).__name__ != "MOTChallengeDataset":  # it names more classes than it has
                 _check_heads(runner.model, len(classes), f"the {type(dataset).__name__} of {part}_dataloader")
                 _check_label_maps(dataset, len(classes), runner.model)
 
 
 def head_classes(model: Any) -> dict[str, int]:
     """The number of classes of each head that classifies those of the data set, by its name in the config."""
-    if is_model_wrapper(model):
-        model = model.module
-    heads = {f"model.{name}": head for name, head in model.named_modules() if name and "loss" not in name}
-    return {
-        name: head.num_classes
-        for name, head in heads.items()
-        if isinstance(getattr(head, "num_classes", None), int)
-        and type(head).__name__ not in _OTHER_HEADS
-        and getattr(head, "out_channels", None) != 1  # two classes in one channel
-    }
+    found = {}
+    for name, head in unwrapped(model).named_modules():
+        is_other = any(word in name for word in _OTHER_NAMES) or _OTHER_HEADS & {k.__name__ for k in type(head).__mro__}
+        is_binary = getattr(head, "out_channels", None) == 1  # two classes in one channel
+        if name and not is_other and not is_binary and isinstance(getattr(head, "num_classes", None), int):
+            found[f"model.{name}"] = head.num_classes
+    # In panoptic models, which have heads for things and for stuff, the fusion head knows all classes.
+    return {name: count for name, count in found.items() if name.endswith("fusion_head")} or found
 
 
 def _check_heads(model: nn.Module, classes: int, source: str) -> None:
-    """Panoptic models have heads for things, for stuff and for all classes, so one of them must have the number."""
-    heads = head_classes(model)
-    if heads and classes not in heads.values():
-        found = ", ".join(f"{name}.num_classes is {count}" for name, count in heads.items())
-        raise UserError(f"{source} has {classes} classes, but {found}: set num_classes of the heads to {classes}")
+    if wrong := other_counts(model, classes):
+        raise UserError(f"{source} has {classes} classes, but {wrong}: set num_classes to {classes}")
 
 
-class _LabelCheck:
-    """A transform that checks the label map of an image, which loss functions would index out of bounds."""
+def other_counts(model: Any, classes: int) -> str:
+    """The heads with another number of classes, in words; empty if there are none."""
+    wrong = {name: count for name, count in head_classes(model).items() if count != classes}
+    return ", ".join(f"{name}.num_classes is {count}" for name, count in wrong.items())
 
-    def __init__(self, classes: int, ignored: list[int]) -> None:
-        self.classes, self.ignored = classes, ignored
 
-    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        labels, size = results.get("gt_seg_map"), results.get("ori_shape")
-        if labels is None:
-            return results
+class _CheckedLoading:
+    """A transform that loads annotations, and refuses label maps that would crash the loss (on GPUs without reason)."""
+
+    def __init__(self, load: LoadAnnotations, classes: int, ignored: list[int]) -> None:
+        self.load, self.classes, self.ignored = load, classes, ignored
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
         path = results.get("seg_map_path")
+        try:
+            loaded = self.load(results)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+        labels, size = (loaded or {}).get("gt_seg_map"), results.get("ori_shape")
+        if labels is None:
+            return loaded
         if size is not None and labels.shape != tuple(size):
-            raise UserError(f"{path}: has shape {labels.shape}, but one label per pixel of its image is needed, {size}")
+            raise UserError(f"{path}: has shape {labels.shape}, but its image has {size}; it needs one label per pixel")
         large = labels[labels >= self.classes]
         wrong = large[~np.isin(large, self.ignored)]
         if wrong.size:
+            less = " (after reduce_zero_label, which subtracts 1)" if results.get("reduce_zero_label") else ""
             raise UserError(
-                f"{path}: has the label {wrong.max()}, but the data set has {self.classes} classes; labels must be "
-                f"0 to {self.classes - 1}, or {self.ignored[0]} for pixels to ignore (reduce_zero_label subtracts 1)"
+                f"{path}: has the label {wrong.max()}{less}, but the data set has {self.classes} classes; labels must "
+                f"be 0 to {self.classes - 1}, or {self.ignored[0]} for pixels to ignore"
             )
-        return results
+        return loaded
 
 
 def _check_label_maps(dataset: Any, classes: int, model: nn.Module) -> None:
-    """Insert the check after maps are loaded. Iteration-based loops have started their loader processes by now, and
-    start them again only with ``ExactResumeHook``.
+    """Insert the check. The training data of iteration-based runs without ``ExactResumeHook`` are not checked: their
+    loader processes have started.
     """
     pipeline, ignored = getattr(dataset, "pipeline", None), getattr(dataset, "ignore_index", None)
     if ignored is None or not isinstance(pipeline, Compose):
         return
     of_heads = {index for head in model.modules() if isinstance(index := getattr(head, "ignore_index", None), int)}
-    steps = pipeline.transforms
-    for position in reversed([i for i, step in enumerate(steps) if isinstance(step, LoadAnnotations)]):
-        steps.insert(position + 1, _LabelCheck(classes, [ignored, *of_heads]))
+    pipeline.transforms = [
+        _CheckedLoading(step, classes, [ignored, *of_heads]) if isinstance(step, LoadAnnotations) else step
+        for step in pipeline.transforms
+    ]
 
 
 def _leaves(dataset: Any) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from ...classification.models import image_files
 from ...classification.models.weights import load_strictly, read_checkpoint, state_dict_of
 from ...kernels.errors import UserError
 from .commands import Parser
-from .data_checks import head_classes
+from .data_checks import other_counts
 from .tools import load_config
 
 
@@ -129,10 +129,8 @@ def load_weights(model: Any, checkpoint: Mapping[str, Any], path: Path, config: 
         source = "the config's test data set"
         meta = dict(DATASETS.build({**config.test_dataloader.dataset, "lazy_init": True}).metainfo)
     names = meta.get("classes") or ()
-    counts = head_classes(model)
-    if counts and len(names) not in counts.values():
-        found = ", ".join(f"{name}.num_classes is {count}" for name, count in counts.items())
-        raise UserError(f"{source} names {len(names)} classes, but {found}; use the matching config")
+    if wrong := other_counts(model, len(names)):
+        raise UserError(f"{source} names {len(names)} classes, but {wrong}; use the matching config")
     model.dataset_meta = meta
 
 

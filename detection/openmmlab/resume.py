@@ -48,13 +48,13 @@ class ExactResumeHook(Hook):
         self.finished = finished if type(finished) is int and finished > 0 else 0
         if not runner._resume or not isinstance(before, dict) or before == (now := _update_of(runner)):
             return
-        change = f"{runner._load_from or runner.work_dir}: an update had {before}, and now has {now}"
+        change = f"{runner._load_from or runner.work_dir}: was saved with {before}, but this run has {now}"
         if self.finished and isinstance(runner.train_loop, EpochBasedTrainLoop):
-            raise UserError(f"{change}; resume within an epoch as before, or from a checkpoint between two epochs")
+            raise UserError(f"{change}: in the middle of an epoch use the same, or resume from the end of an epoch")
         runner.logger.warning(f"{change}: the run continues, but not exactly")
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Store the position within the epoch, and what it counts."""
+        """Store the position within the epoch, and the size of an update that it refers to."""
         checkpoint["meta"] |= {"finished_batches": self.finished, "update": _update_of(runner)}
 
     def before_train(self, runner: Runner) -> None:

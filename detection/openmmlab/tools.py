@@ -21,8 +21,9 @@ from .data_checks import check_data, dataset_configs
 from .processes import prepare_processes, process_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Variables of configs, whose values were copied when the config was read, and what changes the copies.
+# Variables that only have an effect while a config is read, and what to set instead.
 VARIABLES = {"data_root": "use --data-path FOLDER"}
+VARIABLES |= {name: f"give train_cfg.{name}=N" for name in ("max_epochs", "max_iters")}
 VARIABLES |= dict.fromkeys(("pretrained", "checkpoint_file"), "give model.backbone.pretrained=FILE")
 FOLDERS = {"mmdet": "detection", "mmseg": "segmentation"}
 
@@ -79,7 +80,7 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data-path", metavar="FOLDER", help="the data set, instead of the config's data_root")
     args = parser.parse_args(argv)
-    config = _configure(package, args)
+    config = _configure(package, args, "train_dataloader", "train_cfg", "optim_wrapper")
     if args.data_path:
         _move_data(config, args.data_path)
     if not args.auto_scale_lr and "train_dataloader.batch_size" not in (args.cfg_options or {}):
@@ -97,7 +98,7 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
         config.load_from = None if args.resume == "auto" else args.resume
     runner = _build_runner(config)
     if isinstance(runner, Runner):  # its train() would build these next
-        check_data(runner)
+        check_data(runner, "train", "val")
         with _named(config):
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.train()
@@ -119,7 +120,7 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tta", action="store_true", help="average over the scales and flips of tta_pipeline")
     parser.add_argument("--ddp", nargs="?", const=True, help=argparse.SUPPRESS)  # an option of the published tool
     args = parser.parse_args(argv)
-    config = _configure(package, args)
+    config = _configure(package, args, "test_dataloader", "test_cfg", "test_evaluator")
     if args.ddp is not None:
         print_log("--ddp has no effect", "current")
     config.load_from = args.checkpoint
@@ -144,6 +145,8 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
         from mmdet.evaluation import DumpDetResults
 
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    if isinstance(runner, Runner):
+        check_data(runner, "test")
     runner.test()
 
 
@@ -159,14 +162,20 @@ def _common_parser(name: str, description: str, example: str) -> Parser:
     return parser
 
 
-def _configure(package: str, args: argparse.Namespace) -> Config:
-    """Read the config and apply the common options."""
+def _configure(package: str, args: argparse.Namespace, *needed: str) -> Config:
+    """Read the config and apply the common options.
+
+    Raises:
+        UserError: for an option without effect, and a config that cannot be read or lacks one of the needed keys.
+    """
     if args.launcher == "pytorch":
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     for key in args.cfg_options or ():
         if key in VARIABLES:
-            raise UserError(f"--cfg-options {key}: is a variable that nothing reads any more; {VARIABLES[key]}")
+            raise UserError(f"--cfg-options {key}: has no effect, since its value was copied; {VARIABLES[key]}")
     config = load_config(package, args.config, args.cfg_options)
+    if missing := [key for key in needed if not config.get(key)]:
+        raise UserError(f"{args.config}: has no {', '.join(missing)}")
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     return config
@@ -227,7 +236,7 @@ def _keep_total_batch(config: Config) -> None:
 
 
 def _draw_predictions(package: str, config: Config, args: argparse.Namespace) -> None:
-    hook = config.default_hooks.get("visualization")
+    hook = config.get("default_hooks", {}).get("visualization")
     if hook is None:
         raise UserError(f"--show, --show-dir: {args.config} has no default_hooks.visualization")
     if process_count(config.launcher) > 1:

@@ -288,7 +288,7 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
     (task.folder / "broken.py").write_text("_base_ = 'mmdet::absent.py'")
     (task.folder / "program.py").write_text("model = undefined")
     (task.folder / "empty.pth").write_bytes(b"")
-    other = "_base_ = 'small.py'\ntrain_dataloader = dict(dataset={})"
+    other = "_base_ = 'small.py'\ntrain_dataloader = test_dataloader = dict(dataset={})"
     (task.folder / "few.py").write_text(other.format("dict(metainfo=dict(classes=('0', '1')))"))
     empty = "dict(img_suffix='.bmp')"
     if task.name == "detection":  # no category has these names
@@ -297,9 +297,10 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
     torch.save(mmengine_checkpoint(), task.folder / "misfit.pth")
     checkpoint = f"undisturbed/{task.last}"
     data = "train_dataloader.dataset.data_root=absent"
-    heads = (
-        ("roi_head.bbox_head", "roi_head.mask_head") if task.name == "detection" else ("decode_head", "auxiliary_head")
-    )
+    heads = ("decode_head", "auxiliary_head")
+    if task.name == "detection":
+        heads = ("roi_head.bbox_head", "roi_head.mask_head")
+    fewer = f"model.{heads[1]}.num_classes=5"
     few = "Dataset of train_dataloader has 2 classes, but "
     few += ", ".join(rf"model\.{head}\.num_classes is 1[01]" for head in heads) + ": set"
     cases = [
@@ -307,7 +308,14 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
         ("train", ["small.py", "--cfg-options", data], r"No such file or directory: '.*absent"),
         ("test", ["small.py", "misfit.pth"], r"misfit\.pth: does not fit this model in \d+ entries: "),
         ("train", ["few.py"], few),
-        ("train", ["none.py"], r"train_dataloader \(\S+Dataset, .*\): no image is left; compare"),
+        ("test", ["few.py", checkpoint], few.replace("train", "test")),
+        (
+            "train",
+            ["small.py", "--cfg-options", fewer],
+            rf"but model\.{heads[1]}\.\w+ is 5: set",
+        ),
+        ("train", ["small.py", "--cfg-options", "train_cfg=None"], r"small\.py: has no train_cfg"),
+        ("train", ["none.py"], r"train_dataloader \(\S+Dataset, .*\): no images remain; check"),
     ]
     if task.name == "detection":  # both tasks share the code of these checks
         pool = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
@@ -334,7 +342,7 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
                 ["small.py", "--cfg-options", "train_cfg.max_epoch=1"],
                 r"TypeError: .*'max_epoch'",
             ),
-            ("train", ["small.py", "--cfg-options", "data_root=a"], r"data_root: is a variable .* --data-path"),
+            ("train", ["small.py", "--cfg-options", "data_root=a"], r"data_root: has no effect.* --data-path"),
             ("train", ["small.py", "--cfg-options", annotations], r"ann_file annotations/cut\.json.*: JSONDecodeError"),
             ("train", ["small.py", "--cfg-options", images], r"^error: AssertionError: failed to load image: .*cut/0"),
             ("test", ["small.py", "empty.pth"], r"empty\.pth: the file is empty"),
@@ -347,13 +355,15 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
         labels = task.folder / "data/annotations/training"
         copied(labels, task.folder / "data/high", lambda path: Image.open(path).point(lambda _: 200).save(path))
         copied(labels, task.folder / "data/rgb", lambda path: Image.open(path).convert("RGB").save(path))
-        high, rgb = (f"train_dataloader.dataset.data_prefix.seg_map_path={name}" for name in ("high", "rgb"))
+        copied(labels, task.folder / "data/cut", lambda path: path.write_bytes(b"cut"))
+        high, rgb, cut = (f"train_dataloader.dataset.data_prefix.seg_map_path={x}" for x in ("high", "rgb", "cut"))
         cases += [
             (
                 "train",
                 ["small.py", "--cfg-options", high],
-                r"^error: \S+/high/\d+\.png: has the label 199, but .* 11",
+                r"^error: \S+/high/\d+\.png: has the label 199 .*, but .* 11",
             ),
+            ("train", ["small.py", "--cfg-options", cut], r"^error: \S+/cut/\d+\.png: cannot be read \("),
             ("train", ["small.py", "--cfg-options", rgb], r"^error: \S+/rgb/\d+\.png: has shape \(\d+, \d+, 3\), but"),
         ]
     calls = [(tool, [*arguments, "--work-dir", "wrong"]) for tool, arguments, _ in cases]
