@@ -63,12 +63,9 @@ def print_error(error: Exception) -> None:
     message = str(error).strip()
     if "Original Traceback (most recent call last)" in message:  # from a loader process: drop it, but not the error
         lines = message.split("Traceback (most recent call last):\n")[-1].splitlines()
-        message = re.sub(r"^spatial_mamba[\w.]*: ", "", "\n".join(itertools.dropwhile(_is_indented, lines)))
+        kept = itertools.dropwhile(lambda line: line.startswith(" "), lines)
+        message = re.sub(r"^spatial_mamba[\w.]*: ", "", "\n".join(kept))
     print(f"error: {printable(' '.join(message.split())):.2000}", file=sys.stderr)
-
-
-def _is_indented(line: str) -> bool:
-    return line.startswith(" ")
 
 
 def printable(text: str) -> str:

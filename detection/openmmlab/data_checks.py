@@ -40,11 +40,11 @@ def check_data(runner: Runner, *parts: str) -> None:
             reason = f"{type(error).__name__}: {error}"
             if "need at least one array to concatenate" in str(error):
                 reason = "no images remain; check metainfo.classes, data_prefix and the endings of the files"
-            sources = map(_source, dataset_configs(runner.cfg[f"{part}_dataloader"]["dataset"]))
+            sources = map(_source, leaves(runner.cfg[f"{part}_dataloader"]["dataset"]))
             raise UserError(f"{part}_cfg, {part}_dataloader ({'; '.join(sources)}): {reason}") from error
         if loop is None:
             continue
-        for dataset in _leaves(loop.dataloader.dataset):
+        for dataset in leaves(loop.dataloader.dataset):
             classes = getattr(dataset, "metainfo", {}).get("classes")
             if classes and type(dataset).__name__ != "MOTChallengeDataset":  # it names more classes than it has
                 _check_heads(runner.model, len(classes), f"the {type(dataset).__name__} of {part}_dataloader")
@@ -116,22 +116,14 @@ def _check_label_maps(dataset: Any, classes: int, model: nn.Module) -> None:
     ]
 
 
-def _leaves(dataset: Any) -> Iterator[Any]:
-    """The data sets in wrappers, which repeat, join or mix them."""
-    inner = [dataset.dataset] if hasattr(dataset, "dataset") else getattr(dataset, "datasets", None)
+def leaves(dataset: Any) -> Iterator[Any]:
+    """The data sets in wrappers, which repeat, join or mix them; or their configs, in that of the wrapper."""
+    parts = dataset if isinstance(dataset, dict) else vars(dataset)
+    inner = [parts["dataset"]] if "dataset" in parts else parts.get("datasets")
     if inner is None:
         yield dataset
     for child in inner or ():
-        yield from _leaves(child)
-
-
-def dataset_configs(dataset: Any) -> Iterator[Any]:
-    """The configs of the data sets in wrappers."""
-    inner = [dataset["dataset"]] if "dataset" in dataset else dataset.get("datasets")
-    if inner is None:
-        yield dataset
-    for child in inner or ():
-        yield from dataset_configs(child)
+        yield from leaves(child)
 
 
 def _source(dataset: Any) -> str:

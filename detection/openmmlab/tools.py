@@ -17,7 +17,7 @@ from ...classification.models.weights import read_checkpoint
 from ...kernels.errors import UserError
 from ...kernels.home import with_home
 from .commands import Parser
-from .data_checks import check_data, dataset_configs
+from .data_checks import check_data, leaves
 from .processes import prepare_processes, process_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -130,7 +130,7 @@ def test(package: str, argv: Sequence[str] | None = None) -> None:
     if args.tta:
         if "tta_model" not in config or "tta_pipeline" not in config:
             raise UserError(f"--tta: {args.config} has no tta_model and tta_pipeline")
-        for dataset in dataset_configs(config.test_dataloader.dataset):
+        for dataset in leaves(config.test_dataloader.dataset):
             dataset.pipeline = config.tta_pipeline
         config.model = {**config.tta_model, "module": config.model}
     if args.out and package == "mmdet":

@@ -25,7 +25,7 @@ from mmengine.registry import HOOKS
 from spatial_mamba.classification.models.weights import read_checkpoint
 from spatial_mamba.detection.demo_data import write_digits as write_coco_digits
 from spatial_mamba.detection.openmmlab import tools
-from spatial_mamba.detection.openmmlab.data_checks import dataset_configs
+from spatial_mamba.detection.openmmlab.data_checks import leaves
 from spatial_mamba.segmentation.demo_data import write_digits as write_ade_digits
 
 from .forking import Forking
@@ -276,7 +276,7 @@ def copied(source: Path, target: Path, change: Callable[[Path], object]) -> None
 def test_data_sets_are_found_in_wrappers() -> None:
     inner = [{"type": "A"}, {"type": "B", "dataset": {"type": "C"}}]
     config = {"type": "RepeatDataset", "dataset": {"type": "ConcatDataset", "datasets": inner}}
-    assert [dataset["type"] for dataset in dataset_configs(config)] == ["A", "C"]
+    assert [dataset["type"] for dataset in leaves(config)] == ["A", "C"]
 
 
 def test_a_config_without_scope_is_for_the_package_of_the_command(tmp_path: Path) -> None:
