@@ -329,25 +329,18 @@ def assert_matches_reference(
         assert error(value, expected[name]) <= tolerance, name
 
 
-SCANS: dict[str, dict[str, Any]] = {
-    "all options": {},
-    "states": {"options": ""},
-    "states, softplus": {"options": "bias softplus"},
-    "outputs": {"options": "C"},
-    "skip": {"options": "C D"},
-    "gate": {"options": "C z"},
-    "one token": {"length": 1},
-    "one channel, one state": {"batch": 1, "dim": 1, "n": 1, "groups": 1, "length": 9},
-    "many states and tokens": {"batch": 1, "dim": 3, "n": 16, "groups": 1, "length": 301},
-    "a group per channel": {"groups": 6},
-    "channels beyond a vector": {"dim": 35, "groups": 1, "length": 17},
-    "matrices shared": {"matrices": "shared"},
-    "matrices constant": {"matrices": "constant"},
-    "matrices of different layouts": {"matrices": "constant, shared"},
-    "matrices of different groups": {"matrices": "shared, grouped"},
-    "tiny steps": {"options": "C D", "scale": 1e-6},
-    "huge steps": {"options": "C D", "scale": 1e4},
+OPERATORS = {
+    "selective_scan": scan_case,
+    "state_fusion": fusion_case,
+    "structure_aware_scan": core_case,
+    "depthwise_conv": conv_case,
+    "gated_norm": norm_case,
+    "layer_norm": layer_norm_case,
+    "downsampling": downsampling_case,
+    "mlp": mlp_case,
+    "spatial_mixer": mixer_case,
 }
+
 FUSIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one token": {"batch": 1, "dim": 1, "height": 1, "width": 1},
@@ -359,70 +352,94 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "one dilation": {"dilations": (2,)},
     "kernels of 5": {"dilations": (1, 2), "size": 5},
 }
-CORES: dict[str, dict[str, Any]] = FUSIONS | {
-    "rank beyond a vector": {"rank": 19},
-    "steps near 0": {"step": -60.0},
-    "small steps": {"step": -12.0},
-    "huge steps": {"step": 60.0},
-}
-CONVS: dict[str, dict[str, Any]] = {
-    "plain": {"epilogue": "none"},
-    "silu": {},
-    "residual": {"epilogue": "residual"},
-    "one token": {"batch": 1, "dim": 1, "height": 1, "width": 1},
-    "one row": {"height": 1, "width": 19},
-    "one column": {"height": 12, "width": 1, "epilogue": "residual"},
-    "channels beyond a vector": {"height": 3, "width": 4, "dim": 37},
-    "rows beyond a tile": {"batch": 1, "height": 15, "width": 3, "epilogue": "residual"},
-    "larger than a block": {"batch": 1, "height": 19, "width": 21, "dim": 70},
-    "larger than a block, plain": {"batch": 1, "height": 19, "width": 21, "dim": 70, "epilogue": "none"},
-    "half of a map": {"dim": 32, "margins": (32, 0)},
-    "channels of a map": {"dim": 17, "margins": (1, 3), "epilogue": "residual"},
-}
-NORMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "one token": {"batch": 1, "height": 1, "width": 1, "dim": 3},
-    "one row": {"height": 1, "width": 19},
-    "one column": {"height": 12, "width": 1},
-    "channels beyond a vector": {"dim": 37},
-    "larger than a block": {"height": 13, "width": 31, "dim": 150},
-    "half of a map": {"dim": 32, "margins": (32, 0)},
-    "channels of a map": {"dim": 17, "margins": (1, 3)},
-}
-LAYER_NORMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "one token": {"batch": 1, "height": 1, "width": 1, "dim": 3},
-    "one row": {"height": 1, "width": 19},
-    "a block of channels": {"height": 5, "width": 9, "dim": 64},
-    "larger than a block": {"height": 13, "width": 31, "dim": 150},
-    "many channels": {"batch": 1, "height": 3, "width": 3, "dim": 4096},
-}
-DOWNSAMPLINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "one token": {"batch": 1, "dim": 1, "height": 1, "width": 1, "hidden": 1, "outputs": 1},
-    "one row": {"height": 1, "width": 19},
-    "one column": {"height": 12, "width": 1},
-    "odd sizes": {"height": 5, "width": 9, "hidden": 32},
-    "channels beyond a vector": {"height": 3, "width": 4, "dim": 35, "hidden": 37, "outputs": 70},
-    "larger than a tile": {"batch": 1, "height": 19, "width": 22, "hidden": 150},
-    "several parts": {"batch": 3, "height": 40, "width": 41, "hidden": 330},
-}
-MLPS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "one token": {"batch": 1, "dim": 1, "hidden": 1, "outputs": 1},
-    "channels beyond a vector": {"dim": 33, "hidden": 70, "outputs": 37},
-    "larger than a tile": {"batch": 2600, "dim": 8, "hidden": 16},
-    "deep": {"batch": 300, "dim": 9, "hidden": 530},
-}
-MIXERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "one token": {"batch": 1, "dim": 3, "height": 1, "width": 1},
-    "one row": {"height": 1, "width": 19},
-    "one column": {"height": 12, "width": 1},
-    "channels beyond a vector": {"height": 3, "width": 4, "dim": 37, "rank": 19},
-    "larger than a block": {"height": 13, "width": 31, "dim": 18, "batch": 1},
-    "kernels of 5": {"dilations": (1, 2), "size": 5},
-    "merged taps": {"merged": True},
+# Options of the functions in `OPERATORS`, by name of the case.
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "selective_scan": {
+        "all options": {},
+        "states": {"options": ""},
+        "states, softplus": {"options": "bias softplus"},
+        "outputs": {"options": "C"},
+        "skip": {"options": "C D"},
+        "gate": {"options": "C z"},
+        "one token": {"length": 1},
+        "one channel, one state": {"batch": 1, "dim": 1, "n": 1, "groups": 1, "length": 9},
+        "many states and tokens": {"batch": 1, "dim": 3, "n": 16, "groups": 1, "length": 301},
+        "a group per channel": {"groups": 6},
+        "channels beyond a vector": {"dim": 35, "groups": 1, "length": 17},
+        "matrices shared": {"matrices": "shared"},
+        "matrices constant": {"matrices": "constant"},
+        "matrices of different layouts": {"matrices": "constant, shared"},
+        "matrices of different groups": {"matrices": "shared, grouped"},
+        "tiny steps": {"options": "C D", "scale": 1e-6},
+        "huge steps": {"options": "C D", "scale": 1e4},
+    },
+    "state_fusion": FUSIONS,
+    "structure_aware_scan": {
+        **FUSIONS,
+        "rank beyond a vector": {"rank": 19},
+        "steps near 0": {"step": -60.0},
+        "small steps": {"step": -12.0},
+        "huge steps": {"step": 60.0},
+    },
+    "depthwise_conv": {
+        "plain": {"epilogue": "none"},
+        "silu": {},
+        "residual": {"epilogue": "residual"},
+        "one token": {"batch": 1, "dim": 1, "height": 1, "width": 1},
+        "one row": {"height": 1, "width": 19},
+        "one column": {"height": 12, "width": 1, "epilogue": "residual"},
+        "channels beyond a vector": {"height": 3, "width": 4, "dim": 37},
+        "rows beyond a tile": {"batch": 1, "height": 15, "width": 3, "epilogue": "residual"},
+        "larger than a block": {"batch": 1, "height": 19, "width": 21, "dim": 70},
+        "larger than a block, plain": {"batch": 1, "height": 19, "width": 21, "dim": 70, "epilogue": "none"},
+        "half of a map": {"dim": 32, "margins": (32, 0)},
+        "channels of a map": {"dim": 17, "margins": (1, 3), "epilogue": "residual"},
+    },
+    "gated_norm": {
+        "plain": {},
+        "one token": {"batch": 1, "height": 1, "width": 1, "dim": 3},
+        "one row": {"height": 1, "width": 19},
+        "one column": {"height": 12, "width": 1},
+        "channels beyond a vector": {"dim": 37},
+        "larger than a block": {"height": 13, "width": 31, "dim": 150},
+        "half of a map": {"dim": 32, "margins": (32, 0)},
+        "channels of a map": {"dim": 17, "margins": (1, 3)},
+    },
+    "layer_norm": {
+        "plain": {},
+        "one token": {"batch": 1, "height": 1, "width": 1, "dim": 3},
+        "one row": {"height": 1, "width": 19},
+        "a block of channels": {"height": 5, "width": 9, "dim": 64},
+        "larger than a block": {"height": 13, "width": 31, "dim": 150},
+        "many channels": {"batch": 1, "height": 3, "width": 3, "dim": 4096},
+    },
+    "downsampling": {
+        "plain": {},
+        "one token": {"batch": 1, "dim": 1, "height": 1, "width": 1, "hidden": 1, "outputs": 1},
+        "one row": {"height": 1, "width": 19},
+        "one column": {"height": 12, "width": 1},
+        "odd sizes": {"height": 5, "width": 9, "hidden": 32},
+        "channels beyond a vector": {"height": 3, "width": 4, "dim": 35, "hidden": 37, "outputs": 70},
+        "larger than a tile": {"batch": 1, "height": 19, "width": 22, "hidden": 150},
+        "several parts": {"batch": 3, "height": 40, "width": 41, "hidden": 330},
+    },
+    "mlp": {
+        "plain": {},
+        "one token": {"batch": 1, "dim": 1, "hidden": 1, "outputs": 1},
+        "channels beyond a vector": {"dim": 33, "hidden": 70, "outputs": 37},
+        "larger than a tile": {"batch": 2600, "dim": 8, "hidden": 16},
+        "deep": {"batch": 300, "dim": 9, "hidden": 530},
+    },
+    "spatial_mixer": {
+        "plain": {},
+        "one token": {"batch": 1, "dim": 3, "height": 1, "width": 1},
+        "one row": {"height": 1, "width": 19},
+        "one column": {"height": 12, "width": 1},
+        "channels beyond a vector": {"height": 3, "width": 4, "dim": 37, "rank": 19},
+        "larger than a block": {"height": 13, "width": 31, "dim": 18, "batch": 1},
+        "kernels of 5": {"dilations": (1, 2), "size": 5},
+        "merged taps": {"merged": True},
+    },
 }
 
 # Batch sizes in Triton's interpreter, which takes up to seconds per image. On GPUs, all cases are run.
@@ -443,73 +460,15 @@ INTERPRETED_CASES = {
 }
 
 
-def cases(options: dict[str, dict[str, Any]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", options.items(), ids=options, indirect=True)
-
-
-@pytest.fixture
-def case(request: pytest.FixtureRequest, backend: torch.device) -> dict[str, Any]:
-    """The options of a case; the interpreter runs only a few cases."""
-    name, options = request.param
-    if not interpreted(request):
-        return options
-    if name not in INTERPRETED_CASES:
-        pytest.skip("the interpreter is slow: only some cases")
-    return options | {"batch": INTERPRETED_CASES[name]}
-
-
 @all_backends
-@cases(SCANS)
-def test_scan(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*scan_case(**case), backend)
-
-
-@all_backends
-@cases(FUSIONS)
-def test_fusion(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*fusion_case(**case), backend)
-
-
-@all_backends
-@cases(CORES)
-def test_core(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*core_case(**case), backend)
-
-
-@all_backends
-@cases(CONVS)
-def test_conv(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*conv_case(**case), backend)
-
-
-@all_backends
-@cases(NORMS)
-def test_norm(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*norm_case(**case), backend)
-
-
-@all_backends
-@cases(LAYER_NORMS)
-def test_layer_norm(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*layer_norm_case(**case), backend)
-
-
-@compiled_backends
-@cases(DOWNSAMPLINGS)
-def test_downsampling(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*downsampling_case(**case), backend)
-
-
-@compiled_backends
-@cases(MLPS)
-def test_mlp(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*mlp_case(**case), backend)
-
-
-@all_backends
-@cases(MIXERS)
-def test_mixer(backend: torch.device, case: dict[str, Any]) -> None:
-    assert_matches_reference(*mixer_case(**case), backend)
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
+def test_values_and_gradients(backend: torch.device, name: str, case: str, request: pytest.FixtureRequest) -> None:
+    options = CASES[name][case]
+    if interpreted(request):
+        if case not in INTERPRETED_CASES:
+            pytest.skip("the interpreter is slow: only some cases")
+        options = options | {"batch": INTERPRETED_CASES[case]}
+    assert_matches_reference(*OPERATORS[name](**options), backend)
 
 
 @all_backends
@@ -732,18 +691,6 @@ def test_scan_with_the_test_of_mamba_ssm(
 
 
 # --- PyTorch's tools
-
-OPERATORS = {
-    "selective_scan": scan_case,
-    "state_fusion": fusion_case,
-    "structure_aware_scan": core_case,
-    "depthwise_conv": conv_case,
-    "gated_norm": norm_case,
-    "layer_norm": layer_norm_case,
-    "downsampling": downsampling_case,
-    "mlp": mlp_case,
-    "spatial_mixer": mixer_case,
-}
 
 
 def operator_call(name: str, device: torch.device) -> tuple[Operator, tuple[Any, ...]]:
