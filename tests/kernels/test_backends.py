@@ -31,6 +31,9 @@ from spatial_mamba.kernels.layer_norm import LAYER_NORM
 from spatial_mamba.kernels.registration import Operator
 from spatial_mamba.kernels.state_fusion import merge_taps
 
+from .inputs import generator
+
+Case = tuple[Callable[..., Any], dict[str, Tensor]]  # a function, and its tensors in float64
 gpu = pytest.mark.gpu
 COMPILED = [
     ("cpu", "cpu"),
@@ -40,7 +43,6 @@ COMPILED = [
 compiled_backends = pytest.mark.parametrize("backend", COMPILED, ids="-on-".join, indirect=True)
 INTERPRETED = pytest.param(("triton", "cpu"), marks=pytest.mark.slow)
 all_backends = pytest.mark.parametrize("backend", [*COMPILED, INTERPRETED], ids="-on-".join, indirect=True)
-half_types = (torch.bfloat16, torch.float16)
 SINGLE_TOLERANCE = {"output": 1e-5, "gradient": 3e-5}  # of the largest magnitude
 ACTIVATIONS = {"u", "delta", "B", "C", "z", "h", "projection", "x", "y", "gate", "xz"}
 HALF_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -65,8 +67,9 @@ def interpreted(request: pytest.FixtureRequest) -> bool:
     return request.node.callspec.params["backend"] == ("triton", "cpu")
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def normals() -> Callable[..., Tensor]:
+    """A function that draws float64 tensors of given shapes."""
+    return partial(torch.randn, generator=generator(), dtype=torch.float64)
 
 
 def scan_case(
@@ -78,16 +81,15 @@ def scan_case(
     options: str = "C D z bias softplus",
     scale: float = 1.0,
     matrices: str = "grouped",
-) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """A selective scan with ``options``: the function, and its tensors in float64."""
-    g = generator()
-    normal = partial(torch.randn, generator=g, dtype=torch.float64)
+) -> Case:
+    """A selective scan with ``options``."""
+    normal, uniform = normals(), partial(torch.rand, generator=generator(1), dtype=torch.float64)
     shapes = {"grouped": (batch, groups, n, length), "shared": (batch, n, length), "constant": (dim, n)}
     B, C = (shapes[layout] for layout in (matrices.split(", ") * 2)[:2])
     tensors = {
         "u": normal(batch, dim, length),
-        "delta": scale * (0.1 + torch.rand(batch, dim, length, generator=g, dtype=torch.float64)),
-        "A": -0.3 - torch.rand(dim, n, generator=g, dtype=torch.float64),
+        "delta": scale * (0.1 + uniform(batch, dim, length)),
+        "A": -0.3 - uniform(dim, n),
         "B": normal(*B),
     }
     optional = {"C": normal(*C), "D": normal(dim), "z": normal(batch, dim, length), "delta_bias": normal(dim)}
@@ -97,12 +99,10 @@ def scan_case(
 
 def fusion_case(
     batch: int = 2, dim: int = 5, height: int = 6, width: int = 7, dilations: tuple[int, ...] = (1, 3, 5), size: int = 3
-) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """State fusion: the function, and its tensors in float64."""
-    g = generator()
-    tensors = {"h": torch.randn(batch, dim, height, width, generator=g, dtype=torch.float64)} | fusion_weights(
-        g, dim, dilations, size
-    )
+) -> Case:
+    """State fusion."""
+    normal = normals()
+    tensors = {"h": normal(batch, dim, height, width), **fusion_weights(normal, dim, dilations, size)}
 
     def function(h: Tensor, alpha: Tensor, **kernels: Tensor) -> tuple[Tensor]:
         return (state_fusion(h, list(kernels.values()), alpha, dilations),)
@@ -120,10 +120,9 @@ def core_case(
     size: int = 3,
     step: float = -1.0,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """The scan with state fusion, steps around softplus(``step``): the function, and its tensors in float64."""
-    g = generator()
-    normal = partial(torch.randn, generator=g, dtype=torch.float64)
+) -> Case:
+    """The scan with state fusion, steps around softplus(``step``)."""
+    normal = normals()
     tensors = {
         "u": normal(batch, height, width, dim),
         "projection": normal(batch, height, width, rank + 2),
@@ -131,7 +130,8 @@ def core_case(
         "step_bias": 0.5 * normal(dim) + step,
         "A_log": 0.5 * normal(dim),
         "D": normal(dim),
-    } | fusion_weights(g, dim, dilations, size)
+        **fusion_weights(normal, dim, dilations, size),
+    }
 
     def function(alpha: Tensor, **kw: Tensor) -> tuple[Tensor]:
         kernels = [kw.pop(f"kernel_{k}") for k in range(len(dilations))]
@@ -146,15 +146,14 @@ def conv_case(
     width: int = 7,
     dim: int = 5,
     epilogue: str = "silu",
-    margins: tuple[int, int] | None = None,
-) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    margins: tuple[int, int] = (0, 0),
+) -> Case:
     """A depthwise convolution, of a whole map, or of a slice with ``margins`` of channels before and after it."""
-    g = generator()
-    before, behind = margins or (0, 0)
+    normal, (before, behind) = normals(), margins
     tensors = {
-        "x": torch.randn(batch, height, width, before + dim + behind, generator=g, dtype=torch.float64),
-        "weight": 0.5 * torch.randn(dim, 1, 3, 3, generator=g, dtype=torch.float64),
-        "bias": torch.randn(dim, generator=g, dtype=torch.float64),
+        "x": normal(batch, height, width, before + dim + behind),
+        "weight": 0.5 * normal(dim, 1, 3, 3),
+        "bias": normal(dim),
     }
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
@@ -164,21 +163,15 @@ def conv_case(
 
 
 def norm_case(
-    batch: int = 2,
-    height: int = 6,
-    width: int = 7,
-    dim: int = 5,
-    margins: tuple[int, int] | None = None,
-    y: str = "y",
-) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    batch: int = 2, height: int = 6, width: int = 7, dim: int = 5, margins: tuple[int, int] = (0, 0), y: str = "y"
+) -> Case:
     """A gated norm, the gate sliced as above; ``y="single y"`` stays in float32."""
-    g = generator()
-    before, behind = margins or (0, 0)
+    normal, (before, behind) = normals(), margins
     tensors = {
-        y: 2 * torch.randn(batch, height, width, dim, generator=g, dtype=torch.float64) + 1,
-        "gate": torch.randn(batch, height, width, before + dim + behind, generator=g, dtype=torch.float64),
-        "weight": torch.randn(dim, generator=g, dtype=torch.float64),
-        "bias": torch.randn(dim, generator=g, dtype=torch.float64),
+        y: 2 * normal(batch, height, width, dim) + 1,
+        "gate": normal(batch, height, width, before + dim + behind),
+        "weight": normal(dim),
+        "bias": normal(dim),
     }
 
     def function(gate: Tensor, weight: Tensor, bias: Tensor, **kw: Tensor) -> tuple[Tensor]:
@@ -187,52 +180,45 @@ def norm_case(
     return function, tensors
 
 
-def layer_norm_case(
-    batch: int = 2, height: int = 6, width: int = 7, dim: int = 5
-) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+def layer_norm_case(batch: int = 2, height: int = 6, width: int = 7, dim: int = 5) -> Case:
     """A LayerNorm without a gate."""
-    tensors = norm_case(batch, height, width, dim)[1]
-    tensors["x"] = tensors.pop("y")
-    del tensors["gate"]
+    normal = normals()
+    tensors = {"x": 2 * normal(batch, height, width, dim) + 1, "weight": normal(dim), "bias": normal(dim)}
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
         # `layer_norm` runs the operator only on GPUs.
         return ((layer_norm if x.is_cuda else LAYER_NORM)(x, weight, bias, 1e-5),)
 
-    return function, {name: tensors[name] for name in ("x", "weight", "bias")}
+    return function, tensors
 
 
 def downsampling_case(
     batch: int = 2, height: int = 6, width: int = 7, dim: int = 4, hidden: int = 5, outputs: int = 3
-) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+) -> Case:
     """Two linear layers with the convolution of stride 2 between them."""
-    g = generator()
-    shapes = {
-        "x": (batch, height, width, dim),
-        "expand": (hidden, dim),
-        "expand_bias": (hidden,),
-        "conv_weight": (hidden, 1, 3, 3),
-        "conv_bias": (hidden,),
-        "project": (outputs, hidden),
-        "project_bias": (outputs,),
+    normal = normals()
+    tensors = {
+        "x": normal(batch, height, width, dim),
+        "expand": normal(hidden, dim),
+        "expand_bias": normal(hidden),
+        "conv_weight": normal(hidden, 1, 3, 3),
+        "conv_bias": normal(hidden),
+        "project": normal(outputs, hidden),
+        "project_bias": normal(outputs),
     }
-    tensors = {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
     return lambda **kw: (downsampling(**kw),), tensors
 
 
-def mlp_case(
-    batch: int = 9, dim: int = 5, hidden: int = 7, outputs: int = 6
-) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+def mlp_case(batch: int = 9, dim: int = 5, hidden: int = 7, outputs: int = 6) -> Case:
     """Two linear layers with the GELU between them, for ``batch`` tokens."""
-    g = generator()
-    shapes = {
-        "expand": (hidden, dim),
-        "expand_bias": (hidden,),
-        "project": (outputs, hidden),
-        "project_bias": (outputs,),
+    normal = normals()
+    tensors = {
+        "x": normal(batch, dim),
+        "expand": normal(hidden, dim),
+        "expand_bias": normal(hidden),
+        "project": normal(outputs, hidden),
+        "project_bias": normal(outputs),
     }
-    tensors = {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
-    tensors = {"x": torch.randn(batch, dim, generator=g, dtype=torch.float64)} | tensors
     return lambda **kw: (mlp(**kw),), tensors
 
 
@@ -245,10 +231,9 @@ def mixer_case(
     dilations: tuple[int, ...] = (1, 3, 5),
     size: int = 3,
     merged: bool = False,
-) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+) -> Case:
     """Everything between the projections of a block, with kernels or with ``merged`` taps."""
-    g = generator()
-    normal = partial(torch.randn, generator=g, dtype=torch.float64)
+    normal = normals()
     tensors = {
         "xz": normal(batch, height, width, 2 * dim),
         "conv_weight": 0.5 * normal(dim, 1, 3, 3),
@@ -261,11 +246,10 @@ def mixer_case(
         "norm_weight": normal(dim),
         "norm_bias": normal(dim),
     }
-    fusion = fusion_weights(g, dim, dilations, size)
+    fusion = fusion_weights(normal, dim, dilations, size)
     if merged:
-        fusion = {
-            "taps": merge_taps([fusion[f"kernel_{k}"] for k in range(len(dilations))], fusion["alpha"], dilations)
-        }
+        alpha = fusion.pop("alpha")
+        fusion = {"taps": merge_taps(list(fusion.values()), alpha, dilations)}
 
     def function(alpha: Tensor | None = None, **kw: Tensor) -> tuple[Tensor]:
         kernels = None if merged else [kw.pop(f"kernel_{k}") for k in range(len(dilations))]
@@ -274,11 +258,9 @@ def mixer_case(
     return function, tensors | fusion
 
 
-def fusion_weights(g: torch.Generator, dim: int, dilations: tuple[int, ...], size: int) -> dict[str, Tensor]:
-    kernels = {
-        f"kernel_{k}": torch.randn(dim, 1, size, size, generator=g, dtype=torch.float64) for k in range(len(dilations))
-    }
-    return kernels | {"alpha": torch.randn(len(dilations), generator=g, dtype=torch.float64)}
+def fusion_weights(normal: Callable[..., Tensor], dim: int, dilations: tuple[int, ...], size: int) -> dict[str, Tensor]:
+    kernels = {f"kernel_{k}": normal(dim, 1, size, size) for k in range(len(dilations))}
+    return kernels | {"alpha": normal(len(dilations))}
 
 
 def results(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -324,7 +306,7 @@ def assert_matches_reference(
     for name, value in actual.items():
         assert value.isfinite().all(), name
         tolerance = max(SINGLE_TOLERANCE[name.split()[0]], 4 * error(single[name], expected[name]))
-        if value.dtype in half_types:
+        if value.dtype in HALF_TOLERANCE:
             tolerance = max(HALF_TOLERANCE[value.dtype], tolerance if rounds_within else 0.0)
         assert error(value, expected[name]) <= tolerance, name
 
@@ -472,7 +454,7 @@ def test_values_and_gradients(backend: torch.device, name: str, case: str, reque
 
 
 @all_backends
-@pytest.mark.parametrize("dtype", half_types, ids=str)
+@pytest.mark.parametrize("dtype", HALF_TOLERANCE, ids=str)
 def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     if interpreted(request) and dtype == torch.float16:
         pytest.skip("the interpreter is slow: one dtype")
@@ -498,7 +480,7 @@ def test_half_precision(backend: torch.device, dtype: torch.dtype, request: pyte
 
 
 @compiled_backends
-@pytest.mark.parametrize("dtype", half_types, ids=str)
+@pytest.mark.parametrize("dtype", HALF_TOLERANCE, ids=str)
 def test_weights_of_half_precision(backend: torch.device, dtype: torch.dtype) -> None:
     for function, tensors in (conv_case(), norm_case(), layer_norm_case(), mixer_case(), mixer_case(merged=True)):
         rounded = {name: t.to(backend, dtype) for name, t in tensors.items()}
@@ -622,7 +604,7 @@ def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
     ],
 )
 @pytest.mark.parametrize("backend", [("cpu", "cpu")], ids="-on-".join, indirect=True)
-def test_gradcheck(backend: torch.device, operator: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
+def test_gradcheck(backend: torch.device, operator: Case) -> None:
     function, tensors = operator
     names = list(tensors)
     leaves = [t.requires_grad_() for t in tensors.values()]
@@ -891,9 +873,7 @@ def test_mixer_takes_merged_taps_for_kernels(backend: torch.device) -> None:
 @pytest.mark.parametrize(
     ("case", "activation"), [(mixer_case(), "xz"), (layer_norm_case(), "x")], ids=["mixer", "norm"]
 )
-def test_half_precision_under_autocast(
-    backend: torch.device, case: tuple[Callable[..., Any], dict[str, Tensor]], activation: str
-) -> None:
+def test_half_precision_under_autocast(backend: torch.device, case: Case, activation: str) -> None:
     """As in a model: activations are bfloat16, and weights are float32."""
     function, tensors = case
     dtypes = {activation: torch.bfloat16}
