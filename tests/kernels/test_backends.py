@@ -845,28 +845,7 @@ def test_flops_are_counted(backend: torch.device) -> None:
         assert counter.get_total_flops() == expected
 
 
-@pytest.mark.parametrize("name", ["nonsense", "CPU", ""])
-def test_use_backend_refuses_unknown_names(name: str) -> None:
-    with pytest.raises(ValueError, match="must be one of cpu, cuda, triton, torch"), use_backend(name):
-        pass
-
-
-def test_a_forced_backend_that_cannot_serve_is_an_error() -> None:
-    function, tensors = fusion_case()
-    with use_backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' is forced.* no kernels for cpu tensors"):
-        function(**tensors)
-
-
 # --- the mixer, and the backends of its parts
-
-
-@all_backends
-def test_mixer_takes_merged_taps_for_kernels(backend: torch.device) -> None:
-    function, tensors = mixer_case()
-    merged_function, merged = mixer_case(merged=True)
-    assert merged_function is not function
-    single = [{name: t.float().to(backend) for name, t in t.items()} for t in (tensors, merged)]
-    torch.testing.assert_close(merged_function(**single[1])[0], function(**single[0])[0], rtol=1e-5, atol=1e-5)
 
 
 @compiled_backends
