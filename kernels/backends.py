@@ -134,10 +134,10 @@ def serving(
         reason = why_not(_forced, device_type, dtype, capability, even_if_it_failed=True)
         if reason is not None:
             raise RuntimeError(f"the backend {_forced!r} is forced, but cannot be used: {reason}")
-        return _forced if _implements(_forced, operator) else "torch"
+        return _forced if implements(_forced, operator) else "torch"
     # Interpreted Triton kernels are only for tests, which force them.
     candidates = [name for name in PREFERENCE.get(device_type, ("torch",)) if (name, device_type) != ("triton", "cpu")]
-    fastest, *others = (name for name in candidates if _implements(name, operator))
+    fastest, *others = (name for name in candidates if implements(name, operator))
     reason = why_not(fastest, device_type, dtype, capability)
     if reason is None:
         return fastest
@@ -152,7 +152,8 @@ def serving(
     return best
 
 
-def _implements(backend: str, operator: str) -> bool:
+def implements(backend: str, operator: str) -> bool:
+    """Whether a backend has kernels for an operator; the reference implementation has all."""
     return backend == "torch" or operator in _operators[backend]
 
 

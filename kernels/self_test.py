@@ -107,9 +107,8 @@ def _check_in_process(device: torch.device, backend: str, dtype: str) -> bool:
 def _check_operators(device: torch.device, backend: str, dtype: str) -> bool:
     cases: dict[str, list[Case]] = {}
     for case in CASES:
-        if implementations.has_kernels(backend, case):
-            function = implementations.OPERATORS[case.operator]
-            cases.setdefault(getattr(function, "func", function).__name__, []).append(case)
+        if implementations.has_kernels(backend, case.operator):
+            cases.setdefault(implementations.function_name(case.operator), []).append(case)
     right = True
     for operator, several in cases.items():
         errors, wrong = [], []

@@ -85,7 +85,7 @@ def implementations(case: Case, device: torch.device, dtype: torch.dtype) -> lis
     """
     operator = OPERATORS[case.operator]
     native = [name for name in backends.PREFERENCE[device.type] if why_not(name, device, dtype) is None]
-    found = [Implementation(name, operator, name) for name in native[::-1] if has_kernels(name, case)]
+    found = [Implementation(name, operator, name) for name in native[::-1] if has_kernels(name, case.operator)]
     found.append(Implementation(COMPILED, torch.compile(operator, fullgraph=True, dynamic=False), REFERENCE))
     if case.operator in ("core", "fusion"):
         fusions = {"baseline, 3 convolutions": three_convolutions, "baseline, dense 11x11": dense_convolution}
@@ -96,14 +96,17 @@ def implementations(case: Case, device: torch.device, dtype: torch.dtype) -> lis
     return found
 
 
-def has_kernels(backend: str, case: Case) -> bool:
-    """Whether a backend has kernels for the operator; for a norm without a gate, the reference is PyTorch's own."""
-    without: dict[str, tuple[str, ...]] = {
-        "downsampling": ("triton",),
-        "mlp": ("triton",),
-        "layer": ("cpu", REFERENCE),
-    }
-    return backend not in without.get(case.operator, ())
+def function_name(operator: str) -> str:
+    """The name of the function behind an operator of a case."""
+    function = OPERATORS[operator]
+    return getattr(function, "func", function).__name__
+
+
+def has_kernels(backend: str, operator: str) -> bool:
+    """Whether a backend has kernels for an operator of a case. Those of the core serve the mixer."""
+    if (backend, operator) == (REFERENCE, "layer"):  # PyTorch's own, which on CPUs is less exact in half precision
+        return False
+    return backends.implements(backend, function_name("core" if operator == "mixer" else operator))
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

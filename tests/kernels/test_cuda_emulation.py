@@ -167,7 +167,7 @@ chosen = backends.module_for
 
 def module_for(tensor, operator):
     module = chosen(tensor, operator)
-    has_kernels = tensor.dtype in backends.DTYPES["cuda"] and backends._implements("cuda", operator)
+    has_kernels = tensor.dtype in backends.DTYPES["cuda"] and backends.implements("cuda", operator)
     return torch.ops.{NAMESPACE} if module and has_kernels else module
 
 backends.module_for = module_for
