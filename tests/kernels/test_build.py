@@ -42,7 +42,7 @@ def write_sources(folder: Path, text: str = TINY, name: str = "cpu/tiny.cpp") ->
 @pytest.fixture(autouse=True)
 def clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the user's environment variables, and whatever another test has loaded, forced or printed."""
-    of_package = (build.FOLDER_VARIABLE, native.LEVEL_VARIABLE)
+    of_package = [name for name in os.environ if name.startswith("SPATIAL_MAMBA_")]
     for variable in ("CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", *of_package):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(native, "_loaded", {})
@@ -605,10 +605,8 @@ def test_native_code_required_in_a_process_of_its_own(tmp_path: Path) -> None:
         "selective_scan(x, x, -torch.ones(1, 1), x)\n"
     )
     variables = {backends.REQUIRE_VARIABLE: "1", build.FOLDER_VARIABLE: str(tmp_path)}
-    environment = {key: value for key, value in build.os.environ.items() if not key.startswith("SPATIAL_MAMBA")}
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={**environment, **variables}
-    )
+    python = [sys.executable, "-c", script]
+    result = subprocess.run(python, capture_output=True, text=True, env=os.environ | variables)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith(
@@ -622,18 +620,13 @@ def test_native_code_required_in_a_process_of_its_own(tmp_path: Path) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["kernels", *arguments])
-    return command.main()
-
-
 def test_the_report_shows_the_backend_in_use_and_why_not_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv(build.FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     backends._missing.update(cpu=native.load("cpu"), cuda=None, triton=None)
-    assert run(monkeypatch) == 0
+    assert command.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["serving", "float32", "bfloat16", "float16", "float64"]
     assert lines[1].split()[:5] == ["cpu", "torch", "torch", "torch", "torch"]
@@ -702,22 +695,22 @@ def test_the_build_command_names_its_folder_or_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: tuple[Path, Path]
 ) -> None:
     monkeypatch.setattr(build, "build", functools.partial(build.build, sources=tiny[1]))
-    assert run(monkeypatch, "build", "cpu", "--out", str(tmp_path / "lib")) == 0
+    assert command.main(["build", "cpu", "--out", str(tmp_path / "lib")]) == 0
     assert f"export SPATIAL_MAMBA_LIB={tmp_path / 'lib'}" in capsys.readouterr().out
     if build.levels():
-        assert run(monkeypatch, "build", "--portable", "--out", str(tmp_path / "lib")) == 0
+        assert command.main(["build", "--portable", "--out", str(tmp_path / "lib")]) == 0
         assert f"cpu-{list(build.levels())[-1]} in " in capsys.readouterr().out
         assert sorted(path.name for path in (tmp_path / "lib").iterdir()) == [
             "cpu.json",
             "cpu.so",
             build.portable_folder(Path()).name,
         ]
-    assert run(monkeypatch, "build", "tpu") == 2
+    assert command.main(["build", "tpu"]) == 2
     assert "there is no library 'tpu': choose from cpu, cuda" in capsys.readouterr().err
 
     monkeypatch.setenv("PATH", str(tmp_path))
     for names in ([], ["cpu"], ["cuda"]):
-        assert run(monkeypatch, "build", *names) == 2
+        assert command.main(["build", *names]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert len(error.splitlines()) == 1
@@ -731,12 +724,12 @@ def test_usable_libraries_are_kept_on_request(
     gpus = [command.Device("cuda", "a GPU", (9, 0))]
     monkeypatch.setattr(command, "_devices", lambda: gpus)
     native._loaded["cuda"] = {"compute capabilities": "9.0"}
-    assert run(monkeypatch, "build", "cpu", "cuda", "--missing") == 0
+    assert command.main(["build", "cpu", "cuda", "--missing"]) == 0
     assert built == [["cpu"]] and capsys.readouterr().out == "cuda: works here as it is\n"
-    assert run(monkeypatch, "build", "cuda", "--missing") == 0
+    assert command.main(["build", "cuda", "--missing"]) == 0
     assert built == [["cpu"]]
     gpus.append(command.Device("cuda", "another", (12, 0)))
-    assert run(monkeypatch, "build", "cuda", "--missing") == 0
+    assert command.main(["build", "cuda", "--missing"]) == 0
     assert built == [["cpu"], ["cuda"]]
-    assert run(monkeypatch, "build", "--missing") == 2
+    assert command.main(["build", "--missing"]) == 2
     assert "--missing: name the libraries, for instance: build cuda --missing" in capsys.readouterr().err
