@@ -435,13 +435,13 @@ def test_a_gpu_without_code_is_served_by_triton(monkeypatch: pytest.MonkeyPatch)
     backends._missing.update(cuda=None, triton=None)
     native._loaded["cuda"] = {"compute capabilities": "8.0", "PTX": "8.0"}
     assert backends.serving("cuda", torch.float32, (9, 0)) == "cuda"
-    reason = r"without code for compute capability 7\.5: .* build cuda --arch 7\.5"
-    with pytest.warns(UserWarning, match=reason):
+    reason = r"built without code for compute capability 7\.5: .* build cuda --arch 7\.5"
+    with pytest.warns(UserWarning, match=f"run on the 'triton' backend; 'cuda' would be faster: {reason}"):
         assert backends.serving("cuda", torch.float32, (7, 5)) == "triton"
     with use_backend("cuda"), pytest.raises(RuntimeError, match=reason):
         backends.serving("cuda", torch.float32, (7, 5))
     monkeypatch.setattr(backends, "_required", True)
-    with pytest.raises(RuntimeError, match=reason):
+    with pytest.raises(RuntimeError, match=f"REQUIRE_NATIVE=1, but the cuda backend cannot be used: {reason}"):
         backends.serving("cuda", torch.float32, (7, 5))
 
 
