@@ -1,7 +1,6 @@
 """Report the backend used for each device and dtype, and why no faster one is; compile libraries, check backends."""
 
 import argparse
-import importlib.util
 import os
 import platform
 import sys
@@ -188,9 +187,7 @@ def _libraries() -> list[str]:
 
 def _found() -> list[str]:
     """Versions, and environment variables that override defaults."""
-    triton = "none"
-    if importlib.util.find_spec("triton"):
-        triton = importlib.import_module("triton").__version__
+    triton = native.triton_version() or "none"
     of_package = (backends.FORCE_VARIABLE, backends.REQUIRE_VARIABLE, build.FOLDER_VARIABLE, native.LEVEL_VARIABLE)
     variables = (*of_package, "TRITON_INTERPRET")
     forced = [f"{variable}={os.environ[variable]}" for variable in variables if os.environ.get(variable)]

@@ -1,6 +1,5 @@
 """Choose the backend for a device and dtype: a compiled library, Triton, or the reference implementation."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -31,23 +30,18 @@ REQUIRE_VARIABLE = "SPATIAL_MAMBA_REQUIRE_NATIVE"
 
 
 def _why_no_triton() -> str | None:
-    spec = importlib.util.find_spec("triton")
-    if not spec or not spec.origin:  # find_spec also finds a plain folder of that name
+    version = native.triton_version()
+    if version is None:
         return "Triton is not installed: pip install triton"
-    if (version := _version_in(Path(spec.origin))) and version < OLDEST_TRITON:
-        return "Triton {}.{} is too old, {}.{} is needed: upgrade PyTorch".format(*version, *OLDEST_TRITON)
+    release = re.match(r"(\d+)\.(\d+)", version)
+    if release and tuple(map(int, release.groups())) < OLDEST_TRITON:
+        return "Triton {} is too old, {}.{} is needed: upgrade PyTorch".format(version, *OLDEST_TRITON)
     # Triton compiles the launchers of its kernels as C programs.
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     if not _interpreted and not (any(map(shutil.which, compilers)) and headers.exists()):
         return "Triton needs a C compiler and Python's headers: apt install gcc python3-dev"
     return None
-
-
-def _version_in(module: Path) -> tuple[int, ...]:
-    """Major and minor version, or () if unknown, read from a module's source: importing it takes most of a second."""
-    stated = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", module.read_text(), re.MULTILINE)
-    return tuple(map(int, stated.groups())) if stated else ()
 
 
 def _read_force_variable() -> str | None:

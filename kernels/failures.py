@@ -1,8 +1,6 @@
 """Backends that failed the self-test on a device: a record, so that they are no longer chosen there."""
 
 import hashlib
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -50,7 +48,6 @@ def _counts(file: Path) -> bool:
 def _version_of(backend: str) -> str:
     """What a failure depends on: versions, or the sources of the library and the processor."""
     if backend == "triton":
-        with suppress(PackageNotFoundError):
-            return f"Triton {version('triton')}, PyTorch {torch.__version__}"
+        return f"Triton {native.triton_version()}, PyTorch {torch.__version__}"
     processor = hashlib.sha256(" ".join(sorted(build.cpu_features())).encode()).hexdigest()
     return f"sources {native.loaded(backend).get('sources')}, processor {processor}"

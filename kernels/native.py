@@ -1,7 +1,9 @@
-"""Find, check and load the compiled libraries of this package."""
+"""Find, check and load the compiled libraries of this package; find Triton."""
 
+import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,15 @@ def kernels_for(capability: tuple[int, int]) -> bool:
     if any(major == capability[0] and minor <= capability[1] for major, minor in compiled):
         return True
     return "PTX" in facts and build.capability(facts["PTX"]) <= capability
+
+
+def triton_version() -> str | None:
+    """The version of Triton, from its source, since importing it takes most of a second; None if it is missing."""
+    spec = importlib.util.find_spec("triton")
+    if not spec or not spec.origin:  # find_spec also finds a plain folder of that name
+        return None
+    stated = re.search(r"^__version__ = ['\"](.+)['\"]", Path(spec.origin).read_text(), re.MULTILINE)
+    return stated[1] if stated else "unknown"
 
 
 def _mismatch(name: str, library: Path, facts: dict[str, Any], sources: Path) -> str | None:

@@ -575,14 +575,14 @@ def test_a_forced_backend_that_cannot_serve_is_an_error(monkeypatch: pytest.Monk
 def test_triton_needs_a_recent_version_and_a_compiler_unless_interpreted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    assert "pip install triton" in backends._why_no_triton()
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))  # a folder
-    assert "pip install triton" in backends._why_no_triton()
+    for spec in (None, SimpleNamespace(origin=None)):  # of nothing, and of a plain folder
+        monkeypatch.setattr(native.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        assert "pip install triton" in backends._why_no_triton()
+        assert ", Triton none, " in command.report()
     module = tmp_path / "__init__.py"
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(module)))
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(module)))
     module.write_text('"""isort"""\n__version__ = "3.3.1"\n')
-    assert backends._why_no_triton().startswith("Triton 3.3 is too old, 3.4 is needed")
+    assert backends._why_no_triton().startswith("Triton 3.3.1 is too old, 3.4 is needed")
     module.write_text("__version__ = version('triton')\n")
     assert "too old" not in (backends._why_no_triton() or "")
     module.write_text("__version__ = '3.10.0+git'\n")
