@@ -449,8 +449,7 @@ def _remove_abandoned_folders(out: Path) -> None:
 
 def _compile(plan: Plan, folder: Path) -> None:
     """Compile all sources, in parallel on all processors (at most ``MAX_JOBS``), and link them."""
-    # Not every system can list the processors that a process may use.
-    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = len(os.sched_getaffinity(0))
     if limit := os.environ.get("MAX_JOBS"):
         if not limit.isdecimal() or int(limit) < 1:
             raise BuildError(f"MAX_JOBS must be a positive number, got {limit!r}")
