@@ -23,7 +23,7 @@ kernel = partial(
 
 def block(size: int, limit: int) -> int:
     """The smallest power of two that is at least ``size``, but at most ``limit``, a power of two."""
-    return min(1 << (size - 1).bit_length(), limit) if size > 0 else 1
+    return min(1 << (size - 1).bit_length(), limit)
 
 
 def cdiv(a: int, b: int) -> int:

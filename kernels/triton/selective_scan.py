@@ -32,7 +32,7 @@ def selective_scan(
     d_state = A.shape[1]
     out = A.new_empty(batch, dim, d_state, length) if C is None else torch.empty_like(u)
     last_state = A.new_empty(batch, dim, d_state)
-    _launch_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out, last_state, None)
+    _launch_scan(delta_softplus, u, delta, A, B, C, D, z, delta_bias, out, last_state, None)
     return out, last_state
 
 
@@ -49,13 +49,12 @@ def selective_scan_backward(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     batch, dim, length = u.shape
-    d_state = A.shape[1]
-    groups = B.shape[1]
+    d_state, groups = A.shape[1], B.shape[1]
     grid, blocks = _blocks(u, A, groups)
     carries = A.new_empty(batch, cdiv(length, blocks["BLOCK_TOKENS"]), dim, d_state)
-    _launch_scan(u, delta, A, B, C, None, None, delta_bias, delta_softplus, None, None, carries)
+    _launch_scan(delta_softplus, u, delta, A, B, C, None, None, delta_bias, None, None, carries)
 
     def parts(weight: Tensor | None, count: int) -> Tensor | None:
         return None if weight is None else A.new_empty(count, *weight.shape)
@@ -99,28 +98,13 @@ def selective_scan_backward(
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, u.new_empty(0) if grad_z is None else grad_z, grad_bias
 
 
-def _launch_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out: Tensor | None,
-    last_state: Tensor | None,
-    carries: Tensor | None,
-) -> None:
-    """Write the results that are not None: outputs (states without C), last state, state before each token block."""
-    if not u.numel():
-        return
-    groups = B.shape[1]
-    grid, blocks = _blocks(u, A, groups)
-    sizes = (u.shape[1], groups, u.shape[2], A.shape[1])
-    tensors = (u, delta, A, B, C, D, z, delta_bias, out, last_state, carries)
-    _scan[grid](*tensors, *sizes, SOFTPLUS=delta_softplus, **blocks)
+def _launch_scan(delta_softplus: bool, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *others: Tensor | None) -> None:
+    """Run `_scan`. The last three tensors are results: outputs or states, last state, state before each token block."""
+    if u.numel():
+        groups = B.shape[1]
+        grid, blocks = _blocks(u, A, groups)
+        sizes = (u.shape[1], groups, u.shape[2], A.shape[1])
+        _scan[grid](u, delta, A, B, *others, *sizes, SOFTPLUS=delta_softplus, **blocks)
 
 
 def _blocks(u: Tensor, A: Tensor, groups: int) -> tuple[tuple[int], dict[str, int]]:

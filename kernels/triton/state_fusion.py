@@ -47,7 +47,7 @@ def launch_fuse(
     """Write the fused states, or ``C fused + D u`` if these are given, to ``out``, (batch, H, W, dim)."""
     grid, blocks = _tiles(h)
     if h.numel():
-        _fuse[grid](h, taps, out, u, projection, D, *_sizes(h), _channels(projection), tuple(offsets), **blocks)
+        _fuse[grid](h, taps, out, u, projection, D, *h.shape[1:], _channels(projection), tuple(offsets), **blocks)
 
 
 def launch_fuse_adjoint(
@@ -56,7 +56,7 @@ def launch_fuse_adjoint(
     """Write the gradient of the states to ``grad_h``, (batch, H, W, dim)."""
     if not grad_h.numel():
         return
-    arguments = (grad_out, taps, grad_h, projection, *_sizes(grad_h), _channels(projection))
+    arguments = (grad_out, taps, grad_h, projection, *grad_h.shape[1:], _channels(projection))
     grid, blocks = _tiles(grad_h)
     _fuse_adjoint_interior[grid](*arguments, tuple(offsets), **blocks)
 
@@ -99,7 +99,7 @@ def launch_tap_gradients(
             projection,
             grad_projections,
             batch,
-            *_sizes(h),
+            *h.shape[1:],
             _channels(projection),
             tuple(offsets),
             BLOCK_WIDTH=block_width,
@@ -113,10 +113,6 @@ def launch_tap_gradients(
 def _as_tensor(offsets: tuple[int, ...], device: torch.device) -> Tensor:
     """Cached, because a copy to the GPU would synchronise with it in each call."""
     return torch.tensor(offsets, dtype=torch.int32, device=device)
-
-
-def _sizes(h: Tensor) -> tuple[int, int, int]:
-    return h.shape[1], h.shape[2], h.shape[3]
 
 
 def _channels(projection: Tensor | None) -> int:
