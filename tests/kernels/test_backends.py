@@ -43,6 +43,9 @@ COMPILED = [
 compiled_backends = pytest.mark.parametrize("backend", COMPILED, ids="-on-".join, indirect=True)
 INTERPRETED = pytest.param(("triton", "cpu"), marks=pytest.mark.slow)
 all_backends = pytest.mark.parametrize("backend", [*COMPILED, INTERPRETED], ids="-on-".join, indirect=True)
+with_reference = pytest.mark.parametrize(
+    "backend", [*COMPILED, INTERPRETED, ("torch", "cpu")], ids="-on-".join, indirect=True
+)
 SINGLE_TOLERANCE = {"output": 1e-5, "gradient": 3e-5}  # of the largest magnitude
 ACTIVATIONS = {"u", "delta", "B", "C", "z", "h", "projection", "x", "y", "gate", "xz"}
 HALF_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -544,7 +547,7 @@ def test_strides_of_single_columns_are_ignored(backend: torch.device, request: p
         assert all(torch.equal(value, expected[name]) for name, value in results(function, tensors | maps).items())
 
 
-@all_backends
+@with_reference
 def test_an_empty_batch(backend: torch.device) -> None:
     for function, tensors in (make(batch=0) for make in OPERATORS.values()):
         found = results(function, {name: t.float().to(backend) for name, t in tensors.items()})
@@ -553,7 +556,7 @@ def test_an_empty_batch(backend: torch.device) -> None:
         assert all((grad == 0).all() for name, grad in found.items() if name.startswith("gradient"))
 
 
-@pytest.mark.parametrize("backend", [*COMPILED, INTERPRETED, ("torch", "cpu")], ids="-on-".join, indirect=True)
+@with_reference
 def test_one_underflowing_decay_forgets_the_past(backend: torch.device) -> None:
     _, tensors = scan_case(options="")
     tensors = {name: t.float().to(backend) for name, t in tensors.items()}
