@@ -12,7 +12,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # where the number of programs can be chosen
 # For the interpreter: small enough for short tests to run both the divided and the undivided scan.
 INTERPRETED_MULTIPROCESSORS = 2
 
-# By default, Triton compiles a kernel again if an integer is 1 or a multiple of 16. For these it would bring nothing.
+# By default, Triton compiles a kernel again if an integer is 1 or a multiple of 16. For these, that gains nothing.
 kernel = partial(
     triton.jit,
     do_not_specialize=(

@@ -152,9 +152,9 @@ def conv_case(
     margins: tuple[int, int] = (0, 0),
 ) -> Case:
     """A depthwise convolution, of a whole map, or of a slice with ``margins`` of channels before and after it."""
-    normal, (before, behind) = normals(), margins
+    normal, (before, after) = normals(), margins
     tensors = {
-        "x": normal(batch, height, width, before + dim + behind),
+        "x": normal(batch, height, width, before + dim + after),
         "weight": 0.5 * normal(dim, 1, 3, 3),
         "bias": normal(dim),
     }
@@ -169,10 +169,10 @@ def norm_case(
     batch: int = 2, height: int = 6, width: int = 7, dim: int = 5, margins: tuple[int, int] = (0, 0), y: str = "y"
 ) -> Case:
     """A gated norm, the gate sliced as above; ``y="single y"`` stays in float32."""
-    normal, (before, behind) = normals(), margins
+    normal, (before, after) = normals(), margins
     tensors = {
         y: 2 * normal(batch, height, width, dim) + 1,
-        "gate": normal(batch, height, width, before + dim + behind),
+        "gate": normal(batch, height, width, before + dim + after),
         "weight": normal(dim),
         "bias": normal(dim),
     }

@@ -1,8 +1,8 @@
 """The CUDA kernels without a GPU: their sources compiled by a C++ compiler and run on the CPU, thread by thread.
 
 ``cuda_emulator/`` stands in for the CUDA runtime. It aborts the process where threads diverge at a barrier or shuffle,
-or write behind their shared memory, which else holds NaN; threads take turns in a random order. Misaligned accesses end
-the process. Inputs end at a page that must not be touched, and memory the operators allocate starts as NaN.
+or write beyond their shared memory, which starts as NaN. Threads take turns in a random order. Misaligned accesses end
+the process, too. Inputs end at a page that must not be touched, and memory that the operators allocate starts as NaN.
 """
 
 import ctypes
@@ -291,7 +291,7 @@ def test_layer_norm_of_other_weights(operators: Any) -> None:
 
 
 def test_infinite_values_stay_in_their_sums(operators: Any) -> None:
-    """What threads compute for columns and tokens that do not exist is in no sum."""
+    """What threads compute for columns and tokens that do not exist is not added."""
     x, weight = (
         torch.tensor([1, 1, 3e38]).view(1, 1, 3, 1),
         torch.tensor([0, 0, 0, 2.0, 0, 0, 0, 0, 0]).view(1, 1, 3, 3),
