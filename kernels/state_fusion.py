@@ -222,7 +222,7 @@ def check_branches(
     if len(kernels) == 0:
         raise ValueError("kernels must hold at least one kernel")
     for kernel in kernels:
-        size = kernel.shape[-1]
+        size = kernel.shape[-1] if kernel.ndim else 0
         if tuple(kernel.shape) != (dim, 1, size, size) or size % 2 == 0:
             raise ValueError(
                 f"fusion kernels must have shape (dim, 1, k, k) with dim = {dim} and odd k, got {tuple(kernel.shape)}"

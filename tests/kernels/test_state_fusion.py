@@ -88,6 +88,7 @@ def test_states_beyond_the_range_of_fp16_stay_finite_under_autocast() -> None:
         ({"kernels": [torch.ones(DIM, 1, 2, 2)] * 3}, r"fusion kernels must have shape .* odd k, got \(4, 1, 2, 2\)"),
         ({"kernels": [torch.ones(DIM, 1, 3, 5)] * 3}, r"fusion kernels must have shape .* got \(4, 1, 3, 5\)"),
         ({"kernels": [torch.ones(DIM, 3, 3)] * 3}, r"fusion kernels must have shape .* got \(4, 3, 3\)"),
+        ({"kernels": [torch.tensor(1.0)] * 3}, r"fusion kernels must have shape .* got \(\)"),
     ],
 )
 def test_fusion_refuses(change: dict[str, Any], message: str) -> None:
