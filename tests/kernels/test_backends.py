@@ -35,18 +35,18 @@ from spatial_mamba.kernels.state_fusion import merge_taps
 from .inputs import generator
 
 Case = tuple[Callable[..., Any], dict[str, Tensor]]  # a function, and its tensors in float64
-gpu = pytest.mark.gpu
-COMPILED = [
-    ("cpu", "cpu"),
-    pytest.param(("triton", "cuda"), marks=gpu),
-    pytest.param(("cuda", "cuda"), marks=gpu),
-]
-compiled_backends = pytest.mark.parametrize("backend", COMPILED, ids="-on-".join, indirect=True)
+
+
+def on(*backends: Any) -> pytest.MarkDecorator:
+    """Run a test on backends, each given as its name and the device."""
+    return pytest.mark.parametrize("backend", backends, ids="-on-".join, indirect=True)
+
+
+COMPILED = [("cpu", "cpu"), *(pytest.param((name, "cuda"), marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
 INTERPRETED = pytest.param(("triton", "cpu"), marks=pytest.mark.slow)
-all_backends = pytest.mark.parametrize("backend", [*COMPILED, INTERPRETED], ids="-on-".join, indirect=True)
-with_reference = pytest.mark.parametrize(
-    "backend", [*COMPILED, INTERPRETED, ("torch", "cpu")], ids="-on-".join, indirect=True
-)
+compiled_backends = on(*COMPILED)
+all_backends = on(*COMPILED, INTERPRETED)
+with_reference = on(*COMPILED, INTERPRETED, ("torch", "cpu"))
 SINGLE_TOLERANCE = {"output": 1e-5, "gradient": 3e-5}  # of the largest magnitude
 HALF_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -606,7 +606,7 @@ def test_results_do_not_change_from_run_to_run(backend: torch.device) -> None:
         mixer_case(1, 2, 3, 3, 2, merged=True),
     ],
 )
-@pytest.mark.parametrize("backend", [("cpu", "cpu")], ids="-on-".join, indirect=True)
+@on(("cpu", "cpu"))
 def test_gradcheck(backend: torch.device, operator: Case) -> None:
     function, tensors = operator
     names = list(tensors)
@@ -752,16 +752,13 @@ def test_an_operator_without_gradients_says_so() -> None:
         out.sum().backward()
 
 
+@on(("cpu", "cpu"), ("torch", "cpu"))
 @pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("name", ["cpu", "torch"])
-def test_absent_tensors_and_single_tokens_share_no_memory(name: str, length: int) -> None:
+def test_absent_tensors_and_single_tokens_share_no_memory(backend: torch.device, length: int) -> None:
     """``torch.library`` refuses operators whose outputs do."""
-    if reason := backends.why_not(name, "cpu", torch.float32):
-        pytest.skip(reason)
     tensors = {k: t.float().requires_grad_() for k, t in scan_case(length=length, options="")[1].items()}
-    with use_backend(name):
-        out, last_state = torch.ops.spatial_mamba.selective_scan(*tensors.values(), None, None, None, None, False)
-        grads = torch.autograd.grad(out.sum() + last_state.sum(), list(tensors.values()))
+    out, last_state = torch.ops.spatial_mamba.selective_scan(*tensors.values(), None, None, None, None, False)
+    grads = torch.autograd.grad(out.sum() + last_state.sum(), list(tensors.values()))
     assert [grad.shape for grad in grads] == [t.shape for t in tensors.values()]
 
 
@@ -911,7 +908,7 @@ def test_backend_that_serves_an_operator_on_a_gpu(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
-@pytest.mark.parametrize("backend", [("cpu", "cpu")], ids="-on-".join, indirect=True)
+@on(("cpu", "cpu"))
 def test_new_numbers_of_tokens_need_no_new_machine_code(backend: torch.device) -> None:
     """oneDNN generates code for each size of a product, and PyTorch keeps it."""
 
