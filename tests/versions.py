@@ -21,12 +21,11 @@ COMBINATIONS = {  # name: (Python, calls of pip install)
     "pinned": ("3.11", [["-r", "requirements.txt"], ["-r", "detection/requirements.txt"], ["--no-deps", "-e", "."]]),
     "newest": ("3.13", [["torch", "torchvision"], EXTRAS]),
 }
-OPERATORS = (
-    "depthwise_conv downsampling gated_norm layer_norm mlp recurrence selective_scan spatial_mixer "
-    "state_fusion structure_aware_scan"
-)
 TESTS = {  # folder: tests
-    "kernels": f"build {OPERATORS}",
+    "kernels": (
+        "build depthwise_conv downsampling gated_norm layer_norm mlp recurrence selective_scan spatial_mixer "
+        "state_fusion structure_aware_scan"
+    ),
     "classification": (
         "fused initialisation pytorch_tools recomputation spatial_mamba timm visualize weight_files weights"
     ),
