@@ -14,7 +14,7 @@ def folder() -> Path:
 
 
 def name_of(backend: str, dtype: torch.dtype, device_type: str, capability: tuple[int, int] | None) -> str:
-    """The file name of a failure. Without the compute capability of a GPU, the start of these names."""
+    """The file name of a failure; for a GPU of unknown compute capability, what such names start with."""
     place = device_type if capability is None else "{}-{}.{}".format(device_type, *capability)
     return f"{backend}-{str(dtype).removeprefix('torch.')}-{place}"
 
