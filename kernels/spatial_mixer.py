@@ -108,7 +108,7 @@ def spatial_mixer(
     )
     axes = check_tensors(LAYOUTS, tensors)
     compute_dtype = compute_dtype_for(xz)
-    if kernels is not None and alpha is not None and taps is None:
+    if kernels is not None and alpha is not None and taps is None and kernel_sizes is None:
         check_branches(kernels, alpha, dilations, axes["dim"], xz=xz)
         sizes = kernel_sizes_of(kernels)
         taps = merge_taps(kernels, alpha.to(compute_dtype), dilations)
@@ -119,8 +119,9 @@ def spatial_mixer(
             raise ValueError(f"kernel_sizes must be odd, one per dilation of {tuple(dilations)}, got {tuple(sizes)}")
         check_tensors(LAYOUTS, dict(xz=xz, taps=taps), T=len(tap_offsets(sizes, dilations)) // 2)
     else:
-        given = [k for k, v in (("kernels", kernels), ("alpha", alpha), ("taps", taps)) if v is not None]
-        raise ValueError(f"give either kernels and alpha, or taps; got {', '.join(given) or 'none of them'}")
+        options = dict(kernels=kernels, alpha=alpha, taps=taps, kernel_sizes=kernel_sizes)
+        given = ", ".join(name for name, value in options.items() if value is not None) or "none of them"
+        raise ValueError(f"give either kernels and alpha, or taps, which can have kernel_sizes; got {given}")
 
     converted = [
         contiguous_as(conv_weight, compute_dtype),

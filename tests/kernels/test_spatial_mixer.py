@@ -106,9 +106,10 @@ def test_bands_of_rows_give_what_whole_maps_give(
         ({"norm_bias": torch.ones(1)}, "^norm_bias must have shape"),
         ({"alpha": torch.ones(2)}, r"alpha of shape \(2,\)"),
         ({"dilations": (0, 1, 2)}, "^dilations must be"),
-        ({"alpha": None}, "^give either kernels and alpha, or taps; got kernels$"),
-        ({"kernels": None, "alpha": None}, "^give either kernels and alpha, or taps; got none of them$"),
-        ({"taps": torch.ones(25, DIM)}, "^give either kernels and alpha, or taps; got kernels, alpha, taps$"),
+        ({"alpha": None}, "^give either kernels and alpha, or taps, which can have kernel_sizes; got kernels$"),
+        ({"kernels": None, "alpha": None}, "; got none of them$"),
+        ({"taps": torch.ones(25, DIM)}, "; got kernels, alpha, taps$"),
+        ({"kernel_sizes": [3, 3, 3]}, "; got kernels, alpha, kernel_sizes$"),
         (
             {"kernels": None, "alpha": None, "taps": torch.ones(27, DIM)},
             r"^taps must have shape \(T, dim\) with T = 25, dim = 4, got \(27, 4\)",
