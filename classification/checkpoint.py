@@ -30,6 +30,7 @@ from .models.weights import (
     has_entry,
     load_strictly,
     read_checkpoint,
+    saved_class_names,
     state_dict_of,
 )
 from .optim import FUSED_OPTIMIZERS, build_optimizer
@@ -300,16 +301,6 @@ def class_count(checkpoint: Mapping[str, Any], path: Path) -> int | None:
     return None if head is None else len(head)
 
 
-def class_names(checkpoint: Mapping[str, Any], path: Path) -> list[str] | None:
-    """Names of the classes in the order of the logits; None if the checkpoint has none.
-
-    Raises:
-        WeightsError: if it holds no weights.
-    """
-    names = checkpoint.get("classes")
-    return list(map(str, names)) if isinstance(names, list) and len(names) == class_count(checkpoint, path) else None
-
-
 def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest readable checkpoint in the folder of a run; damaged ones are skipped with a warning.
 
@@ -448,9 +439,10 @@ def _rows_to_take(
     checkpoint: Mapping[str, Any], path: Path, count: int, finetune: bool, classes: Sequence[str] | None
 ) -> list[int] | None:
     """For each class of a model, its row in the checkpoint's classifier; None to keep the model's own classifier."""
-    saved_count, saved = class_count(checkpoint, path), class_names(checkpoint, path)
+    saved_count = class_count(checkpoint, path)
     if saved_count is None:
         return None
+    saved = saved_class_names(checkpoint, saved_count)
     if saved_count != count:
         reason = f"has {saved_count} classes, but this run has {count}"
     elif saved is None or classes is None:
@@ -469,7 +461,7 @@ def _rows_to_take(
 
 def _require_same_classes(state: TrainingState, checkpoint: Mapping[str, Any], path: Path) -> None:
     count, own_count = class_count(checkpoint, path), len(state.model.state_dict()["head.weight"])
-    saved = class_names(checkpoint, path)
+    saved = saved_class_names(checkpoint, count)
     if saved is not None and state.classes is not None and saved != state.classes:
         what = difference(state.classes, saved)
     elif count is not None and count != own_count:

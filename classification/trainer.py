@@ -23,7 +23,6 @@ from .checkpoint import (
     EpochTotals,
     TrainingState,
     class_count,
-    class_names,
     find_resumable,
     kept_checkpoints,
     load_pretrained,
@@ -45,7 +44,7 @@ from .distributed import Process, start_process
 from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train_one_epoch
 from .environment import describe_environment, keep_total_batch, make_deterministic
 from .models.spatial_mamba import SpatialMamba
-from .models.weights import read_checkpoint
+from .models.weights import read_checkpoint, saved_class_names
 from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler, learning_rate_scale
 from .preemption import PreemptedError, signals_noted
 from .run_log import RunLog, set_up_console
@@ -152,10 +151,11 @@ class EvaluationJob:
         self.process = process
         self.path = Path(config.MODEL.PRETRAINED or config.MODEL.RESUME)
         checkpoint = read_weights(self.path)
-        known = class_names(checkpoint, self.path)
+        count = class_count(checkpoint, self.path)
+        known = saved_class_names(checkpoint, count)
         self.loader = build_val_loader(config, process, known)
         reader = self.loader.dataset.reader
-        found, num_classes = len(reader.classes), class_count(checkpoint, self.path) or len(reader.classes)
+        found, num_classes = len(reader.classes), count or len(reader.classes)
         if found > num_classes or (found < num_classes and reader.has_names and known is None):
             raise UserError(
                 f"{config.DATA.DATA_PATH}: the data set has {found} classes, but the classifier of {self.path} has "

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
 
 import timm
 import torch
@@ -18,6 +17,7 @@ from .weights import (
     ema_state_dict_of,
     encoder_weights,
     read_checkpoint,
+    saved_class_names,
     state_dict_of,
 )
 
@@ -76,7 +76,8 @@ def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClas
         raise WeightsError(f"{path}: {error}") from error
     model = model_of(architecture, state, path)
     assert isinstance(model, SpatialMamba)
-    return TrainedClassifier(model, preprocessing, _class_names(checkpoint, model))
+    names = saved_class_names(checkpoint, architecture.num_classes)
+    return TrainedClassifier(model, preprocessing, None if names is None else tuple(names))
 
 
 def model_of(
@@ -103,8 +104,3 @@ def model_of(
     model = kind(**architecture.options())
     model.load_state_dict(state)
     return model.eval()
-
-
-def _class_names(checkpoint: Mapping[str, Any], model: SpatialMamba) -> tuple[str, ...] | None:
-    names = checkpoint.get("classes")
-    return tuple(map(str, names)) if isinstance(names, list) and len(names) == model.num_classes else None

@@ -154,6 +154,12 @@ def has_entry(checkpoint: Mapping[str, Any], key: str) -> bool:
     return entry is not None and not (isinstance(entry, Mapping) and len(entry) == 0)
 
 
+def saved_class_names(checkpoint: Mapping[str, Any], count: int | None) -> list[str] | None:
+    """Names of the ``count`` classes of a checkpoint's classifier, in the order of the logits; None if it has none."""
+    names = checkpoint.get("classes")
+    return list(map(str, names)) if isinstance(names, list) and len(names) == count else None
+
+
 def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Tensor]:
     """The EMA weights in a checkpoint of this trainer, the published one or timm's.
 
