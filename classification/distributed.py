@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..kernels.errors import UserError
+from .command_line import chosen_device
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,20 @@ def start_process(device: str, timeout_minutes: float) -> Process:
         UserError: if there is no such device.
     """
     rank, world_size = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or check the driver")
+    this_device = chosen_device(device)
+    on_gpu = this_device.type == "cuda"
+    if on_gpu:
         wanted, present = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if wanted > present:
             raise UserError(
                 f"{wanted} processes on this machine need a GPU each, but there are {present}; lower --nproc_per_node"
             )
-        torch.cuda.set_device(local_rank)
-        this_device = torch.device("cuda", local_rank)
-    else:
-        this_device = torch.device("cpu")
+        this_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(this_device)
     if world_size > 1:
-        backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(
-            backend,
+            "nccl" if on_gpu else "gloo",
             timeout=timedelta(minutes=timeout_minutes),
-            device_id=this_device if device == "cuda" else None,
+            device_id=this_device if on_gpu else None,
         )
     return Process(rank, world_size, this_device)
