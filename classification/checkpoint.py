@@ -33,7 +33,7 @@ from .models.weights import (
     saved_class_names,
     state_dict_of,
 )
-from .optim import FUSED_OPTIMIZERS, build_optimizer
+from .optim import FUSED_OPTIMIZERS, build_optimizer, learning_rate_scale
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 KEPT = "update_*.pth"  # the last checkpoints, by the number of their updates
@@ -196,16 +196,12 @@ def restore_checkpoint(
     checkpoint: dict[str, Any],
     path: Path,
     updates_per_epoch: int,
-    rate_scale: float,
     process: Process,
 ) -> None:
     """Continue from a checkpoint of this trainer or of the published one, where it ends.
 
     Settings come from ``config``: learning rates and weight decay are not taken from the checkpoint. With the settings
     and the number of processes that it was saved with, the run continues exactly.
-
-    Args:
-        rate_scale: factor of the learning rates of ``config``.
 
     Raises:
         WeightsError: if the weights do not fit.
@@ -242,7 +238,7 @@ def restore_checkpoint(
     ema_key = "max_accuracy_ema" if "max_accuracy_ema" in checkpoint else "max_accuray_ema"
     state.max_accuracy_ema = _number(checkpoint, ema_key, path)
     report_changes(state.environment, checkpoint.get("environment"), path)
-    _report_settings(config, checkpoint.get("config"), path, rate_scale)
+    _report_settings(config, checkpoint.get("config"), path, process)
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -499,10 +495,10 @@ def _kept_values(optimizer: Any) -> set[str]:
     return {str(name) for kept in values if isinstance(kept, dict) for name in kept}
 
 
-def _report_settings(config: CfgNode, saved: Any, path: Path, rate_scale: float) -> None:
+def _report_settings(config: CfgNode, saved: Any, path: Path, process: Process) -> None:
     """Warn about settings that differ from the saved ones, so that the run does not continue exactly."""
     before = by_meaning(saved) if isinstance(saved, dict) else {}
-    scale = rate_scale if before and is_published_run(saved) else 1.0
+    scale = learning_rate_scale(config, process.world_size) if before and is_published_run(saved) else 1.0
     for name, now in leaves(config):
         if name in RATES:
             now *= scale

@@ -45,7 +45,7 @@ from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train
 from .environment import describe_environment, keep_total_batch, make_deterministic
 from .models.spatial_mamba import SpatialMamba
 from .models.weights import read_checkpoint, saved_class_names
-from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler, learning_rate_scale
+from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
 from .preemption import PreemptedError, signals_noted
 from .run_log import RunLog, set_up_console
 from .seeding import seed_everything
@@ -222,8 +222,7 @@ class TrainingJob:
         if found:
             self.pretrained = copy.deepcopy(self.pretrained)  # evaluated first
             self.resumed_from, checkpoint = found
-            scale = learning_rate_scale(config, process.world_size)
-            restore_checkpoint(self.state, config, checkpoint, self.resumed_from, updates_per_epoch, scale, process)
+            restore_checkpoint(self.state, config, checkpoint, self.resumed_from, updates_per_epoch, process)
         criterion, mixup = build_criterion(config), build_mixup(config, num_classes)
         log = self._open_folder()
         compiled: Any = torch.compile(model) if config.COMPILE else model

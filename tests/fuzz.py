@@ -142,7 +142,7 @@ def classifier_checkpoints() -> list[Any]:
 def run_restore(folder: Path) -> None:
     """Restore a run and make an update, which may fail later than loading."""
     path, state = folder / "x.pth", tiny_state()
-    restore_checkpoint(state, CONFIG, weights.read_checkpoint(path), path, 4, 1.0, PROCESS)
+    restore_checkpoint(state, CONFIG, weights.read_checkpoint(path), path, 4, PROCESS)
     update(state)
 
 
