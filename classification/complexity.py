@@ -9,10 +9,9 @@ from ..kernels.command_line import Parser, run_command
 from ..kernels.errors import UserError
 from .command_line import image_size
 from .config import load_config
+from .models.architecture import VARIANTS
 from .models.flops import count_flops, count_parameters
 from .trainer import build_model
-
-RECIPES = ("spatialmamba_tiny", "spatialmamba_small", "spatialmamba_base")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> None:
     parser = Parser("spatial-mamba complexity", __doc__, "spatialmamba_tiny --size 384")
+    recipes = [f"spatialmamba_{variant}" for variant in VARIANTS]
     parser.add_argument(
-        "configs", nargs="*", default=RECIPES, metavar="CONFIG", help="YAML files, or names of shipped configs"
+        "configs", nargs="*", default=recipes, metavar="CONFIG", help="YAML files, or names of shipped configs"
     )
     parser.add_argument("--size", type=image_size, metavar="N", help="side of the image (default: the config's)")
     args = parser.parse_args(argv)

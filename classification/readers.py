@@ -11,10 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from ..kernels.errors import UserError
-from .models.image_files import is_hidden
+from .models.image_files import IMAGE_ENDINGS, is_hidden
 
 MAX_BYTES = 2**28  # of an encoded image; a small archive can hold much more
 
@@ -202,7 +200,7 @@ def _check_size(size: int) -> None:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS) and not is_hidden(name)
+    return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name)
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
@@ -317,7 +315,7 @@ def _label_members(
         else:
             ignored.append(name)
     if not samples:
-        raise UserError(f"{source}: found no images in class folders ({', '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"{source}: found no images in class folders ({', '.join(IMAGE_ENDINGS)})")
     empty = sorted(set(range(len(classes))) - {label for _, label in samples})
     if empty:
         raise UserError(f"{source}: class folder {classes[empty[0]]} holds no image; fill or remove it")

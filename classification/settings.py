@@ -7,7 +7,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from .models.preprocessing import INTERPOLATIONS, SMALLEST_SIZE
+from .models.preprocessing import INTERPOLATIONS, LARGEST_SIZE, SMALLEST_SIZE
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Setting:
 SETTINGS = (
     Setting("DATA.DATA_PATH", "", ANY, "folder with the train and val splits", "--data-path", "FOLDER"),
     Setting("DATA.BATCH_SIZE", 128, within(1, 10**6), "images per process and step", "--batch-size", "N"),
-    Setting("DATA.IMG_SIZE", 224, within(SMALLEST_SIZE, 2**14), "side of the images in pixels"),
+    Setting("DATA.IMG_SIZE", 224, within(SMALLEST_SIZE, LARGEST_SIZE), "side of the images in pixels"),
     Setting("DATA.INTERPOLATION", "bicubic", one_of(*INTERPOLATIONS, "random"), "of resized images"),
     Setting("DATA.ZIP_MODE", False, ANY, "read train.zip and val.zip, even next to folders", "--zip"),
     Setting(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...kernels.command_line import Parser, run_command
 from ...kernels.errors import UserError
+from ..models.architecture import VARIANTS
 from .conversion import LAYOUTS, convert_file
 from .inspection import inspect_file, text_of
 from .verification import IMAGE_SIZE, verify_file
@@ -48,7 +49,7 @@ def _parser() -> Parser:
     verify.add_argument("file", type=Path)
     verify.add_argument("--ema", action="store_true", help="verify the EMA weights")
     _add_prefix(verify)
-    verify.add_argument("--variant", choices=("tiny", "small", "base"), help="fail if the file holds another")
+    verify.add_argument("--variant", choices=tuple(VARIANTS), help="fail if the file holds another")
     verify.add_argument("--expect", metavar="DIGEST", help="fail unless the digest of the weights starts with this")
     verify.set_defaults(run=_verify)
     return parser
