@@ -141,9 +141,7 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
     if not is_training:
         return preprocessing_of(config).transform()
     aug = config.AUG
-    policy = aug.AUTO_AUGMENT
-    if policy not in ("", "none") and not policy.startswith(("rand", "augmix", "3a", "original", "v0")):
-        raise UserError(f"AUG.AUTO_AUGMENT is {policy!r}; it must be none or a policy of timm, such as rand-m9")
+    policy = "" if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT
     color_jitter: Any = aug.COLOR_JITTER or None  # None, which skips the step, is missing in timm's annotation
     try:
         transform = create_transform(
@@ -155,13 +153,16 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
             ratio=tuple(aug.RATIO),
             hflip=aug.HFLIP,
             color_jitter=color_jitter,
-            auto_augment=None if policy in ("", "none") else policy,
+            auto_augment=policy,
             re_prob=aug.REPROB,
             re_mode=aug.REMODE,
             re_count=aug.RECOUNT,
         )
     except (AssertionError, ValueError, LookupError) as error:
-        raise UserError(f"AUG.AUTO_AUGMENT is {policy!r}, which timm does not accept ({error})") from error
+        raise UserError(
+            f"AUG.AUTO_AUGMENT is {policy!r}, which timm does not accept ({error}); "
+            "it must be none or a policy of timm, such as rand-m9"
+        ) from error
     for step in transform.transforms:
         for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
             if operation.aug_fn is auto_augment.posterize:
@@ -216,14 +217,14 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
     )
 
 
-def check_classes(config: CfgNode, classes: list[str], other: list[str] | None = None) -> int:
+def check_classes(config: CfgNode, classes: list[str], other: list[str]) -> int:
     """Number of classes of the data set; the config and the other split must agree with it.
 
     Raises:
         UserError: naming both numbers, or a class that only one split has.
     """
     path = config.DATA.DATA_PATH
-    if other is not None and classes != other:
+    if classes != other:
         lone = sorted(set(classes) ^ set(other))
         reason = f"only one of them has {lone[0]}" if lone else "they number them in different orders"
         raise UserError(f"{path}: train and val must have the same classes; {reason}")
