@@ -13,6 +13,7 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 from yacs.config import CfgNode
 
 from ..kernels.errors import UserError
@@ -147,7 +148,7 @@ def train_one_epoch(run: TrainingRun, epoch: int) -> dict[str, float]:
         }
         log.scalars(figures, state.updates)
         left = (config.TRAIN.EPOCHS - epoch) * run.updates_per_epoch - update - 1
-        eta = _duration(left * elapsed / done)
+        eta = tqdm.format_interval(left * elapsed / done)
         bar.set_postfix_str(f"loss {loss:.3f}, training ends in {eta}", refresh=False)
         if (update + 1) % config.PRINT_FREQ == 0 and not log.shows_bars:
             logger.info(
@@ -313,8 +314,3 @@ class _Timed:
         item = next(self._iterator)
         self.seconds += time.perf_counter() - start
         return item
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
