@@ -887,7 +887,7 @@ def _fusion_options(dilations: Sequence[int], kernel_sizes: int | Sequence[int])
     )
 
 
-def _cfg(accuracy: float, **kwargs: Any) -> dict[str, Any]:
+def _cfg(accuracy: float) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -904,7 +904,6 @@ def _cfg(accuracy: float, **kwargs: Any) -> dict[str, Any]:
         "paper_name": "Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion",
         "paper_ids": "arXiv:2410.15091",
         "notes": (f"published_top1={accuracy}", "trained on ImageNet-1K, 300 epochs at 224x224"),
-        **kwargs,
     }
 
 
