@@ -18,6 +18,10 @@ from spatial_mamba.kernels.command_line import Parser, launched_rank, run_comman
 from spatial_mamba.kernels.errors import UserError
 
 GROUPS = {"DATA": "data", "MODEL": "model", "TRAIN": "training"}  # of options, by the section of their keys
+# Keys in other groups that matter only in training. `evaluate` accepts their options, but does not show them.
+TRAINING_KEYS = {
+    "DATA.SKIP_UNREADABLE", "MODEL.FINETUNE", "OUTPUT", "TAG", "KEEP_CHECKPOINTS", "SAVE_MINUTES", "SEED",
+}  # fmt: skip
 # Options of the published trainer that change no result.
 IGNORED_OPTIONS = (
     "--ddp", "--enable_persistance", "--enable_preload", "--fused_layernorm", "--fused_window_process",
@@ -55,7 +59,8 @@ def _parser(prog: str, example: str, trains: bool = True) -> Parser:
     for setting in SETTINGS:
         name = GROUPS.get(setting.key.split(".")[0], "run")
         if setting.option and (trains or not (name == "training" or setting.key == "EVAL_MODE")):
-            groups[name].add_argument(*setting.option.split(" "), dest=setting.key, help=setting.help, **_kind(setting))
+            text = setting.help if trains or setting.key not in TRAINING_KEYS else argparse.SUPPRESS
+            groups[name].add_argument(*setting.option.split(" "), dest=setting.key, help=text, **_kind(setting))
     groups["run"].add_argument("--disable_amp", "--disable-amp", action="store_true", help="compute in float32")
     groups["run"].add_argument(
         "--throughput", type=int, nargs="*", metavar="BATCH", help="time inference at these batch sizes and stop"

@@ -104,6 +104,11 @@ def test_unknown_commands_are_one_line(words: list[str], capsys: pytest.CaptureF
 def test_training_and_evaluation_take_their_own_options(capsys: pytest.CaptureFixture) -> None:
     assert main(["evaluate", "--cfg", "spatialmamba_tiny", "--epochs", "3"]) == 2
     assert "unrecognized arguments: --epochs 3" in capsys.readouterr().err
+    assert main(["evaluate", "--cfg", "spatialmamba_tiny", "--output", "runs"]) == 2
+    assert "--data-path is missing" in capsys.readouterr().err, "it may be given, but is not shown"
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "--output" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["train", "--list-keys"])
     table = capsys.readouterr().out
