@@ -17,8 +17,8 @@ from ..models import SpatialMamba
 class ScanLayer:
     """The inputs of the scan of one layer for one image of H x W = L tokens in row-major order; in float64 on the CPU.
 
-    ``h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t``, ``y = C SASF(h) + skip u`` (arXiv 2410.15091, section 4.1),
-    for D channels with one state each.
+    ``h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t``, ``y = C SASF(h)`` (arXiv 2410.15091, section 4.1) for D channels
+    with one state each, without the skip connection.
 
     Attributes:
         u: (D, L), the tokens.
@@ -26,7 +26,6 @@ class ScanLayer:
         A: (D,), negative.
         B: (L,), the same for all channels.
         C: (L,), the same for all channels.
-        skip: (D,), D in the equation.
         kernels: the fusion kernels, each (D, 1, k, k); one 1x1 kernel of ones if the model has no fusion.
         alpha: one weight per kernel.
         dilations: one per kernel.
@@ -39,7 +38,6 @@ class ScanLayer:
     A: Tensor
     B: Tensor
     C: Tensor
-    skip: Tensor
     kernels: tuple[Tensor, ...]
     alpha: Tensor
     dilations: tuple[int, ...]
@@ -103,7 +101,7 @@ def read_layer(model: SpatialMamba, image: Tensor, stage: int, block: int) -> Sc
         x, _ = ssm.in_proj(tokens).chunk(2, dim=-1)  # (1, H, W, D)
         u = depthwise_conv(x, ssm.conv2d.weight, ssm.conv2d.bias, "silu")
         r, B, C = _exact(F.linear(u, ssm.x_proj_weight)).split([ssm.dt_rank, 1, 1], dim=-1)
-        dt_weight, dt_bias, A_log, skip = map(_exact, (ssm.dt_projs_weight, ssm.dt_projs_bias, ssm.A_logs, ssm.Ds))
+        dt_weight, dt_bias, A_log = map(_exact, (ssm.dt_projs_weight, ssm.dt_projs_bias, ssm.A_logs))
         delta = F.softplus(F.linear(r, dt_weight, dt_bias))  # (1, H, W, D)
         kernels, alpha, dilations = ssm.state_fusion.branches(ssm.Ds)
         return ScanLayer(
@@ -112,7 +110,6 @@ def read_layer(model: SpatialMamba, image: Tensor, stage: int, block: int) -> Sc
             A=-torch.exp(A_log.squeeze(1)),
             B=B.flatten(),
             C=C.flatten(),
-            skip=skip,
             kernels=tuple(map(_exact, kernels)),
             alpha=_exact(alpha),
             dilations=tuple(dilations),

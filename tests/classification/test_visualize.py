@@ -108,7 +108,7 @@ def test_what_is_read_gives_the_output_of_the_layer(fusion: str) -> None:
     ((tokens, output),) = seen
     assert (layer.height, layer.width, layer.channels) == (5, 7, 32) == (*tokens.shape[1:3], ssm.inner_dim)
 
-    y = layer.C.view(1, 5, 7) * layer.fused_states() + (layer.skip[:, None] * layer.u).view(-1, 5, 7)
+    y = layer.C.view(1, 5, 7) * layer.fused_states() + (ssm.Ds.detach()[:, None] * layer.u).view(-1, 5, 7)
     exactly(y.permute(1, 2, 0)[None], scan_output(layer, model))
     with torch.no_grad():
         gate = ssm.in_proj(tokens)[..., ssm.inner_dim :]
@@ -173,7 +173,8 @@ def test_the_matrix_times_the_tokens_is_the_output(fusion: str, formulation: str
     y = torch.einsum("idj,dj->di", matrix(layer, formulation), layer.u).view(-1, 5, 7)
     exactly(activation(layer, formulation), y)
     if formulation == SPATIAL_MAMBA or (formulation == MAMBA and not layer_fuses(model)):
-        skipped = (layer.skip[:, None] * layer.u).view(-1, 5, 7)
+        D = model.layers[1].blocks[1].self_attention.Ds.detach()
+        skipped = (D[:, None] * layer.u).view(-1, 5, 7)
         exactly((y + skipped).permute(1, 2, 0)[None], scan_output(layer, model))
 
 
