@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spatial_mamba.classification.models import WeightsError
 
-from .micro_models import LeavesATrace, filled_classifier, micro_backbone, micro_classifier
+from .micro_models import LeavesATrace, filled_classifier, golden_fill, micro_backbone, micro_classifier
 
 
 def published_extras() -> dict[str, Any]:
@@ -57,9 +57,11 @@ def test_pretrained_backbone_that_ends_early(tmp_path: Path) -> None:
 
 
 def test_pretrained_backbone_leaves_out_unused_outnorms(tmp_path: Path) -> None:
-    torch.save({"model": filled_classifier().state_dict()}, tmp_path / "classifier.pth")
-    backbone = micro_backbone(out_indices=(3,), pretrained=str(tmp_path / "classifier.pth"))
-    assert torch.equal(backbone.patch_embed.conv1.conv.weight, filled_classifier().patch_embed.conv1.conv.weight)
+    state = golden_fill.fill_(micro_backbone()).state_dict()
+    torch.save({"model": state}, tmp_path / "backbone.pth")
+    loaded = micro_backbone(out_indices=(1, 3), pretrained=str(tmp_path / "backbone.pth")).state_dict()
+    assert state.keys() - loaded.keys() == {f"outnorm{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded)
 
 
 def save_truncated(path: Path, kept: float) -> None:
