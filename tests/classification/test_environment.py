@@ -94,22 +94,8 @@ def test_deterministic_runs_have_the_same_bits_with_any_number_of_threads(
     contents = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        assert (
-            main(
-                options(
-                    micro,
-                    photos,
-                    tmp_path / str(threads),
-                    "--deterministic",
-                    "--epochs",
-                    "1",
-                    "--opts",
-                    "TRAIN.WARMUP_EPOCHS",
-                    "0",
-                )
-            )
-            == 0
-        )
+        arguments = options(micro, photos, tmp_path / str(threads), "--deterministic", "--epochs", "1")
+        assert main([*arguments, "--opts", "TRAIN.WARMUP_EPOCHS", "0"]) == 0
         contents.append(read_checkpoint(tmp_path / str(threads) / "micro/default" / LATEST))
     assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

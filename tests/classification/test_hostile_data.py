@@ -14,7 +14,6 @@ from PIL import Image
 
 from spatial_mamba.classification.config import load_config
 from spatial_mamba.classification.data import ImageData
-from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.image_files import ImageFileError, read_image
 from spatial_mamba.classification.readers import open_split
 from spatial_mamba.classification.run_log import _drop_epochs
@@ -178,8 +177,3 @@ def test_control_characters_are_escaped_and_errors_bounded(capsys: pytest.Captur
     assert run_command(command) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: \\x1b]0;title\\x07x") and len(error) < 2100
-
-
-def test_a_device_is_no_config(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--cfg", "/dev/zero"]) == 2
-    assert "/dev/zero: cannot read this config file (not a file)" in capsys.readouterr().err

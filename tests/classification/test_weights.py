@@ -90,6 +90,7 @@ def save_one_too_many(path: Path) -> None:
         pytest.param(lambda path: save_truncated(path, 0.01), "truncated", id="a_hundredth"),
         pytest.param(lambda path: path.write_text("<html>Not found</html>"), "not a PyTorch checkpoint", id="text"),
         pytest.param(lambda path: path.write_text("Not found"), "not a PyTorch checkpoint", id="other_text"),
+        pytest.param(lambda path: path.write_bytes(pickle.dumps(3)), "not written by torch.save", id="pickle"),
         pytest.param(
             lambda path: torch.save({"model": micro_classifier(dims=16).state_dict()}, path),
             r"holds another model, custom \(dims 16, .* instead of custom \(dims 8,",
