@@ -29,6 +29,7 @@ from .models.weights import (
     encoder_weights,
     has_entry,
     load_strictly,
+    model_weights,
     read_checkpoint,
     saved_class_names,
     state_dict_of,
@@ -245,10 +246,10 @@ def read_weights(path: Path) -> dict[str, Any]:
     """A checkpoint whose weights, and EMA weights, have the names of the classifier.
 
     Raises:
-        WeightsError: as ``read_checkpoint`` and ``encoder_weights``.
+        WeightsError: as ``read_checkpoint`` and ``model_weights``.
     """
     checkpoint = read_checkpoint(path)
-    weights = {"model": encoder_weights(state_dict_of(checkpoint, path), path)}
+    weights = {"model": model_weights(checkpoint, path)}
     if has_entry(checkpoint, "model_ema"):
         weights["model_ema"] = encoder_weights(_ema_state(checkpoint, path), path)
     return {key: entry for key, entry in checkpoint.items() if key not in WEIGHT_KEYS} | weights

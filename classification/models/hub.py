@@ -8,7 +8,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from .safetensors_files import write_safetensors
-from .weights import describe_differences, encoder_weights, load_strictly, read_checkpoint, state_dict_of
+from .weights import describe_differences, load_strictly, model_weights, read_checkpoint
 
 
 class HubModule(
@@ -52,8 +52,7 @@ class HubModule(
         Raises:
             WeightsError: if the file is missing or damaged, or does not fit the config next to it.
         """
-        state = encoder_weights(state_dict_of(read_checkpoint(model_file), model_file), model_file)
-        load_strictly(model, state, model_file)
+        load_strictly(model, model_weights(read_checkpoint(model_file), model_file), model_file)
         return model.to(map_location).eval()
 
     _load_as_pickle = _load_as_safetensor

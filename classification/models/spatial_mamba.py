@@ -49,7 +49,7 @@ from .operands import as_operand, has_modified_parts, is_modified
 from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
 from .recomputation import checkpointed, recomputed
 from .stand_ins import allow_permanently, config_types
-from .weights import encoder_weights, load_backbone_weights, plain_names, state_dict_of, under_own_names
+from .weights import encoder_weights, load_backbone_weights, model_weights, plain_names, under_own_names
 
 __all__ = [
     "SpatialMamba",
@@ -913,8 +913,7 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(accuracy) for name, a
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """For timm: the weights of a checkpoint in any known layout, under the names of ``model``."""
-    path = f"the file for {type(model).__name__}"  # timm does not pass its path
-    return encoder_weights(state_dict_of(state_dict, path), path)
+    return model_weights(state_dict, f"the file for {type(model).__name__}")  # timm does not pass its path
 
 
 def _create_model(

@@ -14,11 +14,9 @@ from .spatial_mamba import SpatialMamba, SpatialMambaBackbone
 from .weights import (
     WeightsError,
     describe_differences,
-    ema_state_dict_of,
-    encoder_weights,
+    model_weights,
     read_checkpoint,
     saved_class_names,
-    state_dict_of,
 )
 
 
@@ -64,7 +62,7 @@ def load_classifier(path: str | PathLike[str], ema: bool = False) -> TrainedClas
             config.
     """
     checkpoint = read_checkpoint(path)
-    state = encoder_weights(ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path), path)
+    state = model_weights(checkpoint, path, ema)
     architecture = architecture_of(state)
     if architecture is None:
         raise WeightsError(f"{path}: holds no Spatial-Mamba classifier (spatial-mamba checkpoint inspect shows more)")

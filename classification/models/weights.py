@@ -172,6 +172,18 @@ def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) 
     raise WeightsError(f"{path}: holds no EMA weights; use those of the model, without --ema")
 
 
+def model_weights(
+    checkpoint: Mapping[str, Any], path: str | PathLike[str], ema: bool = False, prefix: str = ""
+) -> dict[str, Tensor]:
+    """The weights of the classifier or backbone in a checkpoint, or its EMA weights, under their own names.
+
+    Raises:
+        WeightsError: as ``state_dict_of`` or ``ema_state_dict_of``, and ``encoder_weights``.
+    """
+    state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
+    return encoder_weights(state, path, prefix)
+
+
 def encoder_weights(
     state: Mapping[str, Tensor], path: str | PathLike[str], prefix: str = "", whole: bool = False
 ) -> dict[str, Tensor]:
@@ -290,7 +302,7 @@ def load_backbone_weights(model: "SpatialMambaBackbone", path: str | PathLike[st
     Raises:
         WeightsError: as ``read_checkpoint`` and ``load_strictly``, or if no name has the prefix.
     """
-    state = encoder_weights(state_dict_of(read_checkpoint(path), path), path, prefix)
+    state = model_weights(read_checkpoint(path), path, prefix=prefix)
     own_norms = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("outnorm")}
     state = {
         name: tensor

@@ -15,12 +15,10 @@ from ..models.weights import (
     CLASSIFIER_ONLY,
     EMA_KEYS,
     WeightsError,
-    ema_state_dict_of,
-    encoder_weights,
     has_entry,
     is_safetensors,
+    model_weights,
     read_checkpoint,
-    state_dict_of,
 )
 
 LAYOUTS = ("classifier", "backbone", "openmmlab", "trainer", "published")
@@ -73,8 +71,7 @@ def converted(
     Raises:
         WeightsError: as ``convert_file``.
     """
-    state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
-    encoder = encoder_weights(state, path, prefix)
+    encoder = model_weights(checkpoint, path, ema, prefix)
     architecture = architecture_of(encoder)
     if architecture is None:
         raise WeightsError(f"{path}: holds no weights of Spatial-Mamba")
@@ -103,7 +100,7 @@ def converted(
         # The optimiser's state belongs to the other weights.
         content = {key: value for key, value in content.items() if key not in ("optimizer", "lr_scheduler", "scaler")}
     elif any(has_entry(checkpoint, key) for key in EMA_KEYS):
-        content["model_ema"] = encoder_weights(ema_state_dict_of(checkpoint, path), path, prefix)
+        content["model_ema"] = model_weights(checkpoint, path, ema=True, prefix=prefix)
     record = checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema"))
     if record is not None:
         content["max_accuray_ema" if layout == "published" else "max_accuracy_ema"] = record

@@ -11,13 +11,7 @@ from torch import Tensor
 from ...kernels import use_backend
 from ..models.architecture import Architecture, architecture_of
 from ..models.trained import model_of
-from ..models.weights import (
-    WeightsError,
-    ema_state_dict_of,
-    encoder_weights,
-    read_checkpoint,
-    state_dict_of,
-)
+from ..models.weights import WeightsError, model_weights, read_checkpoint
 
 IMAGE_SIZE = 224
 
@@ -47,9 +41,7 @@ def verify_file(path: Path, ema: bool = False, prefix: str = "") -> Verification
         WeightsError: if the file cannot be read, has no Spatial-Mamba, does not fit strictly, or gives outputs that
             are not finite.
     """
-    checkpoint = read_checkpoint(path)
-    state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
-    state = encoder_weights(state, path, prefix)
+    state = model_weights(read_checkpoint(path), path, ema, prefix)
     architecture = architecture_of(state)
     if architecture is None:
         raise WeightsError(f"{path}: holds no weights of Spatial-Mamba")
