@@ -304,26 +304,25 @@ def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     This is the latest, which is written last in an epoch. If it is damaged, it is the one with most updates among the
     best ones and the newest intact one of those kept. The folder may belong to the published trainer.
     """
-    whole: list[tuple[Path, dict[str, Any]]] = []
-    kept = kept_checkpoints(folder)
-    for path in (folder / LATEST, *kept, *(folder / name for name in (BEST, BEST_EMA, PUBLISHED_LATEST))):
-        if path in kept and whole:
-            continue
-        if not path.is_file():
-            continue
-        try:
-            whole.append((path, read_checkpoint(path)))
-        except WeightsError as error:
-            logger.warning("skipping a checkpoint that cannot be read: %s", error)
-        else:
-            if path.name == LATEST:
-                break
+    if latest := _readable(folder / LATEST):
+        return latest
+    newest_kept = next(filter(None, map(_readable, kept_checkpoints(folder))), None)
+    others = (_readable(folder / name) for name in (BEST, BEST_EMA, PUBLISHED_LATEST))
 
     def steps(found: tuple[Path, dict[str, Any]]) -> float:
         count = found[1].get("steps")
         return count if isinstance(count, int | float) else 0
 
-    return max(whole, key=steps, default=None)
+    return max(filter(None, (newest_kept, *others)), key=steps, default=None)
+
+
+def _readable(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """A checkpoint with its path; None if there is none, and with a warning if it is damaged."""
+    try:
+        return (path, read_checkpoint(path)) if path.is_file() else None
+    except WeightsError as error:
+        logger.warning("skipping a checkpoint that cannot be read: %s", error)
+        return None
 
 
 def _restore_progress(state: TrainingState, progress: Any, path: Path, config: CfgNode, process: Process) -> None:
