@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -221,7 +222,7 @@ def _update(run: TrainingRun, batches: Iterator, teacher: nn.Module | None) -> t
     limit = config.TRAIN.CLIP_GRAD or float("inf")
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
     loss_value, norm_value = torch.stack([total, norm]).tolist()
-    applied = norm_value - norm_value == 0  # false for inf and NaN
+    applied = math.isfinite(norm_value)
     if applied:
         state.scaler.step(state.optimizer)
         state.skipped_in_a_row = 0

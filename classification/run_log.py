@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -70,7 +71,7 @@ class RunLog:
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Append one JSON line; non-finite numbers become null."""
-        finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self._warned("metrics.jsonl"):
             if self._metrics:
                 with self._metrics.open("a", encoding="utf-8") as file:
