@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ...kernels.errors import UserError
 from ..atomic_write import atomic_write
 from ..command_line import add_model_options, chosen_model
 from ..models.preprocessing import CROP_FRACTION, NORMALISATION
+from ..models.spatial_mamba import SpatialMamba
 from ..models.trained import TrainedClassifier
 from .check import Function, largest_difference
 from .onnx_file import export_onnx, onnx_facts, onnx_function, require_onnx
@@ -29,7 +30,7 @@ class Format:
     """A file format: its ending, the function that writes it, and the one that loads it as a function of images."""
 
     ending: str
-    write: Callable[[TrainedClassifier, Path, argparse.Namespace, Mapping[str, str]], None]
+    write: Callable[[SpatialMamba, Path, argparse.Namespace, dict[str, str]], None]
     read: Callable[[Path, torch.device], Function]
 
 
@@ -56,7 +57,7 @@ def _command(argv: Sequence[str] | None) -> None:
     print(f"{args.output}: exporting", file=sys.stderr)
     try:
         with atomic_write(args.output) as unfinished:
-            FORMATS[args.format].write(classifier, unfinished, args, metadata_of(classifier, args.size))
+            FORMATS[args.format].write(model, unfinished, args, metadata_of(classifier, args.size))
             exported = time.perf_counter()
             print(f"{args.output}: checking the outputs", file=sys.stderr)
             function = FORMATS[args.format].read(unfinished, next(model.parameters()).device)
@@ -99,22 +100,16 @@ def metadata_of(classifier: TrainedClassifier, size: tuple[int, int]) -> dict[st
     return {name: json.dumps(value) for name, value in facts.items()}
 
 
-def _write_onnx(
-    classifier: TrainedClassifier, path: Path, args: argparse.Namespace, metadata: Mapping[str, str]
-) -> None:
-    export_onnx(classifier.model, path, args.size, metadata, args.int8)
+def _write_onnx(model: SpatialMamba, path: Path, args: argparse.Namespace, metadata: dict[str, str]) -> None:
+    export_onnx(model, path, args.size, metadata, args.int8)
 
 
-def _write_program(
-    classifier: TrainedClassifier, path: Path, args: argparse.Namespace, metadata: Mapping[str, str]
-) -> None:
-    torch.export.save(export_program(classifier.model, args.size), path, extra_files=dict(metadata))
+def _write_program(model: SpatialMamba, path: Path, args: argparse.Namespace, metadata: dict[str, str]) -> None:
+    torch.export.save(export_program(model, args.size), path, extra_files=metadata)
 
 
-def _write_aoti(
-    classifier: TrainedClassifier, path: Path, args: argparse.Namespace, metadata: Mapping[str, str]
-) -> None:
-    export_aoti(classifier.model, path, args.size, metadata)
+def _write_aoti(model: SpatialMamba, path: Path, args: argparse.Namespace, metadata: dict[str, str]) -> None:
+    export_aoti(model, path, args.size, metadata)
 
 
 def _read_program(path: Path, device: torch.device) -> Function:
