@@ -299,7 +299,7 @@ def _start_loader_process(worker: int) -> None:
 
 
 def _ignore_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A loader process loses its connection when the process that loads fails, which reports the reason itself."""
+    """A loader process loses its connection when its parent fails, and the parent reports the reason itself."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 

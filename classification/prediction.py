@@ -106,8 +106,8 @@ def _command(argv: Sequence[str] | None) -> None:
     classifier.model.fuse()
     unreadable = 0
     results = classify(classifier, images, names, args.top_k)
-    bar = sys.stdout.isatty() or None  # no bar if results go to a terminal; None: also none if stderr does not
-    for result in tqdm(results, total=len(images), unit="image", disable=bar):
+    no_bar = sys.stdout.isatty() or None  # between results on a terminal; None leaves the choice to tqdm
+    for result in tqdm(results, total=len(images), unit="image", disable=no_bar):
         if isinstance(result, ImageFileError):
             unreadable += 1
             print_error(result)

@@ -172,10 +172,10 @@ SETTINGS = (
         "auto: bfloat16 if the device supports it, else float16 on a GPU and float32 on a CPU", "--amp-dtype", "DTYPE",
     ),
     Setting("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "auto: a GPU if there is one", "--device", "DEVICE"),
-    Setting("DETERMINISTIC", False, ANY, "repeat to the same bits, with one thread; slower", "--deterministic"),
+    Setting("DETERMINISTIC", False, ANY, "give the same bits every time, with one thread; slower", "--deterministic"),
     Setting(
         "TIMEOUT_MINUTES", 10.0, Allowed(lambda value: 0 < value <= 10**5, "above 0, and at most 100,000"),
-        "end a run of several processes in which none makes progress for this time", "--timeout-minutes", "M",
+        "end a run of several processes if none makes progress for this long", "--timeout-minutes", "M",
     ),
     Setting("COMPILE", False, ANY, "torch.compile the model", "--compile"),
     Setting("OUTPUT", "output", ANY, "root of the results: OUTPUT/MODEL.NAME/TAG", "--output", "FOLDER"),

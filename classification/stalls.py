@@ -22,10 +22,10 @@ def note_progress() -> None:
 
 @contextmanager
 def stalls_watched(process: Process, minutes: float) -> Iterator[None]:
-    """End this process, with status 2, once no process of the run has noted progress for so many minutes.
+    """End this process, with status 2, once no process of the run has noted progress for this many minutes.
 
-    All processes enter together. A thread compares what they have noted, ten times in this period: the main thread may
-    be blocked in a collective operation.
+    All processes enter together. A thread compares what they have noted, ten times in this period, because the main
+    thread may be blocked in a collective operation.
     """
     if process.world_size == 1:
         yield

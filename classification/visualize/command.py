@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
-    from . import style  # noqa: F401, says in time that matplotlib is missing
+    from . import style  # noqa: F401, reports a missing matplotlib before any work
 
     if args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder; name a file in it that ends in {', '.join(ENDINGS)}")
