@@ -32,14 +32,7 @@ from .checkpoint import (
     save_checkpoint,
     save_latest,
 )
-from .data import (
-    ImageLoader,
-    build_mixup,
-    build_train_loader,
-    build_val_loader,
-    check_classes,
-    check_number,
-)
+from .data import ImageLoader, build_mixup, build_train_loader, build_val_loader, check_classes, check_number
 from .distributed import Process, start_process
 from .engine import Evaluation, TrainingRun, evaluate, measure_throughput, train_one_epoch
 from .environment import describe_environment, keep_total_batch, make_deterministic

@@ -22,15 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels import (
-    depthwise_conv,
-    downsampling,
-    layer_norm,
-    mlp,
-    selective_scan,
-    spatial_mixer,
-    state_fusion,
-)
+from ...kernels import depthwise_conv, downsampling, layer_norm, mlp, selective_scan, spatial_mixer, state_fusion
 from ...kernels.backends import has_kernels
 from ...kernels.state_fusion import check_dilations
 from ...kernels.tensors import compute_dtype_for, without_autocast

@@ -11,13 +11,7 @@ from torch import Tensor
 from .architecture import Architecture, architecture_of
 from .preprocessing import Preprocessing, preprocessing_of
 from .spatial_mamba import SpatialMamba, SpatialMambaBackbone
-from .weights import (
-    WeightsError,
-    describe_differences,
-    model_weights,
-    read_checkpoint,
-    saved_class_names,
-)
+from .weights import WeightsError, describe_differences, model_weights, read_checkpoint, saved_class_names
 
 
 @dataclass(frozen=True)

@@ -252,16 +252,7 @@ ATTACKS = {
     "arguments": (LONG + b"(" + b"ctorch._utils\n_rebuild_parameter\nh\1R" * 5000 + b"l.", "copies values too often"),
     "dimensions": (opcodes(b"ctorch._utils\n_rebuild_tensor\n(", STORAGE, 0, (1,) * 65, (1,) * 65, b"tR."), "shape"),
     "quantised": (
-        opcodes(
-            b"ctorch._utils\n_rebuild_tensor_v3\n(",
-            STORAGE,
-            0,
-            (1,),
-            (1,),
-            False,
-            None,
-            b"ctorch\nqint8\ntR.",
-        ),
+        opcodes(b"ctorch._utils\n_rebuild_tensor_v3\n(", STORAGE, 0, (1,), (1,), False, None, b"ctorch\nqint8\ntR."),
         "a tensor of the type qint8",
     ),
     "boolean": (opcodes(b"cnumpy.core.multiarray\nscalar\n", BOOLEAN, b"C\1\2\x86R."), "other than 0 and 1"),

@@ -7,9 +7,7 @@ import torch
 import yaml
 
 from spatial_mamba.classification.config import CONFIG_FOLDER, leaves, load_config
-from spatial_mamba.classification.data import (
-    build_transform,
-)
+from spatial_mamba.classification.data import build_transform
 from spatial_mamba.classification.models.architecture import architecture_of
 from spatial_mamba.classification.optim import build_optimizer
 from spatial_mamba.classification.trainer import build_model

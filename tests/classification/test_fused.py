@@ -508,18 +508,9 @@ def test_what_depends_on_the_processor_holds_with_avx2_alone() -> None:
     capabilities = "torch.backends.cpu.get_cpu_capability(), torch.ops.mkldnn._is_mkldnn_bf16_supported()"
     script = f"import pytest, sys, torch; print({capabilities}); sys.exit(pytest.main())"
     tests = "copied and True or packed_layers_match or packed_mlp_matches or packed_downsampling_matches"
+    options = ["-q", "-p", "no:cacheprovider", "-k", tests]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            script,
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            tests,
-            "tests/classification/test_fused.py",
-        ],
+        [sys.executable, "-c", script, *options, "tests/classification/test_fused.py"],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
         capture_output=True,

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatial_mamba.classification.data import (
-    ImageData,
-)
+from spatial_mamba.classification.data import ImageData
 from spatial_mamba.classification.models.image_files import ImageFileError, read_image
 from spatial_mamba.classification.readers import open_split
 from spatial_mamba.kernels.errors import UserError
