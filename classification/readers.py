@@ -72,14 +72,12 @@ def open_split(data_path: str, split: str, zip_mode: bool = False) -> Reader:
     if not root.is_dir():
         raise UserError(f"--data-path {data_path}: no such folder")
     folder, tar, archive = root / split, root / f"{split}.tar", root / f"{split}.zip"
-    if zip_mode:
-        if not archive.is_file():
-            raise UserError(f"--zip: {archive} is missing")
-        return ZipReader(archive, root / f"{split}_map.txt", split == "train")
-    if folder.is_dir():
+    if zip_mode and not archive.is_file():
+        raise UserError(f"--zip: {archive} is missing")
+    if folder.is_dir() and not zip_mode:
         has_folders = any(entry.is_dir() and not is_hidden(entry.name) for entry in folder.iterdir())
         return FolderReader(folder) if has_folders or not _tar_files(folder) else TarReader(folder)
-    if tar.is_file():
+    if tar.is_file() and not zip_mode:
         return TarReader(tar)
     if archive.is_file():
         return ZipReader(archive, root / f"{split}_map.txt", split == "train")
