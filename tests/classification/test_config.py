@@ -16,25 +16,15 @@ from spatial_mamba.kernels.errors import UserError
 from .published import published_run, published_yaml
 
 
-@pytest.mark.parametrize(
-    ("variant", "dims", "depths", "drop_path", "mesa"),
-    [
-        ("tiny", 64, [2, 4, 8, 4], 0.2, 1.0),
-        ("small", 64, [2, 4, 21, 5], 0.3, 1.5),
-        ("base", 96, [2, 4, 21, 5], 0.5, 2.0),
-    ],
-)
-def test_shipped_config_is_the_published_recipe(
-    variant: str, dims: int, depths: list[int], drop_path: float, mesa: float
-) -> None:
+@pytest.mark.parametrize("variant", ["tiny", "small", "base"])
+def test_shipped_config_is_the_published_recipe(variant: str) -> None:
+    """In what the published YAML files leave to the defaults."""
     config, notes = load_config(f"spatialmamba_{variant}")
     assert not notes
-    assert (dims, depths) == (config.MODEL.SPATIAL_MAMBA.EMBED_DIM, config.MODEL.SPATIAL_MAMBA.DEPTHS)
-    assert (drop_path, mesa, 0.25) == (config.MODEL.DROP_PATH_RATE, config.AUG.MESA, config.AUG.MESA_START)
     assert (config.MODEL.NUM_CLASSES, config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE) == (1000, 224, 128)
     train, aug = config.TRAIN, config.AUG
     assert (train.EPOCHS, train.WARMUP_EPOCHS, train.CLIP_GRAD, train.WEIGHT_DECAY) == (300, 20, 5.0, 0.05)
-    assert (train.MODEL_EMA, train.MODEL_EMA_DECAY) == (True, 0.9999)
+    assert (train.MODEL_EMA, train.MODEL_EMA_DECAY, aug.MESA_START) == (True, 0.9999, 0.25)
     assert (aug.MIXUP, aug.CUTMIX, aug.MIXUP_SWITCH_PROB, config.MODEL.LABEL_SMOOTHING) == (0.8, 1.0, 0.5, 0.1)
     transforms = repr(build_transform(config, is_training=True))
     assert "RandomResizedCrop" in transforms and "RandAugment" in transforms and "RandomErasing" in transforms
