@@ -1,5 +1,6 @@
 """Configs of the trainer: YAML files and command-line overrides over the defaults, all checked."""
 
+import ast
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ _FIXED_KEYS = {
     "MODEL.SPATIAL_MAMBA.POSEMBED": (False,),
     "MODEL.SPATIAL_MAMBA.GMLP": (False,),
 }
+# What `ast.literal_eval` raises, as it says. yacs expects only the first two.
+_UNDECODABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", list: "a list", tuple: "a list", str: "text"}
 RATES = ("TRAIN.BASE_LR", "TRAIN.WARMUP_LR", "TRAIN.MIN_LR")
 _RENAMED_KEYS = {
@@ -225,7 +228,7 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
         notes.append(f"{source}: {key} has no effect here")
         return
     if key in _FIXED_KEYS:
-        value = CfgNode._decode_cfg_value(value)
+        value = _decoded(value)
         if value not in _FIXED_KEYS[key]:
             raise UserError(f"{source}: {key} is {value!r}; only {_FIXED_KEYS[key][-1]!r} is supported")
         return
@@ -243,8 +246,7 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
     if isinstance(current, str) and isinstance(value, str | int | float) and not isinstance(value, bool):
         node[leaf] = str(value)  # a tag or folder may look like a number
         return
-    if isinstance(value, str):
-        value = CfgNode._decode_cfg_value(value)
+    value = _decoded(value)
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     kind = _KINDS.get(type(current))
@@ -252,7 +254,7 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
         raise UserError(f"{source}: {key} takes {kind}, got {value!r}")
     try:
         config.merge_from_list([key, value])
-    except ValueError as error:
+    except _UNDECODABLE as error:
         raise UserError(f"{source}: {key} takes {kind}, got {value!r}") from error
 
 
@@ -264,9 +266,17 @@ def _meaning_of(name: str, value: Any) -> tuple[str, Any]:
     key = ".".join(parts)
     key = _RENAMED_KEYS.get(key, key)
     if key == "AUG.MESA":  # published files switch it off with -1
-        gain = CfgNode._decode_cfg_value(value)
+        gain = _decoded(value)
         value = 0.0 if isinstance(gain, int | float) and gain < 0 else value
     return key, value
+
+
+def _decoded(value: Any) -> Any:
+    """The value that a string stands for, such as ``1e-3``; any other value, and any other string, as it is."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except _UNDECODABLE:
+        return value
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

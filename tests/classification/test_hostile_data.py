@@ -141,9 +141,11 @@ def bomb(levels: int) -> str:
         ("MODEL: {SPATIALMAMBA: {EMBED_DIM: 1000000000}}", "EMBED_DIM is 1000000000; it must be 1 to 4,096"),
         ("MODEL: {SPATIALMAMBA: {DEPTHS: [99999999]}}", "DEPTHS is [99999999]; it must be a list of"),
         ("DATA: {IMG_SIZE: 10000000}", "DATA.IMG_SIZE is 10000000; it must be 32 to 16,384"),
+        ("TRAIN: {EPOCHS: '{[]: 1}'}", "TRAIN.EPOCHS takes a whole number, got '{[]: 1}'"),
+        ("TRAIN: {MESA: '" + "-" * 90_000 + "1'}", "AUG.MESA takes a number, got '---"),
     ],
     ids=["aliases", "endless", "nested", "hexadecimal", "boolean", "digits", "object", "long", "device", "width",
-         "depth", "size"],
+         "depth", "size", "unhashable", "nested text"],
 )  # fmt: skip
 def test_hostile_configs_are_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(text)
