@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint_reader import DTYPES, MAX_DIMENSIONS, Converter, check_values
-from .stand_ins import DamagedFileError
+from .stand_ins import DamagedFileError, check_key
 
 # Entries of the metadata: information about the weights, as JSON, and the CRC-32 of the tensors, in hexadecimal.
 _ABOUT, _CHECKSUM = "spatial_mamba", "spatial_mamba.crc32"
@@ -40,6 +40,8 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: _own(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118, not a mapping
+    for name in tensors:
+        check_key(name)  # as in the files of torch.save
     if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(tensors):
         raise DamagedFileError("its checksum is wrong")
     about = Converter(path.stat().st_size).plain(json.loads(metadata.get(_ABOUT, "{}")))

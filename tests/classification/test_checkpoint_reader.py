@@ -390,10 +390,11 @@ def test_safetensors_files_of_others_are_read_into_memory_of_their_own(tmp_path:
         lambda header: header["weight"].update(shape=[6] + [1] * 64),
         lambda header: header["weight"].update(dtype="BOOL", shape=[24]),
         lambda header: header.update(other=header["weight"]),
+        lambda header: header.update({f"layers.{'9' * 5000}.weight": header.pop("weight")}),
         lambda header: header.update(__metadata__={"spatial_mamba": "[" * 500 + "]" * 500}),
         lambda header: header.update(__metadata__={"spatial_mamba": "[1]"}),
     ],
-    ids=["large", "overlapping", "dimensions", "boolean", "twice", "nested", "list"],
+    ids=["large", "overlapping", "dimensions", "boolean", "twice", "long name", "nested", "list"],
 )
 def test_headers_that_are_wrong_are_refused(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = tmp_path / "model.safetensors"
