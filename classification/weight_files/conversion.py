@@ -92,10 +92,6 @@ def converted(
     content: dict[str, Any] = {"model": encoder} | {
         key: checkpoint[key] for key in _TRAINING if has_entry(checkpoint, key)
     }
-    if layout == "published" and isinstance(content.get("optimizer"), dict):
-        # The published code puts the group without weight decay last.
-        groups = sorted(content["optimizer"]["param_groups"], key=lambda group: group["weight_decay"] == 0)
-        content["optimizer"] = content["optimizer"] | {"param_groups": groups}
     if ema:
         # The optimiser's state belongs to the other weights.
         content = {key: value for key, value in content.items() if key not in ("optimizer", "lr_scheduler", "scaler")}
@@ -104,6 +100,25 @@ def converted(
     record = checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema"))
     if record is not None:
         content["max_accuray_ema" if layout == "published" else "max_accuracy_ema"] = record
-    if layout == "published" and "config" in about:
-        about["config"] = CfgNode(to_plain(about["config"]))
-    return content | about
+    content |= about
+    return _published(content, path) if layout == "published" else content
+
+
+def _published(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content with its optimiser and config as the published code reads them.
+
+    Raises:
+        WeightsError: if they do not have such a form.
+    """
+    content = dict(content)
+    try:
+        if isinstance(optimizer := content.get("optimizer"), dict):
+            # The group without weight decay is the last.
+            groups = sorted(optimizer["param_groups"], key=lambda group: group["weight_decay"] == 0)
+            content["optimizer"] = optimizer | {"param_groups": groups}
+        if "config" in content:
+            content["config"] = CfgNode(to_plain(content["config"]))
+    except (LookupError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        reason = f"the published code could not read its optimiser or config ({error!s:.200})"
+        raise WeightsError(f"{path}: {reason}") from error
+    return content

@@ -498,6 +498,10 @@ def test_conversion_refuses_what_cannot_be(files: Path, tmp_path: Path, capsys: 
     torch.save({"model": classifier().state_dict(), "config": {"x": torch.ones(1)}}, tmp_path / "odd.pth")
     assert "holds more than text and numbers" in refused(tmp_path / "odd.pth", target)
     assert not target.exists()
+    for damaged in ({"optimizer": {"param_groups": [{}]}}, {"config": {"x": torch.ones(1)}}, {"config": [1]}):
+        torch.save({"model": classifier().state_dict(), **damaged}, tmp_path / "odd.pth")
+        error = refused(tmp_path / "odd.pth", tmp_path / "out.pth", "--to", "published")
+        assert "the published code could not read its optimiser or config" in error
 
 
 # --- verification
