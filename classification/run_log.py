@@ -16,6 +16,8 @@ from ..kernels.command_line import printable
 from .atomic_write import atomic_write
 from .distributed import Process
 
+METRICS = "metrics.jsonl"  # one line per epoch
+
 logger = logging.getLogger(__name__)
 _PACKAGE_LOGGER = logging.getLogger("spatial_mamba")
 
@@ -50,7 +52,7 @@ class RunLog:
             _PACKAGE_LOGGER.removeHandler(earlier)
         _PACKAGE_LOGGER.addHandler(handler)
         self._writer = SummaryWriter(str(folder), purge_step=first_update)
-        self._metrics = folder / "metrics.jsonl"
+        self._metrics = folder / METRICS
         _drop_epochs(self._metrics, first_epoch)
 
     @property
@@ -72,7 +74,7 @@ class RunLog:
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Append one JSON line; non-finite numbers become null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self._warned("metrics.jsonl"):
+        with self._warned(METRICS):
             if self._metrics:
                 with self._metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(finite) + "\n")

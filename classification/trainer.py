@@ -40,7 +40,7 @@ from .models.spatial_mamba import SpatialMamba
 from .models.weights import read_checkpoint, saved_class_names
 from .optim import autocast_dtype, build_criterion, build_optimizer, build_scheduler
 from .preemption import PreemptedError, signals_noted
-from .run_log import RunLog, set_up_console
+from .run_log import METRICS, RunLog, set_up_console
 from .seeding import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -345,7 +345,7 @@ class TrainingJob:
     def _open_folder(self) -> RunLog:
         """Lock the folder of the run, and open its records."""
         config, process, folder = self.config, self.process, self.folder
-        names = (LATEST, BEST, BEST_EMA, "metrics.jsonl")
+        names = (LATEST, BEST, BEST_EMA, METRICS)
         records = (*kept_checkpoints(folder), *(folder / name for name in names))
         if not self.resumed_from and any(path.exists() for path in records):
             remedy = "remove it" if config.TRAIN.AUTO_RESUME else "let it resume (TRAIN.AUTO_RESUME True)"

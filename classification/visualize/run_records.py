@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...kernels.errors import UserError
-
-FILE_NAME = "metrics.jsonl"
+from ..run_log import METRICS
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ def read_run(path: Path, label: str) -> RunRecord:
     Raises:
         UserError: naming the file, and the line in it that cannot be used.
     """
-    file = path / FILE_NAME if path.is_dir() else path
+    file = path / METRICS if path.is_dir() else path
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file; name the folder of a training run, or its {FILE_NAME}") from error
+        raise UserError(f"{file}: no such file; name the folder of a training run, or its {METRICS}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
     records = [_record(line, f"{file}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
