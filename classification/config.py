@@ -185,12 +185,17 @@ def _count_values(tree: Any, depth: int = 0) -> int:
 
 def is_published_run(settings: Mapping[str, Any]) -> bool:
     """Whether the published trainer saved these settings, with learning rates already scaled by the batch."""
-    return "LOCAL_RANK" in settings and "SCALE_LR" not in settings.get("TRAIN", {})
+    keys = dict(leaves(settings))
+    return "LOCAL_RANK" in keys and "TRAIN.SCALE_LR" not in keys
 
 
 def by_meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved settings, of this trainer or the published one, as ``{key of this trainer: value}``."""
-    return dict(_meaning_of(name, value) for name, value in leaves(settings))
+    """Saved settings, of this trainer or the published one, as ``{key of this trainer: value}``.
+
+    Values that no setting has, such as tensors in a damaged checkpoint, are left out.
+    """
+    plain = str | int | float | list | tuple | None
+    return dict(_meaning_of(name, value) for name, value in leaves(settings) if isinstance(value, plain))
 
 
 class _Loader(yaml.SafeLoader):

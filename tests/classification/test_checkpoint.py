@@ -145,6 +145,16 @@ def test_a_damaged_state_is_not_resumed(
     assert words in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("config", [{"LOCAL_RANK": 0, "TRAIN": 3}, {"DATA": {"BATCH_SIZE": torch.ones(2)}}], ids=str)
+def test_a_run_with_a_damaged_config_is_resumed(
+    config: dict[str, Any], trained: Path, micro: Path, photos: Path, tmp_path: Path
+) -> None:
+    content = read_checkpoint(trained / LATEST)
+    content["environment"]["total batch"] = 8  # another one, which is then compared with the config
+    torch.save(content | {"config": config}, tmp_path / "damaged.pth")
+    assert main(options(micro, photos, tmp_path, "--resume", str(tmp_path / "damaged.pth"))) == 0
+
+
 def test_the_state_of_an_optimiser_takes_the_layout_of_its_parameters(
     trained: Path, micro: Path, photos: Path, tmp_path: Path
 ) -> None:
