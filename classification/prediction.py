@@ -80,7 +80,7 @@ def class_names(classifier: TrainedClassifier, file: Path | None = None) -> list
     count = classifier.model.num_classes
     if file is not None:
         try:
-            names = file.read_text(encoding="utf-8").splitlines()
+            names = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--classes {file}: cannot be read ({error})") from error
         if len(names) != count:

@@ -745,7 +745,7 @@ def test_images_are_classified(files: Path, images: Path, tmp_path: Path, capsys
 def test_class_names_come_from_a_file_the_checkpoint_or_imagenet(files: Path, tmp_path: Path) -> None:
     names = prediction.class_names
     listed = tmp_path / "names.txt"
-    listed.write_text("v\nw\nx\ny\nz\n")
+    listed.write_text("v\nw\nx\ny\nz\n", encoding="utf-8-sig")  # as Windows programs write it
     assert names(load_classifier(files / "ours.pth"), listed) == list("vwxyz")
     imagenet = prediction.TrainedClassifier(classifier(num_classes=1000))
     assert names(imagenet)[207] == "golden retriever"
