@@ -73,7 +73,7 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     path, shipped = Path(with_home(str(name))), CONFIG_FOLDER / f"{name}.yaml"
     if not path.suffix and not path.exists() and not shipped.is_file():
         names = [file.stem for file in CONFIG_FOLDER.glob("*.yaml")]
-        raise UserError(f"--cfg {name}: no such file or shipped config{_closest(str(name), names)}")
+        raise UserError(f"config {name}: no such file or shipped config{_closest(str(name), names)}")
     _merge_file(config, shipped if not path.exists() and shipped.is_file() else path, notes, seen=())
     for key, value in overrides:
         _merge_value(config, *_meaning_of(key, value), "command line", notes)

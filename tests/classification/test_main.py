@@ -93,7 +93,7 @@ WRONG = {
     "odd opts": (add("--opts", "TRAIN.EPOCHS"), "--opts takes pairs of KEY VALUE"),
     "unknown shipped config": (
         add("--cfg", "spatialmamba_tny"),
-        "no such file or shipped config; did you mean spatialmamba_tiny?",
+        "config spatialmamba_tny: no such file or shipped config; did you mean spatialmamba_tiny?",
     ),
     "unknown opts key": (add("--opts", "TRAIN.EPOCH", "3"), "unknown config key TRAIN.EPOCH; did you mean"),
     "section as opts key": (add("--opts", "TRAIN", "3"), "TRAIN is a section"),
