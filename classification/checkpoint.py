@@ -26,7 +26,7 @@ from .environment import report_changes
 from .models.weights import (
     WEIGHT_KEYS,
     WeightsError,
-    encoder_weights,
+    has_ema,
     has_entry,
     load_strictly,
     model_weights,
@@ -250,8 +250,8 @@ def read_weights(path: Path) -> dict[str, Any]:
     """
     checkpoint = read_checkpoint(path)
     weights = {"model": model_weights(checkpoint, path)}
-    if has_entry(checkpoint, "model_ema"):
-        weights["model_ema"] = encoder_weights(_ema_state(checkpoint, path), path)
+    if has_ema(checkpoint):
+        weights["model_ema"] = model_weights(checkpoint, path, ema=True)
     return {key: entry for key, entry in checkpoint.items() if key not in WEIGHT_KEYS} | weights
 
 

@@ -160,6 +160,11 @@ def saved_class_names(checkpoint: Mapping[str, Any], count: int | None) -> list[
     return list(map(str, names)) if isinstance(names, list) and len(names) == count else None
 
 
+def has_ema(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has EMA weights, under the key of the published trainer or of timm."""
+    return any(has_entry(checkpoint, key) for key in EMA_KEYS)
+
+
 def ema_state_dict_of(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Tensor]:
     """The EMA weights in a checkpoint of this trainer, the published one or timm's.
 

@@ -13,8 +13,8 @@ from ..models.architecture import PUBLISHED_FUSION, architecture_of
 from ..models.safetensors_files import write_safetensors
 from ..models.weights import (
     CLASSIFIER_ONLY,
-    EMA_KEYS,
     WeightsError,
+    has_ema,
     has_entry,
     is_safetensors,
     model_weights,
@@ -95,7 +95,7 @@ def converted(
     if ema:
         # The optimiser's state belongs to the other weights.
         content = {key: value for key, value in content.items() if key not in ("optimizer", "lr_scheduler", "scaler")}
-    elif any(has_entry(checkpoint, key) for key in EMA_KEYS):
+    elif has_ema(checkpoint):
         content["model_ema"] = model_weights(checkpoint, path, ema=True, prefix=prefix)
     record = checkpoint.get("max_accuracy_ema", checkpoint.get("max_accuray_ema"))
     if record is not None:

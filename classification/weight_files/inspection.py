@@ -11,9 +11,9 @@ from torch import Tensor
 from ...kernels.command_line import printable
 from ..models.architecture import Architecture, architecture_of
 from ..models.weights import (
-    EMA_KEYS,
     ema_state_dict_of,
     encoder_weights,
+    has_ema,
     has_entry,
     is_safetensors,
     read_checkpoint,
@@ -48,7 +48,7 @@ def inspect_file(path: Path, prefix: str = "") -> dict[str, Any]:
     found["dtypes"] = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     if found["holds"] == "detector or segmentor":
         found["parts"] = _sizes_of_parts(state)
-    if any(has_entry(checkpoint, key) for key in EMA_KEYS):
+    if has_ema(checkpoint):
         found["ema"] = _compare(state, ema_state_dict_of(checkpoint, path))
     found |= {name: _number(checkpoint[name]) for name in _RECORDS if name in checkpoint}
     if isinstance(checkpoint.get("classes"), list):

@@ -233,13 +233,14 @@ def test_weights_with_prefixes_of_frameworks_are_evaluated(
     content = torch.load(trained / BEST, weights_only=True)
     model = {f"net.{name}": tensor for name, tensor in content["model"].items()}
     ema = {f"module.{name}": tensor for name, tensor in content["model_ema"].items()}
-    torch.save({"state_dict": model, "model_ema": ema, "config": content["config"]}, tmp_path / "framework.pth")
+    for name, key in (("timm.pth", "state_dict_ema"), ("framework.pth", "model_ema")):
+        torch.save({"state_dict": model, key: ema, "config": content["config"]}, tmp_path / name)
     results = []
-    for path in (trained / BEST, tmp_path / "framework.pth"):
+    for path in (trained / BEST, tmp_path / "timm.pth", tmp_path / "framework.pth"):
         assert main(options(micro, photos, tmp_path, "--eval", "--pretrained", str(path))) == 0
         output = capfd.readouterr().out
         results.append(accuracy_lines(output))
-    assert results[0] == results[1] and len(results[0]) == 2
+    assert results[0] == results[1] == results[2] and len(results[0]) == 2
     assert output.count("framework.pth: loading the weights named net.* without this prefix") == 1
 
 
