@@ -20,7 +20,6 @@ from ..models.weights import (
     state_dict_of,
 )
 
-TRAINER, PUBLISHED, OPENMMLAB, WEIGHTS = "trainer", "published", "openmmlab", "weights"
 _RECORDS = ("epoch", "steps", "max_accuracy", "max_accuracy_ema", "max_accuray_ema")  # the last as published
 
 
@@ -58,14 +57,14 @@ def inspect_file(path: Path, prefix: str = "") -> dict[str, Any]:
 
 
 def layout_of(checkpoint: Mapping[str, Any]) -> str:
-    """``TRAINER``, ``PUBLISHED``, ``OPENMMLAB``, or else ``WEIGHTS``, at the top level or in one entry."""
+    """``"trainer"``, ``"published"``, ``"openmmlab"``, or else ``"weights"``, at the top level or in one entry."""
     if "state_dict" in checkpoint and "meta" in checkpoint:
-        return OPENMMLAB
+        return "openmmlab"
     if "model" in checkpoint and "max_accuray_ema" in checkpoint:
-        return PUBLISHED
+        return "published"
     if "model" in checkpoint and "max_accuracy" in checkpoint:
-        return TRAINER
-    return WEIGHTS
+        return "trainer"
+    return "weights"
 
 
 def file_format(path: Path) -> str:
