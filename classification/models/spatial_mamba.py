@@ -19,7 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations, type_before_parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import depthwise_conv, downsampling, layer_norm, mlp, selective_scan, spatial_mixer, state_fusion
@@ -84,17 +84,13 @@ class ConvLayer(nn.Module):
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
     def folded(self) -> nn.Conv2d:
-        """The convolution with the current BatchNorm folded into its weights, computed in float32 or wider.
-
-        Raises:
-            RuntimeError: if the norm is not a BatchNorm.
-        """
+        """The convolution with the current BatchNorm folded into its weights, computed in float32 or wider."""
         if isinstance(self.norm, nn.Identity):
             return self.conv
-        if not isinstance(self.norm, nn.modules.batchnorm._BatchNorm):  # includes SyncBatchNorm
-            raise RuntimeError(f"only BatchNorms can be folded into convolutions, not {type(self.norm).__name__}")
         dtype, compute_dtype = self.conv.weight.dtype, compute_dtype_for(self.conv.weight)
         conv, norm = deepcopy(self.conv).to(compute_dtype), deepcopy(self.norm).to(compute_dtype)
+        for name in list(conv.parametrizations) if is_parametrized(conv) else ():
+            remove_parametrizations(conv, name)
         return fuse_conv_bn_eval(conv, norm).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,7 +222,10 @@ class Downsample(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise 3x3 convolution of tokens (B, H, W, C) with zero padding, then SiLU."""
+    """Depthwise 3x3 convolution of tokens (B, H, W, C) with zero padding, then SiLU.
+
+    Padding and dilation may be changed later, for instance to circular padding for panoramas.
+    """
 
     bias: nn.Parameter
     epilogue = "silu"  # see `depthwise_conv`
@@ -234,8 +233,16 @@ class DepthwiseConv(nn.Conv2d):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
+    @property
+    def is_standard(self) -> bool:
+        """Whether `depthwise_conv` computes it."""
+        return (self.padding, self.dilation, self.padding_mode) == ((1, 1), (1, 1), "zeros")
+
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv(x, self.weight, self.bias, self.epilogue)
+        if self.is_standard:
+            return depthwise_conv(x, self.weight, self.bias, self.epilogue)
+        out = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + out if self.epilogue == "residual" else F.silu(out)
 
 
 class PositionEncoding(DepthwiseConv):
@@ -332,8 +339,8 @@ class StructureAwareSSM(nn.Module):
     so fusion scales the states up to 27-fold, which half precision may not hold.
 
     One operator computes everything between the two projections. It reads the weights of ``conv2d``, ``state_fusion``
-    and ``out_norm`` directly. If one of these modules has hooks or is wrapped or sharded, the modules are called one
-    by one instead.
+    and ``out_norm`` directly. If one of these modules has hooks or is wrapped, sharded or changed, the modules are
+    called one by one instead.
     """
 
     def __init__(self, dim: int, fusion_dilations: Sequence[int], fusion_kernel_sizes: Sequence[int]) -> None:
@@ -364,7 +371,8 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         xz = self.in_proj(x)  # (B, H, W, 2 D): tokens and gate
-        y = self._mix_by_module(xz) if has_modified_parts(self, MIXER_PARTS) else self._mix(xz)
+        plain = not has_modified_parts(self, MIXER_PARTS) and self.conv2d.is_standard
+        y = self._mix(xz) if plain else self._mix_by_module(xz)
         return self.out_proj(y)
 
     def _mix(self, xz: Tensor) -> Tensor:
@@ -554,6 +562,7 @@ class SpatialMambaEncoder(HubModule):
             dict(num_chs=width, reduction=4 * 2**i, module=f"layers.{i}") for i, width in enumerate(widths)
         ]
         self.fused = False
+        self._structure = structure_of(self)
         self.set_grad_checkpointing(use_checkpoint)
         self.apply(_init_weights)
 
@@ -567,8 +576,8 @@ class SpatialMambaEncoder(HubModule):
             The model itself.
 
         Raises:
-            RuntimeError: in training mode; if a BatchNorm was replaced by a norm that cannot be folded; or if a
-                module whose weights are read has hooks or wrappers (LoRA, FSDP).
+            RuntimeError: in training mode, or if a module of the stem or the stages has hooks, or was wrapped (LoRA,
+                FSDP), replaced or changed.
         """
         if self.training:
             raise RuntimeError("only a model in evaluation mode can be fused: call eval() first")
@@ -830,24 +839,34 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         return tuple(maps)
 
 
+def structure_of(model: SpatialMambaEncoder) -> dict[str, tuple[Any, ...]]:
+    """What the modules of stem and stages compute, by name: their types, and what else matters next to weights."""
+    settings = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "approximate")
+    structure = {}
+    for name, module in model.named_modules():
+        is_end = name.endswith(".downsample") and isinstance(module, nn.Identity)  # the last stage may be cut off
+        is_called = isinstance(module, Stage) or is_end or ".parametrizations" in name
+        if name.startswith(("patch_embed.", "layers.")) and not is_called:
+            kind = type_before_parametrizations(module)
+            is_norm = issubclass(kind, nn.modules.batchnorm._BatchNorm)  # SyncBatchNorm computes the same
+            structure[name] = (is_norm or kind, *(getattr(module, setting, None) for setting in settings))
+    return structure
+
+
 def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
-    """Check that the weights of all blocks describe what the blocks compute, before reading them.
+    """Check that the weights of stem and stages describe what these compute, before reading them.
 
     Raises:
-        RuntimeError: naming a module with a hook or a wrapper.
+        RuntimeError: naming a module with hooks, or one that was wrapped, replaced or changed.
     """
-    parts: dict[str, type[nn.Module]] = {f"self_attention.{name}": kind for name, kind in MIXER_PARTS.items()}
-    parts |= dict.fromkeys(("ln_1", "ln_2"), LayerNorm)
-    parts |= dict.fromkeys(("self_attention.in_proj", "self_attention.out_proj", "mlp.fc1", "mlp.fc2"), nn.Linear)
-    blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, Block)]
-    for name, block in blocks:
-        for part, kind in parts.items():
-            module = block.get_submodule(part)
-            if is_modified(module, kind):
-                raise RuntimeError(
-                    f"{name}.{part} has hooks or is wrapped ({type(module).__name__}): "
-                    "only its weights would be used; remove the hooks, or merge and unwrap the layer"
-                )
+    for name, facts in structure_of(model).items():
+        module = model.get_submodule(name)
+        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in module.parameters(recurse=False))
+        if facts != model._structure.get(name) or is_modified(module, type(module)) or not plain:
+            raise RuntimeError(
+                f"{name} has hooks, or was wrapped, replaced or changed ({type(module).__name__}), but only the "
+                "weights of the original layer would be used: remove the hooks, or merge and unwrap the layer"
+            )
 
 
 def _init_weights(module: nn.Module) -> None:

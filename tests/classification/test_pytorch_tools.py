@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from spatial_mamba import SpatialMamba
 from spatial_mamba.classification.export.form import export_form
+from spatial_mamba.classification.models.spatial_mamba import Stage
 from spatial_mamba.kernels import use_backend
 from spatial_mamba.kernels.backends import reference_serves
 
@@ -191,7 +193,7 @@ def test_a_replaced_forward_is_called(name: str) -> None:
     assert not torch.allclose(hooked, expected)
     module.forward = lambda *args: 2 * forward(*args)
     assert not torch.allclose(model(images()), expected)
-    with pytest.raises(RuntimeError, match=f"self_attention.{name} has hooks or is wrapped"):
+    with pytest.raises(RuntimeError, match=f"self_attention.{name} has hooks, or was wrapped"):
         model.eval().fuse()
 
 
@@ -344,23 +346,96 @@ def test_pruned_and_parametrised_weights_are_used() -> None:
         assert all(parameter.grad.abs().max() > 0 for parameter in mixer.conv2d.parameters())
 
 
+class Doubled(nn.Module):
+    """A wrapper that passes attributes on, like those of LoRA and FSDP."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_layer, name)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return 2 * self.base_layer(*args)
+
+
+def wrap(model: nn.Module, name: str) -> None:
+    model.set_submodule(name, Doubled(model.get_submodule(name)))
+
+
+def hook(model: nn.Module, name: str) -> None:
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def set_inside(*names: str, **settings: Any) -> Callable[[nn.Module, str], None]:
+    def change(model: nn.Module, name: str) -> None:
+        for module in filter(lambda module: type(module).__name__ in names, model.get_submodule(name).modules()):
+            for setting, value in settings.items():
+                setattr(module, setting, value)
+
+    return change
+
+
+CALLED = {"", "patch_embed", "layers", "norm", "head_drop", "head"}  # by fused models, too
+MODULES = [
+    name
+    for name, module in micro_classifier(depths=(1, 1)).named_modules()
+    if name not in CALLED and not isinstance(module, nn.ModuleList | Stage) and name != "layers.1.downsample"
+]
+
+
 @pytest.mark.parametrize("use", [SpatialMamba.fuse, export_form])
-def test_wrapped_layers_are_never_bypassed(use: Callable[[nn.Module], nn.Module]) -> None:
-    """Wrappers like LoRA's, whose layers hold the layer that they wrap."""
-
-    class LowRank(nn.Module):
-        def __init__(self, linear: nn.Linear) -> None:
-            super().__init__()
-            self.base_layer, self.weight = linear, linear.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * self.base_layer(x)
-
-    for name in ("self_attention.in_proj", "mlp.fc2"):
-        model = filled_classifier(depths=(1,)).eval()
-        block = model.layers[0].blocks[0]
-        expected = model(images())
-        block.set_submodule(name, LowRank(block.get_submodule(name)))
-        assert not torch.allclose(model(images()), expected)
-        with pytest.raises(RuntimeError, match=rf"layers.0.blocks.0.{name} has hooks or is wrapped \(LowRank\)"):
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        pytest.param(wrap, MODULES, id="wrapped"),
+        pytest.param(hook, MODULES, id="hooked"),
+        pytest.param(set_inside("Mlp", act=nn.ReLU()), ["layers.1.blocks.0.mlp"], id="activation of an MLP"),
+        pytest.param(set_inside("GELU", approximate="tanh"), ["layers.1.blocks.0.mlp.act"], id="another GELU"),
+        pytest.param(set_inside("Reduction", act=nn.SiLU()), ["layers.0.downsample.conv.1"], id="activation"),
+        pytest.param(
+            set_inside("Conv2d", "DepthwiseConv", "PositionEncoding", padding_mode="circular"),
+            ["patch_embed.conv1.conv", "layers.0.downsample.conv.1.conv", "layers.0.blocks.0.cpe1"],
+            id="padding",
+        ),
+    ],
+)
+def test_changed_modules_are_never_bypassed(
+    use: Callable[[nn.Module], nn.Module], change: Callable[[nn.Module, str], None], names: list[str]
+) -> None:
+    for name in names:
+        model = filled_classifier(depths=(1, 1)).eval()
+        change(model, name)
+        with pytest.raises(RuntimeError, match=rf"^{name}\S* has hooks, or was wrapped, replaced or changed"):
             use(model)
+
+
+@pytest.mark.parametrize("settings", [dict(padding_mode="circular"), dict(padding=(2, 2), dilation=(2, 2))], ids=str)
+def test_padding_and_dilation_may_be_changed(settings: dict[str, Any]) -> None:
+    """Circular padding is usual for panoramas and textures."""
+    block = filled_classifier(depths=(1,)).double().eval().layers[0].blocks[0]
+    x = images(2, 8, 6, 7).double().permute(0, 2, 3, 1)
+    before = block.self_attention(x)
+    for layer, tokens in ((block.cpe1, x), (block.self_attention.conv2d, torch.cat((x, -x), dim=-1))):
+        dim = tokens.shape[-1]
+        plain = nn.Conv2d(dim, dim, 3, **dict(padding=1) | settings, groups=dim).double()
+        plain.load_state_dict(layer.state_dict())
+        out = plain(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        for name, value in settings.items():
+            setattr(layer, name, value)
+        torch.testing.assert_close(layer(tokens), tokens + out if layer is block.cpe1 else F.silu(out))
+    assert not torch.allclose(block.self_attention(x), before)
+
+
+def test_parametrised_convolutions_fuse() -> None:
+    model = filled_classifier(depths=(1, 1)).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            weight_norm(module)
+            module.parametrizations.weight.original0.data.mul_(1.5)
+    expected = model(images().double())
+    torch.testing.assert_close(model.fuse()(images().double()), expected)
