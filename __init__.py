@@ -1,6 +1,7 @@
 """Spatial-Mamba: a vision backbone with one selective scan and structure-aware state fusion."""
 
 import sys
+from itertools import pairwise
 from pathlib import PurePath
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ def _is_command() -> bool:
     """
     program = "".join(sys.argv[:1])  # "-m" while Python looks for the module to run
     if program == "-m":
-        return "spatial_mamba" in sys.orig_argv
+        return ("-m", "spatial_mamba") in pairwise(sys.orig_argv)
     return PurePath(program).name in ("spatial-mamba", "spatial-mamba.exe")
 
 

@@ -105,8 +105,12 @@ def check_config(config: CfgNode) -> None:
     require("MODEL.SPATIAL_MAMBA.MLP_RATIO", network.MLP_RATIO * network.EMBED_DIM >= 1, "a positive number")
     require("TRAIN.WARMUP_EPOCHS", train.WARMUP_EPOCHS < train.EPOCHS, f"less than TRAIN.EPOCHS, {train.EPOCHS}")
     require("AUG.MESA", aug.MESA == 0 or train.MODEL_EMA, "0 without TRAIN.MODEL_EMA, because the EMA is the teacher")
-    if uses_mixup(config) and not (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        require("DATA.BATCH_SIZE", data.BATCH_SIZE % 2 == 0, "even, because Mixup pairs the images of a batch")
+    if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
+        stride = 4 * 2 ** (len(network.DEPTHS) - 1)
+        several = data.BATCH_SIZE > 1 or stride < data.IMG_SIZE
+        require("DATA.BATCH_SIZE", several, "above 1, because the last BatchNorm gets one pixel per image")
+        even = data.BATCH_SIZE % 2 == 0 or not uses_mixup(config)
+        require("DATA.BATCH_SIZE", even, "even, because Mixup pairs the images of a batch")
 
 
 def uses_mixup(config: CfgNode) -> bool:

@@ -221,13 +221,17 @@ def check_classes(config: CfgNode, classes: list[str], other: list[str]) -> int:
     """Number of classes of the data set; the config and the other split must agree with it.
 
     Raises:
-        UserError: naming both numbers, or a class that only one split has.
+        UserError: naming both numbers, a class that only one split has, or the only class.
     """
     path = config.DATA.DATA_PATH
     if classes != other:
         lone = sorted(set(classes) ^ set(other))
         reason = f"only one of them has {lone[0]}" if lone else "they number them in different orders"
         raise UserError(f"{path}: train and val must have the same classes; {reason}")
+    if len(classes) == 1:
+        raise UserError(
+            f"{path}: train and val have one class folder, {classes[0]}; training needs two or more classes"
+        )
     check_number(config, len(classes), f"{path}: the data set")
     return len(classes)
 

@@ -124,7 +124,12 @@ def _line(result: dict[str, Any]) -> str:
 
 def _parser() -> Parser:
     parser = Parser("spatial-mamba predict", __doc__, "photo.jpg photos/ --checkpoint spatialmamba_tiny.pth")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, folder, or pattern such as '*.jpg'")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image file, folder (without its subfolders), or pattern such as 'photos/**/*.jpg'",
+    )
     add_model_options(parser, untrained=False)
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one per line")
     parser.add_argument("--top-k", type=whole_number, default=5, metavar="K", help="classes per image (default: 5)")

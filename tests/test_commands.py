@@ -79,9 +79,14 @@ def test_commands_are_listed_without_pytorch(start: list[str], words: list[str],
 
 
 @pytest.mark.slow
-def test_other_programs_get_the_models_with_the_package() -> None:
+@pytest.mark.parametrize("start", (["-c", "import program"], ["-m", "program.train"]), ids=" ".join)
+def test_other_programs_get_the_models_with_the_package(start: list[str], tmp_path: Path) -> None:
+    (tmp_path / "program").mkdir()
     script = "import spatial_mamba, timm; print(*timm.list_models('spatial_mamba_*'))"
-    shown = subprocess.check_output([sys.executable, "-c", script, "-m", "spatial_mamba"], text=True)
+    (tmp_path / "program/__init__.py").write_text(script)
+    (tmp_path / "program/train.py").touch()
+    command = [sys.executable, *start, "--backbone", "spatial_mamba"]
+    shown = subprocess.check_output(command, text=True, cwd=tmp_path)
     assert shown.split() == ["spatial_mamba_base", "spatial_mamba_small", "spatial_mamba_tiny"]
 
 

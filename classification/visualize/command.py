@@ -77,7 +77,12 @@ def _parser() -> Parser:
         help="effective receptive fields, side by side",
         example="photos/ --checkpoint spatialmamba_tiny.pth --untrained",
     )
-    field.add_argument("image", nargs="*", metavar="IMAGE", help="image file, folder or pattern (default: noise)")
+    field.add_argument(
+        "image",
+        nargs="*",
+        metavar="IMAGE",
+        help="image file, folder (without its subfolders) or pattern; default: noise",
+    )
     field.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE", help="weights")
     names = timm.list_models("spatial_mamba_*")
     field.add_argument("--model", nargs="+", default=[], choices=names, help="untrained models")

@@ -61,7 +61,8 @@ class Predictor(ABC):
 def common_parser(description: str, task: str, config: str) -> Parser:
     """The options that ``detection`` and ``segmentation`` share; ``config`` is the one in the example of ``--help``."""
     parser = Parser(f"python -m spatial_mamba.{task}", description, f"photo.jpg --config {config} --checkpoint FILE")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, folder, or pattern")
+    images = "image file, folder (without its subfolders), or pattern"
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help=images)
     parser.add_argument("--config", required=True, help="config file, or the name of one that comes with the package")
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="trained weights")
     parser.add_argument(

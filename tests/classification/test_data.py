@@ -35,6 +35,8 @@ def test_splits_must_number_their_classes_alike(micro: Path) -> None:
     assert check_classes(config, ["0", "1"], ["0", "1"]) == 2
     with pytest.raises(UserError, match="number them in different orders"):
         check_classes(config, ["10", "2"], ["2", "10"])
+    with pytest.raises(UserError, match="one class folder, images; training needs two or more"):
+        check_classes(config, ["images"], ["images"])
 
 
 def test_damaged_archive_members_count_as_unreadable(photos: Path, micro: Path, tmp_path: Path) -> None:

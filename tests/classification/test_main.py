@@ -101,6 +101,10 @@ WRONG = {
     "bool for a number": (add("--opts", "TRAIN.EPOCHS", "True"), "TRAIN.EPOCHS takes a whole number, got True"),
     "model_ema": (add("--model_ema", "maybe"), "expected true or false, got 'maybe'"),
     "batch size": (add("--batch-size", "0"), "DATA.BATCH_SIZE is 0; it must be 1 to 1,000,000"),
+    "one image for BatchNorm": (
+        add("--batch-size", "1", "--opts", "AUG.MIXUP", "0", "AUG.CUTMIX", "0"),
+        "DATA.BATCH_SIZE is 1; it must be above 1, because the last BatchNorm gets one pixel per image",
+    ),
     "odd batch for mixup": (add("--batch-size", "3"), "DATA.BATCH_SIZE is 3; it must be even"),
     "huge batch": (add("--batch-size", "64"), "27 training images are fewer than the 64 of one update"),
     "workers": (add("--workers", "-1"), "DATA.NUM_WORKERS is -1"),

@@ -201,7 +201,7 @@ def test_tables() -> None:
         (models, ["--parts", "--form", "compile"], "--form compile: --parts takes eager and fused, --processes eager"),
         (models, ["--resolution", "16"], "argument --resolution: must be at least 32 pixels, got 16"),
         (loading, ["--zip"], "--zip needs the folder of the archives: add --data-path FOLDER"),
-        (loading, ["--cfg", "none"], "--cfg none: no such file"),
+        (loading, ["--cfg", "none"], "config none: no such file"),
     ],
 )
 def test_wrong_options_are_one_line(
