@@ -8,7 +8,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from .safetensors_files import write_safetensors
-from .weights import describe_differences, load_strictly, model_weights, read_checkpoint
+from .weights import WeightsError, describe_differences, load_strictly, model_weights, read_checkpoint
 
 
 class HubModule(
@@ -44,6 +44,20 @@ class HubModule(
         if problems := describe_differences(rebuilt.state_dict(), self.state_dict()):
             raise RuntimeError(f"the model cannot be saved because it has changed since it was made: it {problems}")
         write_safetensors(self.state_dict(), save_directory / "model.safetensors")
+
+    @classmethod
+    def _from_pretrained(cls, **options: Any) -> Any:
+        """Build the model and load its weights.
+
+        Raises:
+            WeightsError: also if the options in ``config.json`` are those of another class.
+        """
+        try:
+            return super()._from_pretrained(**options)
+        except TypeError as error:
+            raise WeightsError(
+                f"{options['model_id']}: its options are not those of {cls.__name__} ({error})"
+            ) from error
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
