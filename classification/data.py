@@ -159,8 +159,9 @@ def build_transform(config: CfgNode, is_training: bool) -> Callable:
             re_count=aug.RECOUNT,
         )
     except (AssertionError, ValueError, LookupError) as error:
+        reason = f" ({error})" if str(error) else ""
         raise UserError(
-            f"AUG.AUTO_AUGMENT is {policy!r}, which timm does not accept ({error}); "
+            f"AUG.AUTO_AUGMENT is {policy!r}, which timm does not accept{reason}; "
             "it must be none or a policy of timm, such as rand-m9"
         ) from error
     for step in transform.transforms:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...kernels.recurrence import scan_in_blocks
 from ...kernels.state_fusion import repeat_edges
+from ..models.operands import is_modified
 from ..models.spatial_mamba import (
     ConvLayer,
     PositionEncoding,
@@ -29,13 +30,14 @@ def export_form(model: SpatialMambaEncoder) -> SpatialMambaEncoder:
     """Copy the model, in float32 and on its device, with modules replaced by equivalents made of standard operations.
 
     Raises:
-        RuntimeError: for a fused model, one in training mode, or one with hooks or wrappers on its layers.
+        RuntimeError: for a fused model, one in training mode, or one whose layers have hooks, or were wrapped, replaced
+            or changed.
     """
     if model.fused:
         raise RuntimeError("a fused model cannot be exported: export the model as it was before fuse()")
-    refuse_modified_parts(model)
     if model.training:
         raise RuntimeError("only a model in evaluation mode can be exported: call eval() first")
+    refuse_modified_parts(model)
     model = deepcopy(model).float()
     _replace_children(model)
     for module in model.modules():
@@ -51,7 +53,7 @@ def _replace_children(module: nn.Module) -> None:
             setattr(module, name, ExportedMixer(child))
         elif isinstance(child, PositionEncoding):
             setattr(module, name, ExportedPositionEncoding(child))
-        elif isinstance(child, nn.Linear):
+        elif isinstance(child, nn.Linear) and not is_modified(child, nn.Linear):
             setattr(module, name, Projection(child))
         elif isinstance(child, ConvLayer):
             child.conv, child.norm = child.folded(), nn.Identity()

@@ -51,6 +51,12 @@ def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
+def settings_of(conv: nn.Conv2d) -> dict[str, Any]:
+    """The arguments that make a convolution like this one."""
+    geometry = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in ("in_channels", "out_channels", *geometry)}
+
+
 class FusedConv(nn.Conv2d):
     """Convolution, then optional ReLU, (B, C, H, W) in channels-last memory.
 
@@ -59,16 +65,15 @@ class FusedConv(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
-        sizes: dict[str, Any] = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
-        super().__init__(conv.in_channels, conv.out_channels, **sizes, device="meta")
+        super().__init__(**settings_of(conv), device="meta")
         self.weight = nn.Parameter(conv.weight.detach().to(memory_format=torch.channels_last), requires_grad=False)
         self.bias = conv.bias
         self.relu = relu
-        self.relu_in_cudnn = relu
+        self.relu_in_cudnn = relu and self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     def forward(self, x: Tensor) -> Tensor:
         if calls_libraries(x):
-            if self.kernel_size == (1, 1):
+            if is_pointwise(self):
                 out = pointwise_conv(x, self.weight, self.bias)
                 return F.relu_(out) if self.relu else out
             if self.relu_in_cudnn and x.dtype.itemsize == 2 and torch.backends.cudnn.enabled:
@@ -162,16 +167,15 @@ class FusedMlp(nn.Module):
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:
-    """Whether this is a linear layer with bias: a 1x1 convolution of stride 1 without padding or groups."""
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)  # a bias of None is not plain
-    return geometry == ((1, 1), (1, 1), (0, 0), 1) and plain_eager(conv.weight, conv.bias)
+    """Whether this is a linear layer: a 1x1 convolution of stride 1 without padding or groups."""
+    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def is_downsampling(conv: nn.Conv2d) -> bool:
-    """Whether this is the convolution in `downsampling`: depthwise 3x3 of stride 2 with zero padding and bias."""
+    """Whether this has the geometry of the convolution in `downsampling`: depthwise 3x3 of stride 2, zero padding."""
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
     depthwise = conv.groups == conv.in_channels == conv.out_channels
-    return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), "zeros") and depthwise and plain_eager(conv.weight, conv.bias)
+    return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), "zeros") and depthwise
 
 
 class FusedDownsample(nn.Module):
@@ -202,7 +206,7 @@ class FusedDownsample(nn.Module):
             return downsampling(part, **weights)
 
         compute = self._by_layers
-        if is_downsampling(conv) and all(w is not None and w.dtype == x.dtype for w in weights.values()):
+        if plain_eager(conv.weight, conv.bias) and all(w is not None and w.dtype == x.dtype for w in weights.values()):
             if expand.packed and project.packed:
                 return packed_downsampling(x, **weights)
             if has_kernels("downsampling", x) and not expand.packed and not project.packed:

@@ -55,9 +55,7 @@ class HubModule(
         try:
             return super()._from_pretrained(**options)
         except TypeError as error:
-            raise WeightsError(
-                f"{options['model_id']}: its options are not those of {cls.__name__} ({error})"
-            ) from error
+            raise WeightsError(f"{options['model_id']}: its options do not fit {cls.__name__} ({error})") from error
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:

@@ -7,7 +7,6 @@ layout copies nothing. `fused` holds the inference form.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from os import PathLike
 from typing import Any
 
@@ -18,8 +17,9 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations, type_before_parametrizations
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import depthwise_conv, downsampling, layer_norm, mlp, selective_scan, spatial_mixer, state_fusion
@@ -35,6 +35,7 @@ from .fused import (
     is_pointwise,
     refuse_gradients,
     refuse_to_load,
+    settings_of,
 )
 from .hub import HubModule
 from .operands import as_operand, has_modified_parts, is_modified
@@ -85,13 +86,17 @@ class ConvLayer(nn.Module):
 
     def folded(self) -> nn.Conv2d:
         """The convolution with the current BatchNorm folded into its weights, computed in float32 or wider."""
-        if isinstance(self.norm, nn.Identity):
-            return self.conv
-        dtype, compute_dtype = self.conv.weight.dtype, compute_dtype_for(self.conv.weight)
-        conv, norm = deepcopy(self.conv).to(compute_dtype), deepcopy(self.norm).to(compute_dtype)
-        for name in list(conv.parametrizations) if is_parametrized(conv) else ():
-            remove_parametrizations(conv, name)
-        return fuse_conv_bn_eval(conv, norm).to(dtype)
+        conv: Any = self.conv
+        norm: Any = self.norm
+        if isinstance(norm, nn.Identity):
+            return conv
+        dtype, compute_dtype = conv.weight.dtype, compute_dtype_for(conv.weight)
+        own: Any = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        weight, bias, mean, variance, scale, shift = [t if t is None else t.to(compute_dtype) for t in own]
+        fused: Any = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)  # type: ignore[arg-type]
+        folded = nn.Conv2d(**settings_of(conv))
+        folded.weight, folded.bias = (nn.Parameter(tensor.detach().to(dtype)) for tensor in fused)
+        return folded.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -562,7 +567,6 @@ class SpatialMambaEncoder(HubModule):
             dict(num_chs=width, reduction=4 * 2**i, module=f"layers.{i}") for i, width in enumerate(widths)
         ]
         self.fused = False
-        self._structure = structure_of(self)
         self.set_grad_checkpointing(use_checkpoint)
         self.apply(_init_weights)
 
@@ -576,8 +580,8 @@ class SpatialMambaEncoder(HubModule):
             The model itself.
 
         Raises:
-            RuntimeError: in training mode, or if a module of the stem or the stages has hooks, or was wrapped (LoRA,
-                FSDP), replaced or changed.
+            RuntimeError: in training mode, or if a module that will no longer be called has hooks, or was wrapped
+                (LoRA, FSDP), replaced or changed.
         """
         if self.training:
             raise RuntimeError("only a model in evaluation mode can be fused: call eval() first")
@@ -839,34 +843,84 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
         return tuple(maps)
 
 
-def structure_of(model: SpatialMambaEncoder) -> dict[str, tuple[Any, ...]]:
-    """What the modules of stem and stages compute, by name: their types, and what else matters next to weights."""
-    settings = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "approximate")
-    structure = {}
-    for name, module in model.named_modules():
-        is_end = name.endswith(".downsample") and isinstance(module, nn.Identity)  # the last stage may be cut off
-        is_called = isinstance(module, Stage) or is_end or ".parametrizations" in name
-        if name.startswith(("patch_embed.", "layers.")) and not is_called:
-            kind = type_before_parametrizations(module)
-            is_norm = issubclass(kind, nn.modules.batchnorm._BatchNorm)  # SyncBatchNorm computes the same
-            structure[name] = (is_norm or kind, *(getattr(module, setting, None) for setting in settings))
-    return structure
+# Modules that inference forms do not call, because they read the weights: the parts of each block and downsampling.
+BLOCK_PARTS: dict[str, type[nn.Module]] = {
+    "": Block,
+    ".cpe1": PositionEncoding,
+    ".ln_1": LayerNorm,
+    ".self_attention": StructureAwareSSM,
+    ".self_attention.in_proj": nn.Linear,
+    **{f".self_attention.{name}": kind for name, kind in MIXER_PARTS.items()},
+    ".self_attention.out_proj": nn.Linear,
+    ".cpe2": PositionEncoding,
+    ".ln_2": LayerNorm,
+    ".mlp": Mlp,
+    **{f".mlp.{name}": kind for name, kind in MLP_PARTS.items()},
+    ".residual_sum": ResidualSum,
+}
+DOWNSAMPLE_PARTS: dict[str, type[nn.Module]] = {
+    "": Downsample,
+    ".conv.0": ConvLayer,
+    ".conv.0.act": nn.Identity,
+    ".conv.1": Reduction,
+    ".conv.1.act": nn.ReLU,
+    ".conv.2": ConvLayer,
+    ".conv.2.act": nn.Identity,
+    ".conv": InvertedBottleneck,  # the last, since its settings are those of its layers
+}
 
 
 def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
-    """Check that the weights of stem and stages describe what these compute, before reading them.
+    """Check that the weights of the stem and the stages describe what they compute, before reading them.
 
     Raises:
-        RuntimeError: naming a module with hooks, or one that was wrapped, replaced or changed.
+        RuntimeError: naming a module that has hooks, is in training mode, or was wrapped, replaced or changed.
     """
-    for name, facts in structure_of(model).items():
+
+    def check(name: str, *kinds: type[nn.Module]) -> None:
         module = model.get_submodule(name)
         plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in module.parameters(recurse=False))
-        if facts != model._structure.get(name) or is_modified(module, type(module)) or not plain:
+        if not plain or all(is_modified(module, kind) for kind in kinds) or not _has_standard_settings(module):
             raise RuntimeError(
-                f"{name} has hooks, or was wrapped, replaced or changed ({type(module).__name__}), but only the "
-                "weights of the original layer would be used: remove the hooks, or merge and unwrap the layer"
+                f"{name} has hooks, is in training mode, or was wrapped, replaced or changed "
+                f"({type(module).__name__}), but only the weights of the original layer would be used: remove the "
+                "hooks, call eval(), unwrap the layer or restore it"
             )
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, ConvLayer):
+            check(name, ConvLayer, Reduction)
+            check(f"{name}.conv", nn.Conv2d)
+            check(f"{name}.act", nn.ReLU, nn.Identity)
+            check(
+                f"{name}.norm", nn.Identity, type(layer.norm) if isinstance(layer.norm, _BatchNorm) else nn.BatchNorm2d
+            )
+    for i, stage in enumerate(model.layers):
+        for j in range(len(stage.blocks)):
+            for part, kind in BLOCK_PARTS.items():
+                check(f"layers.{i}.blocks.{j}{part}", kind)
+        for part, kind in DOWNSAMPLE_PARTS.items() if not isinstance(stage.downsample, nn.Identity) else ():
+            check(f"layers.{i}.downsample{part}", kind)
+
+
+def _has_standard_settings(module: Any) -> bool:
+    """Whether the module computes what its type says: settings other than weights can be changed, too."""
+    if isinstance(module, DepthwiseConv):
+        return module.is_standard
+    if isinstance(module, nn.GELU):
+        return module.approximate == "none"
+    if isinstance(module, nn.Dropout):
+        return not module.training or module.p == 0.0
+    if isinstance(module, ResidualSum):
+        return not module.training or module.drop_prob == 0.0
+    if isinstance(module, InvertedBottleneck):
+        layers: Any = module
+        expand, reduce, project = (layer.conv for layer in layers)
+        return is_pointwise(expand) and is_downsampling(reduce) and is_pointwise(project)
+    if isinstance(module, _BatchNorm):  # a subclass may compute something else
+        plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        return plain and module.running_mean is not None and not module.training
+    return True
 
 
 def _init_weights(module: nn.Module) -> None:

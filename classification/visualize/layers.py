@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import depthwise_conv, selective_scan, state_fusion
+from ...kernels import selective_scan, state_fusion
 from ...kernels.errors import UserError
 from ..models import SpatialMamba
 
@@ -99,7 +99,7 @@ def read_layer(model: SpatialMamba, image: Tensor, stage: int, block: int) -> Sc
     # As in the reference implementation of kernels.spatial_mixer, up to the scan.
     with torch.no_grad():
         x, _ = ssm.in_proj(tokens).chunk(2, dim=-1)  # (1, H, W, D)
-        u = depthwise_conv(x, ssm.conv2d.weight, ssm.conv2d.bias, "silu")
+        u = ssm.conv2d(x)
         r, B, C = _exact(F.linear(u, ssm.x_proj_weight)).split([ssm.dt_rank, 1, 1], dim=-1)
         dt_weight, dt_bias, A_log = map(_exact, (ssm.dt_projs_weight, ssm.dt_projs_bias, ssm.A_logs))
         delta = F.softplus(F.linear(r, dt_weight, dt_bias))  # (1, H, W, D)

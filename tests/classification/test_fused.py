@@ -161,6 +161,11 @@ def test_training_mode_is_refused() -> None:
     with pytest.raises(RuntimeError, match="evaluation mode can be fused: call eval"):
         model.fuse()
     assert isinstance(model.patch_embed.conv1.norm, nn.BatchNorm2d)
+    for part in ("patch_embed.conv1.norm", "layers.3.blocks.0.residual_sum"):
+        model = filled_classifier(drop_path_rate=0.5).eval()
+        model.get_submodule(part).train()
+        with pytest.raises(RuntimeError, match=f"^{part} has hooks, is in training mode"):
+            model.fuse()
     model.eval().fuse()
     for whole in (model, nn.Sequential(model)):
         with pytest.raises(RuntimeError, match="a fused SpatialMamba cannot be trained"):
@@ -196,7 +201,7 @@ def test_other_norms_are_folded_or_refused_before_anything_has_changed() -> None
     expected = model(images())
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert_near(deepcopy(model).fuse()(images()), expected, 1e-5)
-    model.layers[0].downsample.conv[2].norm = nn.InstanceNorm2d(16)
+    model.layers[0].downsample.conv[2].norm = nn.InstanceNorm2d(16).eval()
     before = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(RuntimeError, match=r"downsample\.conv\.2\.norm has .* \(InstanceNorm2d\)"):
         model.fuse()

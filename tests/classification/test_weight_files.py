@@ -620,7 +620,7 @@ def test_a_folder_whose_weights_do_not_fit_its_config_is_refused(tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=r"model\.safetensors: holds another model, custom \(dims 8"):
         SpatialMamba.from_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"its options are not those of SpatialMambaBackbone \(.*'drop_rate'"):
+    with pytest.raises(WeightsError, match=r"its options do not fit SpatialMambaBackbone \(.*'drop_rate'"):
         SpatialMambaBackbone.from_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="a fused model cannot be saved"):
         classifier().fuse().save_pretrained(tmp_path)
