@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -162,6 +163,8 @@ def _check_output(path: Path) -> None:
         raise UserError(f"--output {path}: is a folder; name the file to write")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: the folder {path.parent} is not writable")
 
 
 def _report(args: argparse.Namespace, model: torch.nn.Module, difference: float, seconds: tuple[float, float]) -> str:

@@ -81,6 +81,7 @@ def export_onnx(
     proto = program.model_proto
     if int8:
         proto = _quantised(proto)
+        onnx.helper.set_model_props(proto, dict(metadata or {}))  # without the quantiser's own entry
     onnx.save(proto, path)
 
 

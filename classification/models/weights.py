@@ -298,7 +298,8 @@ def describe_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor])
 def load_backbone_weights(model: "SpatialMambaBackbone", path: str | PathLike[str], prefix: str = "") -> None:
     """Initialise a backbone from the checkpoint of a classifier, detector, segmentor or backbone.
 
-    The final norm and the classifier are ignored. The ``outnorm`` layers keep their values if the checkpoint has none.
+    The final norm and the classifier are ignored. ``outnorm`` layers that the checkpoint does not have keep their
+    values, with a warning if it has others.
     Stages after the last of ``out_indices`` are ignored. Weights for RGB images are adapted to the model's channels.
 
     Args:
@@ -316,6 +317,9 @@ def load_backbone_weights(model: "SpatialMambaBackbone", path: str | PathLike[st
         and (name in own_norms or not name.startswith("outnorm"))
         and not (model.ends_early and _follows_stage(name, len(model.layers) - 1))
     }
+    missing = sorted(own_norms.keys() - state.keys())
+    if missing and len(missing) < len(own_norms):
+        logger.warning("%s: has no %s, which start from their initial values", path, ", ".join(missing))
     load_strictly(model, {**own_norms, **fit_first_convolution(model, state, path)}, path)
 
 

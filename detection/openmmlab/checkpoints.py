@@ -82,7 +82,10 @@ def fitting_weights(
     """
     own, state = unwrapped(model).state_dict(), checkpoint.get("state_dict", checkpoint)
     if not is_state_dict(state):
-        raise WeightsError(f"{path}: found no model weights; expected them under state_dict, or at the top level")
+        raise WeightsError(
+            f"{path}: found no model weights under state_dict or at the top level; "
+            "a classifier's checkpoint is given as model.backbone.pretrained"
+        )
     if state.keys() != own.keys():
         state = plain_names(state, path)
     kept = [{name: t for name, t in s.items() if not name.startswith(may_differ or "\0")} for s in (own, state)]

@@ -78,11 +78,8 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="FILE", help="continue from FILE, or the newest in the work folder"
     )
-    parser.add_argument("--data-path", metavar="FOLDER", help="the data set, instead of the config's data_root")
     args = parser.parse_args(argv)
     config = _configure(package, args, "train_dataloader", "train_cfg", "optim_wrapper")
-    if args.data_path:
-        _move_data(config, args.data_path)
     if not args.auto_scale_lr and "train_dataloader.batch_size" not in (args.cfg_options or {}):
         _keep_total_batch(config)
     if args.amp:
@@ -154,6 +151,7 @@ def _common_parser(name: str, description: str, example: str) -> Parser:
     """The options that training and testing share."""
     parser = Parser(name, description, example)
     parser.add_argument("config", help="config file, or the name of one that comes with the package")
+    parser.add_argument("--data-path", metavar="FOLDER", help="the data set, instead of the config's data_root")
     parser.add_argument("--work-dir", help="folder of logs and checkpoints; by default work_dirs/CONFIG")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings to change")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
@@ -176,6 +174,8 @@ def _configure(package: str, args: argparse.Namespace, *needed: str) -> Config:
     config = load_config(package, args.config, args.cfg_options)
     if missing := [key for key in needed if not config.get(key)]:
         raise UserError(f"{args.config}: has no {', '.join(missing)}")
+    if args.data_path:
+        _move_data(config, args.data_path)
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     return config

@@ -64,6 +64,13 @@ def test_pretrained_backbone_leaves_out_unused_outnorms(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], state[name]) for name in loaded)
 
 
+def test_missing_outnorms_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"model": golden_fill.fill_(micro_backbone(out_indices=(1, 2, 3))).state_dict()}, tmp_path / "three.pth")
+    loaded = micro_backbone(pretrained=str(tmp_path / "three.pth"))
+    assert "three.pth: has no outnorm0.bias, outnorm0.weight, which start from their initial values" in caplog.text
+    assert (loaded.outnorm0.weight == 1).all() and not (loaded.outnorm1.weight == 1).any()
+
+
 def save_truncated(path: Path, kept: float) -> None:
     torch.save({"model": filled_classifier().state_dict()}, path)
     content = path.read_bytes()

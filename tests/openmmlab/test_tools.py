@@ -346,6 +346,7 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
             ("train", ["small.py", "--cfg-options", annotations], r"ann_file annotations/cut\.json.*: JSONDecodeError"),
             ("train", ["small.py", "--cfg-options", images], r"^error: AssertionError: failed to load image: .*cut/0"),
             ("test", ["small.py", "empty.pth"], r"empty\.pth: the file is empty"),
+            ("test", ["small.py", checkpoint, "--data-path", "absent"], r"No such file or directory: '.*absent"),
             ("test", ["small.py", checkpoint, "--launcher", "boat"], r"argument --launcher: invalid choice: 'boat'"),
             ("test", ["small.py", checkpoint, "--out", "a.json"], r"--out: a\.json must end in \.pkl"),
             ("test", ["small.py", checkpoint, "--tta"], r"--tta: small\.py has no tta_model"),
