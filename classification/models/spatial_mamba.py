@@ -94,7 +94,7 @@ class ConvLayer(nn.Module):
         own: Any = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         weight, bias, mean, variance, scale, shift = [t if t is None else t.to(compute_dtype) for t in own]
         fused: Any = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)  # type: ignore[arg-type]
-        folded = nn.Conv2d(**settings_of(conv))
+        folded = nn.Conv2d(**settings_of(conv), device="meta")  # draws no random numbers
         folded.weight, folded.bias = (nn.Parameter(tensor.detach().to(dtype)) for tensor in fused)
         return folded.eval()
 
@@ -892,9 +892,8 @@ def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
             check(name, ConvLayer, Reduction)
             check(f"{name}.conv", nn.Conv2d)
             check(f"{name}.act", nn.ReLU, nn.Identity)
-            check(
-                f"{name}.norm", nn.Identity, type(layer.norm) if isinstance(layer.norm, _BatchNorm) else nn.BatchNorm2d
-            )
+            norm = type(layer.norm)
+            check(f"{name}.norm", nn.Identity, norm if issubclass(norm, _BatchNorm) else nn.BatchNorm2d)
     for i, stage in enumerate(model.layers):
         for j in range(len(stage.blocks)):
             for part, kind in BLOCK_PARTS.items():

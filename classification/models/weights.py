@@ -298,9 +298,9 @@ def describe_differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor])
 def load_backbone_weights(model: "SpatialMambaBackbone", path: str | PathLike[str], prefix: str = "") -> None:
     """Initialise a backbone from the checkpoint of a classifier, detector, segmentor or backbone.
 
-    The final norm and the classifier are ignored. ``outnorm`` layers that the checkpoint does not have keep their
-    values, with a warning if it has others.
-    Stages after the last of ``out_indices`` are ignored. Weights for RGB images are adapted to the model's channels.
+    The final norm and the classifier are ignored, and stages after the last of ``out_indices``. ``outnorm`` layers that
+    the checkpoint does not have keep their values, with a warning if it has others. Weights for RGB images are adapted
+    to the model's channels.
 
     Args:
         prefix: of the names of the backbone's weights, if the file has several models.

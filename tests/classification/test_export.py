@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -339,6 +340,16 @@ def test_wrong_options_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder.onnx", "micro.pth"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_exporting(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint(tmp_path)
+    monkeypatch.setattr(os, "access", lambda folder, mode: (folder, mode) != (tmp_path, os.W_OK))  # root may write
+    assert status("--checkpoint", path, "--output", str(tmp_path / "a.onnx")) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: --output {tmp_path}/a.onnx: the folder {tmp_path} is not writable\n"
 
 
 def test_missing_packages_are_named(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

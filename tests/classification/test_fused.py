@@ -102,7 +102,9 @@ def test_batch_norms_are_folded_with_their_statistics() -> None:
     model = with_statistics(filled_classifier())
     x = images(3, 3, 96, 64)
     expected = model(x)
+    random_state = torch.get_rng_state()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.fuse().modules())
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert_near(model(x), expected, 1e-5)
 
 
