@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ...kernels.recurrence import scan_in_blocks
 from ...kernels.state_fusion import repeat_edges
+from ..models.inference_form import folded_conv, refuse_modified_parts
 from ..models.operands import is_modified
 from ..models.spatial_mamba import (
     ConvLayer,
     PositionEncoding,
     SpatialMambaEncoder,
     StructureAwareSSM,
-    refuse_modified_parts,
 )
 
 # log((1 + s) / (1 - s)) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...). For s <= 1/3 six terms have a relative error below 2e-7.
@@ -56,7 +56,7 @@ def _replace_children(module: nn.Module) -> None:
         elif isinstance(child, nn.Linear) and not is_modified(child, nn.Linear):
             setattr(module, name, Projection(child))
         elif isinstance(child, ConvLayer):
-            child.conv, child.norm = child.folded(), nn.Identity()
+            child.conv, child.norm = folded_conv(child), nn.Identity()
         else:
             _replace_children(child)
 

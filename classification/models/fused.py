@@ -6,7 +6,7 @@ no gradients, cannot be trained and loads no weights.
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,8 @@ from ...kernels.packed_linear import (
 )
 from ...kernels.state_fusion import merge_taps
 from ...kernels.tensors import compute_dtype_for
-
-if TYPE_CHECKING:
-    from timm.layers import Mlp
-
-    from .spatial_mamba import Block, StructureAwareSSM
+from .operands import is_pointwise
+from .spatial_mamba import Block, Mlp, StructureAwareSSM
 
 # Memory budget for the widest intermediate. On a CPU it fits the cache; on a GPU it bounds the memory of large images.
 HIDDEN_BYTES = {"cpu": 2**23, "cuda": 2**28}
@@ -146,7 +143,7 @@ class PackedLinear(nn.Module):
 class FusedMlp(nn.Module):
     """``x + MLP(LayerNorm(x))`` for tokens (B, H, W, C)."""
 
-    def __init__(self, norm: nn.LayerNorm, mlp: "Mlp") -> None:
+    def __init__(self, norm: nn.LayerNorm, mlp: Mlp) -> None:
         super().__init__()
         self.norm = norm
         self.fc1 = PackedLinear(mlp.fc1.weight, mlp.fc1.bias)
@@ -164,18 +161,6 @@ class FusedMlp(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x, self.norm)), residual=x)
-
-
-def is_pointwise(conv: nn.Conv2d) -> bool:
-    """Whether this is a linear layer: a 1x1 convolution of stride 1 without padding or groups."""
-    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
-
-
-def is_downsampling(conv: nn.Conv2d) -> bool:
-    """Whether this has the geometry of the convolution in `downsampling`: depthwise 3x3 of stride 2, zero padding."""
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-    depthwise = conv.groups == conv.in_channels == conv.out_channels
-    return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), "zeros") and depthwise
 
 
 class FusedDownsample(nn.Module):
@@ -238,7 +223,7 @@ class FusedDownsample(nn.Module):
 class FusedMixer(nn.Module):
     """`spatial_mixer` with merged fusion kernels: (B, H, W, 2 D) to (B, H, W, D). Buffers have its argument names."""
 
-    def __init__(self, ssm: "StructureAwareSSM") -> None:
+    def __init__(self, ssm: StructureAwareSSM) -> None:
         super().__init__()
         self.eps = ssm.out_norm.eps
         # Stored in the dtype that the kernels compute in, which saves conversions in half-precision models.
@@ -276,7 +261,7 @@ class FusedMixer(nn.Module):
 class FusedBlock(nn.Module):
     """``Block`` as six operators, for tokens (B, H, W, C)."""
 
-    def __init__(self, block: "Block") -> None:
+    def __init__(self, block: Block) -> None:
         super().__init__()
         # In the dtype that the kernels compute in, as in `FusedMixer`.
         compute_dtype = compute_dtype_for(block.cpe1.weight)
@@ -291,22 +276,3 @@ class FusedBlock(nn.Module):
         x = self.cpe1(x)
         x = self.out_proj(self.mixer(self.in_proj(x, self.ln_1)), residual=x)
         return self.mlp(self.cpe2(x))
-
-
-def refuse_to_load(model: nn.Module, *_: Any) -> None:
-    """Hook of ``load_state_dict``.
-
-    Raises:
-        RuntimeError: always.
-    """
-    raise RuntimeError(f"a fused {type(model).__name__} loads no weights: load them before fuse()")
-
-
-def refuse_gradients(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Hook that runs before ``forward``.
-
-    Raises:
-        RuntimeError: if an image requires a gradient.
-    """
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        raise RuntimeError(f"a fused {type(model).__name__} has no gradients: use the model as it was before fuse()")

@@ -1,4 +1,4 @@
-"""Whether an operator may read the weights of modules instead of calling the modules."""
+"""Whether operators compute what modules describe, so that they may read the weights instead of calling the modules."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -54,3 +54,15 @@ def _has_global_hooks() -> bool:
         or every._global_backward_pre_hooks
         or every._global_backward_hooks
     )
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether this is a linear layer: a 1x1 convolution of stride 1 without padding or groups."""
+    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def is_downsampling(conv: nn.Conv2d) -> bool:
+    """Whether this has the geometry of the convolution in `downsampling`: depthwise 3x3 of stride 2, zero padding."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), "zeros") and depthwise

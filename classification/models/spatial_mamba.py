@@ -1,7 +1,7 @@
 """Spatial-Mamba (arXiv 2410.15091): the backbone, the ImageNet classifier and their registration with timm.
 
 Tokens are kept as (B, H, W, C). Convolutions see them through a channels-last (B, C, H, W) view, so changing the
-layout copies nothing. `fused` holds the inference form.
+layout copies nothing. `inference_form` converts a model for inference.
 """
 
 import math
@@ -17,8 +17,6 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
@@ -27,18 +25,8 @@ from ...kernels.backends import has_kernels
 from ...kernels.state_fusion import check_dilations
 from ...kernels.tensors import compute_dtype_for, without_autocast
 from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
-from .fused import (
-    FusedBlock,
-    FusedConv,
-    FusedDownsample,
-    is_downsampling,
-    is_pointwise,
-    refuse_gradients,
-    refuse_to_load,
-    settings_of,
-)
 from .hub import HubModule
-from .operands import as_operand, has_modified_parts, is_modified
+from .operands import as_operand, has_modified_parts, is_downsampling, is_modified, is_pointwise
 from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
 from .recomputation import checkpointed, recomputed
 from .stand_ins import allow_permanently, config_types
@@ -83,20 +71,6 @@ class ConvLayer(nn.Module):
         self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
-
-    def folded(self) -> nn.Conv2d:
-        """The convolution with the current BatchNorm folded into its weights, computed in float32 or wider."""
-        conv: Any = self.conv
-        norm: Any = self.norm
-        if isinstance(norm, nn.Identity):
-            return conv
-        dtype, compute_dtype = conv.weight.dtype, compute_dtype_for(conv.weight)
-        own: Any = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        weight, bias, mean, variance, scale, shift = [t if t is None else t.to(compute_dtype) for t in own]
-        fused: Any = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)  # type: ignore[arg-type]
-        folded = nn.Conv2d(**settings_of(conv), device="meta")  # draws no random numbers
-        folded.weight, folded.bias = (nn.Parameter(tensor.detach().to(dtype)) for tensor in fused)
-        return folded.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -572,7 +546,7 @@ class SpatialMambaEncoder(HubModule):
 
     @torch.jit.ignore
     def fuse(self) -> "SpatialMambaEncoder":
-        """Convert the model, in place and irreversibly, to its inference form; see `fused`.
+        """Convert the model, in place and irreversibly, to its inference form; see `inference_form`.
 
         The model may be moved and cast before and after.
 
@@ -583,28 +557,12 @@ class SpatialMambaEncoder(HubModule):
             RuntimeError: in training mode, or if a module that will no longer be called has hooks, or was wrapped
                 (LoRA, FSDP), replaced or changed.
         """
+        from .inference_form import convert  # which imports this module
+
         if self.training:
             raise RuntimeError("only a model in evaluation mode can be fused: call eval() first")
         if not self.fused:
-            # Everything that can fail comes before the first change.
-            refuse_modified_parts(self)
-            layers = [module for module in self.modules() if isinstance(module, ConvLayer)]
-            folded = [layer.folded() for layer in layers]
-            blocks = [[FusedBlock(block) for block in stage.blocks] for stage in self.layers]
-            for layer, conv in zip(layers, folded, strict=True):
-                layer.conv, layer.norm = conv, nn.Identity()
-            for module in self.patch_embed.modules():
-                if isinstance(module, ConvLayer):
-                    module.conv = FusedConv(module.conv, relu=isinstance(module.act, nn.ReLU))
-                    module.act = nn.Identity()
-            for stage, fused_blocks in zip(self.layers, blocks, strict=True):
-                stage.blocks = nn.ModuleList(fused_blocks)
-                if not isinstance(stage.downsample, nn.Identity):
-                    stage.downsample = FusedDownsample(*(layer.conv for layer in stage.downsample.conv))
-            self.requires_grad_(False)
-            self.register_load_state_dict_pre_hook(refuse_to_load)
-            self.register_forward_pre_hook(refuse_gradients)
-            self.fused = True
+            convert(self)
         return self
 
     def train(self, mode: bool = True) -> "SpatialMambaEncoder":
@@ -841,85 +799,6 @@ class SpatialMambaBackbone(SpatialMambaEncoder):
                 # Copied: operators downstream, such as RoIAlign, assume the default memory layout.
                 maps.append(getattr(self, f"outnorm{i}")(features).permute(0, 3, 1, 2).contiguous())
         return tuple(maps)
-
-
-# Modules that inference forms do not call, because they read the weights: the parts of each block and downsampling.
-BLOCK_PARTS: dict[str, type[nn.Module]] = {
-    "": Block,
-    ".cpe1": PositionEncoding,
-    ".ln_1": LayerNorm,
-    ".self_attention": StructureAwareSSM,
-    ".self_attention.in_proj": nn.Linear,
-    **{f".self_attention.{name}": kind for name, kind in MIXER_PARTS.items()},
-    ".self_attention.out_proj": nn.Linear,
-    ".cpe2": PositionEncoding,
-    ".ln_2": LayerNorm,
-    ".mlp": Mlp,
-    **{f".mlp.{name}": kind for name, kind in MLP_PARTS.items()},
-    ".residual_sum": ResidualSum,
-}
-DOWNSAMPLE_PARTS: dict[str, type[nn.Module]] = {
-    "": Downsample,
-    ".conv.0": ConvLayer,
-    ".conv.0.act": nn.Identity,
-    ".conv.1": Reduction,
-    ".conv.1.act": nn.ReLU,
-    ".conv.2": ConvLayer,
-    ".conv.2.act": nn.Identity,
-    ".conv": InvertedBottleneck,  # the last, since its settings are those of its layers
-}
-
-
-def refuse_modified_parts(model: SpatialMambaEncoder) -> None:
-    """Check that the weights of the stem and the stages describe what they compute, before reading them.
-
-    Raises:
-        RuntimeError: naming a module that has hooks, is in training mode, or was wrapped, replaced or changed.
-    """
-
-    def check(name: str, *kinds: type[nn.Module]) -> None:
-        module = model.get_submodule(name)
-        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in module.parameters(recurse=False))
-        if not plain or all(is_modified(module, kind) for kind in kinds) or not _has_standard_settings(module):
-            raise RuntimeError(
-                f"{name} has hooks, is in training mode, or was wrapped, replaced or changed "
-                f"({type(module).__name__}), but only the weights of the original layer would be used: remove the "
-                "hooks, call eval(), unwrap the layer or restore it"
-            )
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, ConvLayer):
-            check(name, ConvLayer, Reduction)
-            check(f"{name}.conv", nn.Conv2d)
-            check(f"{name}.act", nn.ReLU, nn.Identity)
-            norm = type(layer.norm)
-            check(f"{name}.norm", nn.Identity, norm if issubclass(norm, _BatchNorm) else nn.BatchNorm2d)
-    for i, stage in enumerate(model.layers):
-        for j in range(len(stage.blocks)):
-            for part, kind in BLOCK_PARTS.items():
-                check(f"layers.{i}.blocks.{j}{part}", kind)
-        for part, kind in DOWNSAMPLE_PARTS.items() if not isinstance(stage.downsample, nn.Identity) else ():
-            check(f"layers.{i}.downsample{part}", kind)
-
-
-def _has_standard_settings(module: Any) -> bool:
-    """Whether the module computes what its type says: settings other than weights can be changed, too."""
-    if isinstance(module, DepthwiseConv):
-        return module.is_standard
-    if isinstance(module, nn.GELU):
-        return module.approximate == "none"
-    if isinstance(module, nn.Dropout):
-        return not module.training or module.p == 0.0
-    if isinstance(module, ResidualSum):
-        return not module.training or module.drop_prob == 0.0
-    if isinstance(module, InvertedBottleneck):
-        layers: Any = module
-        expand, reduce, project = (layer.conv for layer in layers)
-        return is_pointwise(expand) and is_downsampling(reduce) and is_pointwise(project)
-    if isinstance(module, _BatchNorm):  # a subclass may compute something else
-        plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        return plain and module.running_mean is not None and not module.training
-    return True
 
 
 def _init_weights(module: nn.Module) -> None:
