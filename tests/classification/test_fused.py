@@ -23,6 +23,7 @@ from spatial_mamba.classification.models import fused
 from spatial_mamba.classification.models.flops import count_flops
 from spatial_mamba.kernels import downsampling, use_backend
 from spatial_mamba.kernels.backends import reference_serves
+from spatial_mamba.kernels.build import cpu_features
 from spatial_mamba.kernels.packed_linear import (
     can_pack,
     pack_weight,
@@ -351,6 +352,7 @@ def test_weights_are_packed_only_where_the_processor_has_matrix_products(dtype: 
     weight = torch.randn(64, 8).to(dtype)
     assert can_pack(weight) == torch.ops.spatial_mamba_cpu.can_pack(dtype)
     assert can_pack(weight) or dtype != torch.float32  # which every processor has
+    assert can_pack(weight) == ("avx512_bf16" in cpu_features()) or dtype != torch.bfloat16  # also without AMX
     if can_pack(weight):
         assert torch.equal(pack_weight(weight), pack(weight))
     else:

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 
 #include "transpose.h"
 
@@ -23,17 +24,6 @@ constexpr int64_t kProductRows = 8;  // oneDNN generates code for each number of
 // Inputs are packed in words: pairs for the half-precision types, as matrix units read them.
 template <typename io>
 constexpr int64_t kPair = sizeof(io) == 2 ? 2 : 1;
-
-inline bool can_pack(at::ScalarType dtype) {
-#if defined(SPATIAL_MAMBA_MICROKERNELS)
-#if defined(__x86_64__)
-  if (dtype == at::kFloat) return __builtin_cpu_supports("avx2") && at::globalContext().userEnabledMkldnn();
-#endif
-  return (dtype == at::kBFloat16 || dtype == at::kHalf) && at::native::cpublas::could_pack(dtype);
-#else
-  return false;
-#endif
-}
 
 // Packs a weight (outputs, inputs) into (blocks, words, 64): the words of the inputs of 64 outputs, transposed.
 template <typename io>
@@ -61,6 +51,33 @@ void multiply_packed(const io* x, int64_t tokens, int64_t inputs, const io* bloc
 inline void release_microkernels() {
 #if defined(SPATIAL_MAMBA_MICROKERNELS)
   at::native::cpublas::brgemm_release();
+#endif
+}
+
+// Whether oneDNN has a microkernel for packed bfloat16: with matrix units (AMX), or with AVX-512's dot products alone.
+inline bool multiplies_bfloat16() {
+  constexpr int64_t kInputs = kPair<c10::BFloat16>;
+  const c10::BFloat16 x[kInputs] = {}, block[kInputs * kColumns] = {};
+  float out[kColumns];
+  try {
+    multiply_packed(x, 1, kInputs, block, kColumns, out, kColumns);
+  } catch (const std::exception&) {
+    return false;
+  }
+  release_microkernels();
+  return true;
+}
+
+inline bool can_pack(at::ScalarType dtype) {
+#if defined(SPATIAL_MAMBA_MICROKERNELS)
+  if (!at::globalContext().userEnabledMkldnn()) return false;
+#if defined(__x86_64__)
+  if (dtype == at::kFloat) return __builtin_cpu_supports("avx2");
+#endif
+  static const bool bfloat16 = multiplies_bfloat16();
+  return at::native::cpublas::could_pack(dtype) || (dtype == at::kBFloat16 && bfloat16);
+#else
+  return false;
 #endif
 }
 
