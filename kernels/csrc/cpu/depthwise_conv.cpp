@@ -194,9 +194,7 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def(
-      "depthwise_conv(Tensor x, Tensor weight, Tensor bias, str epilogue) -> Tensor",
-      torch::dispatch(at::kCPU, &depthwise_conv));
+  m.def("depthwise_conv", torch::dispatch(at::kCPU, &depthwise_conv));
   m.def(
       "depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, str epilogue, "
       "Tensor(a!) grad_x) -> (Tensor, Tensor)",

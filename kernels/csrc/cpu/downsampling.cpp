@@ -253,14 +253,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> downsampling_backward
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def(
-      "downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, Tensor project, "
-      "Tensor project_bias) -> Tensor",
-      torch::dispatch(at::kCPU, &downsampling));
-  m.def(
-      "downsampling_backward(Tensor grad_out, Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, "
-      "Tensor conv_bias, Tensor project) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      torch::dispatch(at::kCPU, &downsampling_backward));
+  m.def("downsampling", torch::dispatch(at::kCPU, &downsampling));
+  m.def("downsampling_backward", torch::dispatch(at::kCPU, &downsampling_backward));
 }
 
 }  // namespace spatial_mamba

@@ -133,9 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& grad_out, c
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def(
-      "gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor",
-      torch::dispatch(at::kCPU, &gated_norm));
+  m.def("gated_norm", torch::dispatch(at::kCPU, &gated_norm));
   m.def(
       "gated_norm_backward(Tensor grad_out, Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps, "
       "Tensor(a!) grad_gate) -> (Tensor, Tensor, Tensor)",

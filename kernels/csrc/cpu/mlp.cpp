@@ -125,14 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def(
-      "mlp(Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, bool keep_hidden) -> "
-      "(Tensor, Tensor)",
-      torch::dispatch(at::kCPU, &mlp));
-  m.def(
-      "mlp_backward(Tensor grad_out, Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor hidden) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-      torch::dispatch(at::kCPU, &mlp_backward));
+  m.def("mlp", torch::dispatch(at::kCPU, &mlp));
+  m.def("mlp_backward", torch::dispatch(at::kCPU, &mlp_backward));
 }
 
 }  // namespace spatial_mamba

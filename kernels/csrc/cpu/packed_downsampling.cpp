@@ -76,10 +76,7 @@ Tensor packed_downsampling(const Tensor& x, const Tensor& expand, const Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def(
-      "packed_downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, "
-      "Tensor project, Tensor project_bias) -> Tensor",
-      torch::dispatch(at::kCPU, &packed_downsampling));
+  m.def("packed_downsampling", torch::dispatch(at::kCPU, &packed_downsampling));
 }
 
 }  // namespace spatial_mamba

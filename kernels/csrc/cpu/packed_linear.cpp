@@ -158,15 +158,9 @@ Tensor packed_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& norm
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
   m.def("can_pack(ScalarType dtype) -> bool", &can_pack);
-  m.def("pack_weight(Tensor weight) -> Tensor", torch::dispatch(at::kCPU, &pack_weight));
-  m.def(
-      "packed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
-      "int outputs, float eps, bool relu) -> Tensor",
-      torch::dispatch(at::kCPU, &packed_linear));
-  m.def(
-      "packed_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tensor expand_bias, Tensor project, "
-      "Tensor project_bias, float eps) -> Tensor",
-      torch::dispatch(at::kCPU, &packed_mlp));
+  m.def("pack_weight", torch::dispatch(at::kCPU, &pack_weight));
+  m.def("packed_linear", torch::dispatch(at::kCPU, &packed_linear));
+  m.def("packed_mlp", torch::dispatch(at::kCPU, &packed_mlp));
 }
 
 }  // namespace spatial_mamba

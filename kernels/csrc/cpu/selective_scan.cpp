@@ -397,15 +397,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def(
-      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? z, "
-      "Tensor? delta_bias, bool delta_softplus) -> (Tensor, Tensor)",
-      torch::dispatch(at::kCPU, &selective_scan));
-  m.def(
-      "selective_scan_backward(Tensor grad_out, Tensor grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, "
-      "Tensor? C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      torch::dispatch(at::kCPU, &selective_scan_backward));
+  m.def("selective_scan", torch::dispatch(at::kCPU, &selective_scan));
+  m.def("selective_scan_backward", torch::dispatch(at::kCPU, &selective_scan_backward));
 }
 
 }  // namespace spatial_mamba

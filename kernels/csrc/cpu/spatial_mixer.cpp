@@ -211,11 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_mixer(const Tensor& x, const Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def(
-      "spatial_mixer(Tensor x, Tensor gate, Tensor conv_weight, Tensor conv_bias, Tensor projection_weight, "
-      "Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, Tensor norm_weight, "
-      "Tensor norm_bias, int[] offsets, float eps, bool keep) -> (Tensor, Tensor, Tensor)",
-      torch::dispatch(at::kCPU, &spatial_mixer));
+  m.def("spatial_mixer", torch::dispatch(at::kCPU, &spatial_mixer));
 }
 
 }  // namespace spatial_mamba

@@ -173,10 +173,8 @@ std::tuple<Tensor, Tensor> state_fusion_backward(const Tensor& grad_out, const T
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
-  m.def("state_fusion(Tensor h, Tensor taps, int[] offsets) -> Tensor", torch::dispatch(at::kCPU, &state_fusion));
-  m.def(
-      "state_fusion_backward(Tensor grad_out, Tensor h, Tensor taps, int[] offsets) -> (Tensor, Tensor)",
-      torch::dispatch(at::kCPU, &state_fusion_backward));
+  m.def("state_fusion", torch::dispatch(at::kCPU, &state_fusion));
+  m.def("state_fusion_backward", torch::dispatch(at::kCPU, &state_fusion_backward));
 }
 
 }  // namespace spatial_mamba

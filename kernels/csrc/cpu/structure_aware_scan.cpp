@@ -320,11 +320,7 @@ TORCH_LIBRARY_FRAGMENT(spatial_mamba_cpu, m) {
       "structure_aware_scan(Tensor u, Tensor projection, Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, "
       "Tensor taps, int[] offsets, ScalarType out_dtype) -> (Tensor, Tensor)",
       torch::dispatch(at::kCPU, &structure_aware_scan));
-  m.def(
-      "structure_aware_scan_backward(Tensor grad_out, Tensor u, Tensor projection, Tensor step_weight, "
-      "Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, Tensor row_states, int[] offsets) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      torch::dispatch(at::kCPU, &structure_aware_scan_backward));
+  m.def("structure_aware_scan_backward", torch::dispatch(at::kCPU, &structure_aware_scan_backward));
 }
 
 }  // namespace spatial_mamba

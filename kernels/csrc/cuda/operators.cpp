@@ -580,79 +580,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
 
 // --- Registration ----------------------------------------------------------------------------------------------------
 
+// Expands the name, which TORCH_LIBRARY itself would take literally.
 #define WITH_NAMESPACE(macro, ...) macro(__VA_ARGS__)
 
 WITH_NAMESPACE(TORCH_LIBRARY, SPATIAL_MAMBA_NAMESPACE, library) {
-  library.def(
-      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-      "bool delta_softplus) -> (Tensor, Tensor)");
-  library.def(
-      "selective_scan_backward(Tensor grad_out, Tensor grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, "
-      "Tensor? C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("depthwise_conv(Tensor x, Tensor weight, Tensor bias, str epilogue) -> Tensor");
+  // PyTorch infers a schema from the function, but not which arguments it writes to, and takes dtypes for integers.
+  const auto on_device = [](auto function) {
+    return torch::dispatch(c10::DispatchKey::SPATIAL_MAMBA_DEVICE, function);
+  };
+  library.def("selective_scan", on_device(selective_scan));
+  library.def("selective_scan_backward", on_device(selective_scan_backward));
+  library.def("depthwise_conv", on_device(depthwise_conv));
   library.def(
       "depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, str epilogue, "
-      "Tensor(a!) grad_x) -> (Tensor, Tensor)");
-  library.def(
-      "downsampling(Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, Tensor conv_bias, Tensor project, "
-      "Tensor project_bias) -> Tensor");
-  library.def(
-      "downsampling_backward(Tensor grad_out, Tensor x, Tensor expand, Tensor expand_bias, Tensor conv_weight, "
-      "Tensor conv_bias, Tensor project) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor");
+      "Tensor(a!) grad_x) -> (Tensor, Tensor)",
+      on_device(depthwise_conv_backward));
+  library.def("downsampling", on_device(downsampling));
+  library.def("downsampling_backward", on_device(downsampling_backward));
+  library.def("gated_norm", on_device(gated_norm));
   library.def(
       "gated_norm_backward(Tensor grad_out, Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps, "
-      "Tensor(a!) grad_gate) -> (Tensor, Tensor, Tensor)");
-  library.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
-  library.def(
-      "layer_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, float eps) -> "
-      "(Tensor, Tensor, Tensor)");
-  library.def(
-      "mlp(Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, bool keep_hidden) -> "
-      "(Tensor, Tensor)");
-  library.def(
-      "mlp_backward(Tensor grad_out, Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor hidden) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "spatial_mixer(Tensor x, Tensor gate, Tensor conv_weight, Tensor conv_bias, Tensor projection_weight, "
-      "Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, Tensor norm_weight, "
-      "Tensor norm_bias, int[] offsets, float eps, bool keep) -> (Tensor, Tensor, Tensor)");
+      "Tensor(a!) grad_gate) -> (Tensor, Tensor, Tensor)",
+      on_device(gated_norm_backward));
+  library.def("layer_norm", on_device(layer_norm));
+  library.def("layer_norm_backward", on_device(layer_norm_backward));
+  library.def("mlp", on_device(mlp));
+  library.def("mlp_backward", on_device(mlp_backward));
+  library.def("spatial_mixer", on_device(spatial_mixer));
   library.def(
       "spatial_mixer_backward(Tensor grad_out, Tensor x, Tensor gate, Tensor conv_weight, Tensor conv_bias, "
       "Tensor projection_weight, Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, "
       "Tensor norm_weight, Tensor norm_bias, Tensor y, Tensor row_states, int[] offsets, float eps, Tensor(a!) grad_x, "
-      "Tensor(b!) grad_gate) -> Tensor[]");
-  library.def("state_fusion(Tensor h, Tensor taps, int[] offsets) -> Tensor");
-  library.def("state_fusion_backward(Tensor grad_out, Tensor h, Tensor taps, int[] offsets) -> (Tensor, Tensor)");
+      "Tensor(b!) grad_gate) -> Tensor[]",
+      on_device(spatial_mixer_backward));
+  library.def("state_fusion", on_device(state_fusion));
+  library.def("state_fusion_backward", on_device(state_fusion_backward));
   library.def(
       "structure_aware_scan(Tensor u, Tensor projection, Tensor step_weight, Tensor step_bias, Tensor A_log, Tensor D, "
-      "Tensor taps, int[] offsets, ScalarType out_dtype) -> (Tensor, Tensor)");
-  library.def(
-      "structure_aware_scan_backward(Tensor grad_out, Tensor u, Tensor projection, Tensor step_weight, "
-      "Tensor step_bias, Tensor A_log, Tensor D, Tensor taps, Tensor row_states, int[] offsets) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-WITH_NAMESPACE(TORCH_LIBRARY_IMPL, SPATIAL_MAMBA_NAMESPACE, SPATIAL_MAMBA_DEVICE, library) {
-  library.impl("selective_scan", selective_scan);
-  library.impl("selective_scan_backward", selective_scan_backward);
-  library.impl("depthwise_conv", depthwise_conv);
-  library.impl("depthwise_conv_backward", depthwise_conv_backward);
-  library.impl("downsampling", downsampling);
-  library.impl("downsampling_backward", downsampling_backward);
-  library.impl("gated_norm", gated_norm);
-  library.impl("gated_norm_backward", gated_norm_backward);
-  library.impl("layer_norm", layer_norm);
-  library.impl("layer_norm_backward", layer_norm_backward);
-  library.impl("mlp", mlp);
-  library.impl("mlp_backward", mlp_backward);
-  library.impl("spatial_mixer", spatial_mixer);
-  library.impl("spatial_mixer_backward", spatial_mixer_backward);
-  library.impl("state_fusion", state_fusion);
-  library.impl("state_fusion_backward", state_fusion_backward);
-  library.impl("structure_aware_scan", structure_aware_scan);
-  library.impl("structure_aware_scan_backward", structure_aware_scan_backward);
+      "Tensor taps, int[] offsets, ScalarType out_dtype) -> (Tensor, Tensor)",
+      on_device(structure_aware_scan));
+  library.def("structure_aware_scan_backward", on_device(structure_aware_scan_backward));
 }
 
 }  // namespace
