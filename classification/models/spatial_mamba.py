@@ -339,13 +339,12 @@ class StructureAwareSSM(nn.Module):
         self.out_proj = nn.Linear(inner_dim, dim, bias=False)
         self.reset_scan_parameters()
 
-    def reset_scan_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
-        """Initialise the projections to B, C and delta; softplus(bias) is log-uniform in [dt_min, dt_max]."""
+    def reset_scan_parameters(self) -> None:
+        """Initialise the projections to B, C and delta; softplus(dt_projs_bias) is log-uniform in [1e-3, 1e-1]."""
         nn.init.kaiming_uniform_(self.x_proj_weight, a=math.sqrt(5))  # as nn.Linear does
         nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():
-            span = math.log(dt_max) - math.log(dt_min)
-            dt = torch.exp(torch.rand(self.inner_dim) * span + math.log(dt_min)).clamp(min=dt_floor)
+            dt = torch.exp(torch.rand(self.inner_dim) * math.log(1e-1 / 1e-3) + math.log(1e-3))
             self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
 
     def forward(self, x: Tensor) -> Tensor:
