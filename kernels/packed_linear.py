@@ -1,6 +1,6 @@
 """Linear layers for inference on CPUs: packed weights, fused with the operations before and after the layer.
 
-Weights are stored in the order in which matrix units read them. There are no gradients.
+Weights are stored in the order in which oneDNN's microkernels read them. There are no gradients.
 """
 
 import math
@@ -42,11 +42,11 @@ DOWNSAMPLING_LAYOUTS = layouts(
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether the cpu backend can pack a weight (outputs, inputs) of this device, dtype and number of inputs."""
+    """Whether the cpu backend serves packed layers with a weight (outputs, inputs) like this one."""
     return (
         weight.device.type == "cpu"
         and weight.shape[1] % _inputs_per_row(weight.dtype) == 0
-        and backends.why_not("cpu", "cpu", weight.dtype) is None
+        and backends.module_for(weight, "packed_linear") is not None
         and torch.ops.spatial_mamba_cpu.can_pack(weight.dtype)
     )
 
@@ -207,7 +207,7 @@ def unpack_weight(packed: Tensor, outputs: int) -> Tensor:
 
 
 def _inputs_per_row(dtype: torch.dtype) -> int:
-    """How many inputs are stored side by side: matrix units take half-precision values in pairs."""
+    """How many inputs are stored side by side: processors multiply half-precision values in pairs."""
     return 2 if dtype.itemsize == 2 else 1
 
 

@@ -102,6 +102,8 @@ def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
 
 def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
     """How the architectures of a model and a file differ, and the fix; None if they agree or cannot be inferred."""
+    if any(name.endswith(".mixer.taps") for name in state):
+        return "holds the weights of a fused model, which cannot be loaded; save the model before fuse()"
     model, file = architecture_of(own), architecture_of(state)
     if model is None or file is None or model == file:
         return None

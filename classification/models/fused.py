@@ -150,8 +150,8 @@ class FusedMlp(nn.Module):
         self.fc2 = PackedLinear(mlp.fc2.weight, mlp.fc2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fc1.packed and self.fc2.packed:
-            norm, fc1, fc2 = self.norm, self.fc1, self.fc2
+        norm, fc1, fc2 = self.norm, self.fc1, self.fc2
+        if fc1.packed and fc2.packed and fc1.bias is not None and fc2.bias is not None:
             return packed_mlp(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         tokens = x.flatten(0, 2)
         size = items_in_budget(x, self.fc1.outputs)
@@ -266,10 +266,10 @@ class FusedBlock(nn.Module):
         # In the dtype that the kernels compute in, as in `FusedMixer`.
         compute_dtype = compute_dtype_for(block.cpe1.weight)
         self.cpe1, self.cpe2 = (deepcopy(layer).to(compute_dtype) for layer in (block.cpe1, block.cpe2))
-        self.ln_1 = block.ln_1
-        self.in_proj = PackedLinear(block.self_attention.in_proj.weight, None)
-        self.mixer = FusedMixer(block.self_attention)
-        self.out_proj = PackedLinear(block.self_attention.out_proj.weight, None)
+        self.ln_1, mixer = block.ln_1, block.self_attention
+        self.in_proj = PackedLinear(mixer.in_proj.weight, mixer.in_proj.bias)
+        self.mixer = FusedMixer(mixer)
+        self.out_proj = PackedLinear(mixer.out_proj.weight, mixer.out_proj.bias)
         self.mlp = FusedMlp(block.ln_2, block.mlp)
 
     def forward(self, x: Tensor) -> Tensor:
