@@ -21,7 +21,7 @@ namespace spatial_mamba {
 constexpr int64_t kColumns = 64;     // of a block of packed weights
 constexpr int64_t kProductRows = 8;  // oneDNN generates code for each number of tokens, so most are multiples of this
 
-// Inputs are packed in words: pairs for the half-precision types, as matrix units read them.
+// Inputs are packed in words: pairs for the half-precision types, as processors multiply them.
 template <typename io>
 constexpr int64_t kPair = sizeof(io) == 2 ? 2 : 1;
 
