@@ -9,16 +9,14 @@ import ctypes
 import mmap
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_mamba.kernels import backends, build, use_backend
@@ -37,11 +35,8 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "csrc" / "cuda"
 EMULATOR = HERE / "cuda_emulator"
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cuda_emulation")]
-
 NAMESPACE = "spatial_mamba_cuda_emulated"
 TORCH = Path(torch.__file__).parent
-
-TRAP_MISALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ROUNDING = {F32: 8e-6, BF16: 2**-8, F16: 2**-11}  # of the result's dtype, relative to its largest magnitude
@@ -50,15 +45,12 @@ PUBLISHED: Branches = ((3, 3, 3), (1, 3, 5))
 OTHER_KERNELS: Branches = ((5, 3), (2, 7))
 
 
-def compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    if found is None:
-        pytest.skip("no C++ compiler: install g++, or name one in CXX")
-    return found
-
-
-def compile_with(flags: Sequence[str | Path]) -> None:
-    command = [compiler(), f"-std=c++{build.cxx_standard()}", f"-I{EMULATOR}", *map(str, flags)]
+def compile_with(*flags: str | Path) -> None:
+    try:
+        compiler = build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    command = [*compiler, f"-std=c++{build.cxx_standard()}", f"-I{EMULATOR}", *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -67,7 +59,7 @@ def compile_with(flags: Sequence[str | Path]) -> None:
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled emulator."""
     compiled = tmp_path_factory.mktemp("emulator") / "emulator.o"
-    compile_with(["-O1", "-fPIC", "-c", EMULATOR / "emulator.cpp", "-o", compiled])
+    compile_with("-O1", "-fPIC", "-c", EMULATOR / "emulator.cpp", "-o", compiled)
     return compiled
 
 
@@ -75,18 +67,17 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def library(emulator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled operators."""
     folder = tmp_path_factory.mktemp("cuda_emulated")
-    includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    names = [f"-DSPATIAL_MAMBA_NAMESPACE={NAMESPACE}", "-DSPATIAL_MAMBA_DEVICE=CPU"]
+    flags = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    flags += [f"-DSPATIAL_MAMBA_NAMESPACE={NAMESPACE}", "-DSPATIAL_MAMBA_DEVICE=CPU"]
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-fPIC"]
     objects = [emulator]
     for source in [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp"))]:
         objects.append(folder / f"{source.stem}.o")
         level = "-O0" if source.name == "operators.cpp" else "-O1"  # the time goes into the headers of PyTorch
-        compile_with(
-            [level, *TRAP_MISALIGNED, "-fPIC", *includes, abi, *names, "-x", "c++", "-c", source, "-o", objects[-1]]
-        )
+        compile_with(level, *flags, "-x", "c++", "-c", source, "-o", objects[-1])
     compiled = folder / "emulated.so"
-    compile_with(["-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", compiled])
+    compile_with("-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", compiled)
     return compiled
 
 
@@ -105,8 +96,8 @@ def fill_fresh_memory_with_nan() -> Iterator[None]:
 
 
 def guarded(x: Tensor) -> Tensor:
-    """A copy that ends where an inaccessible page begins: reading beyond it crashes."""
-    if not x.numel():
+    """A copy that ends where an inaccessible page begins: reading beyond it crashes. Strided views are not copied."""
+    if not x.numel() or not x.is_contiguous():
         return x
     size = x.numel() * x.element_size()
     pages = -(-size // mmap.PAGESIZE)
@@ -126,30 +117,43 @@ def assert_matches_reference(
     operators: Any,
     operator: Operator,
     arguments: Sequence[Any],
-    backward: bool = False,
-    roundings: int = 1,
+    roundings: tuple[int, int] = (1, 1),
     rounds_to: torch.dtype = F32,
 ) -> tuple[Tensor, ...]:
-    """The emulated operator agrees with the reference implementation in float64, up to rounding of the result.
+    """An emulated operator matches the reference implementation in float64 both ways; returns the gradients.
 
-    ``roundings`` is larger than 1 if the operator also rounds what it computes the result from, to ``rounds_to``.
+    ``roundings`` of the outputs, and of the gradients, are above 1 if these are computed from values that the operator
+    rounds, to ``rounds_to``.
     """
-    emulated = operator._backward if backward else operator._forward
-    results = emulated(operators, *on_tensors(guarded, arguments))
-    with use_backend("torch"):
-        expected = (operator.run_backward if backward else operator.run)(*on_tensors(Tensor.double, arguments))
-    if isinstance(results, Tensor):
-        results, expected = (results,), (expected,)
-    storages = {result.untyped_storage()._cdata for result in results}
-    assert len(storages) == len(results), "torch.library wants outputs that share no memory"
-    for i, (result, wanted) in enumerate(zip(results, expected, strict=True)):
-        assert result.shape == wanted.shape, f"result {i} of {operator.name}"
-        if result.numel() == 0:
-            continue
-        error = (result.double() - wanted.double()).abs().max().item()
-        bound = roundings * max(ROUNDING[result.dtype], ROUNDING[rounds_to]) * wanted.double().abs().max().item()
-        assert error <= bound, f"result {i} of {operator.name} is off by {error:.3g}, allowed are {bound:.3g}"
-    return tuple(results)
+
+    def compare(emulated: Any, reference: Any, arguments: Sequence[Any], roundings: int) -> tuple[Tensor, ...]:
+        found = emulated(operators, *on_tensors(guarded, arguments))
+        with use_backend("torch"):
+            expected = reference(*on_tensors(Tensor.double, arguments))
+        found, expected = ((x,) if isinstance(x, Tensor) else tuple(x) for x in (found, expected))
+        storages = {result.untyped_storage()._cdata for result in found}
+        assert len(storages) == len(found), "torch.library wants outputs that share no memory"
+        for i, (result, wanted) in enumerate(zip(found, expected, strict=True)):
+            assert result.shape == wanted.shape, f"result {i} of {operator.name}"
+            if result.numel() == 0:
+                continue
+            error = (result.double() - wanted.double()).abs().max().item()
+            rounding = roundings * max(ROUNDING.get(result.dtype, 0.0), ROUNDING[rounds_to])
+            bound = rounding * wanted.double().abs().max().item()
+            assert error <= bound, f"result {i} of {operator.name} is off by {error:.3g}, allowed are {bound:.3g}"
+        return found
+
+    outputs = compare(operator._forward, operator.run, arguments, roundings[0])
+    grads = map(torch.randn_like, outputs[: operator.num_differentiable])
+    backward = backward_arguments(operator, arguments, outputs, grads)
+    return compare(operator._backward, operator.run_backward, backward, roundings[1])
+
+
+def backward_arguments(
+    operator: Operator, arguments: Sequence[Any], outputs: Sequence[Tensor], grads: Iterable[Tensor]
+) -> list[Any]:
+    tensors, others = arguments[: operator.num_tensors], arguments[operator.num_tensors :]
+    return [*grads, *tensors, *outputs[operator.num_differentiable :], *others]
 
 
 def random_normal(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -204,7 +208,6 @@ def test_state_fusion(operators: Any, shape: tuple[int, ...], dtype: torch.dtype
     torch.manual_seed(0)
     h, taps = random_normal(*shape, dtype=dtype), random_normal(number_of_taps(branches), shape[-1])
     assert_matches_reference(operators, STATE_FUSION, (h, taps, *branches))
-    assert_matches_reference(operators, STATE_FUSION, (torch.randn_like(h), h, taps, *branches), backward=True)
 
 
 maps = pytest.mark.parametrize(
@@ -227,9 +230,8 @@ def test_depthwise_conv(operators: Any, shape: tuple[int, ...], dtype: torch.dty
     torch.manual_seed(0)
     dim = shape[-1]
     x, weight, bias = random_normal(*shape, dtype=dtype), random_normal(dim, 1, 3, 3), random_normal(dim)
-    assert_matches_reference(operators, DEPTHWISE_CONV, (x, weight, bias, epilogue))
-    backward = (torch.randn_like(x), x, weight, bias, epilogue)
-    assert_matches_reference(operators, DEPTHWISE_CONV, backward, True, roundings=2 if epilogue == "silu" else 1)
+    roundings = (1, 2 if epilogue == "silu" else 1)
+    assert_matches_reference(operators, DEPTHWISE_CONV, (x, weight, bias, epilogue), roundings)
 
 
 @pytest.mark.parametrize("dim", [3, 36, 68, 96, 256, 270, 512, 1500, 2052])
@@ -239,11 +241,8 @@ def test_norms(operators: Any, dtype: torch.dtype, y_dtype: torch.dtype, dim: in
     y, gate = 3 + random_normal(2, 5, 7, dim, dtype=y_dtype), random_normal(2, 5, 7, dim, dtype=dtype)
     weights = (random_normal(dim), random_normal(dim), 1e-5)
     assert_matches_reference(operators, GATED_NORM, (y, gate, *weights))
-    backward = (torch.randn_like(gate), y, gate, *weights)
-    assert_matches_reference(operators, GATED_NORM, backward, backward=True)
     if y_dtype == dtype:
         assert_matches_reference(operators, LAYER_NORM, (y, *weights))
-        assert_matches_reference(operators, LAYER_NORM, (torch.randn_like(y), y, *weights), backward=True)
 
 
 @maps
@@ -257,9 +256,7 @@ def test_downsampling(operators: Any, dtype: torch.dtype, shape: tuple[int, ...]
     conv_weight, conv_bias = random_normal(hidden, 1, 3, 3), random_normal(hidden)
     project, project_bias = random_normal(10, hidden, dtype=dtype), random_normal(10, dtype=dtype)
     arguments = (x, expand, expand_bias, conv_weight, conv_bias, project, project_bias)
-    out = assert_matches_reference(operators, DOWNSAMPLING, arguments, roundings=2, rounds_to=dtype)[0]
-    backward = (torch.randn_like(out), *arguments)
-    assert_matches_reference(operators, DOWNSAMPLING, backward, backward=True, roundings=2, rounds_to=dtype)
+    assert_matches_reference(operators, DOWNSAMPLING, arguments, roundings=(2, 2), rounds_to=dtype)
 
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(150, 512), (5, 296), (70, 37), (0, 16)])
@@ -269,11 +266,8 @@ def test_mlp(operators: Any, dtype: torch.dtype, tokens: int, hidden: int) -> No
     torch.manual_seed(0)
     shapes = [(tokens, 12), (hidden, 12), (hidden,), (10, hidden), (10,)]
     arguments = [random_normal(*shape, dtype=dtype) for shape in shapes]
-    assert_matches_reference(operators, MLP, (*arguments, True), roundings=2)
+    assert_matches_reference(operators, MLP, (*arguments, True), roundings=(2, 2))
     assert len(operators.mlp(*arguments, False)[1]) == 0
-    kept = F.linear(arguments[0], arguments[1])
-    grad_out = random_normal(tokens, 10, dtype=dtype)
-    assert_matches_reference(operators, MLP, (grad_out, *arguments, kept, True), backward=True, roundings=2)
 
 
 def test_norms_of_too_many_channels_are_refused(operators: Any) -> None:
@@ -285,8 +279,7 @@ def test_norms_of_too_many_channels_are_refused(operators: Any) -> None:
 def test_layer_norm_of_other_weights(operators: Any) -> None:
     """Weights in float64, and a bias whose memory holds a single element."""
     x, weight, bias = random_normal(3, 4, dtype=BF16), random_normal(4).double(), random_normal(1).expand(4)
-    assert_matches_reference(operators, LAYER_NORM, (x, weight, bias, 1e-5))
-    _, grad_weight, grad_bias = LAYER_NORM._backward(operators, random_normal(3, 4, dtype=BF16), x, weight, bias, 1e-5)
+    _, grad_weight, grad_bias = assert_matches_reference(operators, LAYER_NORM, (x, weight, bias, 1e-5))
     assert (grad_weight.dtype, grad_bias.dtype) == (torch.float64, F32)
 
 
@@ -332,33 +325,35 @@ def test_channels_of_wider_maps(operators: Any, dim: int) -> None:
             (x.contiguous(), gate.contiguous(), torch.empty_like(grad_out), torch.empty_like(grad_out)),
         ]
     ]
-    for found, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_spatial_mixer(operators: Any, keep: bool) -> None:
     torch.manual_seed(0)
     dim, rank, shape = 12, 2, (2, 6, 5)
-    _, _, *core, _, _ = core_arguments((*shape, dim), rank, F32, PUBLISHED)
+    _, _, *core = core_arguments((*shape, dim), rank)[: STRUCTURE_AWARE_SCAN.num_tensors]
     weights = (random_normal(dim, 1, 3, 3), random_normal(dim), random_normal(rank + 2, dim), *core)
     arguments = (random_normal(*shape, 2 * dim), *weights, random_normal(dim), random_normal(dim), *PUBLISHED, 1e-5)
-    _, y, row_states = assert_matches_reference(operators, SPATIAL_MIXER, (*arguments, keep))
-    backward = (random_normal(*shape, dim), *arguments[:-3], y, row_states, *PUBLISHED, 1e-5, keep)
-    assert_matches_reference(operators, SPATIAL_MIXER, backward, backward=True)
+    assert_matches_reference(operators, SPATIAL_MIXER, (*arguments, keep))
 
 
 def number_of_taps(branches: Branches) -> int:
     return len(tap_offsets(*branches)) // 2
 
 
-def core_arguments(shape: Sequence[int], rank: int, dtype: torch.dtype, branches: Branches) -> list[Any]:
-    """All arguments except the dtype of the outputs."""
+def core_arguments(
+    shape: Sequence[int],
+    rank: int,
+    dtype: torch.dtype = F32,
+    out_dtype: torch.dtype = F32,
+    branches: Branches = PUBLISHED,
+) -> list[Any]:
     *image, dim = shape
     u, projection = random_normal(*shape, dtype=dtype), random_normal(*image, rank + 2, dtype=dtype)
     step_weight, step_bias = random_normal(dim, rank) / rank**0.5, random_normal(dim) - 2
     return [u, projection, step_weight, step_bias, 0.5 * random_normal(dim), random_normal(dim),
-            random_normal(number_of_taps(branches), dim), *branches]  # fmt: skip
+            random_normal(number_of_taps(branches), dim), *branches, out_dtype]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -388,40 +383,35 @@ def test_structure_aware_scan(
     operators: Any, shape: Sequence[int], rank: int, dtype: torch.dtype, out_dtype: torch.dtype, branches: Branches
 ) -> None:
     torch.manual_seed(0)
-    *tensors, _, _ = arguments = core_arguments(shape, rank, dtype, branches)
-    _, row_states = assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, (*arguments, out_dtype))
-    grad_y = random_normal(*shape, dtype=out_dtype)
-    backward = (grad_y, *tensors, row_states, *branches, out_dtype)
-    assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, backward, backward=True)
+    arguments = core_arguments(shape, rank, dtype, out_dtype, branches)
+    assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, arguments)
 
 
 def test_autocast_and_unaligned_tokens_change_nothing(operators: Any) -> None:
     torch.manual_seed(0)
-    *tensors, _, _ = arguments = core_arguments((1, 6, 7, 8), 4, BF16, PUBLISHED)
-    grad_y = random_normal(1, 6, 7, 8)
-    y, row_states = STRUCTURE_AWARE_SCAN._forward(operators, *arguments, F32)
-    expected = STRUCTURE_AWARE_SCAN._backward(operators, grad_y, *tensors, row_states, *PUBLISHED, F32)
+    arguments = core_arguments((1, 6, 7, 8), 4, BF16)
+    outputs = STRUCTURE_AWARE_SCAN._forward(operators, *arguments)
+    backward = backward_arguments(STRUCTURE_AWARE_SCAN, arguments, outputs, [torch.randn_like(outputs[0])])
+    expected = STRUCTURE_AWARE_SCAN._backward(operators, *backward)
     with torch.autocast("cpu", BF16):
-        found = STRUCTURE_AWARE_SCAN._backward(operators, grad_y, *tensors, row_states, *PUBLISHED, F32)
+        found = STRUCTURE_AWARE_SCAN._backward(operators, *backward)
     assert all(torch.equal(x, wanted) for x, wanted in zip(found, expected, strict=True))
 
-    shifted = torch.cat([tensors[0].flatten()[:1], tensors[0].flatten()])[1:].view_as(tensors[0])
+    u = arguments[0]
+    shifted = torch.cat([u.flatten()[:1], u.flatten()])[1:].view_as(u)
     assert shifted.data_ptr() % 4 == 2
-    y_shifted, _ = STRUCTURE_AWARE_SCAN._forward(operators, shifted, *arguments[1:], F32)
-    torch.testing.assert_close(y_shifted, y, rtol=1e-5, atol=1e-5)
-    found = STRUCTURE_AWARE_SCAN._backward(operators, grad_y, shifted, *tensors[1:], row_states, *PUBLISHED, F32)
-    for x, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, wanted, rtol=1e-2, atol=1e-2)
+    y, _ = STRUCTURE_AWARE_SCAN._forward(operators, shifted, *arguments[1:])
+    torch.testing.assert_close(y, outputs[0], rtol=1e-5, atol=1e-5)
+    found = STRUCTURE_AWARE_SCAN._backward(operators, backward[0], shifted, *backward[2:])
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_extreme_delta(operators: Any) -> None:
     """Delta from 0 to 1e4: decays of exactly one and zero, states that keep or forget everything."""
     torch.manual_seed(0)
-    arguments = core_arguments((1, 6, 6, 32), 2, F32, PUBLISHED)
+    arguments = core_arguments((1, 6, 6, 32), 2)
     arguments[3] = torch.tensor([-1e4, -90, -20, -3, 0, 20, 100, 1e4]).repeat(4)
-    _, row_states = assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, (*arguments, F32))
-    backward = (torch.randn_like(arguments[0]), *arguments[:-2], row_states, *PUBLISHED, F32)
-    assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, backward, backward=True)
+    assert_matches_reference(operators, STRUCTURE_AWARE_SCAN, arguments)
 
 
 @pytest.mark.parametrize("dim", [8, 5])
@@ -429,19 +419,19 @@ def test_extreme_delta(operators: Any) -> None:
 def test_infinite_values_do_not_spread(operators: Any, argument: str, dim: int) -> None:
     """Outputs and row states are as in the reference implementation; the next image has finite gradients."""
     torch.manual_seed(0)
-    arguments = core_arguments((2, 9, 9, dim), 4, F32, PUBLISHED)
+    arguments = core_arguments((2, 9, 9, dim), 4)
     if argument == "A_log":
         arguments[4][1] = 100.0  # the rate overflows, and the state is forgotten at each token
     else:
         arguments[0 if argument == "u" else 1][0, 6, 3, -1] = float("inf")
-    y, row_states = STRUCTURE_AWARE_SCAN._forward(operators, *arguments, F32)
+    outputs = STRUCTURE_AWARE_SCAN._forward(operators, *arguments)
     with use_backend("torch"):
-        expected = STRUCTURE_AWARE_SCAN.run(*arguments, F32)
-    for found, wanted in zip((y, row_states), expected, strict=True):
+        expected = STRUCTURE_AWARE_SCAN.run(*arguments)
+    for found, wanted in zip(outputs, expected, strict=True):
         finite = wanted.isfinite()
         assert torch.equal(found.isfinite(), finite)
         torch.testing.assert_close(found[finite], wanted[finite], rtol=1e-4, atol=1e-5)
-    backward = (torch.ones_like(y), *arguments[:-2], row_states, *PUBLISHED, F32)
+    backward = backward_arguments(STRUCTURE_AWARE_SCAN, arguments, outputs, [torch.ones_like(outputs[0])])
     grad_u, grad_projection, *_ = STRUCTURE_AWARE_SCAN._backward(operators, *backward)
     assert grad_u[1].isfinite().all()
     assert grad_projection[1].isfinite().all()
@@ -472,9 +462,7 @@ def test_selective_scan(
     B = random_normal(batch, groups, states, length, dtype=dtype)
     A = -0.5 - torch.rand(dim, states)
     arguments = (u.clone(), delta.clone() if softplus else delta.abs(), A, B, C, D, z, delta_bias, softplus)
-    out, last_state = assert_matches_reference(operators, SELECTIVE_SCAN, arguments)
-    grads = (torch.randn_like(out), torch.randn_like(last_state))
-    assert_matches_reference(operators, SELECTIVE_SCAN, (*grads, *arguments), backward=True)
+    assert_matches_reference(operators, SELECTIVE_SCAN, arguments)
 
 
 def test_selective_scan_of_many_sequences(operators: Any) -> None:
@@ -483,18 +471,17 @@ def test_selective_scan_of_many_sequences(operators: Any) -> None:
     batch, dim, groups = 129, 16, 2
     u, B, C = random_normal(batch, dim, 1), random_normal(batch, groups, 1, 1), random_normal(batch, groups, 1, 1)
     arguments = (u, u.abs(), -torch.ones(dim, 1), B, C, None, None, None, False)
-    grads = (torch.randn_like(u), torch.randn(batch, dim, 1))
-    assert_matches_reference(operators, SELECTIVE_SCAN, (*grads, *arguments), backward=True)
+    assert_matches_reference(operators, SELECTIVE_SCAN, arguments)
 
 
 def test_order_of_threads_does_not_matter(operators: Any) -> None:
     torch.manual_seed(0)
-    *tensors, _, _ = arguments = core_arguments((1, 9, 121, 24), 2, F32, PUBLISHED)
+    arguments = core_arguments((1, 9, 121, 24), 2)
     results = []
     for _ in range(3):  # each in another order
-        y, row_states = STRUCTURE_AWARE_SCAN.forward(operators, *arguments, F32)
-        backward = (y, *tensors, row_states, *PUBLISHED, F32)
-        results.append((y, row_states, *STRUCTURE_AWARE_SCAN.backward(operators, *backward)))
+        outputs = STRUCTURE_AWARE_SCAN._forward(operators, *arguments)
+        backward = backward_arguments(STRUCTURE_AWARE_SCAN, arguments, outputs, outputs[:1])
+        results.append((*outputs, *STRUCTURE_AWARE_SCAN._backward(operators, *backward)))
     for others in results[1:]:
         assert all(torch.equal(first, other) for first, other in zip(results[0], others, strict=True))
 
@@ -525,7 +512,7 @@ def test_emulator_finds_faults(emulator: Path, tmp_path: Path, kernel: str, mess
           cudaLaunchConfig_t config = {{dim3(1), dim3(64), 64 * sizeof(float), nullptr}};
           return cudaLaunchKernelEx(&config, kernel);
         }}""")
-    compile_with([source, emulator, "-o", program])
+    compile_with(source, emulator, "-o", program)
     result = subprocess.run([program], capture_output=True, text=True)
     assert (result.returncode != 0) == bool(message)
     assert message in result.stderr
