@@ -35,17 +35,16 @@ def _command(argv: Sequence[str] | None) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    for name in arguments.names:
+    names = arguments.names
+    for name in names:
         if name not in build.LIBRARIES:
             raise UserError(f"there is no library {name!r}: choose from {', '.join(build.LIBRARIES)}")
-    names = arguments.names
     if arguments.missing:
         if not names:
             raise UserError("--missing: name the libraries, for instance: build cuda --missing")
-        usable = [name for name in names if _usable(name)]
-        for name in usable:
+        for name in filter(_usable, names):
             print(f"{name}: works here as it is")
-        names = [name for name in names if name not in usable]
+        names = [name for name in names if not _usable(name)]
         if not names:
             return
     try:
@@ -154,18 +153,12 @@ def _why_not(backend: str, device: Device, dtype: torch.dtype) -> str:
     reason = backends.why_not(backend, device.type, dtype, device.capability)
     if reason is None:
         return f"usable, but there is {device.name}" if device.absent else "usable"
-    if native.BUILD_COMMAND in reason and (obstacle := _obstacle(backend)):
-        return f"{reason}; but {obstacle}"
+    if native.BUILD_COMMAND in reason:
+        try:
+            build.prepare(backend)
+        except build.BuildError as obstacle:
+            return f"{reason}; but {obstacle}"
     return reason
-
-
-def _obstacle(library: str) -> str | None:
-    """Why a library cannot be built here."""
-    try:
-        build.prepare(library)
-    except build.BuildError as error:
-        return str(error)
-    return None
 
 
 def _libraries() -> list[str]:

@@ -373,7 +373,7 @@ def capability(text: str) -> tuple[int, int]:
 
 
 def build(
-    names: Iterable[str] = (),
+    names: Sequence[str] = (),
     architectures: Sequence[str] = (),
     out: Path | None = None,
     sources: Path = SOURCES,
@@ -402,7 +402,7 @@ def build(
             raise BuildError(f"portable libraries need {' or '.join(LEVELS)}, but this is {platform.machine()}")
         plans = [prepare("cpu", sources=sources, level=level) for level in levels()]
     else:
-        plans = [prepare(name, architectures, sources) for name in (names or ("cpu",))]
+        plans = [prepare(name, architectures, sources) for name in names or ("cpu",)]
     if not names and not portable:
         try:
             plans.append(prepare("cuda", architectures, sources))
@@ -416,10 +416,9 @@ def build(
             try:
                 _compile(plan, Path(folder))
                 _install(plan, Path(folder), out)
+                built.append(plan.name)
             except BuildError as error:
                 errors.append(str(error))
-            else:
-                built.append(plan.name)
     if built:
         print(f"built {', '.join(built)} in {time.monotonic() - start:.0f} s: {out}", flush=True)
     if errors:

@@ -114,13 +114,18 @@ def test_the_standard_is_the_one_that_pytorch_asks_for(tmp_path: Path, monkeypat
 
 
 @needs_compiler
-def test_one_line_per_file_and_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_per_file_and_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sources = write_sources(tmp_path / "csrc")
     (sources / "cpu/second.cpp").write_text("int zero() { return 0; }\n")
+    monkeypatch.setenv("MAX_JOBS", "0")
+    with pytest.raises(build.BuildError, match="MAX_JOBS must be a positive number, got '0'"):
+        build.build(["cpu"], out=tmp_path / "lib", sources=sources)
+    monkeypatch.setenv("MAX_JOBS", "1")
     build.build(["cpu"], out=tmp_path / "lib", sources=sources)
     *files, last = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in files] == ["[1/2]", "[2/2]"]
-    assert {line.split()[2] for line in files} == {"tiny.cpp", "second.cpp"}
+    assert [line.split()[1:3] for line in files] == [["[1/2]", "second.cpp"], ["[2/2]", "tiny.cpp"]]
     assert last.startswith("built cpu in ")
     assert last.endswith(str(tmp_path / "lib"))
 
