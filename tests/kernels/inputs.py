@@ -124,9 +124,8 @@ def assert_types_and_devices_are_refused(function: Callable[..., Tensor], inputs
     first, *_ = names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
     for name in names:
         for dtype in (torch.complex64, torch.int64):
-            with pytest.raises(
-                TypeError, match=f"^{re.escape(name)} must be of a real floating-point type, got {dtype}"
-            ):
+            message = f"^{re.escape(name)} must be of a real floating-point type, got {dtype}"
+            with pytest.raises(TypeError, match=message):
                 function(**inputs | {name: inputs[name].to(dtype)})
         other = r"\S+" if name == first else re.escape(name)
         with pytest.raises(ValueError, match=f"^{other} must be on the device of {first}"):
