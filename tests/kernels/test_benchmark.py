@@ -19,8 +19,7 @@ from spatial_mamba.kernels.benchmark.cases import Case, all_cases
 pytestmark = pytest.mark.usefixtures("small_instruments")
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--seconds", "0.001"]
-OPERATORS = ("core", "states", "scan", "fusion", "mixer", "conv", "position", "norm")
-SMALL = {name: Case(name, name, batch=2, height=7, width=9, dim=6, rank=3) for name in OPERATORS}
+SMALL = {name: Case(name, name, batch=2, height=7, width=9, dim=6, rank=3) for name in implementations.OPERATORS}
 SMALL["scan"] = replace(SMALL["scan"], d_state=4)
 
 
@@ -56,13 +55,14 @@ def test_cases_have_the_shapes_of_the_models() -> None:
     assert stage.cropped() == stage and replace(stage, batch=128).cropped() == replace(stage, batch=55)
 
 
-@pytest.mark.parametrize("case", SMALL.values(), ids=OPERATORS)
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 def test_implementations_compute_the_same(case: Case) -> None:
     found = implementations.implementations(case, CPU, torch.float32)
-    compared = {"core": ["baseline, 3 convolutions", "baseline, dense 11x11"], "states": [], "scan": []}
-    compared["fusion"] = compared["core"]
+    compared = dict.fromkeys(("core", "fusion"), ("baseline, 3 convolutions", "baseline, dense 11x11"))
+    compared |= dict.fromkeys(("mixer", "conv", "position", "norm"), ("library",))
     names = [implementation.name for implementation in found if implementation.name != "cpu"]  # where it is built
-    assert names == ["torch", "torch.compile", *compared.get(case.operator, ["library"])]
+    reference = [] if case.operator == "layer" else ["torch"]
+    assert names == [*reference, "torch.compile", *compared.get(case.operator, [])]
     check = implementations.Check(case, CPU, torch.float32)
     for implementation in (each for each in found if each.name != "torch.compile"):  # which takes a minute
         error, where = check.worst(implementation, backward=True)
