@@ -1,5 +1,6 @@
 """The models in timm: registration, metadata, features, layer groups, timm's own scripts."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+
+from spatial_mamba.classification.models.trained import load_classifier
 
 from .micro_models import MICRO, PARAMETERS, filled_classifier, images, micro_backbone, micro_classifier
 
@@ -97,18 +100,17 @@ def test_forward_intermediates_are_the_features_before_downsampling() -> None:
 
 
 @torch.no_grad()
-def test_features_only_gives_the_requested_maps() -> None:
-    x = images(1, 3, 64, 64)
-    classifier = filled_classifier().eval()
-    expected = classifier.forward_intermediates(x, intermediates_only=True)
-    options = MICRO | dict(features_only=True, out_indices=(0, 2))
+def test_features_only_gives_the_requested_maps_of_a_file(tmp_path: Path) -> None:
+    x, classifier = images(1, 3, 64, 64), filled_classifier().eval()
+    expected = classifier.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+    torch.save(classifier.state_dict(), tmp_path / "w.pth")
+    source = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "w.pth")))
+    options = MICRO | source | dict(num_classes=5, features_only=True, out_indices=(0, 2))
     features = timm.create_model("spatial_mamba_tiny", **options).eval()
     assert features.feature_info.channels() == [8, 32]
     assert features.feature_info.reduction() == [4, 16]
     assert not any("layers.3" in name or "head" in name for name, _ in features.named_parameters())
-    own = features.model.state_dict()
-    features.model.load_state_dict({k: v for k, v in classifier.state_dict().items() if k in own})
-    torch.testing.assert_close(features(x), [expected[0], expected[2]])
+    torch.testing.assert_close(features(x), expected)
 
 
 @pytest.mark.parametrize("kind", ["fx", "hook", "list"])
@@ -162,7 +164,8 @@ def test_timms_training_and_validation_scripts_take_the_model(tmp_path: Path) ->
     scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
     assert scales == [0.5**n for n in range(5, -1, -1)]  # the stem, four blocks, the head
     ema = ModelEmaV3(model, decay=0.5)
-    saver = timm.utils.CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+    args = argparse.Namespace(model="spatial_mamba_tiny", lr=1e-2)  # saved with the weights
+    saver = timm.utils.CheckpointSaver(model, optimizer, args, ema, checkpoint_dir=tmp_path, recovery_dir=tmp_path)
     x, target = images(4, 3, 32, 32), torch.arange(4)
     losses = []
     for epoch in range(3):
@@ -178,3 +181,6 @@ def test_timms_training_and_validation_scripts_take_the_model(tmp_path: Path) ->
     validated = timm.create_model("spatial_mamba_tiny", **MICRO | options, checkpoint_path=best)  # the EMA
     with torch.no_grad():
         torch.testing.assert_close(validated.eval()(x), ema.module.eval()(x))
+    for take_ema, expected in ((False, model), (True, ema.module)):
+        loaded = load_classifier(best, ema=take_ema).model
+        assert all(map(torch.equal, loaded.state_dict().values(), expected.state_dict().values()))

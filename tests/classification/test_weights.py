@@ -3,47 +3,13 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from spatial_mamba.classification.models import WeightsError
 
 from .micro_models import LeavesATrace, filled_classifier, golden_fill, micro_backbone, micro_classifier
-
-
-def published_extras() -> dict[str, Any]:
-    """The entries of a released checkpoint in addition to its weights."""
-    from yacs.config import CfgNode
-
-    config = CfgNode({"MODEL": {"TYPE": "spatial_mamba"}})
-    return dict(
-        model_ema={}, optimizer={}, epoch=299, max_accuracy=np.float64(83.5), max_accuray_ema=0.0, config=config
-    )
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: {"model": state},
-        lambda state: {"state_dict": state},
-        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
-        lambda state: {"model": state} | published_extras(),
-        lambda state: state,
-    ],
-    ids=["model", "state_dict", "distributed", "published", "bare"],
-)
-def test_pretrained_backbone(tmp_path: Path, wrap: Callable[[dict[str, Tensor]], dict[str, Any]]) -> None:
-    state = filled_classifier().state_dict()
-    torch.save(wrap(state), tmp_path / "classifier.pth")
-    loaded = micro_backbone(pretrained=tmp_path / "classifier.pth").state_dict()
-    expected = micro_backbone().state_dict()  # its outnorm layers
-    expected |= {name: value for name, value in state.items() if name in expected}
-    assert sum(name in state for name in expected) == len(state) - 4  # all but the classifier's norm and head
-    torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 
 
 def test_pretrained_backbone_that_ends_early(tmp_path: Path) -> None:
