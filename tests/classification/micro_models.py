@@ -28,6 +28,11 @@ CONFIGS = {
 
 
 MICRO = dict(dims=8, depths=(1, 1, 1, 1), drop_path_rate=0.0)
+FUSIONS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "none": dict(fusion_dilations=()),
+    "two kernels": dict(fusion_dilations=(1, 2), fusion_kernel_sizes=(5, 3)),
+}
 half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
@@ -55,6 +60,16 @@ def filled_classifier(**changes: Any) -> SpatialMamba:
 def micro_backbone(**changes: Any) -> SpatialMambaBackbone:
     torch.manual_seed(0)
     return SpatialMambaBackbone(**MICRO | changes)
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Evaluation mode, with running statistics of BatchNorms that matter."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+    return model.eval()
 
 
 def images(*shape: int) -> Tensor:

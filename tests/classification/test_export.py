@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_mamba import SpatialMamba, SpatialMambaBackbone
+from spatial_mamba import SpatialMamba
 from spatial_mamba.classification.export import check, command, export_aoti, export_onnx, export_program, onnx_file
 from spatial_mamba.classification.export.check import fixed_images, largest_difference
 from spatial_mamba.classification.export.form import export_form, softplus
@@ -23,34 +23,16 @@ from spatial_mamba.kernels import use_backend
 from spatial_mamba.kernels.errors import UserError
 from spatial_mamba.kernels.recurrence import LARGEST_BLOCK, _block_sizes, linear_recurrence, scan_in_blocks
 
-MICRO = dict(dims=8, depths=(1, 1), num_classes=5)
+from .micro_models import FUSIONS, filled_classifier, golden_fill, micro_backbone, with_statistics
+
 ODD, WIDE = (33, 47), (64, 96)
-FUSIONS: dict[str, dict[str, Any]] = {
-    "published": {},
-    "none": dict(fusion_dilations=()),
-    "other": dict(fusion_dilations=(1, 2), fusion_kernel_sizes=(5, 3)),
-}
 LOOPS = {"Loop", "Scan", "If", "ScatterND", "ScatterElements", "SequenceAt", "SplitToSequence"}
 CHECKPOINT_SIZE = 64
 Capture = pytest.CaptureFixture[str]
 
 
 def micro(**changes: Any) -> SpatialMamba:
-    torch.manual_seed(0)
-    return alive(SpatialMamba(**MICRO | changes))
-
-
-def alive(model: nn.Module) -> nn.Module:
-    """Evaluation mode, with weights and statistics that all affect the result."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "state_fusion" in name or "A_logs" in name or name.endswith("bias"):
-            nn.init.uniform_(parameter, -1, 1, generator=generator)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(generator=generator)
-            module.running_var.uniform_(0.5, 2.0, generator=generator)
-    return model.eval()
+    return with_statistics(filled_classifier(**dict(depths=(1, 1)) | changes))
 
 
 def with_extreme_steps(model: SpatialMamba) -> SpatialMamba:
@@ -223,7 +205,8 @@ def test_number_of_nodes_grows_with_the_logarithm_of_the_tokens(onnx_path: Path,
 
 @pytest.mark.slow
 def test_onnx_of_an_ablated_backbone_of_odd_size(tmp_path: Path) -> None:
-    model = alive(SpatialMambaBackbone(dims=8, depths=(1, 1), out_indices=(0, 1), **FUSIONS["other"]))
+    backbone = micro_backbone(depths=(1, 1), out_indices=(0, 1), **FUSIONS["two kernels"])
+    model = with_statistics(golden_fill.fill_(backbone))
     export_onnx(model, tmp_path / "model.onnx", ODD)
     assert [value.name for value in onnx.load(tmp_path / "model.onnx").graph.output] == ["feature0", "feature1"]
     assert largest_difference(onnx_function(tmp_path / "model.onnx"), model, ODD) < 1e-5

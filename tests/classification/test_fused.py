@@ -5,10 +5,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spatial_mamba import SpatialMamba, SpatialMambaBackbone, spatial_mamba_tiny
+from spatial_mamba import SpatialMamba, spatial_mamba_tiny
 from spatial_mamba.classification.models import fused
 from spatial_mamba.classification.models.flops import count_flops
 from spatial_mamba.kernels import downsampling, use_backend
@@ -33,40 +31,12 @@ from spatial_mamba.kernels.packed_linear import (
     unpack_weight,
 )
 
-from .micro_models import assert_near, filled_classifier, golden_fill, images, micro_backbone
+from .micro_models import assert_near, filled_classifier, golden_fill, images, micro_backbone, with_statistics
 
 packing = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="needs the cpu backend's matrix products")
 
 
-def with_statistics(model: nn.Module) -> nn.Module:
-    """Evaluation mode, with statistics in the BatchNorms that matter."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(generator=generator)
-            module.running_var.uniform_(0.5, 2.0, generator=generator)
-    return model.eval()
-
-
 # --- the same numbers
-
-
-FORMS: dict[str, Callable[[nn.Module], Callable[[Tensor], Any]]] = {
-    "fused": lambda model: model.fuse(),
-    "fused, moved to channels_last": lambda model: model.fuse().to(memory_format=torch.channels_last),
-    "channels_last, fused": lambda model: model.to(memory_format=torch.channels_last).fuse(),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_golden_logits_and_features(form: str, golden: dict[str, np.ndarray]) -> None:
-    model = FORMS[form](golden_fill.fill_(spatial_mamba_tiny()).eval())
-    backbone = FORMS[form](golden_fill.fill_(SpatialMambaBackbone()).eval())
-    with torch.inference_mode():
-        assert_near(model(golden_fill.image("a", (2, 3, 224, 224))), torch.tensor(golden["tiny_logits_224"]), 1e-4)
-        maps = backbone(golden_fill.image("b", (1, 3, 128, 96)))
-    for i, feature in enumerate(maps):
-        assert_near(feature, torch.tensor(golden[f"tiny_feature{i}_128x96"]), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from spatial_mamba import SpatialMamba
 from spatial_mamba.classification import visualize
@@ -43,20 +43,15 @@ from spatial_mamba.classification.visualize.style import COLOURS, number
 from spatial_mamba.kernels import gated_norm, structure_aware_scan
 from spatial_mamba.kernels.errors import UserError
 
-MICRO = dict(dims=8, depths=(1, 2, 1, 1), num_classes=5)
-FUSIONS: dict[str, dict[str, Any]] = {
-    "published": {},
-    "none": dict(fusion_dilations=()),
-    "two kernels": dict(fusion_dilations=(1, 2), fusion_kernel_sizes=(5, 3)),
-}
+from .micro_models import FUSIONS, micro_classifier
+
 CPU = torch.device("cpu")
 Capture = pytest.CaptureFixture[str]
 
 
 def micro(**changes: Any) -> SpatialMamba:
     """A model in float64 whose states and fusion matter."""
-    torch.manual_seed(0)
-    model = SpatialMamba(**MICRO | changes).double().eval()
+    model = micro_classifier(**dict(depths=(1, 2, 1, 1)) | changes).double().eval()
     for name, parameter in model.named_parameters():
         if "state_fusion" in name:
             torch.nn.init.uniform_(parameter, -1, 1)
@@ -69,14 +64,18 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def layer_of(model: SpatialMamba, stage: int = 1, block: int = 1) -> ScanLayer:
-    """A layer on a map of 5x7 tokens, smaller than the reach of the published fusion."""
-    return read_layer(model, noise(1, 3, 40, 56), stage, block)
+def mixer_of(model: SpatialMamba) -> nn.Module:
+    return model.layers[1].blocks[1].self_attention
 
 
-def scan_output(layer: ScanLayer, model: SpatialMamba, stage: int = 1, block: int = 1) -> Tensor:
+def layer_of(model: SpatialMamba) -> ScanLayer:
+    """The layer of this mixer on a map of 5x7 tokens, smaller than the reach of the published fusion."""
+    return read_layer(model, noise(1, 3, 40, 56), 1, 1)
+
+
+def scan_output(layer: ScanLayer, model: SpatialMamba) -> Tensor:
     """The output of the model's operator on the same tokens: (1, H, W, D)."""
-    ssm = model.layers[stage].blocks[block].self_attention
+    ssm = mixer_of(model)
     u = layer.u.T.reshape(1, layer.height, layer.width, -1)
     branches = ssm.state_fusion.branches(ssm.Ds)
     core = (ssm.dt_projs_weight, ssm.dt_projs_bias, ssm.A_logs.squeeze(1), ssm.Ds)
@@ -100,7 +99,7 @@ def exactly(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_what_is_read_gives_the_output_of_the_layer(fusion: str) -> None:
     model = micro(**FUSIONS[fusion])
-    ssm = model.layers[1].blocks[1].self_attention
+    ssm = mixer_of(model)
     seen: list[tuple[Tensor, Tensor]] = []
     hook = ssm.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     layer = layer_of(model)
@@ -172,14 +171,9 @@ def test_the_matrix_times_the_tokens_is_the_output(fusion: str, formulation: str
     layer = layer_of(model)
     y = torch.einsum("idj,dj->di", matrix(layer, formulation), layer.u).view(-1, 5, 7)
     exactly(activation(layer, formulation), y)
-    if formulation == SPATIAL_MAMBA or (formulation == MAMBA and not layer_fuses(model)):
-        D = model.layers[1].blocks[1].self_attention.Ds.detach()
-        skipped = (D[:, None] * layer.u).view(-1, 5, 7)
+    if formulation == SPATIAL_MAMBA or (formulation == MAMBA and fusion == "none"):
+        skipped = (mixer_of(model).Ds.detach()[:, None] * layer.u).view(-1, 5, 7)
         exactly((y + skipped).permute(1, 2, 0)[None], scan_output(layer, model))
-
-
-def layer_fuses(model: SpatialMamba) -> bool:
-    return bool(model.layers[1].blocks[1].self_attention.state_fusion.dilations)
 
 
 def test_rows_look_back_unless_states_are_fused() -> None:
@@ -246,16 +240,15 @@ def test_contributions_are_averaged_over_images() -> None:
     exactly(torch.stack(singles).mean(dim=0), whole.contribution)
 
 
-@pytest.mark.parametrize(("stage", "centre"), [(0, (32, 32)), (2, (32, 32))])
-def test_the_field_of_an_untrained_model_is_centred(stage: int, centre: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    model = SpatialMamba(**MICRO).eval()
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_field_of_an_untrained_model_is_centred(stage: int) -> None:
+    model = micro_classifier(depths=(1, 2, 1, 1)).eval()
     field = receptive_field(model, noise_batches(8, 64, CPU, 4), stage)
-    assert field.centre == centre and field.contribution.shape == (64, 64)
+    assert field.centre == (32, 32) and field.contribution.shape == (64, 64)
     fraction = field.contribution / field.contribution.sum()
     rows, columns = fraction.sum(dim=1), fraction.sum(dim=0)
-    for marginal, middle in zip((rows, columns), centre, strict=True):
-        assert float(marginal @ torch.arange(64.0, dtype=torch.float64)) == pytest.approx(middle, abs=3)
+    for marginal in (rows, columns):
+        assert float(marginal @ torch.arange(64.0, dtype=torch.float64)) == pytest.approx(32, abs=3)
     areas = [field.area(part) for part in (0.3, 0.5, 0.9, 0.99)]
     assert areas == sorted(areas) and areas[1] < 0.35
     assert field.reach(0.5) < field.reach(0.99)
@@ -382,7 +375,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, fusion in (("fused", FUSIONS["published"]), ("plain", FUSIONS["none"])):
         model = micro(**fusion).float()
         torch.save({"model": model.state_dict(), "model_ema": None, "config": config}, folder / f"{name}.pth")
-    torch.save(SpatialMamba(**MICRO, in_chans=1).state_dict(), folder / "grey.pth")
+    torch.save(micro_classifier(in_chans=1).state_dict(), folder / "grey.pth")
     rows, columns = np.mgrid[:60, :80]
     pixels = np.stack([rows * 4, columns * 3, 255 * (rows > columns)], axis=-1).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
