@@ -3,6 +3,7 @@
 The trainer is imported where it is used: tests on GPUs run without its packages.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,9 @@ def trained(micro: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
     output = tmp_path_factory.mktemp("trained")
     assert main(["--cfg", str(micro), "--data-path", str(photos), "--output", str(output)]) == 0
     return output / "micro" / "default"
+
+
+@pytest.fixture
+def continued(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, which the runs with output folder ``tmp_path`` continue."""
+    return shutil.copytree(trained, tmp_path / "micro" / "default")

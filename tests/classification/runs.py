@@ -1,5 +1,6 @@
 """Helpers of the trainer's tests: its arguments, comparisons of its results, other forms of a data set."""
 
+import json
 import shutil
 import tarfile
 import zipfile
@@ -27,6 +28,15 @@ def copy_photos(digits: Path, root: Path, **counts: int) -> None:
             (root / split / digit).mkdir(parents=True)
             for image in sorted((digits / split / digit).iterdir())[:count]:
                 shutil.copy(image, root / split / digit)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """What a run has recorded of its epochs."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def accuracy_lines(text: str) -> list[str]:

@@ -1,8 +1,6 @@
 """Checkpoints: written atomically, read from the published trainer and frameworks, refused if they do not fit."""
 
 import copy
-import json
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +28,11 @@ from spatial_mamba.kernels.errors import UserError
 
 from .micro_models import LeavesATrace
 from .published import published_checkpoint
-from .runs import accuracy_lines, after_calls, assert_same, options
+from .runs import accuracy_lines, after_calls, assert_same, full_disk, options, records
 
 
-def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    before = (folder / LATEST).read_bytes()
+def test_an_interrupted_save_leaves_the_old_checkpoint(continued: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (continued / LATEST).read_bytes()
     config, _ = load_config("spatialmamba_digits")
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -51,11 +47,11 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(trained: Path, tmp_path: 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", torn)
         with pytest.raises(UserError, match=r"cannot be written \(disk full\); the previous checkpoint is kept"):
-            save_checkpoint(state, config, folder / LATEST)
-    assert not [path for path in folder.iterdir() if "unfinished" in path.name]
-    assert (folder / LATEST).read_bytes() == before
-    save_checkpoint(state, config, folder / LATEST)
-    assert set(read_checkpoint(folder / LATEST)["model"]) == {"weight", "bias"}
+            save_checkpoint(state, config, continued / LATEST)
+    assert not [path for path in continued.iterdir() if "unfinished" in path.name]
+    assert (continued / LATEST).read_bytes() == before
+    save_checkpoint(state, config, continued / LATEST)
+    assert set(read_checkpoint(continued / LATEST)["model"]) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lookahead_adamw"])
@@ -82,17 +78,14 @@ def test_an_optimiser_continues_exactly(name: str) -> None:
 def test_a_failure_of_the_first_save_does_not_block_the_run(
     micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     arguments = options(micro, photos, tmp_path, "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0")
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(torch, "save", full_disk)
         assert main(arguments) == 2
     error = capfd.readouterr().err
     assert "No space left on device" in error and "kept" not in error
     assert main(arguments) == 0
-    assert len((tmp_path / "micro/default/metrics.jsonl").read_text().splitlines()) == 1
+    assert len(records(tmp_path / "micro/default")) == 1
 
 
 def damage_state(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[dict[str, Any]], None]:
@@ -170,16 +163,14 @@ def test_the_state_of_an_optimiser_takes_the_layout_of_its_parameters(
 
 
 def test_auto_resume_takes_the_newest_intact_checkpoint(
-    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    continued: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    folder = tmp_path / "micro" / "default"
-    shutil.copytree(trained, folder)
-    torn = (folder / LATEST).read_bytes()[:5000]
-    (folder / LATEST).write_bytes(torn)
+    torn = (continued / LATEST).read_bytes()[:5000]
+    (continued / LATEST).write_bytes(torn)
     assert main(options(micro, photos, tmp_path)) == 0
     output = capfd.readouterr().out
     assert "skipping" in output and f"{LATEST}: " in output
-    assert f"resumed from {folder / BEST}" in output or f"resumed from {folder / BEST_EMA}" in output
+    assert f"resumed from {continued / BEST}" in output or f"resumed from {continued / BEST_EMA}" in output
 
 
 def test_the_newest_checkpoint_is_found_by_whole_numbers(trained: Path, tmp_path: Path) -> None:
@@ -195,7 +186,7 @@ def test_published_checkpoints_load_and_resume(
 ) -> None:
     path = published_checkpoint(trained, tmp_path / "published.pth")
     assert main(options(micro, photos, tmp_path, "--eval", "--pretrained", str(path))) == 0
-    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    last = records(trained)[-1]
     lines = accuracy_lines(capfd.readouterr().out)
     assert f"{last['val_acc1']:.3f}%" in lines[0] and f"{last['ema_acc1']:.3f}%" in lines[1]
 
@@ -271,13 +262,10 @@ def test_the_last_checkpoints_are_kept_on_request(
     arguments = options(micro, photos, tmp_path, "--save-minutes", "1e-9", "--keep-checkpoints", "3", "--epochs", "1")
     arguments += ["--opts", "TRAIN.WARMUP_EPOCHS", "0"]
 
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     if not has_links:
-        monkeypatch.setattr("os.link", fail)
+        monkeypatch.setattr("os.link", full_disk)
     with monkeypatch.context() as patch:
-        after_calls(patch, engine, "_update", 5, lambda: patch.setattr(torch, "save", fail))
+        after_calls(patch, engine, "_update", 5, lambda: patch.setattr(torch, "save", full_disk))
         assert main(arguments) == 2
     kept = [folder / f"update_0000000{number}.pth" for number in (2, 3, 4)]
     assert sorted(folder.glob("update_*")) == kept and not list(folder.glob(".*.unfinished*"))

@@ -1,7 +1,6 @@
 """The classes of a checkpoint and of the data are matched by name."""
 
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -80,10 +79,9 @@ def test_evaluation_refuses_other_classes(
 
 
 def test_a_run_is_not_resumed_on_other_classes(
-    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    continued: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     """Otherwise a run on a second data set with the default tag would end at once, as if it were finished."""
-    shutil.copytree(trained, tmp_path / "micro" / "default")
     data = renamed(photos, tmp_path / "data", {"0": "cat", "1": "dog", "2": "cow"})
     few = renamed(photos, tmp_path / "few", {"0": "0", "1": "1"})
     reordered = renamed(photos, tmp_path / "reordered", {"0": "0", "1": "1", "2": "2"})
@@ -93,7 +91,7 @@ def test_a_run_is_not_resumed_on_other_classes(
     ):
         assert main(options(micro, folder, tmp_path)) == 2
         assert f"cannot resume with other classes: {message}" in capfd.readouterr().err
-    nameless = read_checkpoint(trained / LATEST)
+    nameless = read_checkpoint(continued / LATEST)
     del nameless["classes"]
     torch.save(nameless, tmp_path / "nameless.pth")
     assert main(options(micro, few, tmp_path / "new", "--resume", str(tmp_path / "nameless.pth"))) == 2

@@ -1,6 +1,5 @@
 """Runs of two processes, started with torchrun."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +15,7 @@ from spatial_mamba.classification.checkpoint import BEST, LATEST
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
 
-from .runs import accuracy_lines, assert_same, options
+from .runs import accuracy_lines, assert_same, options, records
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
@@ -69,10 +67,6 @@ def undisturbed(micro: Path, photos: Path, tmp_path_factory: pytest.TempPathFact
         printed = process.communicate()[0]
         assert process.returncode == 0, printed
     return output / "micro" / "default"
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_runs(*runs: Path) -> None:

@@ -1,7 +1,6 @@
 """Updates whose loss is not finite."""
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from spatial_mamba.classification.distributed import Process
 from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
 
-from .runs import options
+from .runs import options, records
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> None:
@@ -40,9 +39,9 @@ def test_non_finite_updates_are_skipped_and_counted(
     poison(monkeypatch, lambda step: step in (1, 3))
     more = ["--amp-dtype", "float16", "--seed", "3", "--opts", "AMP_ENABLE", "True"] if precision == "float16" else []
     assert main(options(micro, photos, tmp_path, *more)) == 0
-    records = [json.loads(line) for line in (tmp_path / "micro/default/metrics.jsonl").read_text().splitlines()]
-    assert [r["skipped_updates"] for r in records] == [2, 0]
-    checkpoint = read_checkpoint(tmp_path / "micro/default" / LATEST)
+    folder = tmp_path / "micro/default"
+    assert [record["skipped_updates"] for record in records(folder)] == [2, 0]
+    checkpoint = read_checkpoint(folder / LATEST)
     for state in (checkpoint["model"], checkpoint["model_ema"]):
         assert all(torch.isfinite(tensor).all() for tensor in state.values()), "running statistics included"
     if precision == "float16":

@@ -1,6 +1,5 @@
 """Signals: the state is saved within an epoch, and the resumed run ends with the same bits."""
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from spatial_mamba.classification.models.weights import read_checkpoint
 from spatial_mamba.classification.preemption import SIGNALS
 from spatial_mamba.classification.trainer import prepare
 
-from .runs import after_calls, assert_same, options
+from .runs import after_calls, assert_same, options, records
 
 
 def send(number: int) -> Callable[[], None]:
@@ -54,7 +53,7 @@ def test_a_signal_saves_and_the_run_continues_to_the_same_bits(
     a, b = (read_checkpoint(run / LATEST) for run in (trained, folder))
     assert a.pop("config")["OUTPUT"] != b.pop("config")["OUTPUT"]
     assert_same(a, b)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = records(folder)
     assert len(lines) == 2
     for line in lines:  # an epoch resumed after its last update has trained no image since
         assert line["images_per_second"] == pytest.approx(24 / line["train_seconds"])

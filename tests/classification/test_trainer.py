@@ -1,13 +1,11 @@
 """Training, evaluation and resumption, in one process."""
 
 import functools
-import json
 import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from spatial_mamba.classification.main import main
 from spatial_mamba.classification.models.weights import read_checkpoint
 
 from .published import published_checkpoint
-from .runs import accuracy_lines, assert_same, options
+from .runs import accuracy_lines, assert_same, full_disk, options, records
 
 
 def test_unreadable_training_images_are_skipped_and_counted_on_request(
@@ -32,12 +30,12 @@ def test_unreadable_training_images_are_skipped_and_counted_on_request(
     victim.write_bytes(victim.read_bytes()[:40])
     arguments = options(micro, broken, tmp_path / "out", "--epochs", "1", "--opts", "TRAIN.WARMUP_EPOCHS", "0")
     assert main([*arguments, "DATA.SKIP_UNREADABLE", "True", "DATA.BATCH_SIZE", "26"]) == 0
-    record = json.loads((tmp_path / "out/micro/default/metrics.jsonl").read_text())
+    [record] = records(tmp_path / "out/micro/default")
     assert record["unreadable_images"] == 1
 
 
 def test_a_run_leaves_its_records(trained: Path) -> None:
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    lines = records(trained)
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:
         assert line["skipped_updates"] == 0 and line["train_loss"] > 0 and line["images_per_second"] > 0
@@ -71,7 +69,7 @@ def test_pretrained_weights_are_evaluated_first(
     arguments = options(micro, photos, tmp_path, "--pretrained", str(trained / BEST_EMA), "--epochs", "1")
     assert main([*arguments, "--opts", "TRAIN.WARMUP_EPOCHS", "0"]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if "acc@1" in line]
-    best = max(json.loads(line)["ema_acc1"] for line in (trained / "metrics.jsonl").read_text().splitlines())
+    best = max(record["ema_acc1"] for record in records(trained))
     assert str(trained / BEST_EMA) in lines[0] and f"EMA   acc@1 {best:.3f}%" in lines[1]
     assert "epoch 1/1" in lines[2]
 
@@ -103,62 +101,57 @@ def test_a_published_runs_folder_is_resumed(
 
 
 def test_pretrained_weights_are_evaluated_before_resuming(
-    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    continued: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    shutil.copytree(trained, tmp_path / "micro" / "default")
     torch.manual_seed(1)
     other = SpatialMamba(dims=4, depths=(1, 1, 1, 1), num_classes=3)
     torch.save({"model": other.state_dict()}, tmp_path / "other.pth")
     command = options(micro, photos, tmp_path, "--pretrained", str(tmp_path / "other.pth"))
     assert main([*command, "--eval"]) == 0
     [alone] = accuracy_lines(capfd.readouterr().out)
-    before = read_checkpoint(tmp_path / "micro" / "default" / LATEST)
+    before = read_checkpoint(continued / LATEST)
     assert main(command) == 0
     output = capfd.readouterr().out
     assert accuracy_lines(output)[0] == alone
     assert output.index("other.pth: model") < output.index("resumed from")
     assert "training does not start from --pretrained" in output and "this run is finished" in output
-    assert_same(before["model"], read_checkpoint(tmp_path / "micro" / "default" / LATEST)["model"])
+    assert_same(before["model"], read_checkpoint(continued / LATEST)["model"])
 
 
 def test_resuming_reports_changes_and_keeps_the_records(
-    trained: Path, micro: Path, photos: Path, tmp_path: Path
+    continued: Path, micro: Path, photos: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "micro" / "default"
-    shutil.copytree(trained, folder)
     more = ("--epochs", "3", "--opts", "TRAIN.WEIGHT_DECAY", "0.1", "DATA.BATCH_SIZE", "6")
     assert main(options(micro, photos, tmp_path, *more)) == 0
-    log = (folder / "log.txt").read_text()
+    log = (continued / "log.txt").read_text()
     assert "TRAIN.WEIGHT_DECAY was 0.05 when it was saved and is now 0.1" in log
     assert "it has made 12 updates" in log and "they would be 8" in log
-    assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
-    assert read_checkpoint(folder / LATEST)["steps"] == 3 * (27 // 6)
+    assert [record["epoch"] for record in records(continued)] == [0, 1, 2]
+    assert read_checkpoint(continued / LATEST)["steps"] == 3 * (27 // 6)
 
 
-def test_resuming_keeps_the_last_epoch_in_tensorboard(trained: Path, micro: Path, photos: Path, tmp_path: Path) -> None:
+def test_resuming_keeps_the_last_epoch_in_tensorboard(
+    continued: Path, micro: Path, photos: Path, tmp_path: Path
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = tmp_path / "micro" / "default"
-    shutil.copytree(trained, folder)
     assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 0
-    scalars = EventAccumulator(str(folder)).Reload().Scalars("val/acc1")
+    scalars = EventAccumulator(str(continued)).Reload().Scalars("val/acc1")
     assert [scalar.step for scalar in scalars] == [6, 12, 18]
 
 
 def test_two_runs_cannot_write_to_one_folder(
-    trained: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    continued: Path, micro: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    folder = tmp_path / "micro" / "default"
-    shutil.copytree(trained, folder)
     script = "import fcntl, sys; fcntl.lockf(sys.stdout, fcntl.LOCK_EX); print(file=sys.stderr, flush=True); input()"
-    with (folder / ".lock").open("w") as file:
+    with (continued / ".lock").open("w") as file:
         holder = subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=file, stderr=-1)
     with holder:
         assert holder.stderr and holder.stderr.readline()
         assert main(options(micro, photos, tmp_path, "--epochs", "3")) == 2
         holder.kill()
     assert "another training run writes here" in capfd.readouterr().err
-    assert read_checkpoint(folder / LATEST)["epoch"] == 1
+    assert read_checkpoint(continued / LATEST)["epoch"] == 1
 
 
 def test_records_that_cannot_be_written_do_not_end_a_run(
@@ -167,12 +160,9 @@ def test_records_that_cannot_be_written_do_not_end_a_run(
     """On a full disk, log file, TensorBoard and metrics are given up with one line each; checkpoints are not."""
     from torch.utils.tensorboard import SummaryWriter
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
-    monkeypatch.setattr(logging.StreamHandler, "flush", full)
-    monkeypatch.setattr(run_log.json, "dumps", full)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full_disk)
+    monkeypatch.setattr(logging.StreamHandler, "flush", full_disk)
+    monkeypatch.setattr(run_log.json, "dumps", full_disk)
     assert main(options(micro, photos, tmp_path)) == 0
     output = capfd.readouterr()
     assert output.out.count("cannot be written any more") == 3 and not output.err
