@@ -56,12 +56,11 @@ def test_transforms_of_torch_func() -> None:
 
 def test_traces_for_any_size() -> None:
     """Tracing a model as TensorBoard, fvcore and other tools do."""
-    model = SpatialMamba(dims=8, depths=(1, 1), num_classes=3).eval()
-    traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64))
+    model = filled_classifier(depths=(1, 1)).eval()
+    traced = torch.jit.trace(model, images(1, 3, 64, 64))
     with torch.no_grad():
         for shape in ((1, 3, 64, 64), (2, 3, 96, 64), (1, 3, 64, 33)):
-            images = torch.randn(shape)
-            torch.testing.assert_close(traced(images), model(images), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(traced(images(*shape)), model(images(*shape)), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -84,12 +83,8 @@ def test_compiles_in_one_graph(use_checkpoint: bool) -> None:
     x = images(2, 3, 32, 32)
     expected = train_step(model, x)
     torch._dynamo.reset()  # a graph of another test must not be counted as a recompilation
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = F.cross_entropy(compiled(x), torch.arange(2))
-    model.zero_grad()
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    assert_same_step((loss.detach(), gradients), expected)
+    loss, gradients = train_step(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    assert_same_step((loss, {name.removeprefix("_orig_mod."): g for name, g in gradients.items()}), expected)
 
 
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
@@ -210,9 +205,13 @@ def adapter(model: nn.Module) -> None:
         setattr(parent, name, nn.Sequential(getattr(parent, name), nn.Tanh()))
 
 
+def double(model: nn.Module, name: str) -> None:
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+
+
 def doubling_hooks(model: nn.Module) -> None:
     for name in ("blocks.0.mlp.fc1", "blocks.0.self_attention.out_proj", "downsample.conv.1.conv"):
-        model.layers[0].get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+        double(model.layers[0], name)
 
 
 def other_geometry(model: nn.Module) -> None:
@@ -288,15 +287,16 @@ def test_sparse_weights_are_used() -> None:
     torch.testing.assert_close(block(x), expected)
 
 
-def test_parametrised_layers_of_another_class_are_called() -> None:
-    class Doubled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
+class DoubledLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
+
+def test_parametrised_layers_of_another_class_are_called() -> None:
     model = filled_classifier(depths=(1,))
     expected, mixer = model(images()), model.layers[0].blocks[0].self_attention
     weight = mixer.in_proj.weight
-    mixer.in_proj = Doubled(*weight.shape[::-1], bias=False)
+    mixer.in_proj = DoubledLinear(*weight.shape[::-1], bias=False)
     mixer.in_proj.weight = nn.Parameter(weight / 2)
     register_parametrization(mixer.in_proj, "weight", nn.Identity())
     torch.testing.assert_close(model(images()), expected)
@@ -368,10 +368,6 @@ def wrap(model: nn.Module, name: str) -> None:
     model.set_submodule(name, Doubled(model.get_submodule(name)))
 
 
-def hook(model: nn.Module, name: str) -> None:
-    model.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
-
-
 def set_inside(*names: str, **settings: Any) -> Callable[[nn.Module, str], None]:
     def change(model: nn.Module, name: str) -> None:
         for module in filter(lambda module: type(module).__name__ in names, model.get_submodule(name).modules()):
@@ -399,7 +395,7 @@ MODULES = [
     ("change", "names"),
     [
         pytest.param(wrap, MODULES, id="wrapped"),
-        pytest.param(hook, MODULES, id="hooked"),
+        pytest.param(double, MODULES, id="hooked"),
         pytest.param(set_inside("Mlp", act=nn.ReLU()), ["layers.1.blocks.0.mlp"], id="activation of an MLP"),
         pytest.param(set_inside("GELU", approximate="tanh"), ["layers.1.blocks.0.mlp.act"], id="another GELU"),
         pytest.param(set_inside("Reduction", act=nn.SiLU()), ["layers.0.downsample.conv.1"], id="activation"),
@@ -467,11 +463,7 @@ def with_more_blocks(model: nn.Module) -> None:
 
 
 def with_another_head(model: nn.Module) -> None:
-    class Doubling(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    model.head.__class__ = Doubling
+    model.head.__class__ = DoubledLinear
 
 
 @pytest.mark.parametrize("use", [SpatialMamba.fuse, export_form])
