@@ -42,9 +42,10 @@ def _build(arguments: argparse.Namespace) -> None:
     if arguments.missing:
         if not names:
             raise UserError("--missing: name the libraries, for instance: build cuda --missing")
-        for name in filter(_usable, names):
+        usable = [name for name in names if _usable(name)]
+        for name in usable:
             print(f"{name}: works here as it is")
-        names = [name for name in names if not _usable(name)]
+        names = [name for name in names if name not in usable]
         if not names:
             return
     try:
