@@ -119,8 +119,14 @@ def core_inputs() -> dict[str, Any]:
     )
 
 
-def assert_types_and_devices_are_refused(function: Callable[..., Tensor], inputs: dict[str, Any]) -> None:
-    """Every tensor must be of a real floating-point type and on the device of the first one."""
+def assert_wrong_tensors_are_refused(
+    function: Callable[..., Tensor], inputs: dict[str, Any], **shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Wrong ``shapes`` are errors, and so are tensors of other types or not on the device of the first one."""
+    for name, wrong in shapes.items():
+        for shape in wrong:
+            with pytest.raises(ValueError, match=f"^{name} must have shape .* got {re.escape(str(shape))}$"):
+                function(**inputs | {name: torch.ones(shape)})
     first, *_ = names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
     for name in names:
         for dtype in (torch.complex64, torch.int64):

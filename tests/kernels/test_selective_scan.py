@@ -13,7 +13,7 @@ from .inputs import (
     DELTA_SCALES,
     DIM,
     assert_near,
-    assert_types_and_devices_are_refused,
+    assert_wrong_tensors_are_refused,
     generator,
     half_types,
     scan_inputs,
@@ -139,20 +139,7 @@ def test_autocast_does_not_change_the_scan(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"u": torch.ones(DIM, 5)}, "^u must have shape"),
-        ({"u": torch.ones(BATCH, DIM, 0)}, "^u must have shape"),
-        ({"delta": torch.ones(BATCH, DIM, 6)}, "^delta must have shape"),
-        ({"A": torch.ones(DIM)}, "^A must have shape"),
-        ({"A": torch.ones(DIM + 1, 3)}, "^A must have shape"),
-        ({"B": torch.ones(DIM)}, "^B must have shape"),
-        ({"B": torch.ones(DIM, 2)}, "^B must have shape"),
-        ({"B": torch.ones(BATCH, 3, 6)}, "^B must have shape"),
         ({"B": torch.ones(BATCH, 3, 3, 5)}, "^B must have shape .* groups dividing 4"),
-        ({"B": torch.ones(BATCH, 0, 3, 5)}, "^B must have shape"),
-        ({"C": torch.ones(BATCH, 2, 2, 5)}, "^C must have shape"),
-        ({"D": torch.ones(DIM, 1)}, "^D must have shape"),
-        ({"z": torch.ones(BATCH, DIM, 1)}, "^z must have shape"),
-        ({"delta_bias": torch.ones(1)}, "^delta_bias must have shape"),
         ({"C": None, "D": torch.ones(DIM)}, "^D and z .* pass C"),
         ({"C": None, "z": torch.ones(BATCH, DIM, 5)}, "^D and z .* pass C"),
     ],
@@ -162,6 +149,17 @@ def test_scan_refuses(change: dict[str, Tensor | None], message: str) -> None:
         selective_scan(**scan_inputs(3, 5) | change)
 
 
-def test_scan_refuses_types_and_devices() -> None:
+def test_scan_refuses_wrong_tensors() -> None:
     more = {"D": torch.ones(DIM), "z": torch.ones(BATCH, DIM, 5), "delta_bias": torch.ones(DIM)}
-    assert_types_and_devices_are_refused(selective_scan, scan_inputs(3, 5) | more)
+    assert_wrong_tensors_are_refused(
+        selective_scan,
+        scan_inputs(3, 5) | more,
+        u=[(DIM, 5), (BATCH, DIM, 0)],
+        delta=[(BATCH, DIM, 6)],
+        A=[(DIM,), (DIM + 1, 3)],
+        B=[(DIM,), (DIM, 2), (BATCH, 3, 6), (BATCH, 0, 3, 5)],
+        C=[(BATCH, 2, 2, 5)],
+        D=[(DIM, 1)],
+        z=[(BATCH, DIM, 1)],
+        delta_bias=[(1,)],
+    )
