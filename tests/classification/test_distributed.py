@@ -46,6 +46,16 @@ def torchrun(*arguments: str, script: Path = MAIN) -> Iterator[subprocess.Popen]
             hung.cancel()
 
 
+def read_until(process: subprocess.Popen, words: str) -> str:
+    """What the processes print, up to the line with ``words``."""
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if words in line:
+            return printed
+    pytest.fail(f"these words were never printed: {words}\n{printed}")
+
+
 def kill_all(output: str, number: int) -> int:
     """Send a signal to the launcher of a run and all its processes, which can outlive it; returns their number."""
     table = subprocess.run(["ps", "-e", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
@@ -106,24 +116,16 @@ def test_preempted_and_killed_training_resumes_to_the_same_bits(
     arguments = options(micro, photos, tmp_path, *MORE)
     stopped = tmp_path / "micro" / "default"
     with torchrun(*arguments) as process:
-        printed = ""
-        for line in process.stdout:
-            printed += line
-            if "epoch 1/2 update 2/6" in line:
-                process.send_signal(signal.SIGTERM)
+        read_until(process, "epoch 1/2 update 2/6")
+        process.send_signal(signal.SIGTERM)
+        printed = process.stdout.read()
         assert process.wait(30) != 0
     assert "stopped by a signal; the same command continues this run" in printed, printed
     progress = read_checkpoint(stopped / LATEST)["progress"]
     assert len(progress) == 2 and 2 <= progress[0]["totals"]["updates"] < 6
-    printed = ""
     with torchrun(*arguments) as process:
-        for line in process.stdout:
-            printed += line
-            if "epoch 2/2 update 3/6" in line:
-                assert kill_all(str(tmp_path), signal.SIGKILL) >= 3, "the launcher and two processes"
-                break
-        else:
-            pytest.fail(f"the run was never in the middle of its second epoch: {printed}")
+        printed = read_until(process, "epoch 2/2 update 3/6")
+        assert kill_all(str(tmp_path), signal.SIGKILL) >= 3, "the launcher and two processes"
     assert "resumed from" in printed and " in epoch 1, after " in printed, printed
     content = read_checkpoint(stopped / LATEST)
     assert content["epoch"] == 0 and content["progress"] is None
@@ -138,12 +140,10 @@ def test_processes_stop_when_their_launcher_is_killed(micro: Path, photos: Path,
     """They save their state and release the folder."""
     arguments = options(micro, photos, tmp_path, *MORE, "--epochs", "1000")
     with torchrun(*arguments) as process:
-        printed = ""
-        for line in process.stdout:
-            printed += line
-            if "epoch 1/1000 update 2/6" in line:
-                process.kill()
-        process.wait(60)  # the output ends with the last process that writes to it
+        printed = read_until(process, "epoch 1/1000 update 2/6")
+        process.kill()
+        printed += process.stdout.read()  # ends with the last process that writes to it
+        process.wait(60)
     assert "stopped by a signal" in printed and "error:" not in printed, printed
     assert read_checkpoint(tmp_path / "micro/default" / LATEST)["progress"] is not None
 
