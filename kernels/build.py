@@ -346,6 +346,8 @@ def _chosen_architectures(wanted: Sequence[str], toolkit: Toolkit) -> list[str]:
     for word in chosen - set(known):
         raise BuildError(f"CUDA toolkit {toolkit.version} cannot compile for {word!r}; it knows {', '.join(known)}")
     chosen = chosen or set(known) & _present_architectures() or set(known) & set(ARCHITECTURES)
+    if not chosen:
+        raise BuildError(f"choose with --arch what CUDA toolkit {toolkit.version} compiles for: {', '.join(known)}")
     return sorted(chosen, key=capability)
 
 
@@ -395,6 +397,8 @@ def build(
             and installed, if one does not compile.
     """
     start = time.monotonic()
+    if architectures and names and "cuda" not in names:
+        raise BuildError("only the cuda library is built for architectures of GPUs: leave out --arch")
     if portable:
         if "cuda" in names or architectures:
             raise BuildError("only the cpu library can be portable")

@@ -391,6 +391,13 @@ def test_architectures_are_named_by_argument_variable_gpu_or_default(
     assert build._chosen_architectures(["8.0"], toolkit) == ["8.0"]
     with pytest.raises(build.BuildError, match=r"cannot compile for '5\.2'; it knows 8\.0, 9\.0, 10\.0"):
         build._chosen_architectures(["5.2"], toolkit)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(build, "ARCHITECTURES", ("7.0",))
+    with pytest.raises(build.BuildError, match=r"choose with --arch what CUDA toolkit 99\.0 compiles for: 8\.0, 9\.0"):
+        build._chosen_architectures([], toolkit)
+    with pytest.raises(build.BuildError, match="only the cuda library is built for architectures of GPUs"):
+        build.build(["cpu"], ["9.0"])
     assert build._code_flags(["8.0", "10.0"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_100,code=sm_100",
