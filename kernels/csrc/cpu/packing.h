@@ -54,17 +54,22 @@ inline void release_microkernels() {
 #endif
 }
 
+// Releases what products hold of this thread's matrix units at the end of the scope.
+struct Microkernels {
+  ~Microkernels() { release_microkernels(); }
+};
+
 // Whether oneDNN has a microkernel for packed bfloat16: with matrix units (AMX), or with AVX-512's dot products alone.
 inline bool multiplies_bfloat16() {
   constexpr int64_t kInputs = kPair<c10::BFloat16>;
   const c10::BFloat16 x[kInputs] = {}, block[kInputs * kColumns] = {};
   float out[kColumns];
+  const Microkernels units;
   try {
     multiply_packed(x, 1, kInputs, block, kColumns, out, kColumns);
   } catch (const std::exception&) {
     return false;
   }
-  release_microkernels();
   return true;
 }
 
@@ -74,16 +79,14 @@ inline bool can_pack(at::ScalarType dtype) {
 #if defined(__x86_64__)
   if (dtype == at::kFloat) return __builtin_cpu_supports("avx2");
 #endif
-  static const bool bfloat16 = multiplies_bfloat16();
-  return at::native::cpublas::could_pack(dtype) || (dtype == at::kBFloat16 && bfloat16);
+  if (dtype == at::kBFloat16) {
+    static const bool usable = at::native::cpublas::could_pack(dtype) || multiplies_bfloat16();
+    return usable;
+  }
+  return dtype == at::kHalf && at::native::cpublas::could_pack(dtype);  // which is true for other types, too, on AMX
 #else
   return false;
 #endif
 }
-
-// Releases what products hold of this thread's matrix units at the end of the scope.
-struct Microkernels {
-  ~Microkernels() { release_microkernels(); }
-};
 
 }  // namespace spatial_mamba
