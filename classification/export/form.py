@@ -15,12 +15,7 @@ from ...kernels.recurrence import scan_in_blocks
 from ...kernels.state_fusion import repeat_edges
 from ..models.inference_form import folded_conv, refuse_modified_parts
 from ..models.operands import is_modified
-from ..models.spatial_mamba import (
-    ConvLayer,
-    PositionEncoding,
-    SpatialMambaEncoder,
-    StructureAwareSSM,
-)
+from ..models.spatial_mamba import ConvLayer, PositionEncoding, SpatialMambaEncoder, StructureAwareSSM
 
 # log((1 + s) / (1 - s)) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...). For s <= 1/3 six terms have a relative error below 2e-7.
 ATANH_DENOMINATORS = (11, 9, 7, 5, 3, 1)

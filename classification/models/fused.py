@@ -266,10 +266,11 @@ class FusedBlock(nn.Module):
         # In the dtype that the kernels compute in, as in `FusedMixer`.
         compute_dtype = compute_dtype_for(block.cpe1.weight)
         self.cpe1, self.cpe2 = (deepcopy(layer).to(compute_dtype) for layer in (block.cpe1, block.cpe2))
-        self.ln_1, mixer = block.ln_1, block.self_attention
-        self.in_proj = PackedLinear(mixer.in_proj.weight, mixer.in_proj.bias)
-        self.mixer = FusedMixer(mixer)
-        self.out_proj = PackedLinear(mixer.out_proj.weight, mixer.out_proj.bias)
+        ssm = block.self_attention
+        self.ln_1 = block.ln_1
+        self.in_proj = PackedLinear(ssm.in_proj.weight, ssm.in_proj.bias)
+        self.mixer = FusedMixer(ssm)
+        self.out_proj = PackedLinear(ssm.out_proj.weight, ssm.out_proj.bias)
         self.mlp = FusedMlp(block.ln_2, block.mlp)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -503,8 +503,9 @@ def test_a_library_for_another_environment_is_named_and_not_loaded(
 def test_a_library_without_readable_facts_is_not_loaded(
     copied: tuple[Path, Path], content: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = copied[0] / "cpu.json"
-    facts.unlink() if content is None else facts.write_bytes(content)
+    (copied[0] / "cpu.json").unlink()
+    if content is not None:
+        (copied[0] / "cpu.json").write_bytes(content)
     assert "cpu.json, which records what" in refusal(*copied, monkeypatch)
 
 
