@@ -40,8 +40,8 @@ def _build(arguments: argparse.Namespace) -> None:
         if name not in build.LIBRARIES:
             raise UserError(f"there is no library {name!r}: choose from {', '.join(build.LIBRARIES)}")
     if arguments.missing:
-        if not names:
-            raise UserError("--missing: name the libraries, for instance: build cuda --missing")
+        if not names or arguments.portable or arguments.out:
+            raise UserError("--missing: name libraries, without --portable and --out, as in build cuda --missing")
         usable = [name for name in names if _usable(name)]
         for name in usable:
             print(f"{name}: works here as it is")

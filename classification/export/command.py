@@ -84,7 +84,7 @@ def metadata_of(classifier: TrainedClassifier, size: tuple[int, int]) -> dict[st
 
     Returns:
         ``variant``; ``image_size``: height and width; ``mean`` and ``std``: per channel, of pixels from 0 to 1;
-        ``crop``: whether the centre is cropped, ``crop_share`` of the short side, or the image is squashed;
+        ``crop``: whether the centre is cropped, ``crop_fraction`` of the short side, or the image is squashed;
         ``interpolation``; and, if known, ``class_names``.
     """
     preprocessing = classifier.preprocessing
@@ -93,7 +93,7 @@ def metadata_of(classifier: TrainedClassifier, size: tuple[int, int]) -> dict[st
         "image_size": size,
         **NORMALISATION,
         "crop": preprocessing.crop,
-        "crop_share": CROP_FRACTION if preprocessing.crop else 1.0,
+        "crop_fraction": CROP_FRACTION if preprocessing.crop else 1.0,
         "interpolation": preprocessing.interpolation,
     }
     if classifier.class_names is not None:

@@ -215,7 +215,7 @@ def encoder_weights(
     inner = _under(state, common)
     if not common or (whole and len(inner) < len(state)):
         return dict(state)
-    others = f"; {len(state) - len(inner)} other entries are ignored" if len(inner) < len(state) else ""
+    others = f"; other entries are ignored: {len(state) - len(inner)}" if len(inner) < len(state) else ""
     logger.warning("%s: loading the weights named %s* without this prefix%s", path, common, others)
     return inner
 

@@ -120,10 +120,10 @@ def test_a_peer_that_cannot_take_the_size_says_so(monkeypatch: pytest.MonkeyPatc
 def test_the_fastest_setting_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {("channels-last", "plain attention"): 3, ("channels-last", "fused attention"): 2}
     times |= {("contiguous", "plain attention"): 3, ("contiguous", "fused attention"): 1}
-    monkeypatch.setattr(SmallPeer, "fused_attn", False, raising=False)
-    monkeypatch.setattr(prepared.Prepared, "_seconds", lambda model, apply, setting: times[setting])
-    assert run_one(monkeypatch, SmallPeer)["note"] == "contiguous, fused attention"
-    monkeypatch.undo()
+    with monkeypatch.context() as timed:
+        timed.setattr(SmallPeer, "fused_attn", False, raising=False)
+        timed.setattr(prepared.Prepared, "_seconds", lambda model, apply, setting: times[setting])
+        assert run_one(monkeypatch, SmallPeer)["note"] == "contiguous, fused attention"
     assert run_one(monkeypatch, SmallPeer)["note"] in LAYOUTS  # timed
 
 

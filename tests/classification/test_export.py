@@ -271,7 +271,7 @@ def test_command_writes_a_checked_and_described_file(
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "crop": False,
-        "crop_share": 1.0,
+        "crop_fraction": 1.0,
         "interpolation": "bilinear",
         "class_names": list("abcde"),
     }

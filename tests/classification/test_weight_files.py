@@ -290,7 +290,7 @@ def test_other_entries_next_to_a_model_are_ignored(tmp_path: Path, caplog: pytes
     state = classifier().state_dict()
     torch.save(prefixed("model.", state) | {"loss.weight": torch.ones(5)}, tmp_path / "w.pth")
     assert weights_digest(load_classifier(tmp_path / "w.pth").model.state_dict()) == weights_digest(state)
-    message = "loading the weights named model.* without this prefix; 1 other entries are ignored"
+    message = "loading the weights named model.* without this prefix; other entries are ignored: 1"
     assert caplog.messages == [f"{tmp_path / 'w.pth'}: {message}"]
 
 

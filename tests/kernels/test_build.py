@@ -741,5 +741,6 @@ def test_usable_libraries_are_kept_on_request(
     gpus.append(command.Device("cuda", "another", (12, 0)))
     assert command.main(["build", "cuda", "--missing"]) == 0
     assert built == [["cpu"], ["cuda"]]
-    assert command.main(["build", "--missing"]) == 2
-    assert "--missing: name the libraries, for instance: build cuda --missing" in capsys.readouterr().err
+    for options in ([], ["cuda", "--portable"], ["cuda", "--out", "folder"]):
+        assert command.main(["build", *options, "--missing"]) == 2
+        assert "--missing: name libraries, without --portable and --out" in capsys.readouterr().err
