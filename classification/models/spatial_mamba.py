@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp as TimmMlp
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -528,10 +528,10 @@ class SpatialMambaEncoder(HubModule):
         block_options = dict(mlp_ratio=mlp_ratio) | _fusion_options(fusion_dilations, fusion_kernel_sizes)
 
         widths = [dims * 2**i for i in range(len(depths))]
-        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)  # a list per stage
+        drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         self.patch_embed = Stem(in_chans, dims)
         self.layers = nn.ModuleList(
-            Stage(width, drop_paths[i], downsample=i < len(depths) - 1, **block_options)
+            Stage(width, drop_paths[i].tolist(), downsample=i < len(depths) - 1, **block_options)
             for i, width in enumerate(widths)
         )
         self.in_chans = in_chans
