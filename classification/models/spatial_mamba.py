@@ -24,13 +24,22 @@ from ...kernels import depthwise_conv, downsampling, layer_norm, mlp, selective_
 from ...kernels.backends import has_kernels
 from ...kernels.state_fusion import check_dilations
 from ...kernels.tensors import compute_dtype_for, without_autocast
-from .architecture import PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
+from .architecture import FIRST_CONV, PUBLISHED_KERNELS, VARIANTS, describe_other_architecture
 from .hub import HubModule
 from .operands import as_operand, has_modified_parts, is_downsampling, is_modified, is_pointwise
 from .preprocessing import CROP_FRACTION, NORMALISATION, SMALLEST_SIZE
 from .recomputation import checkpointed, recomputed
 from .stand_ins import allow_permanently, config_types
-from .weights import encoder_weights, load_backbone_weights, model_weights, plain_names, under_own_names
+from .weights import (
+    CLASSIFIER_ONLY,
+    WeightsError,
+    describe_misfit,
+    encoder_weights,
+    load_backbone_weights,
+    model_weights,
+    plain_names,
+    under_own_names,
+)
 
 __all__ = [
     "SpatialMamba",
@@ -854,8 +863,20 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(accuracy) for name, a
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """For timm: the weights of a checkpoint in any known layout, under the names of ``model``."""
-    return model_weights(state_dict, f"the file for {type(model).__name__}")  # timm does not pass its path
+    """For timm: the weights of a checkpoint in any known layout, under the names of ``model``.
+
+    Raises:
+        WeightsError: if the stages do not fit. timm adapts the first convolution and replaces the classifier, but then
+            loads everything else without a check, too.
+    """
+    path = f"the file for {type(model).__name__}"  # timm does not pass it
+    state = model_weights(state_dict, path)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in CLASSIFIER_ONLY}
+    own |= {name: state[name] for name in (FIRST_CONV, *CLASSIFIER_ONLY) if name in state}
+    problem = describe_misfit(own, {name: t for name, t in state.items() if not name.startswith("outnorm")})
+    if problem:
+        raise WeightsError(f"{path}: {problem}")
+    return state
 
 
 def _create_model(

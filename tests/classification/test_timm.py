@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from spatial_mamba.classification.models.trained import load_classifier
+from spatial_mamba.classification.models.weights import WeightsError
 
 from .micro_models import MICRO, PARAMETERS, filled_classifier, images, micro_backbone, micro_classifier
 
@@ -80,6 +82,23 @@ def test_reset_classifier() -> None:
 def test_timm_pretrained_is_an_error_while_no_weights_are_hosted() -> None:
     with pytest.raises(RuntimeError, match="spatial_mamba_tiny"):
         timm.create_model("spatial_mamba_tiny", pretrained=True)
+
+
+@pytest.mark.parametrize("use", [dict(num_classes=9), dict(features_only=True)], ids=str)
+def test_a_new_classifier_does_not_hide_that_weights_do_not_fit(use: dict[str, Any], tmp_path: Path) -> None:
+    source = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "w.pth")))
+    incomplete = micro_classifier().state_dict()
+    del incomplete["layers.1.blocks.0.mlp.fc1.weight"]
+    for state, message in (
+        (micro_classifier(depths=(1, 1, 2, 1)).state_dict(), r"holds another model.* with depths=\(1, 1, 2, 1\)"),
+        (incomplete, r"1 entries: layers\.1\.blocks\.0\.mlp\.fc1\.weight is missing"),
+        (nn.Linear(2, 2).state_dict(), "does not fit this model"),
+    ):
+        torch.save(state, tmp_path / "w.pth")
+        with pytest.raises(WeightsError, match=message):
+            timm.create_model("spatial_mamba_tiny", **MICRO | source | use)
+    torch.save(micro_backbone().state_dict(), tmp_path / "w.pth")
+    timm.create_model("spatial_mamba_tiny", **MICRO | source | use | dict(in_chans=4))
 
 
 @torch.no_grad()
