@@ -165,7 +165,9 @@ class Operator:
         grads, inputs = arguments[: self.num_differentiable], arguments[self.num_differentiable :]
         tensors, others = inputs[: self.num_tensors], inputs[self.num_tensors + self.kept :]
         with torch.enable_grad(), _autograd_enabled():
-            if not create_graph:
+            if create_graph:  # views, because a tensor may be given twice, or be computed from another
+                tensors = tuple(None if x is None else x.view_as(x) for x in tensors)
+            else:
                 tensors = tuple(None if x is None else x.detach().requires_grad_() for x in tensors)
             outputs = _as_tuple(self.reference(*tensors, *others))[: self.num_differentiable]
             leaves = [x for x in tensors if x is not None and x.requires_grad]

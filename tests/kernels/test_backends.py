@@ -617,6 +617,17 @@ def test_gradcheck(backend: torch.device, operator: Case) -> None:
     assert torch.autograd.gradgradcheck(flat, leaves, fast_mode=True)
 
 
+@on(("cpu", "cpu"))
+def test_gradients_with_a_graph_of_arguments_that_depend_on_each_other(backend: torch.device) -> None:
+    """As with tied weights: an argument is given twice, or computed from another."""
+    leaves = [normals()(*shape).requires_grad_() for shape in ((1, 2, 3, 4), (4,))]
+    x, weight = leaves
+    y = layer_norm(x, weight, weight)
+    loss = gated_norm(y, y.sin(), weight, 2 * weight).square().sum()
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves, create_graph=True), expected)
+
+
 # --- the test of mamba_ssm for its operator: its random inputs, options, lengths and tolerances
 
 MAMBA_TOLERANCES = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2)}
