@@ -22,13 +22,14 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[st
     """Write tensors and information about them.
 
     Raises:
+        OSError: if the file cannot be written.
         TypeError: if ``about`` has values that JSON cannot represent.
     """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}  # none share memory
     metadata = {"format": "pt", _CHECKSUM: _checksum(tensors)}
     if about is not None:
         metadata[_ABOUT] = json.dumps(about)
-    safetensors.torch.save_file(tensors, path, metadata)
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

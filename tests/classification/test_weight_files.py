@@ -482,7 +482,8 @@ def test_conversion_refuses_what_cannot_be(files: Path, tmp_path: Path, capsys: 
     assert "is the file to convert" in refused(published_file, published_file)
     assert "holds no EMA weights" in refused(files / "ours.pth", target, "--ema")
     assert "holds a backbone without a classifier" in refused(files / "detector.pth", target)
-    assert "cannot be written" in refused(published_file, tmp_path / "absent" / "out.pth")
+    for name in ("out.pth", "out.safetensors"):
+        assert "cannot be written" in refused(published_file, tmp_path / "absent" / name)
     torch.save({"model": classifier(fusion_dilations=(1, 2)).state_dict()}, tmp_path / "ablated.pth")
     ablated = refused(tmp_path / "ablated.pth", tmp_path / "out.pth", "--to", "published")
     assert "its fusion, 3x3 dilation 1, 3x3 dilation 2, does not exist in the published code" in ablated
