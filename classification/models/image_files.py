@@ -4,6 +4,7 @@ import glob
 import io
 import re
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,7 +65,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return images
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: str | PathLike[str]) -> Image.Image:
     """Read an image with ``open_image`` and rotate it by its EXIF orientation.
 
     Raises:
@@ -72,7 +73,7 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         # From memory: a read beyond the end of a file would first allocate all that a damaged image asks for.
-        return open_image(io.BytesIO(path.read_bytes()), rotate=True)
+        return open_image(io.BytesIO(Path(path).read_bytes()), rotate=True)
     except Exception as error:
         reason = f"not one of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
         raise ImageFileError(f"{path}: cannot be read as an image ({reason})") from error

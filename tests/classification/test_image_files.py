@@ -37,7 +37,7 @@ def test_12_bit_images_keep_their_greys(tmp_path: Path) -> None:
     pixels = bytes.fromhex("000800fff3e8")
     path = tmp_path / "grey.tif"
     path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels)
-    assert np.asarray(read_image(path))[0, :, 0].tolist() == [0, 128, 255, 62]
+    assert np.asarray(read_image(str(path)))[0, :, 0].tolist() == [0, 128, 255, 62]
 
 
 @pytest.mark.parametrize(("mode", "pixels"), [("float32", "floating-point"), ("int32", "32-bit integer")])
