@@ -12,6 +12,7 @@ VARIANTS = {"tiny": (64, (2, 4, 8, 4)), "small": (64, (2, 4, 21, 5)), "base": (9
 PUBLISHED_KERNELS = {"kernel_3": (1, 3), "kernel_3_1": (3, 3), "kernel_3_2": (5, 3)}  # dilation and size
 
 FIRST_CONV = "patch_embed.conv1.conv.weight"
+FUSED = "holds the weights of a fused model, which cannot be loaded; save the model before fuse()"
 
 
 def _text(branches: Iterable[tuple[int, int]]) -> str:
@@ -72,12 +73,19 @@ class Architecture:
         return f"{self.variant} ({', '.join(parts)}; {what})"
 
 
+def is_fused(state: Iterable[str]) -> bool:
+    """Whether names of weights are those of a fused model."""
+    return any(name.endswith(".mixer.taps") for name in state)
+
+
 def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
-    """The architecture that the weights belong to, or None if they are not a complete Spatial-Mamba.
+    """The architecture that the weights belong to, or None if they are not a complete Spatial-Mamba, or a fused one.
 
     Args:
         state: the state dict of a classifier or backbone; parameters of other models in it are ignored.
     """
+    if is_fused(state):
+        return None
     shapes = {name: tuple(entry.shape) for name, entry in state.items() if isinstance(entry, Tensor)}
     try:
         depths = _depths(shapes)
@@ -102,8 +110,8 @@ def architecture_of(state: Mapping[str, Tensor]) -> Architecture | None:
 
 def describe_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
     """How the architectures of a model and a file differ, and the fix; None if they agree or cannot be inferred."""
-    if any(name.endswith(".mixer.taps") for name in state):
-        return "holds the weights of a fused model, which cannot be loaded; save the model before fuse()"
+    if is_fused(state):
+        return FUSED
     model, file = architecture_of(own), architecture_of(state)
     if model is None or file is None or model == file:
         return None

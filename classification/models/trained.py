@@ -30,7 +30,7 @@ class TrainedClassifier:
 
     @property
     def architecture(self) -> Architecture:
-        """The architecture of the model."""
+        """The architecture of the model, unless it is fused."""
         architecture = architecture_of(self.model.state_dict())
         assert architecture is not None
         return architecture

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...kernels.errors import UserError
 from ...kernels.home import with_home
-from .architecture import FIRST_CONV, architecture_of, describe_other_architecture
+from .architecture import FIRST_CONV, FUSED, architecture_of, describe_other_architecture, is_fused
 from .checkpoint_reader import read_torch_file
 from .safetensors_files import read_safetensors
 from .stand_ins import DamagedFileError, ForeignTypeError
@@ -183,9 +183,11 @@ def model_weights(
     """The weights of the classifier or backbone in a checkpoint, or its EMA weights, under their own names.
 
     Raises:
-        WeightsError: as ``state_dict_of`` or ``ema_state_dict_of``, and ``encoder_weights``.
+        WeightsError: as ``state_dict_of`` or ``ema_state_dict_of``, and ``encoder_weights``, and for a fused model.
     """
     state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
+    if is_fused(state):
+        raise WeightsError(f"{path}: {FUSED}")
     return encoder_weights(state, path, prefix)
 
 

@@ -482,6 +482,9 @@ def test_conversion_refuses_what_cannot_be(files: Path, tmp_path: Path, capsys: 
     assert "is the file to convert" in refused(published_file, published_file)
     assert "holds no EMA weights" in refused(files / "ours.pth", target, "--ema")
     assert "holds a backbone without a classifier" in refused(files / "detector.pth", target)
+    torch.save(classifier().eval().fuse().state_dict(), tmp_path / "fused.pth")
+    assert "holds the weights of a fused model" in refused(tmp_path / "fused.pth", target)
+    assert inspect(tmp_path / "fused.pth", capsys)["holds"] == "weights of another model"
     for name in ("out.pth", "out.safetensors"):
         assert "cannot be written" in refused(published_file, tmp_path / "absent" / name)
     torch.save({"model": classifier(fusion_dilations=(1, 2)).state_dict()}, tmp_path / "ablated.pth")
