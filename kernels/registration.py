@@ -164,7 +164,7 @@ class Operator:
     def _reference_gradients(self, *arguments: Any, create_graph: bool) -> tuple[Tensor, ...]:
         grads, inputs = arguments[: self.num_differentiable], arguments[self.num_differentiable :]
         tensors, others = inputs[: self.num_tensors], inputs[self.num_tensors + self.kept :]
-        with torch.enable_grad(), _autograd_enabled():
+        with without_autocast(inputs[0]), torch.enable_grad(), _autograd_enabled():
             if create_graph:  # views, because a tensor may be given twice, or be computed from another
                 tensors = tuple(None if x is None else x.view_as(x) for x in tensors)
             else:

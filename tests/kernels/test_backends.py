@@ -811,9 +811,9 @@ def test_compile_export_checkpoint_and_autocast(backend: torch.device, wrapped: 
     module = Wrapped(function, tensors)
     inputs = tuple(tensors[name].detach().requires_grad_() for name in module.inputs)
 
-    def run(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    def run(function: Callable[..., Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
         y = function(*inputs)
-        return y, *torch.autograd.grad(y.sum(), [*inputs, *module.parameters()])
+        return y, *torch.autograd.grad(y.sum(), [*inputs, *module.parameters()], create_graph=create_graph)
 
     expected = run(module)
     torch.compiler.reset()  # each case compiles the same function, and their number is limited
@@ -825,11 +825,13 @@ def test_compile_export_checkpoint_and_autocast(backend: torch.device, wrapped: 
     exported = torch.export.export(module, inputs).module()
     torch.testing.assert_close(exported(*inputs), expected[0])
     with torch.autocast(backend.type, dtype=torch.bfloat16):
-        found = run(module)
+        found, with_graph = run(module), run(module, create_graph=True)
     # Where PyTorch serves, its backward pass computes matrix products in bfloat16 within autocast.
     by_pytorch = wrapped in ("downsampling", "mlp") and backends.reference_serves(inputs[0], wrapped)
     compared = 1 if by_pytorch and backend.type == "cuda" else len(expected)
     assert all(map(torch.equal, found[:compared], expected[:compared]))
+    for actual, wanted in zip(with_graph[:compared], expected, strict=False):
+        torch.testing.assert_close(actual, wanted, rtol=5e-3, atol=5e-3)  # GPUs may round to TF32
 
 
 @compiled_backends
