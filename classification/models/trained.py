@@ -30,9 +30,14 @@ class TrainedClassifier:
 
     @property
     def architecture(self) -> Architecture:
-        """The architecture of the model, unless it is fused."""
+        """The architecture of the model.
+
+        Raises:
+            RuntimeError: for a fused model.
+        """
         architecture = architecture_of(self.model.state_dict())
-        assert architecture is not None
+        if architecture is None:
+            raise RuntimeError("a fused model has no weights of a known architecture: read it before fuse()")
         return architecture
 
 

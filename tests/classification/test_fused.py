@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spatial_mamba import SpatialMamba, spatial_mamba_tiny
 from spatial_mamba.classification.models import fused
 from spatial_mamba.classification.models.flops import count_flops
+from spatial_mamba.classification.models.trained import TrainedClassifier
 from spatial_mamba.kernels import downsampling, use_backend
 from spatial_mamba.kernels.backends import reference_serves
 from spatial_mamba.kernels.build import cpu_features
@@ -165,6 +166,8 @@ def test_weights_are_not_loaded_into_a_fused_model() -> None:
         model.load_state_dict(weights)
     with pytest.raises(RuntimeError, match=r"state_dict: holds the weights of a fused model, .* save the model before"):
         filled_classifier().load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="a fused model has no weights of a known architecture: read it before fuse"):
+        print(TrainedClassifier(model).architecture)
 
 
 def test_gradients_of_images_are_refused() -> None:
