@@ -1,7 +1,6 @@
 """Configs of the trainer: YAML files and command-line overrides over the defaults, all checked."""
 
 import ast
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +8,7 @@ from typing import Any, ClassVar
 import yaml
 from yacs.config import CfgNode
 
+from ..kernels.command_line import closest
 from ..kernels.errors import UserError
 from ..kernels.home import with_home
 from .settings import FINITE, SETTINGS, default_config
@@ -73,7 +73,7 @@ def load_config(name: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     path, shipped = Path(with_home(str(name))), CONFIG_FOLDER / f"{name}.yaml"
     if not path.suffix and not path.exists() and not shipped.is_file():
         names = [file.stem for file in CONFIG_FOLDER.glob("*.yaml")]
-        raise UserError(f"config {name}: no such file or shipped config{_closest(str(name), names)}")
+        raise UserError(f"config {name}: no such file or shipped config{closest(str(name), names)}")
     _merge_file(config, shipped if not path.exists() and shipped.is_file() else path, notes, seen=())
     for key, value in overrides:
         _merge_value(config, *_meaning_of(key, value), "command line", notes)
@@ -248,7 +248,7 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
         node = node.get(section) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or leaf not in node:
         known = [setting.key for setting in SETTINGS]
-        raise UserError(f"{source}: unknown config key {key}{_closest(key.upper(), known)}")
+        raise UserError(f"{source}: unknown config key {key}{closest(key.upper(), known)}")
     if isinstance(node[leaf], CfgNode):
         raise UserError(f"{source}: {key} is a section; set one of its keys, such as {key}.{next(iter(node[leaf]))}")
     current = node[leaf]
@@ -286,8 +286,3 @@ def _decoded(value: Any) -> Any:
         return ast.literal_eval(value) if isinstance(value, str) else value
     except _UNDECODABLE:
         return value
-
-
-def _closest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -1,13 +1,14 @@
 """What all commands share: the parser, errors in one line, and types of options."""
 
 import argparse
+import difflib
 import itertools
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -71,6 +72,12 @@ def print_error(error: Exception) -> None:
 def printable(text: str) -> str:
     """The text with escapes for control characters, which could change what a terminal shows."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A suggestion for an unknown name, to end a message with; empty if no known name is similar."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def launched_rank() -> int:

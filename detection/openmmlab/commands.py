@@ -2,7 +2,11 @@
 
 import argparse
 import importlib
+import re
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +14,7 @@ import torch.distributed as dist
 from spatial_mamba_mmcv import MissingOperatorError
 
 from ...kernels import command_line
+from ...kernels.command_line import closest
 from ...kernels.errors import UserError
 from .packages import check_packages
 
@@ -41,6 +46,10 @@ def run_command(package: str, module: str, function: str, *args: Any) -> int:
             getattr(importlib.import_module(f"spatial_mamba.{module}"), function)(*args)
         except (MissingOperatorError, OSError) as error:
             raise UserError(str(error)) from error
+        except (KeyError, TypeError) as error:
+            if _is_from_registry(error):
+                raise UserError(in_words(error)) from error
+            raise
         except AssertionError as error:
             if "failed to load image" in str(error):  # how mmcv reports a damaged image
                 raise UserError(str(error)) from error
@@ -51,3 +60,27 @@ def run_command(package: str, module: str, function: str, *args: Any) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def in_words(error: Exception) -> str:
+    """Type and message of an error, or its line in the source if it has none; suggests a type for an unknown one."""
+    registry = _origin(error).f_locals.get("registry")
+    unknown = re.search(r"(\w\S*) is not in the .*? registry", str(error))
+    if unknown and _is_from_registry(error):
+        suggestion = closest(unknown[1], [*registry.module_dict, *registry.root.module_dict])
+        return f"{unknown[0]}{suggestion or '; types of your own need custom_imports'}"
+    return f"{type(error).__name__}: {str(error) or traceback.extract_tb(error.__traceback__)[-1].line}"
+
+
+def _is_from_registry(error: Exception) -> bool:
+    """Whether a registry raised the error: for an unknown type, or for arguments that a constructor does not have.
+
+    Errors in constructors, which may be bugs, come from elsewhere.
+    """
+    return Path(_origin(error).f_code.co_filename).parent.parts[-2:] == ("mmengine", "registry")
+
+
+def _origin(error: Exception) -> FrameType:
+    """The frame that raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame

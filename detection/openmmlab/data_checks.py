@@ -13,6 +13,7 @@ from spatial_mamba_mmcv import MissingOperatorError
 
 from ...kernels.errors import UserError
 from .checkpoints import unwrapped
+from .commands import in_words
 
 # Heads whose ``num_classes`` is not that of the data set: they classify objects and background, edges, or words.
 _OTHER_HEADS = {"RPNHead", "GARPNHead", "STDCHead", "SideAdapterCLIPHead", "GroundingDINOHead", "ATSSVLFusionHead"}
@@ -37,7 +38,7 @@ def check_data(runner: Runner, *parts: str) -> None:
         except (UserError, OSError, MissingOperatorError):
             raise
         except Exception as error:  # parsers of annotation files raise many types
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_words(error)
             if "need at least one array to concatenate" in str(error):
                 reason = "no images remain; check metainfo.classes, data_prefix and the endings of the files"
             sources = map(_source, leaves(runner.cfg[f"{part}_dataloader"]["dataset"]))

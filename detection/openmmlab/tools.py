@@ -4,11 +4,13 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -16,7 +18,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from ...classification.models.weights import read_checkpoint
 from ...kernels.errors import UserError
 from ...kernels.home import with_home
-from .commands import Parser
+from .commands import Parser, in_words
 from .data_checks import check_data, leaves
 from .processes import prepare_processes, process_count
 
@@ -94,10 +96,11 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
     runner = _build_runner(config)
-    if isinstance(runner, Runner):  # its train() would build these next
-        check_data(runner, "train", "val")
-        with _named(config):
-            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    if isinstance(runner, Runner):
+        check_data(runner, "train", "val")  # builds loops, which its train() would do next
+        _check_checkpoint_hook(runner)
+        for name in ("build_optim_wrapper", "build_param_scheduler"):
+            setattr(runner, name, _named(config)(getattr(runner, name)))
     runner.train()
 
 
@@ -258,6 +261,20 @@ def _build_runner(config: Config) -> Runner:
         return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
 
 
+def _check_checkpoint_hook(runner: Runner) -> None:
+    """Check the options that mmengine's hook passes on when it saves the first checkpoint, unchecked until then.
+
+    Raises:
+        UserError: naming one that does not exist.
+    """
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook):
+            try:
+                signature(runner.save_checkpoint).bind("", "", **hook.args)
+            except TypeError as error:
+                raise UserError(f"default_hooks.checkpoint: {error}") from error
+
+
 @contextmanager
 def _named(config: Config) -> Iterator[None]:
     """Turn the errors of mmengine's registries and of constructors into a UserError that names the config."""
@@ -266,4 +283,4 @@ def _named(config: Config) -> Iterator[None]:
     except UserError:
         raise
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{config.filename}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{config.filename}: {in_words(error)}") from error

@@ -310,6 +310,7 @@ def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
     torch.save({"state_dict": renamed}, tmp_path / "renamed.pth")
     torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "nameless.pth")
     torch.save({**checkpoint, "meta": {"pattern": re.compile("x")}}, tmp_path / "foreign.pth")
+    load_config("mmdet", str(files / "micro.py"), {"model.neck.type": "FFPN"}).dump(tmp_path / "typo.py")
     return {
         "missing image": ([images / "none.jpg"], "none.jpg: no such image"),
         "missing next to a good one": ([wide, images / "none.jpg"], "none.jpg: no such image"),
@@ -325,6 +326,7 @@ def _break(files: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
             [wide, "--config", CONFIGS.parent / "segmentation/upernet_spatialmamba_digits.py"],
             "is a config for mmseg",
         ),
+        "unknown type": ([wide, "--config", tmp_path / "typo.py"], "FFPN is not in the mmdet::model registry; did you"),
         "missing checkpoint": ([wide, "--checkpoint", tmp_path / "no.pth"], "no.pth: no such checkpoint"),
         "checkpoint that does not fit": (
             [wide, "--checkpoint", tmp_path / "renamed.pth"],

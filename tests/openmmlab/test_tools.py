@@ -336,7 +336,17 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
             ("train", ["small.py", "--data-path", "absent"], r"No such file or directory: '.*absent"),
             ("train", ["small.py", "--amp"], r"--amp: .* GPU"),
             ("train", ["small.py", "--cfg-options", "model.backbone.frozen_stages=two"], r"frozen_stages .* got 'two'"),
-            ("train", ["small.py", "--cfg-options", "optim_wrapper.type=Foo"], r"small\.py: KeyError: .*Foo"),
+            *(
+                ("train", ["small.py", "--cfg-options", option], message)
+                for option, message in {
+                    "optim_wrapper.type=Optimwrapper": r"small\.py: Optimwrapper is not .* registry; .* OptimWrapper\?",
+                    "custom_hooks.0.type=OwnOwn": r"OwnOwn is not in the mmdet::hook registry; .* need custom_imports",
+                    "param_scheduler.0.type=LinearL": r"LinearL is not in the .* registry; did you mean LinearLR\?",
+                    "param_scheduler.0.start=1": r"small\.py: TypeError: .* argument 'start'",
+                    "default_hooks.checkpoint.intervals=1": r"checkpoint: got an .* argument 'intervals'",
+                    "model.neck.num_outs=1": r"AssertionError: assert num_outs >= ",
+                }.items()
+            ),
             (
                 "train",
                 ["small.py", "--cfg-options", "train_cfg.max_epoch=1"],
