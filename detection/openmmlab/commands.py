@@ -50,9 +50,12 @@ def run_command(package: str, module: str, function: str, *args: Any) -> int:
             if _is_from_registry(error):
                 raise UserError(in_words(error)) from error
             raise
-        except AssertionError as error:
+        except (AssertionError, ValueError) as error:
             if "failed to load image" in str(error):  # how mmcv reports a damaged image
                 raise UserError(str(error)) from error
+            if "Expected more than 1 value per channel" in str(error):  # for example in UPerNet's pooling
+                fix = "set train_dataloader.batch_size to at least 2 images per process, and drop_last=True"
+                raise UserError(f"{error}: BatchNorm cannot train on a batch of one image; {fix}") from error
             raise
 
     try:

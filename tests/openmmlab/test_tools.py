@@ -374,6 +374,7 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
                 ["small.py", "--cfg-options", high],
                 r"^error: \S+/high/\d+\.png: has the label 199 .*, but .* 11",
             ),
+            ("train", ["small.py", "--cfg-options", "train_dataloader.batch_size=1"], r"of one image; set .*batch_size"),
             ("train", ["small.py", "--cfg-options", cut], r"^error: \S+/cut/\d+\.png: cannot be read \("),
             ("train", ["small.py", "--cfg-options", rgb], r"^error: \S+/rgb/\d+\.png: has shape \(\d+, \d+, 3\), but"),
         ]
