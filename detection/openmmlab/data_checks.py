@@ -48,8 +48,24 @@ def check_data(runner: Runner, *parts: str) -> None:
         for dataset in leaves(loop.dataloader.dataset):
             classes = getattr(dataset, "metainfo", {}).get("classes")
             if classes and type(dataset).__name__ != "MOTChallengeDataset":  # it names more classes than it has
-                _check_heads(runner.model, len(classes), f"the {type(dataset).__name__} of {part}_dataloader")
-                _check_label_maps(dataset, len(classes), runner.model)
+                source = f"the {type(dataset).__name__} of {part}_dataloader"
+                _check_names(dataset, classes, source, getattr(loop, "evaluator", None))
+                _check_heads(runner.model, len(classes), source)
+                _check_loading(dataset, len(classes), runner.model)
+
+
+def _check_names(dataset: Any, classes: Any, source: str, evaluator: Any) -> None:
+    """Compare the names of classes with those in an annotation file of COCO, whose order numbers the classes."""
+    if isinstance(classes, str):
+        raise UserError(f"{source}: metainfo.classes is the text {classes!r}; a single class is written ({classes!r},)")
+    ids = getattr(dataset, "cat_ids", classes)
+    if len(ids) != len(classes):
+        raise UserError(f"{source}: {dataset.ann_file} has {len(ids)} of the {len(classes)} names in metainfo.classes")
+    for metric in getattr(evaluator, "metrics", ()):
+        categories = getattr(getattr(metric, "_coco_api", None), "cats", {})
+        names = [categories.get(key, {}).get("name", name) for key, name in zip(ids, classes, strict=True)]
+        if names != list(classes):
+            raise UserError(f"{source}: metainfo.classes must be in the order of its annotation file: {names}")
 
 
 def head_classes(model: Any) -> dict[str, int]:
@@ -87,8 +103,10 @@ class _CheckedLoading:
             loaded = self.load(results)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
+        except KeyError as error:
+            raise UserError(f"{results.get('img_path')}: an annotation has no {error} to load") from error
         labels, size = (loaded or {}).get("gt_seg_map"), results.get("ori_shape")
-        if labels is None:
+        if labels is None or not self.ignored:  # not a data set of mmseg
             return loaded
         if size is not None and labels.shape != tuple(size):
             raise UserError(f"{path}: has shape {labels.shape}, but its image has {size}; it needs one label per pixel")
@@ -103,16 +121,17 @@ class _CheckedLoading:
         return loaded
 
 
-def _check_label_maps(dataset: Any, classes: int, model: nn.Module) -> None:
+def _check_loading(dataset: Any, classes: int, model: nn.Module) -> None:
     """Insert the check. The training data of iteration-based runs without ``ExactResumeHook`` are not checked: their
     loader processes have started.
     """
     pipeline, ignored = getattr(dataset, "pipeline", None), getattr(dataset, "ignore_index", None)
-    if ignored is None or not isinstance(pipeline, Compose):
+    if not isinstance(pipeline, Compose):
         return
     of_heads = {index for head in model.modules() if isinstance(index := getattr(head, "ignore_index", None), int)}
+    values = [] if ignored is None else [ignored, *of_heads]
     pipeline.transforms = [
-        _CheckedLoading(step, classes, [ignored, *of_heads]) if isinstance(step, LoadAnnotations) else step
+        _CheckedLoading(step, classes, values) if isinstance(step, LoadAnnotations) else step
         for step in pipeline.transforms
     ]
 

@@ -191,7 +191,7 @@ def test_label_maps_are_checked_at_their_own_size(
     prefix = dict(img_path="images", seg_map_path="annotations")
     dataset = DATASETS.build({**config, "data_root": str(tmp_path), "data_prefix": prefix})
     monkeypatch.setattr(micro.decode_head, "ignore_index", 200)
-    data_checks._check_label_maps(dataset, 150, micro)
+    data_checks._check_loading(dataset, 150, micro)
     assert dataset[0]["inputs"].shape != (3, 30, 40)
     with pytest.raises(UserError, match=r"b\.png: has shape \(8, 9\), but its image has \(9, 9\)"):
         dataset[1]

@@ -294,6 +294,9 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
     if task.name == "detection":  # no category has these names
         empty = "dict(metainfo=dict(classes=tuple('abcdefghij')), filter_cfg=dict(filter_empty_gt=True))"
     (task.folder / "none.py").write_text(other.format(empty))
+    (task.folder / "text.py").write_text(other.format("dict(metainfo=dict(classes='0'))"))
+    (task.folder / "misspelt.py").write_text(other.format("dict(metainfo=dict(classes=('zero', *'123456789')))"))
+    (task.folder / "order.py").write_text(other.format("dict(metainfo=dict(classes=tuple('1023456789')))"))
     torch.save(mmengine_checkpoint(), task.folder / "misfit.pth")
     checkpoint = f"undisturbed/{task.last}"
     data = "train_dataloader.dataset.data_root=absent"
@@ -314,6 +317,7 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
             ["small.py", "--cfg-options", fewer],
             rf"but model\.{heads[1]}\.\w+ is 5: set",
         ),
+        ("train", ["text.py"], r"metainfo\.classes is the text '0'; .* \('0',\)"),
         ("train", ["small.py", "--cfg-options", "train_cfg=None"], r"small\.py: has no train_cfg"),
         ("train", ["none.py"], r"train_dataloader \(\S+Dataset, .*\): no images remain; check"),
     ]
@@ -323,7 +327,16 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
         annotations = "train_dataloader.dataset.ann_file=annotations/cut.json"
         copied(task.folder / "data/train", task.folder / "data/cut", lambda path: path.write_bytes(b"cut"))
         images = "train_dataloader.dataset.data_prefix.img=cut/"
+        boxes = (task.folder / "data/annotations/instances_train.json").read_text()
+        (task.folder / "data/annotations/boxes.json").write_text(boxes.replace("segmentation", "unknown"))
         cases += [
+            ("train", ["misspelt.py"], r"of train_dataloader: \S+json has 9 of the 10 names in metainfo\.classes"),
+            ("test", ["order.py", checkpoint], r"classes must be in the order of its annotation file: \['0', '1', "),
+            (
+                "train",
+                ["small.py", "--cfg-options", "train_dataloader.dataset.ann_file=annotations/boxes.json"],
+                r"^error: \S+/\d+\.png: an annotation has no 'mask' to load",
+            ),
             ("train", ["broken.py"], r"broken\.py: cannot be read as a config \("),
             ("train", ["program.py"], r"program\.py: cannot be read as a config \(NameError: "),
             ("train", ["small.py", "--fast"], r"unrecognized arguments: --fast"),
@@ -374,7 +387,11 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
                 ["small.py", "--cfg-options", high],
                 r"^error: \S+/high/\d+\.png: has the label 199 .*, but .* 11",
             ),
-            ("train", ["small.py", "--cfg-options", "train_dataloader.batch_size=1"], r"of one image; set .*batch_size"),
+            (
+                "train",
+                ["small.py", "--cfg-options", "train_dataloader.batch_size=1"],
+                r"of one image; set .*batch_size",
+            ),
             ("train", ["small.py", "--cfg-options", cut], r"^error: \S+/cut/\d+\.png: cannot be read \("),
             ("train", ["small.py", "--cfg-options", rgb], r"^error: \S+/rgb/\d+\.png: has shape \(\d+, \d+, 3\), but"),
         ]
