@@ -18,6 +18,19 @@ from ...kernels.command_line import closest
 from ...kernels.errors import UserError
 from .packages import check_packages
 
+# Words of errors that users can correct -> what to add to the message.
+_REMEDIES = {
+    "failed to load image": "",  # a damaged one, says mmcv
+    "TTA of instance segmentation": " Use a config without masks.",
+    "Expected more than 1 value per channel": (  # for example in UPerNet's pooling
+        ": BatchNorm cannot train on a batch of one image; set train_dataloader.batch_size to at least 2 images per "
+        "process, and drop_last=True"
+    ),
+    "loaded state dict": (  # by torch.optim
+        ": --resume needs the same frozen stages and optimizer settings; to change them, give load_from=FILE instead"
+    ),
+}
+
 
 class Parser(command_line.Parser):
     """The parser of all commands, for options with mmengine's ``DictAction`` too."""
@@ -51,11 +64,9 @@ def run_command(package: str, module: str, function: str, *args: Any) -> int:
                 raise UserError(in_words(error)) from error
             raise
         except (AssertionError, ValueError) as error:
-            if "failed to load image" in str(error):  # how mmcv reports a damaged image
-                raise UserError(str(error)) from error
-            if "Expected more than 1 value per channel" in str(error):  # for example in UPerNet's pooling
-                fix = "set train_dataloader.batch_size to at least 2 images per process, and drop_last=True"
-                raise UserError(f"{error}: BatchNorm cannot train on a batch of one image; {fix}") from error
+            for words, remedy in _REMEDIES.items():
+                if words in str(error) and not isinstance(error, UserError):
+                    raise UserError(f"{error}{remedy}") from error
             raise
 
     try:

@@ -392,6 +392,11 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
                 ["small.py", "--cfg-options", "train_dataloader.batch_size=1"],
                 r"of one image; set .*batch_size",
             ),
+            (
+                "train",
+                ["small.py", "--resume", checkpoint, "--cfg-options", "model.backbone.frozen_stages=1"],
+                r"loaded state dict .*: --resume needs the same frozen stages",
+            ),
             ("train", ["small.py", "--cfg-options", cut], r"^error: \S+/cut/\d+\.png: cannot be read \("),
             ("train", ["small.py", "--cfg-options", rgb], r"^error: \S+/rgb/\d+\.png: has shape \(\d+, \d+, 3\), but"),
         ]
