@@ -534,6 +534,8 @@ class SpatialMambaEncoder(HubModule):
             raise ValueError(f"dims, the width of the first stage, must be a positive even number, got {dims}")
         if not depths or min(depths) < 1:
             raise ValueError(f"depths must name at least one block for every stage, got {tuple(depths)}")
+        if not 0 <= drop_path_rate <= 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1], got {drop_path_rate}")
         block_options = dict(mlp_ratio=mlp_ratio) | _fusion_options(fusion_dilations, fusion_kernel_sizes)
 
         widths = [dims * 2**i for i in range(len(depths))]

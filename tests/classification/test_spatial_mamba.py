@@ -164,6 +164,7 @@ def test_a_backbone_ends_with_its_last_map() -> None:
         ({"dims": 0}, "dims.* even number, got 0"),
         ({"depths": (1, 0)}, r"depths .* \(1, 0\)"),
         ({"depths": ()}, r"depths .* \(\)"),
+        ({"drop_path_rate": 2}, "drop_path_rate must be .* got 2"),
     ],
 )
 def test_backbone_refuses(change: dict[str, Any], message: str) -> None:
