@@ -16,6 +16,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ...classification.models.weights import read_checkpoint
+from ...kernels.command_line import closest
 from ...kernels.errors import UserError
 from ...kernels.home import with_home
 from .commands import Parser, in_words
@@ -48,8 +49,14 @@ def load_config(package: str, name: str, options: dict | None = None) -> Config:
         raise UserError(f"{name}: no such config; give a path, or one of {names}")
     try:
         config = Config.fromfile(path)
+        known = {*config, *signature(Runner).parameters}
+        for key in {option.split(".")[0] for option in options or ()} - known:
+            if suggestion := closest(key, known, cutoff=0.8):  # others may be of the user's own code
+                raise UserError(f"--cfg-options: {path} has no {key}{suggestion}")
         config.merge_from_dict(options or {})
         _expand_home(config._cfg_dict)
+    except UserError:
+        raise
     except Exception as error:  # a config is a program
         raise UserError(f"{path}: cannot be read as a config ({type(error).__name__}: {error})") from error
     config.default_scope = config.get("default_scope") or package  # None in configs written as Python modules

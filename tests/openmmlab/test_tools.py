@@ -26,6 +26,7 @@ from spatial_mamba.classification.models.weights import read_checkpoint
 from spatial_mamba.detection.demo_data import write_digits as write_coco_digits
 from spatial_mamba.detection.openmmlab import tools
 from spatial_mamba.detection.openmmlab.data_checks import leaves
+from spatial_mamba.kernels.errors import UserError
 from spatial_mamba.segmentation.demo_data import write_digits as write_ade_digits
 
 from .forking import Forking
@@ -282,6 +283,13 @@ def test_data_sets_are_found_in_wrappers() -> None:
 def test_a_config_without_scope_is_for_the_package_of_the_command(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("default_scope = None")
     assert tools.load_config("mmseg", str(tmp_path / "own.py")).default_scope == "mmseg"
+
+
+def test_a_misspelt_setting_does_not_remain_without_effect() -> None:
+    name = "mask_rcnn_spatialmamba_fpn_digits"
+    with pytest.raises(UserError, match=r"has no train_dataloder; did you mean train_dataloader\?"):
+        tools.load_config("mmdet", name, {"train_dataloder.batch_size": 2})
+    assert tools.load_config("mmdet", name, {"own.key": 2, "resume": True}).own.key == 2
 
 
 def test_wrong_input_gets_one_line(task: Task) -> None:
