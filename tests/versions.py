@@ -15,9 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "output" / "versions"
 EXTRAS = ["-e", ".[dev,openmmlab]"]
+PROJECT = (ROOT / "pyproject.toml").read_text().partition("[project]")[2].partition("[project.scripts]")[0]
+LOWEST = [f"{name}=={version}.*" for name, version in re.findall(r'"([\w-]+)>=([\d.]+)', PROJECT)]
 COMBINATIONS = {  # name: (Python, calls of pip install)
     # In one call, which cannot replace the oldest packages by newer ones.
-    "oldest": ("3.10", [["torch==2.6.0", "torchvision==0.21.0", "numpy==1.26.*", "timm==1.0.31", *EXTRAS]]),
+    "oldest": ("3.10", [[*LOWEST, *EXTRAS]]),
     "pinned": ("3.11", [["-r", "requirements.txt"], ["-r", "detection/requirements.txt"], ["--no-deps", "-e", "."]]),
     "newest": ("3.13", [["torch", "torchvision"], EXTRAS]),
 }
@@ -27,7 +29,8 @@ TESTS = {  # folder: tests
         "state_fusion structure_aware_scan"
     ),
     "classification": (
-        "fused initialisation pytorch_tools recomputation spatial_mamba timm visualize weight_files weights"
+        "engine export fused initialisation optim pytorch_tools recomputation spatial_mamba timm visualize "
+        "weight_files weights"
     ),
     "openmmlab": "detection mmcv_operators",
 }

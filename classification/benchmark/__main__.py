@@ -72,10 +72,10 @@ def _check(args: argparse.Namespace, models: Sequence[roster.Model]) -> None:
         if form in EXPORTED and form != AOTI and args.device != "cpu":
             raise UserError(f"--form {form}: ONNX files are timed on the CPU; add --device cpu")
         if form in EXPORTED:
-            from ..export.onnx_file import require_onnx
+            from ..export.onnx_file import require_exporter
             from ..export.programs import require_compiler
 
-            (require_compiler if form == AOTI else require_onnx)()
+            (require_compiler if form == AOTI else require_exporter)()
     if args.parts and not any(model.family == roster.OURS for model in models):
         raise UserError("--parts: only spatial_mamba_tiny, _small and _base have parts; name one of them in --models")
     gpus = torch.cuda.device_count()

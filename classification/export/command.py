@@ -19,7 +19,7 @@ from ..models.preprocessing import CROP_FRACTION, NORMALISATION
 from ..models.spatial_mamba import SpatialMamba
 from ..models.trained import TrainedClassifier
 from .check import Function, largest_difference
-from .onnx_file import export_onnx, onnx_facts, onnx_function, require_onnx
+from .onnx_file import export_onnx, onnx_facts, onnx_function, require_exporter
 from .programs import export_aoti, export_program, height_and_width, require_compiler
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -153,7 +153,7 @@ def _check_options(args: argparse.Namespace) -> None:
             raise UserError(f"--device cuda: a file of the format {args.format} runs on any device; omit the option")
         args.device = "cpu"
     if args.format == "onnx":
-        require_onnx()
+        require_exporter()
     if args.format == "aoti":
         require_compiler()
 

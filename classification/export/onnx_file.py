@@ -20,6 +20,7 @@ from .programs import Size, export_program, quiet
 OPSET = 20  # the first with Gelu
 NARROWEST = 32  # rows and columns of quantised matrices; smaller ones would lose precision and gain no speed
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OLDEST_PYTORCH = "2.7"  # whose exporter takes products of matrices with any batch size
 
 
 def export_onnx(
@@ -43,10 +44,10 @@ def export_onnx(
             time.
 
     Raises:
-        UserError: if the size is too small, or a package is missing.
+        UserError: if the size is too small, a package is missing, or PyTorch is too old.
         RuntimeError: for a fused model, or one in training mode.
     """
-    require_onnx()
+    require_exporter()
     import onnx
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer, rewriter
@@ -142,6 +143,13 @@ def onnx_function(path: str | PathLike[str]) -> Callable[[Tensor], tuple[Tensor,
     """
     session = onnx_session(path)
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
+
+
+def require_exporter() -> None:
+    """Raise UserError unless PyTorch and the installed packages can write ONNX files."""
+    if torch.__version__ < OLDEST_PYTORCH:
+        raise UserError(f"ONNX files need PyTorch {OLDEST_PYTORCH} or newer, but this is {torch.__version__}")
+    require_onnx()
 
 
 def require_onnx() -> None:

@@ -78,9 +78,9 @@ def run_command(package: str, module: str, function: str, *args: Any) -> int:
 
 def in_words(error: Exception) -> str:
     """Type and message of an error, or its line in the source if it has none; suggests a type for an unknown one."""
-    registry = _origin(error).f_locals.get("registry")
     unknown = re.search(r"(\w\S*) is not in the .*? registry", str(error))
     if unknown and _is_from_registry(error):
+        registry = _origin(error).f_locals["registry"]
         suggestion = closest(unknown[1], [*registry.module_dict, *registry.root.module_dict])
         return f"{unknown[0]}{suggestion or '; types of your own need custom_imports'}"
     return f"{type(error).__name__}: {str(error) or traceback.extract_tb(error.__traceback__)[-1].line}"

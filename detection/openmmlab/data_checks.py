@@ -1,6 +1,6 @@
 """Check the data of a training run before it starts, and name the file or setting that is wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,23 +45,28 @@ def check_data(runner: Runner, *parts: str) -> None:
             raise UserError(f"{part}_cfg, {part}_dataloader ({'; '.join(sources)}): {reason}") from error
         if loop is None:
             continue
-        for dataset in leaves(loop.dataloader.dataset):
+        datasets = [*leaves(loop.dataloader.dataset)]
+        metrics = getattr(getattr(loop, "evaluator", None), "metrics", ())
+        for dataset in datasets:
             classes = getattr(dataset, "metainfo", {}).get("classes")
             if classes and type(dataset).__name__ != "MOTChallengeDataset":  # it names more classes than it has
                 source = f"the {type(dataset).__name__} of {part}_dataloader"
-                _check_names(dataset, classes, source, getattr(loop, "evaluator", None))
+                _check_names(dataset, classes, source, metrics if len(datasets) == 1 else ())
                 _check_heads(runner.model, len(classes), source)
                 _check_loading(dataset, len(classes), runner.model)
 
 
-def _check_names(dataset: Any, classes: Any, source: str, evaluator: Any) -> None:
-    """Compare the names of classes with those in an annotation file of COCO, whose order numbers the classes."""
+def _check_names(dataset: Any, classes: Any, source: str, metrics: Sequence[Any]) -> None:
+    """Compare the names of classes with those in an annotation file of COCO, whose order numbers the classes.
+
+    Only the metrics of the data set still have the names in the file.
+    """
     if isinstance(classes, str):
         raise UserError(f"{source}: metainfo.classes is the text {classes!r}; a single class is written ({classes!r},)")
     ids = getattr(dataset, "cat_ids", classes)
     if len(ids) != len(classes):
         raise UserError(f"{source}: {dataset.ann_file} has {len(ids)} of the {len(classes)} names in metainfo.classes")
-    for metric in getattr(evaluator, "metrics", ()):
+    for metric in metrics:
         categories = getattr(getattr(metric, "_coco_api", None), "cats", {})
         names = [categories.get(key, {}).get("name", name) for key, name in zip(ids, classes, strict=True)]
         if names != list(classes):

@@ -29,6 +29,7 @@ ODD, WIDE = (33, 47), (64, 96)
 LOOPS = {"Loop", "Scan", "If", "ScatterND", "ScatterElements", "SequenceAt", "SplitToSequence"}
 CHECKPOINT_SIZE = 64
 Capture = pytest.CaptureFixture[str]
+needs_exporter = pytest.mark.skipif(torch.__version__ < onnx_file.OLDEST_PYTORCH, reason="PyTorch is too old")
 
 
 def micro(**changes: Any) -> SpatialMamba:
@@ -146,7 +147,8 @@ def test_aotinductor_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     # No precompiled headers, optimisation or vector instructions: they take longer than the code of a small model.
     monkeypatch.setattr(torch._inductor.cpu_vec_isa, "valid_vec_isa_list", list)
     quick = {"precompile_headers": False, "compile_wrapper_opt_level": "O0"}
-    options = {f"aot_inductor.{name}": value for name, value in quick.items()}
+    known = torch._inductor.config.aot_inductor  # PyTorch 2.7 has neither of them
+    options = {f"aot_inductor.{name}": value for name, value in quick.items() if hasattr(known, name)}
     with torch._inductor.config.patch(options):
         export_aoti(model, path, 32, {"variant": "custom"})
     package = torch._inductor.aoti_load_package(str(path))
@@ -165,6 +167,7 @@ def onnx_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@needs_exporter
 @pytest.mark.xdist_group("onnx")
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_onnx_runtime_gives_the_logits_of_the_model(batch: int, onnx_path: Path) -> None:
@@ -178,6 +181,7 @@ def test_onnx_runtime_gives_the_logits_of_the_model(batch: int, onnx_path: Path)
 
 
 @pytest.mark.slow
+@needs_exporter
 @pytest.mark.xdist_group("onnx")
 def test_graph_is_flat_small_and_without_traces_of_the_machine(onnx_path: Path) -> None:
     proto = onnx.load(onnx_path)
@@ -195,6 +199,7 @@ def test_graph_is_flat_small_and_without_traces_of_the_machine(onnx_path: Path) 
 
 
 @pytest.mark.slow
+@needs_exporter
 @pytest.mark.xdist_group("onnx")
 def test_number_of_nodes_grows_with_the_logarithm_of_the_tokens(onnx_path: Path, tmp_path: Path) -> None:
     large = (512, 768)
@@ -204,6 +209,7 @@ def test_number_of_nodes_grows_with_the_logarithm_of_the_tokens(onnx_path: Path,
 
 
 @pytest.mark.slow
+@needs_exporter
 def test_onnx_of_an_ablated_backbone_of_odd_size(tmp_path: Path) -> None:
     backbone = micro_backbone(depths=(1, 1), out_indices=(0, 1), **FUSIONS["two kernels"])
     model = with_statistics(golden_fill.fill_(backbone))
@@ -214,7 +220,10 @@ def test_onnx_of_an_ablated_backbone_of_odd_size(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # both exporters warn about their own deprecated parts
-@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize(
+    "dynamo",
+    [False, pytest.param(True, marks=pytest.mark.skipif(torch.__version__ < "2.8", reason="needs PyTorch 2.8"))],
+)
 def test_onnx_export_of_pytorch(dynamo: bool, tmp_path: Path) -> None:
     """``torch.onnx.export`` works on the model itself, for users who do not know the export command."""
     model = with_extreme_steps(micro(depths=(1,)))
@@ -231,6 +240,7 @@ def test_onnx_export_of_pytorch(dynamo: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@needs_exporter
 def test_int8(tmp_path: Path) -> None:
     model = micro(dims=32)
     path = tmp_path / "model.onnx"
@@ -254,6 +264,7 @@ def test_dynamic_quantisation_of_pytorch() -> None:
 
 
 @pytest.mark.slow
+@needs_exporter
 def test_command_writes_a_checked_and_described_file(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +309,7 @@ def test_a_wrong_file_is_not_kept(tmp_path: Path, capsys: Capture, monkeypatch: 
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["micro.pt2", "micro.pth"]
 
 
+@needs_exporter
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -325,6 +337,7 @@ def test_wrong_options_are_one_line(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder.onnx", "micro.pth"]
 
 
+@needs_exporter
 def test_a_folder_that_cannot_be_written_is_named_before_exporting(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,7 +348,11 @@ def test_a_folder_that_cannot_be_written_is_named_before_exporting(
     assert error == f"error: --output {tmp_path}/a.onnx: the folder {tmp_path} is not writable\n"
 
 
-def test_missing_packages_are_named(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_named(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "PACKAGES", ("onnx", "no_such_package"))
-    assert status("--checkpoint", checkpoint(tmp_path)) == 2
-    assert capsys.readouterr().err == "error: ONNX files need more packages: pip install no_such_package\n"
+    found = "ONNX files need more packages: pip install no_such_package"
+    too_old = f"ONNX files need PyTorch 99 or newer, but this is {torch.__version__}"
+    for oldest, message in (("2", found), ("99", too_old)):
+        monkeypatch.setattr(onnx_file, "OLDEST_PYTORCH", oldest)
+        assert status("--checkpoint", checkpoint(tmp_path)) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"

@@ -20,6 +20,7 @@ import timm
 import torch
 from PIL import Image
 from timm.models import adapt_input_conv
+from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -636,7 +637,7 @@ def test_pickled_weights_in_a_folder_of_the_hub_are_loaded_strictly(tmp_path: Pa
 def test_timm_loads_our_files(files: Path, tmp_path: Path, how: str) -> None:
     model = timm.create_model("spatial_mamba_tiny", **MICRO)
     if how == "local-dir":
-        timm.models.save_for_hf(model, tmp_path, model_args=MICRO)
+        save_for_hf(model, tmp_path, model_args=MICRO)
         loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
         expected = model
     elif how == "checkpoint_path":  # timm loads the EMA weights if there are any
