@@ -248,7 +248,7 @@ def _merge_value(config: CfgNode, key: str, value: Any, source: str, notes: list
         node = node.get(section) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or leaf not in node:
         known = [setting.key for setting in SETTINGS]
-        raise UserError(f"{source}: unknown config key {key}{closest(key.upper(), known)}")
+        raise UserError(f"{source}: unknown config key {key}{closest(key, known)}")
     if isinstance(node[leaf], CfgNode):
         raise UserError(f"{source}: {key} is a section; set one of its keys, such as {key}.{next(iter(node[leaf]))}")
     current = node[leaf]

@@ -75,9 +75,10 @@ def printable(text: str) -> str:
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
-    """A suggestion for an unknown name, to end a message with; empty if no known name is similar."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
+    """A suggestion for an unknown name, to end a message with; empty if no known name is similar in any case."""
+    spelt = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=cutoff)
+    return f"; did you mean {spelt[close[0]]}?" if close else ""
 
 
 def launched_rank() -> int:

@@ -7,6 +7,7 @@ layout copies nothing. `inference_form` converts a model for inference.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -530,10 +531,10 @@ class SpatialMambaEncoder(HubModule):
         super().__init__()
         if d_state != 1:
             raise ValueError(f"Spatial-Mamba has one state per channel: d_state must be 1, got {d_state}")
-        if dims < 2 or dims % 2:
+        if not isinstance(dims, Integral) or dims < 2 or dims % 2:
             raise ValueError(f"dims, the width of the first stage, must be a positive even number, got {dims}")
-        if not depths or min(depths) < 1:
-            raise ValueError(f"depths must name at least one block for every stage, got {tuple(depths)}")
+        if isinstance(depths, int) or not len(depths) or min(depths) < 1:
+            raise ValueError(f"depths must name at least one block for every stage, got {depths}")
         if not 0 <= drop_path_rate <= 1:
             raise ValueError(f"drop_path_rate must be in [0, 1], got {drop_path_rate}")
         block_options = dict(mlp_ratio=mlp_ratio) | _fusion_options(fusion_dilations, fusion_kernel_sizes)

@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS
+from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ...classification.models.weights import read_checkpoint
@@ -105,7 +105,7 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     runner = _build_runner(config)
     if isinstance(runner, Runner):
         check_data(runner, "train", "val")  # builds loops, which its train() would do next
-        _check_checkpoint_hook(runner)
+        _check_names(runner)
         for name in ("build_optim_wrapper", "build_param_scheduler"):
             setattr(runner, name, _named(config)(getattr(runner, name)))
     runner.train()
@@ -268,18 +268,29 @@ def _build_runner(config: Config) -> Runner:
         return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
 
 
-def _check_checkpoint_hook(runner: Runner) -> None:
-    """Check the options that mmengine's hook passes on when it saves the first checkpoint, unchecked until then.
+def _check_names(runner: Runner) -> None:
+    """Check names that mmengine looks up late or reports badly: the optimizer's, and the checkpoint hook's options and
+    metric.
 
     Raises:
         UserError: naming one that does not exist.
     """
+    kind = runner.cfg.get("optim_wrapper", {}).get("optimizer", {}).get("type")
+    with OPTIMIZERS.switch_scope_and_registry(None) as registry:
+        if isinstance(kind, str) and registry.get(kind) is None:
+            suggestion = closest(kind, [*registry.module_dict, *registry.root.module_dict])
+            raise UserError(f"optim_wrapper.optimizer: there is no {kind}{suggestion}")
+    metrics = getattr(getattr(runner.val_loop, "evaluator", None), "metrics", ())
+    prefixes = [f"{metric.prefix}/" if metric.prefix else "" for metric in metrics]
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook):
             try:
                 signature(runner.save_checkpoint).bind("", "", **hook.args)
             except TypeError as error:
                 raise UserError(f"default_hooks.checkpoint: {error}") from error
+            for name in hook.save_best or ():
+                if prefixes and name != "auto" and not any(prefix in name for prefix in prefixes):
+                    raise UserError(f"default_hooks.checkpoint: save_best={name} must start with {prefixes[0]}")
 
 
 @contextmanager

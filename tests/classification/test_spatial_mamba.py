@@ -162,6 +162,8 @@ def test_a_backbone_ends_with_its_last_map() -> None:
         ({"d_state": 2}, "d_state must be 1, got 2"),
         ({"dims": 9}, "dims.* even number, got 9"),
         ({"dims": 0}, "dims.* even number, got 0"),
+        ({"dims": [8, 16]}, r"dims.* even number, got \[8, 16\]"),
+        ({"depths": 2}, "depths .* got 2"),
         ({"depths": (1, 0)}, r"depths .* \(1, 0\)"),
         ({"depths": ()}, r"depths .* \(\)"),
         ({"drop_path_rate": 2}, "drop_path_rate must be .* got 2"),
