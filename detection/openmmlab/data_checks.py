@@ -66,9 +66,8 @@ def _check_names(dataset: Any, classes: Any, source: str, metrics: Sequence[Any]
     ids = getattr(dataset, "cat_ids", classes)
     if len(ids) != len(classes):
         raise UserError(f"{source}: {dataset.ann_file} has {len(ids)} of the {len(classes)} names in metainfo.classes")
-    for metric in metrics:
-        categories = getattr(getattr(metric, "_coco_api", None), "cats", {})
-        names = [categories.get(key, {}).get("name", name) for key, name in zip(ids, classes, strict=True)]
+    for api in filter(None, (getattr(metric, "_coco_api", None) for metric in metrics)):
+        names = [category["name"] for category in api.load_cats(api.get_cat_ids(cat_names=classes))]
         if names != list(classes):
             raise UserError(f"{source}: metainfo.classes must be in the order of its annotation file: {names}")
 

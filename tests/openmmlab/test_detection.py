@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 pytest.importorskip("mmdet", reason="the optional packages of detection are not installed")
 
+from mmdet.evaluation import CocoMetric
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmdet.structures.mask import BitmapMasks
@@ -26,10 +28,11 @@ from spatial_mamba.classification.models.flops import count_parameters
 from spatial_mamba.classification.models.weights import WeightsError
 from spatial_mamba.detection import complexity
 from spatial_mamba.detection.__main__ import main
-from spatial_mamba.detection.openmmlab import inference
+from spatial_mamba.detection.openmmlab import data_checks, inference
 from spatial_mamba.detection.openmmlab.checkpoints import fitting_weights
 from spatial_mamba.detection.openmmlab.flops_table import build_model
 from spatial_mamba.detection.openmmlab.tools import load_config
+from spatial_mamba.kernels.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detection"
 RECIPES = {  # name: (variant, schedule)
@@ -274,6 +277,16 @@ def test_prediction_without_objects(files: Path, tmp_path: Path, capsys: pytest.
     assert "no object with a score above 1" in capsys.readouterr().out
     assert json.loads((tmp_path / "wide.json").read_text())["detections"] == []
     assert (tmp_path / "wide.png").is_file()
+
+
+def test_class_names_are_in_the_order_of_the_metrics_file(tmp_path: Path) -> None:
+    """Its numbers of categories may differ from those of the data set's file."""
+    categories = [dict(id=i, name=name) for i, name in enumerate("xyz")]
+    (tmp_path / "a.json").write_text(json.dumps(dict(images=[], annotations=[], categories=categories)))
+    dataset, metric = SimpleNamespace(cat_ids=[1, 2, 3]), CocoMetric(str(tmp_path / "a.json"))
+    data_checks._check_names(dataset, ["x", "y", "z"], "the data set", [metric])
+    with pytest.raises(UserError, match=r"the data set: .* in the order of its annotation file: \['x', 'y', 'z'\]"):
+        data_checks._check_names(dataset, ["y", "x", "z"], "the data set", [metric])
 
 
 def test_weights_for_other_classes_name_the_remedy(micro: nn.Module, files: Path) -> None:
