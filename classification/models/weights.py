@@ -186,9 +186,10 @@ def model_weights(
         WeightsError: as ``state_dict_of`` or ``ema_state_dict_of``, and ``encoder_weights``, and for a fused model.
     """
     state = ema_state_dict_of(checkpoint, path) if ema else state_dict_of(checkpoint, path)
+    state = encoder_weights(state, path, prefix)
     if is_fused(state):
         raise WeightsError(f"{path}: {FUSED}")
-    return encoder_weights(state, path, prefix)
+    return state
 
 
 def encoder_weights(
