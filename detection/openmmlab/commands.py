@@ -81,7 +81,7 @@ def in_words(error: Exception) -> str:
     unknown = re.search(r"(\w\S*) is not in the .*? registry", str(error))
     if unknown and _is_from_registry(error):
         registry = _origin(error).f_locals["registry"]
-        suggestion = closest(unknown[1], [*registry.module_dict, *registry.root.module_dict])
+        suggestion = closest(unknown[1], [*registry.module_dict, *registry.root.module_dict], cutoff=0.8)
         return f"{unknown[0]}{suggestion or '; types of your own need custom_imports'}"
     return f"{type(error).__name__}: {str(error) or traceback.extract_tb(error.__traceback__)[-1].line}"
 

@@ -361,7 +361,7 @@ def test_wrong_input_gets_one_line(task: Task) -> None:
                 ("train", ["small.py", "--cfg-options", option], message)
                 for option, message in {
                     "optim_wrapper.type=Optimwrapper": r"small\.py: Optimwrapper is not .* registry; .* OptimWrapper\?",
-                    "custom_hooks.0.type=OwnOwn": r"OwnOwn is not in the mmdet::hook registry; .* need custom_imports",
+                    "custom_hooks.0.type=FreezeHook": r"FreezeHook is not .*hook registry; .* need custom_imports",
                     "optim_wrapper.optimizer.type=Adamw": r"optim_wrapper\.optimizer: there is no Adamw; .* AdamW\?",
                     "default_hooks.checkpoint.save_best=bbox_mAP": r"save_best=bbox_mAP must start with coco/",
                     "param_scheduler.0.type=LinearL": r"LinearL is not in the .* registry; did you mean LinearLR\?",
