@@ -511,7 +511,7 @@ class SpatialMambaEncoder(HubModule):
         fusion_kernel_sizes: odd sizes of these kernels: one for all, or one per dilation.
 
     Raises:
-        ValueError: for a ``d_state`` other than 1, an odd width, a stage without blocks, or an invalid fusion.
+        ValueError: for a ``d_state`` other than 1, an odd width, a stage without blocks, an invalid rate or fusion.
     """
 
     layers: Any  # nn.ModuleList of Stage, which PyTorch cannot express
