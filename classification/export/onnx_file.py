@@ -147,7 +147,7 @@ def onnx_function(path: str | PathLike[str]) -> Callable[[Tensor], tuple[Tensor,
 
 def require_exporter() -> None:
     """Raise UserError unless PyTorch and the installed packages can write ONNX files."""
-    if torch.__version__ < OLDEST_PYTORCH:
+    if torch.__version__ < f"{OLDEST_PYTORCH}.dev0":  # pre-releases are new enough
         raise UserError(f"ONNX files need PyTorch {OLDEST_PYTORCH} or newer, but this is {torch.__version__}")
     require_onnx()
 

@@ -29,7 +29,10 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[st
     metadata = {"format": "pt", _CHECKSUM: _checksum(tensors)}
     if about is not None:
         metadata[_ABOUT] = json.dumps(about)
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

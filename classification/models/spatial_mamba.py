@@ -7,7 +7,6 @@ layout copies nothing. `inference_form` converts a model for inference.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -531,7 +530,7 @@ class SpatialMambaEncoder(HubModule):
         super().__init__()
         if d_state != 1:
             raise ValueError(f"Spatial-Mamba has one state per channel: d_state must be 1, got {d_state}")
-        if not isinstance(dims, Integral) or dims < 2 or dims % 2:
+        if isinstance(dims, Sequence) or dims < 2 or dims % 2:
             raise ValueError(f"dims, the width of the first stage, must be a positive even number, got {dims}")
         if isinstance(depths, int) or not len(depths) or min(depths) < 1:
             raise ValueError(f"depths must name at least one block for every stage, got {depths}")
