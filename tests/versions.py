@@ -1,4 +1,4 @@
-"""Run the fast tests with the oldest, the pinned and the newest packages: ``python tests/versions.py [NAME ...]``.
+"""Run fast tests with the oldest allowed, the pinned and the newest packages: ``python tests/versions.py [NAME ...]``.
 
 Each combination has its own environment and CPU library in ``output/versions``, created on first use. Interpreters are
 found on PATH (``python3.10``). The last lines of output are the table in the installation guide.
