@@ -275,7 +275,7 @@ def _check_names(runner: Runner) -> None:
     Raises:
         UserError: naming one that does not exist.
     """
-    kind = runner.cfg.get("optim_wrapper", {}).get("optimizer", {}).get("type")
+    kind = (runner.cfg.get("optim_wrapper") or {}).get("optimizer", {}).get("type")
     with OPTIMIZERS.switch_scope_and_registry(None) as registry:
         if isinstance(kind, str) and registry.get(kind) is None:
             suggestion = closest(kind, [*registry.module_dict, *registry.root.module_dict])
