@@ -80,10 +80,14 @@ def in_words(error: Exception) -> str:
     """Type and message of an error, or its line in the source if it has none; suggests a type for an unknown one."""
     unknown = re.search(r"(\w\S*) is not in the .*? registry", str(error))
     if unknown and _is_from_registry(error):
-        registry = _origin(error).f_locals["registry"]
-        suggestion = closest(unknown[1], [*registry.module_dict, *registry.root.module_dict], cutoff=0.8)
-        return f"{unknown[0]}{suggestion or '; types of your own need custom_imports'}"
+        return f"{unknown[0]}{other_type(unknown[1], _origin(error).f_locals['registry'])}"
     return f"{type(error).__name__}: {str(error) or traceback.extract_tb(error.__traceback__)[-1].line}"
+
+
+def other_type(name: str, registry: Any) -> str:
+    """What to do about a type that a registry does not have, to end a message with."""
+    known = [*registry.module_dict, *registry.root.module_dict]
+    return closest(name, known, cutoff=0.8) or "; types of your own need custom_imports"
 
 
 def _is_from_registry(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from ...classification.models.weights import read_checkpoint
 from ...kernels.command_line import closest
 from ...kernels.errors import UserError
 from ...kernels.home import with_home
-from .commands import Parser, in_words
+from .commands import Parser, in_words, other_type
 from .data_checks import check_data, leaves
 from .processes import prepare_processes, process_count
 
@@ -105,7 +105,8 @@ def train(package: str, argv: Sequence[str] | None = None) -> None:
     runner = _build_runner(config)
     if isinstance(runner, Runner):
         check_data(runner, "train", "val")  # builds loops, which its train() would do next
-        _check_names(runner)
+        _check_late_names(runner)
+        # Built by its train(): schedulers start from learning rates that --auto-scale-lr has changed in between.
         for name in ("build_optim_wrapper", "build_param_scheduler"):
             setattr(runner, name, _named(config)(getattr(runner, name)))
     runner.train()
@@ -268,7 +269,7 @@ def _build_runner(config: Config) -> Runner:
         return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
 
 
-def _check_names(runner: Runner) -> None:
+def _check_late_names(runner: Runner) -> None:
     """Check names that mmengine looks up late or reports badly: the optimizer's, and the checkpoint hook's options and
     metric.
 
@@ -278,8 +279,7 @@ def _check_names(runner: Runner) -> None:
     kind = (runner.cfg.get("optim_wrapper") or {}).get("optimizer", {}).get("type")
     with OPTIMIZERS.switch_scope_and_registry(None) as registry:
         if isinstance(kind, str) and registry.get(kind) is None:
-            suggestion = closest(kind, [*registry.module_dict, *registry.root.module_dict])
-            raise UserError(f"optim_wrapper.optimizer: there is no {kind}{suggestion}")
+            raise UserError(f"optim_wrapper.optimizer: there is no {kind}{other_type(kind, registry)}")
     metrics = getattr(getattr(runner.val_loop, "evaluator", None), "metrics", ())
     prefixes = [f"{metric.prefix}/" if metric.prefix else "" for metric in metrics]
     for hook in runner.hooks:
